@@ -11,6 +11,9 @@ The command line turns each into one sentence and a hint, with exit code 2. Anyt
 and keeps its traceback.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 
 class MocError(Exception):
     """Message: where, what was found, what is allowed. Hint: what to do next, or None."""
@@ -20,12 +23,33 @@ class MocError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type["MocError"], tuple[str, str | None]]:
+    def __reduce__(self) -> tuple[type["MocError"], tuple[Any, ...]]:
         return type(self), (self.message, self.hint)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a recipe: where it stands (file:line or the override), the key, and why."""
+
+    place: str
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.place, self.key, self.message) if part)
 
 
 class RecipeError(MocError):
     """The recipe or an override is wrong; the message holds one line per mistake."""
+
+    def __init__(
+        self, message: str, hint: str | None = None, problems: tuple[Problem, ...] = ()
+    ) -> None:
+        super().__init__(message, hint)
+        self.problems = problems
+
+    def __reduce__(self) -> tuple[type["MocError"], tuple[Any, ...]]:
+        return type(self), (self.message, self.hint, self.problems)
 
 
 class FamilyError(MocError):

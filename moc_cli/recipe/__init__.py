@@ -1,0 +1,1 @@
+"""The recipe: what the user wrote, validated before anything heavy is imported."""

@@ -1,0 +1,93 @@
+"""The recipes that come with the program, and how a name or a path leads to one."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from moc_cli.errors import RecipeError
+from moc_cli.recipe.suggest import nearest
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shipped recipe: the name to call it by, its file, and its first line of comment."""
+
+    name: str
+    path: Path
+    summary: str
+
+
+def folder() -> Path:
+    """Return the folder of shipped recipes: in an installed wheel, or beside the package."""
+    shipped = _PACKAGE / "_recipes"
+    return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def entries() -> list[Entry]:
+    """Return every shipped recipe, ordered by name."""
+    root = folder()
+    return [
+        Entry(path.relative_to(root).with_suffix("").as_posix(), path, _summary(path))
+        for path in sorted(root.rglob("*.yaml"))
+    ]
+
+
+def shipped(name: str) -> Entry:
+    """Return the shipped recipe of this name; raises RecipeError naming the nearest."""
+    known = {entry.name: entry for entry in entries()}
+    wanted = name.removesuffix(".yaml").removeprefix("recipes/")
+    if wanted in known:
+        return known[wanted]
+    near = nearest(wanted, known)
+    guess = f"; did you mean '{near}'?" if near else ""
+    raise RecipeError(f"no shipped recipe is called {name!r}{guess}", hint="moc recipes list")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file that a path or a shipped recipe's name stands for.
+
+    Raises RecipeError with the nearest file or name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = {entry.name: entry.path for entry in entries()}
+    wanted = str(name).removesuffix(".yaml").removeprefix("recipes/")
+    if wanted in known:
+        return known[wanted]
+    if path.is_dir():
+        inner = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".yaml")
+        hint = f"Did you mean {path / inner[0]}?" if inner else "Give the path of a YAML file."
+        raise RecipeError(f"{name}: a folder, not a recipe", hint=hint)
+    near = _nearest_file(path)
+    guess = str(near) if near else nearest(wanted, known)
+    raise RecipeError(
+        f"{name}: no such file, and no shipped recipe of that name"
+        + (f"; did you mean '{guess}'?" if guess else ""),
+        hint="moc recipes list shows the recipes that come with the program.",
+    )
+
+
+def shown(path: Path) -> str:
+    """Return `path` as a person would type it: relative if it lies below the current folder."""
+    if not path.is_absolute():
+        return str(path)
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _nearest_file(path: Path) -> Path | None:
+    """Return the file beside `path` whose name is nearest."""
+    if not path.parent.is_dir():
+        return None
+    names = [one.name for one in path.parent.iterdir() if one.suffix in (".yaml", ".yml")]
+    near = nearest(path.name, names)
+    return path.with_name(near) if near else None
+
+
+def _summary(path: Path) -> str:
+    with path.open(encoding="utf-8") as lines:
+        first = lines.readline().strip()
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -1,0 +1,120 @@
+"""Combinations of values that make no sense together, each valid by itself.
+
+A rule names the keys it read, so that it stays silent where one of them is already wrong.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moc_cli.recipe.suggest import choices
+from moc_cli.recipe.suites import BUILTIN_MODELS, TASKS, task_metrics
+
+if TYPE_CHECKING:
+    from moc_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class BrokenRule:
+    """A combination that cannot work: the key to look at first, every key read, and why."""
+
+    key: str
+    message: str
+    read: tuple[str, ...]
+
+
+def broken_rules(recipe: "Recipe") -> list[BrokenRule]:
+    """Return every combination in `recipe` that cannot work."""
+    return [
+        *_tasks(recipe),
+        *_model(recipe),
+        *_train(recipe),
+        *_evaluation(recipe),
+    ]
+
+
+def _tasks(recipe: "Recipe") -> Iterator[BrokenRule]:
+    data = recipe.data
+    read = ("data.suite", "data.tasks")
+    known = TASKS[data.suite]
+    for index, task in enumerate(data.tasks):
+        key = f"data.tasks.{index}"
+        if task not in known:
+            message = f"suite '{data.suite}' has no task {task!r}{choices(task, known)}"
+            yield BrokenRule(key, message, (*read, key))
+        elif task in data.tasks[:index]:
+            yield BrokenRule(key, f"task {task!r} is listed twice", (*read, key))
+    if data.suite == "glue" and len(data.tasks) > 1:
+        yield BrokenRule("data.tasks", f"glue trains one task a run, found {len(data.tasks)}", read)
+    if data.suite == "builtin" and data.path is not None:
+        yield BrokenRule(
+            "data.path",
+            "the builtin suite is inside this package; leave data.path out",
+            ("data.suite", "data.path"),
+        )
+
+
+def _model(recipe: "Recipe") -> Iterator[BrokenRule]:
+    name = recipe.model.model_name_or_path
+    builtin = [f"builtin:{model}" for model in BUILTIN_MODELS]
+    if name.startswith("builtin:") and name not in builtin:
+        key = "model.model_name_or_path"
+        yield BrokenRule(key, f"found {name!r}{choices(name, builtin)}", (key,))
+    if recipe.model.attn_implementation == "flash_attention_2":
+        read = ("model.attn_implementation", "launch.device", "train.bf16")
+        if recipe.launch.device == "cpu":
+            yield BrokenRule(read[0], "flash_attention_2 needs a GPU, launch.device is cpu", read)
+        elif not recipe.train.bf16:
+            yield BrokenRule(read[0], "flash_attention_2 needs train.bf16: true", read)
+
+
+def _train(recipe: "Recipe") -> Iterator[BrokenRule]:
+    train = recipe.train
+    if train.max_steps == 0:
+        yield BrokenRule(
+            "train.max_steps",
+            "found 0; allowed: -1 (as many as num_train_epochs gives) or at least 1",
+            ("train.max_steps",),
+        )
+    if train.warmup_steps > 0 and train.warmup_ratio > 0:
+        yield BrokenRule(
+            "train.warmup_ratio",
+            f"warmup_steps ({train.warmup_steps}) and warmup_ratio ({train.warmup_ratio}) are "
+            "two ways to say one thing; give only one",
+            ("train.warmup_steps", "train.warmup_ratio"),
+        )
+
+
+def _evaluation(recipe: "Recipe") -> Iterator[BrokenRule]:
+    scoring, data = recipe.eval, recipe.data
+    strategy = "eval.eval_strategy"
+    if scoring.eval_strategy == "steps" and scoring.eval_steps is None:
+        yield BrokenRule(
+            strategy,
+            "eval_strategy 'steps' needs eval.eval_steps",
+            (strategy, "eval.eval_steps"),
+        )
+    if scoring.eval_strategy == "no" and scoring.early_stopping_patience is not None:
+        yield BrokenRule(
+            "eval.early_stopping_patience",
+            "early stopping needs evaluation during training: set eval.eval_strategy to steps or "
+            "epoch",
+            (strategy, "eval.early_stopping_patience"),
+        )
+    if scoring.eval_strategy != "no" and data.suite == "commonsense" and data.held_out == 0:
+        yield BrokenRule(
+            "data.held_out",
+            "evaluation during training needs held-out rows, found 0; give some or set "
+            "eval.eval_strategy to no",
+            (strategy, "data.suite", "data.held_out"),
+        )
+    metric, read = scoring.metric_for_best_model, "eval.metric_for_best_model"
+    for task in data.tasks if metric is not None else ():
+        allowed = task_metrics(task)
+        if metric not in allowed:
+            yield BrokenRule(
+                read,
+                f"task '{task}' has no {metric}; allowed: {', '.join(allowed)}",
+                (read, "data.suite", "data.tasks"),
+            )
+            break
