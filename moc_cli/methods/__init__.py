@@ -1,0 +1,41 @@
+"""A method is mathematics placed in a host; `attach` is the one way in."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moc_cli.methods.adapted import Adapted, Counts, FreshModules, Placed
+
+__all__ = ["Adapted", "Counts", "attach"]
+
+
+def _state(model: PreTrainedModel, method: Any, seed: int) -> Placed:
+    from moc_cli.methods.state import StateMethod
+
+    return StateMethod(model, method, seed)
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, Any, int], Placed]] = {
+    "moc": _state,
+    "control": _state,
+}
+
+
+def attach(
+    model: PreTrainedModel, method: Any, *, new_modules: tuple[str, ...] = (), seed: int = 42
+) -> Adapted:
+    """Freeze the model and place a method (a recipe's `method` section) in it.
+
+    `new_modules` names the modules that the checkpoint lacked: they are trained and saved whole.
+    Raises MocError where the method cannot be placed, with the model unchanged.
+    """
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    fresh_size = sum(
+        p.numel() for name in new_modules for p in model.get_submodule(name).parameters()
+    )
+    base = sum(p.numel() for p in model.parameters()) - fresh_size
+    placed = METHODS[method.name](model, method, seed)
+    model.requires_grad_(False)
+    fresh = FreshModules(model, new_modules)
+    return Adapted(model, placed, fresh, required, base)

@@ -1,0 +1,1 @@
+"""The mathematics of Mixture-of-Control on plain tensors (torch only, no models, no recipes)."""

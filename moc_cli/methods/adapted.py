@@ -1,0 +1,181 @@
+"""A model with a method placed in it: the one interface that the other rooms see."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moc_cli.errors import MocError
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters: the method's own, fresh modules (heads), and the base without them."""
+
+    adapter: int
+    modules: int
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        return self.adapter + self.modules
+
+    @property
+    def share(self) -> float:
+        """The paper's "% params" as a fraction: adapter / base, heads left out of both."""
+        return self.adapter / self.base
+
+
+class Placed(Protocol):
+    """What a method does once it is in the model; each file in this room builds one."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]: ...
+    def config(self) -> dict[str, Any]: ...
+    def set_loss_scale(self, scale: float) -> None: ...
+    def balance_loss(self) -> float | None: ...
+    def tally(self) -> None: ...
+    def routing_summary(self, reset: bool = False) -> dict[str, Any]: ...
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
+    def disabled(self) -> AbstractContextManager[None]: ...
+    def detach(self) -> None: ...
+
+
+class FreshModules:
+    """Modules that the checkpoint lacked (a classifier head, a pooler): trained and saved whole.
+
+    They are kept in float32; where the base is in another type, their input is cast.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._parts = {name: model.get_submodule(name) for name in names}
+        self._handles = []
+        for module in self._parts.values():
+            if model.dtype != torch.float32 and model.dtype != torch.float64:
+                module.float()
+                self._handles.append(module.register_forward_pre_hook(_cast_inputs))
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"modules.{name}.{key}": parameter
+            for name, module in self._parts.items()
+            for key, parameter in module.named_parameters()
+        }
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _cast_inputs(module: nn.Module, args: tuple) -> tuple:
+    dtype = next(module.parameters()).dtype
+    return tuple(
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+class Adapted:
+    """A model, the method placed in it, and the fresh modules trained with it.
+
+    `named_trainables()` gives the parameters under the keys of the adapter file; everything else
+    in the model is frozen. `detach()` gives the model back as it came.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        placed: Placed,
+        fresh: FreshModules,
+        required_grad: dict[str, bool],
+        base: int,
+    ) -> None:
+        self.model = model
+        self._placed = placed
+        self._fresh = fresh
+        self._required_grad = required_grad
+        self._base = base
+        for parameter in self.named_trainables().values():
+            parameter.requires_grad_(True)
+
+    def named_trainables(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter, keyed as in the adapter file."""
+        return self._placed.named_parameters() | self._fresh.named_parameters()
+
+    def no_decay(self, name: str) -> bool:
+        """Whether weight decay must leave this parameter alone: gates, biases, norms."""
+        return name.startswith("gates.") or self.named_trainables()[name].ndim < 2
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of every trained parameter on the CPU."""
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous()
+            for name, parameter in self.named_trainables().items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Copy a state in; raises MocError on missing or unexpected keys and wrong shapes."""
+        own = self.named_trainables()
+        wrong = [f"missing '{name}'" for name in own.keys() - state.keys()]
+        wrong += [f"unexpected '{name}'" for name in state.keys() - own.keys()]
+        wrong += [
+            f"'{name}' has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own.keys() & state.keys()
+            if own[name].shape != state[name].shape
+        ]
+        if wrong:
+            shown = "; ".join(sorted(wrong)[:5])
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise MocError(f"the saved controls do not fit this model and recipe: {shown}{more}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def counts(self) -> Counts:
+        return Counts(
+            adapter=sum(p.numel() for p in self._placed.named_parameters().values()),
+            modules=sum(p.numel() for p in self._fresh.named_parameters().values()),
+            base=self._base,
+        )
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What `adapter_config.json` says about the method and where it sits."""
+        return self._placed.config() | {"modules": list(self._fresh.names)}
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Multiply the balance loss's gradient by this: 1 / micro-batches of the window."""
+        self._placed.set_loss_scale(scale)
+
+    def balance_loss(self) -> float | None:
+        """The last training forward's weighted balance loss; None where there is no gate."""
+        return self._placed.balance_loss()
+
+    def tally(self) -> None:
+        """Add the decisions of the last forward to the running counts; call once a forward."""
+        self._placed.tally()
+
+    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
+        """Use of each control, dead controls and local choices, from the running counts."""
+        return self._placed.routing_summary(reset)
+
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
+        """Within it the tokens of mask (B, T) vote instead of the attention mask's."""
+        return self._placed.voting(mask)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the method adds nothing; fresh modules stay as trained."""
+        with self._placed.disabled():
+            yield
+
+    def detach(self) -> PreTrainedModel:
+        """Take the method out; the base's parameters and flags are as before `attach`."""
+        self._placed.detach()
+        self._fresh.remove()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, True))
+        return self.model

@@ -1,0 +1,154 @@
+"""The state-based methods: Mixture-of-Control (`moc`) and Parallel Control (`control`)."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moc_cli.errors import FamilyError, MocError
+from moc_cli.models.families import Family, Port, find_family
+from moc_cli.models.ports import Host, find_layers
+from moc_cli.nn.mixture import Mixture, Routing
+from moc_cli.recipe.methods import ControlMethod, MocMethod
+
+
+class StateMethod:
+    """A mixture in its host, with running counts of the decisions it took."""
+
+    def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
+        self._method = method
+        family = _family(model, method)
+        routing = _routing(method)
+        blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
+        layers = find_layers(model, family)
+        _check(model, routing, blocks, len(layers))
+        first = next(layers.parameters())
+        generator = torch.Generator().manual_seed(seed)
+        self._family = family
+        self.mixture = Mixture(
+            len(layers),
+            model.config.get_text_config().hidden_size,
+            blocks,
+            method.rank,
+            method.scale,
+            routing,
+            generator=generator,
+            device="meta" if first.device.type == "meta" else "cpu",
+        ).to(first.device)
+        self.mixture.train(model.training)
+        self.host = Host(model, self.mixture, family)
+        self._counts: dict[int, Tensor] = {}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.mixture.named_parameters())
+
+    def config(self) -> dict[str, Any]:
+        ports = {block: vars(self._family.port(block)) for block in ("attn", "ffn")}
+        return {
+            "method": self._method.model_dump(mode="json"),
+            "placement": {"layers": self._family.layers, **ports, "causal": self._family.causal},
+        }
+
+    def set_loss_scale(self, scale: float) -> None:
+        self.mixture.loss_scale = scale
+
+    def balance_loss(self) -> float | None:
+        return self.mixture.balance()
+
+    def tally(self) -> None:
+        for site in self.mixture.sites:
+            if site.choice is None:
+                continue
+            size = len(self.mixture.pools[site.pool])
+            used = torch.bincount(site.choice.flatten(), minlength=size)
+            known = self._counts.get(site.index)
+            self._counts[site.index] = used if known is None else known + used
+
+    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
+        counts = {index: used.cpu() for index, used in self._counts.items()}
+        if reset:
+            self._counts = {}
+        if not counts:
+            return {}
+        pools = {}
+        for pool, members in self.mixture.pools.items():
+            table = torch.stack([counts[index] for index in members]).double()  # (sites, N)
+            total = table.sum()
+            use = (table.sum(0) / total).tolist()
+            names = [self.mixture.sites[index].name for index in members]
+            per_site = (table / table.sum(1, keepdim=True).clamp(min=1)).tolist()
+            pools[pool] = {
+                "controls": names,
+                "use": use,
+                "dead": [name for name, share in zip(names, use, strict=True) if share == 0],
+                "local_share": (table.diagonal().sum() / total).item(),
+                "decisions": int(total.item()) // self.mixture.routing.top_k,
+                "per_site": per_site,
+            }
+        return {"pools": pools}
+
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
+        return self.host.voting(mask)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self.mixture.active = False
+        try:
+            yield
+        finally:
+            self.mixture.active = True
+
+    def detach(self) -> None:
+        self.host.remove()
+
+
+def _routing(method: MocMethod | ControlMethod) -> Routing:
+    """The recipe's section as flat numbers; Control is K = 0."""
+    if isinstance(method, ControlMethod):
+        return Routing(top_k=0)
+    return Routing(
+        top_k=method.top_k,
+        alpha=method.alpha,
+        share_gate=method.share_gate,
+        gate=method.gate.kind,
+        projection_dim=method.gate.projection_dim,
+        estimator=method.gate.estimator,
+        level=method.routing.level,
+        vote=method.routing.vote,
+        exclude_local=method.routing.exclude_local,
+        decode=method.routing.decode,
+        balance_weight=method.balance.weight,
+        balance_f=method.balance.f,
+        balance_reduce=method.balance.reduce,
+    )
+
+
+def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family:
+    place = method.placement
+    if place is None:
+        return find_family(model.config.get_text_config().model_type)
+    return Family(
+        layers=place.layers,
+        attn=Port(place.attn.read, place.attn.write),
+        ffn=Port(place.ffn.read, place.ffn.write),
+        causal=place.causal,
+    )
+
+
+def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:
+    """Refuse what cannot work before anything is placed."""
+    pool = layers * (len(blocks) if routing.share_gate else 1)
+    allowed = pool - routing.exclude_local
+    if routing.top_k > allowed:
+        why = f"{pool} controls" + (" less the local one" if routing.exclude_local else "")
+        raise MocError(
+            f"method.top_k: {routing.top_k} routed controls of a pool of {why}; at most {allowed}"
+        )
+    if getattr(model.config, "chunk_size_feed_forward", 0):
+        raise FamilyError(
+            f"chunk_size_feed_forward = {model.config.chunk_size_feed_forward}: the FFN would see "
+            "parts of a row, and each part would vote alone; set it to 0"
+        )

@@ -1,0 +1,192 @@
+"""Models and tokenizers from flat arguments: real weights, or shapes only on the meta device."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from moc_cli.errors import MocError
+
+Kind = Literal["causal", "classification"]
+_AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+BUILTIN = "builtin:"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with real weights, the modules its checkpoint lacked, and its checkpoint's hash."""
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+    weights_hash: str
+    source: str
+
+
+def resolve(name: str) -> str:
+    """The folder of a `builtin:` model; any other name as it is."""
+    if not name.startswith(BUILTIN):
+        return name
+    folder = Path(str(files("moc_cli.builtin") / name.removeprefix(BUILTIN)))
+    if not (folder / "config.json").is_file():
+        known = sorted(BUILTIN + p.parent.name for p in folder.parent.glob("*/config.json"))
+        raise MocError(f"'{name}' is not a built-in model; known: {', '.join(known)}")
+    return str(folder)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises MocError where it cannot be had."""
+    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name), **options)
+    except (OSError, ValueError) as error:
+        raise _unavailable("tokenizer", name, error) from error
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """A model's config.json; raises MocError where it cannot be had."""
+    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(resolve(name), **options)
+    except (OSError, ValueError) as error:
+        raise _unavailable("config", name, error) from error
+
+
+def load_model(
+    name: str,
+    *,
+    kind: Kind,
+    num_labels: int | None = None,
+    problem_type: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 42,
+) -> Loaded:
+    """Load a checkpoint (safetensors only); modules it lacks are initialised from `seed`."""
+    options: dict = {
+        "dtype": getattr(torch, dtype),
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if kind == "classification":
+        options |= _labels(num_labels, problem_type) | {"ignore_mismatched_sizes": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
+        except (OSError, ValueError) as error:
+            raise _unavailable("weights", name, error) from error
+    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    if kind == "causal" and absent:
+        raise MocError(
+            f"model '{name}': its checkpoint lacks {', '.join(sorted(absent)[:3])}, without which "
+            "it is no language model"
+        )
+    fresh = fresh_modules(model, absent)
+    return Loaded(model, fresh, hash_weights(name, revision), resolve(name))
+
+
+def build_meta(
+    name: str,
+    *,
+    kind: Kind,
+    num_labels: int | None = None,
+    problem_type: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model's shapes on the meta device: no weights are read."""
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    options: dict = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if kind == "classification":
+        for key, value in _labels(num_labels, problem_type).items():
+            setattr(config, key, value)
+    with torch.device("meta"):
+        return _AUTO[kind].from_config(config, **options)
+
+
+def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
+    """The largest modules that lie wholly in `absent` (parameter names), in the model's order."""
+    fresh: list[str] = []
+    for name, module in model.named_modules():
+        inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        covered = any(name.startswith(f"{known}.") for known in fresh)
+        if name and inside and not covered and absent.issuperset(inside):
+            fresh.append(name)
+    return tuple(fresh)
+
+
+def hash_weights(name: str, revision: str | None = None) -> str:
+    """sha256 over the checkpoint's safetensors files, by name and content."""
+    digest = hashlib.sha256()
+    for path in _weight_files(name, revision):
+        digest.update(f"{path.name} {_hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    source = resolve(name)
+    if Path(source).is_dir():
+        return sorted(Path(source).glob("*.safetensors"))
+    for entry in ("model.safetensors", "model.safetensors.index.json"):
+        found = cached_file(
+            source,
+            entry,
+            revision=revision or "main",
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if found:
+            return sorted(Path(found).parent.glob("*.safetensors"))
+    return []
+
+
+def _hash_file(path: Path) -> str:
+    """sha256 of a file; the hub's cache names large files by it already."""
+    target = path.resolve().name
+    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target):
+        return target
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _labels(num_labels: int | None, problem_type: str | None) -> dict:
+    given = {"num_labels": num_labels, "problem_type": problem_type}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _unavailable(what: str, name: str, error: Exception) -> MocError:
+    first = str(error).strip().splitlines()[0]
+    return MocError(
+        f"model '{name}': its {what} cannot be loaded: {first}",
+        hint="Give a hub id that is reachable or cached, a local folder in Hugging Face format "
+        "(safetensors), or builtin:world-llama.",
+    )

@@ -1,0 +1,237 @@
+"""The shared gate: token probabilities, the vote that turns them into a route, the balance loss.
+
+Shapes: B rows, T tokens, d width, N controls in the pool, K routed controls, V voters' decisions
+(V = 1 for a batch, B for rows, B·T for tokens).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Level = Literal["batch", "sample", "token"]
+Vote = Literal["mean", "mode"]
+Estimator = Literal["renormalized", "straight_through", "probability"]
+
+
+@dataclass
+class Route:
+    """Which controls were chosen and with what weight: `ids` and `weights` are (V, K)."""
+
+    ids: Tensor
+    weights: Tensor
+    _picks: list[list[int]] | None = field(default=None, repr=False)
+    _groups: list[tuple[int, Tensor, Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def voters(self) -> int:
+        return self.ids.shape[0]
+
+    def picks(self) -> list[list[int]]:
+        """The ids on the host; read from the device once."""
+        if self._picks is None:
+            self._picks = self.ids.tolist()
+        return self._picks
+
+    def groups(self) -> list[tuple[int, Tensor, Tensor]]:
+        """(control, its voters (V_k,), its slot among each voter's K (V_k,)) of controls in use."""
+        if self._groups is None:
+            used = sorted({k for row in self.picks() for k in row})
+            self._groups = [(k, *torch.nonzero(self.ids == k, as_tuple=True)) for k in used]
+        return self._groups
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "Route":
+        """The route with its rows reordered, selected or repeated by `change`."""
+        return Route(change(self.ids), change(self.weights))
+
+    def detach(self) -> "Route":
+        return Route(self.ids, self.weights.detach(), self._picks, self._groups)
+
+
+class LinearGate(nn.Module):
+    """logits = W x, W (N, d) kaiming-uniform(a=√5); no bias."""
+
+    def __init__(
+        self, width: int, size: int, generator: torch.Generator | None = None, device: str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width, dtype=torch.float32, device=device))
+        if device != "meta":
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, d) -> logits (B, T, N), in float32 or wider."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class CosineGate(nn.Module):
+    """logits = s · cos(P x, e_k), normalised over the feature axis; s = exp(min(log τ, log 100)).
+
+    P (p, d) kaiming-uniform(a=√5), e (N, p) ~ N(0, 0.01²), log τ starts at log 2 (after Tutel).
+    """
+
+    MAX_LOG_TEMPERATURE = math.log(100)
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        projection_dim: int,
+        generator: torch.Generator | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        empty = {"dtype": torch.float32, "device": device}
+        self.projection = nn.Parameter(torch.empty(projection_dim, width, **empty))
+        self.experts = nn.Parameter(torch.empty(size, projection_dim, **empty))
+        self.log_temperature = nn.Parameter(torch.full((), math.log(2), **empty))
+        if device != "meta":
+            nn.init.kaiming_uniform_(self.projection, a=math.sqrt(5), generator=generator)
+            nn.init.normal_(self.experts, std=0.01, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, d) -> logits (B, T, N), in float32 or wider."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        features = F.normalize(F.linear(x.to(dtype), self.projection.to(dtype)), dim=-1)
+        experts = F.normalize(self.experts.to(dtype), dim=-1)
+        temperature = self.log_temperature.clamp(max=self.MAX_LOG_TEMPERATURE).exp()
+        return temperature.to(dtype) * F.linear(features, experts)
+
+
+def probabilities(gate: nn.Module, x: Tensor, exclude: int | None = None) -> Tensor:
+    """softmax of the logits over the pool (B, T, N); control `exclude` gets probability 0."""
+    logits = gate(x)
+    if exclude is not None:
+        away = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        away[exclude] = True
+        logits = logits.masked_fill(away, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The indices of the k largest along the last axis; equal scores: the lower index first."""
+    if k == 1:
+        return scores.argmax(dim=-1, keepdim=True)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@dataclass
+class Ballot:
+    """What the voters of each decision said: mean probability, own picks counted, and how many.
+
+    `sums` (V, N) of p, `counts` (V, N) of own top-K picks, `voters` (V, 1).
+    """
+
+    sums: Tensor
+    counts: Tensor
+    voters: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums / self.voters.clamp(min=1)
+
+    def __add__(self, other: "Ballot") -> "Ballot":
+        return Ballot(
+            self.sums + other.sums, self.counts + other.counts, self.voters + other.voters
+        )
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "Ballot":
+        """The ballot with its rows reordered, selected or repeated by `change`."""
+        return Ballot(change(self.sums), change(self.counts), change(self.voters))
+
+
+def poll(p: Tensor, valid: Tensor | None, level: Level, k: int, vote: Vote) -> Ballot:
+    """Collect the votes of p (B, T, N) by the tokens with `valid` (B, T), at one level.
+
+    At level `token` every token decides for itself, padding too (its output is never read).
+    """
+    if level == "token":
+        p = p.flatten(0, 1)[:, None]  # (B·T, 1, N)
+        valid = None
+    elif level == "batch":
+        p = p.flatten(0, 1)[None]  # (1, B·T, N)
+        valid = None if valid is None else valid.flatten()[None]
+    weight = p.new_ones(p.shape[:2]) if valid is None else valid.to(p.dtype)
+    counts = torch.zeros_like(p[:, 0])
+    if vote == "mode":
+        counts = (own_picks(p, k) * weight[..., None]).sum(dim=1)
+    return Ballot((p * weight[..., None]).sum(dim=1), counts, weight.sum(dim=1, keepdim=True))
+
+
+def own_picks(p: Tensor, k: int) -> Tensor:
+    """1 where a control is among the token's own k most probable, else 0; like p, no gradient."""
+    return torch.zeros_like(p).scatter_(-1, top_k(p.detach(), k), 1.0)
+
+
+def decide(ballot: Ballot, k: int, vote: Vote, estimator: Estimator) -> Route:
+    """The route (V, K) that the ballot gives, with weights π (eq. 10 where there is one voter).
+
+    `mean` takes the K largest mean probabilities; `mode` the K most counted, ties by mean
+    probability and then by the lower index. π_k = P̄_k / Σ_S P̄ (`renormalized`), the same with the
+    gradient of P̄ (`straight_through`), or P̄_k itself (`probability`).
+    """
+    mean = ballot.mean
+    ids = top_k(mean.detach(), k)
+    if vote == "mode":
+        by_mean = mean.detach().sort(dim=-1, descending=True, stable=True).indices
+        counted = ballot.counts.gather(-1, by_mean)
+        order = counted.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        ids = by_mean.gather(-1, order)
+    chosen = mean.gather(-1, ids)
+    if estimator == "probability":
+        weights = chosen
+    elif estimator == "renormalized" and k == 1:
+        # Exactly 1 with a gradient of exactly 0: c/c would leave rounding noise in the gate's
+        # gradient, and Adam scales noise up to full steps.
+        weights = torch.ones_like(chosen) + 0 * chosen
+    else:
+        # A control without any probability can be chosen by count alone: never 0/0.
+        weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+        if estimator == "straight_through":
+            weights = weights.detach() + chosen - chosen.detach()
+    return Route(ids, weights)
+
+
+def balance_loss(
+    p: Tensor, valid: Tensor | None, k: int, size: int, route: Route | None = None
+) -> Tensor:
+    """N · Σ_j f_j·P_j of one site over its valid tokens; perfectly balanced use gives 1.
+
+    P_j is the mean of p_ij; f_j the share of picks that went to j, without gradient: of the
+    tokens' own top K, or of the decisions in `route` where one is given (as MoLEx's code does).
+    `size` is N, or N − 1 where the local control is excluded.
+    """
+    weight = p.new_ones(p.shape[:2]) if valid is None else valid.to(p.dtype)
+    weight = weight / weight.sum().clamp(min=1)  # (B, T)
+    mean = (p * weight[..., None]).sum(dim=(0, 1))  # (N,)
+    if route is None:
+        share = (own_picks(p, k) * weight[..., None]).sum(dim=(0, 1)) / k
+    else:
+        share = torch.zeros_like(mean)
+        ones = torch.full_like(route.ids.flatten(), 1 / route.ids.numel(), dtype=p.dtype)
+        share = share.index_add(0, route.ids.flatten(), ones)
+    return size * (share * mean).sum()
+
+
+class InjectLoss(torch.autograd.Function):
+    """Identity on x whose backward also sends `coefficient` into `loss`.
+
+    It makes loss part of the objective without a module holding a tensor that carries a graph,
+    which would keep a recomputed layer alive under activation checkpointing.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
+        ctx.coefficient = coefficient
+        ctx.like = loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dtype, device = ctx.like
+        return grad, torch.full((), ctx.coefficient, dtype=dtype, device=device), None

@@ -1,0 +1,234 @@
+"""Every control and gate of one model, and the update that each site adds (eq. 9)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moc_cli.nn.control import Control, mixed_update
+from moc_cli.nn.gate import (
+    Ballot,
+    CosineGate,
+    Estimator,
+    InjectLoss,
+    Level,
+    LinearGate,
+    Route,
+    Vote,
+    balance_loss,
+    decide,
+    poll,
+    probabilities,
+)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How routes are decided and what keeps them balanced; `top_k` = 0 means no gate at all."""
+
+    top_k: int = 1
+    alpha: float = 0.95
+    share_gate: bool = True
+    gate: str = "cosine"
+    projection_dim: int = 256
+    estimator: Estimator = "renormalized"
+    level: Level = "batch"
+    vote: Vote = "mean"
+    exclude_local: bool = False
+    decode: str = "frozen"
+    balance_weight: float = 0.01
+    balance_f: str = "top_k"
+    balance_reduce: str = "sum"
+
+
+@dataclass
+class RouteStore:
+    """What one generation remembers between its forwards: a route (frozen) or ballot per site."""
+
+    routes: dict[int, Route] = field(default_factory=dict)
+    ballots: dict[int, Ballot] = field(default_factory=dict)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do to the rows what the cache does to its own: reorder, select or repeat them."""
+        self.routes = {site: route.rows(change) for site, route in self.routes.items()}
+        self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
+
+
+@dataclass
+class Pass:
+    """One forward of the model: which tokens vote (B, T; None = all), and its generation."""
+
+    valid: Tensor | None = None
+    store: RouteStore | None = None
+
+
+class Site:
+    """One place in the model where a control is added: its layer, its block, its pool.
+
+    A plain object, so that hooks can be its bound methods and still be copied and pickled.
+    `choice` and `loss` are slots: overwritten by each forward, never appended to, and detached.
+    """
+
+    def __init__(self, mixture: "Mixture", index: int, layer: int, block: str, pool: str) -> None:
+        self.mixture = mixture
+        self.index = index
+        self.layer = layer
+        self.block = block
+        self.pool = pool
+        self.choice: Tensor | None = None
+        self.loss: Tensor | None = None
+        self._state: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.block}"
+
+    @property
+    def local(self) -> int:
+        """This site's own place in its pool."""
+        return self.mixture.pools[self.pool].index(self.index)
+
+    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook where the block's input x_t is seen."""
+        self._state = args[0] if args else kwargs["hidden_states"]
+
+    def write(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        """Forward hook where the block's output is known: adds the site's update to it."""
+        state, self._state = self._state, None
+        if state is None:
+            raise RuntimeError(f"site {self.name}: the block wrote its output before its input")
+        if not self.mixture.active:
+            return output
+        update = self.mixture.update(self, state)
+        if isinstance(output, tuple):
+            return (output[0] + update, *output[1:])
+        return output + update
+
+
+class Mixture(nn.Module):
+    """x_{t+1} = x_t + f_t(x_t) + α·g_t(x_t) + (1−α)·Σ_{k∈S_K} π_k·g_k(x_t)  (eq. 9).
+
+    Learned: one control a site and one gate a pool. Its state dict is the adapter file's:
+    `controls.<layer>.<attn|ffn>.{A,B}`, `gates.<shared|attn|ffn>.*`. With `top_k` = 0 it is
+    Parallel Control: weight 1 instead of α, no gate, no balance loss.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        blocks: tuple[str, ...],
+        rank: int,
+        scale: float,
+        routing: Routing,
+        *,
+        generator: torch.Generator | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.routing = routing
+        self.active = True
+        self.loss_scale = 1.0
+        self.current = Pass()
+        self.controls = nn.ModuleList(
+            nn.ModuleDict({block: Control(width, rank, generator, device) for block in blocks})
+            for _ in range(layers)
+        )
+        shared = len(blocks) == 1 or routing.share_gate
+        name = blocks[0] if len(blocks) == 1 else "shared"
+        self.sites = [
+            Site(self, layer * len(blocks) + i, layer, block, name if shared else block)
+            for layer in range(layers)
+            for i, block in enumerate(blocks)
+        ]
+        self.pools: dict[str, list[int]] = {}
+        for site in self.sites:
+            self.pools.setdefault(site.pool, []).append(site.index)
+        self.gates = nn.ModuleDict()
+        if routing.top_k:
+            for pool, members in self.pools.items():
+                if routing.gate == "linear":
+                    gate: nn.Module = LinearGate(width, len(members), generator, device)
+                else:
+                    gate = CosineGate(
+                        width, len(members), routing.projection_dim, generator, device
+                    )
+                self.gates[pool] = gate
+
+    def control(self, index: int) -> Control:
+        site = self.sites[index]
+        return self.controls[site.layer][site.block]
+
+    def update(self, site: Site, x: Tensor) -> Tensor:
+        """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
+        own = self.control(site.index)
+        routing = self.routing
+        site.choice = site.loss = None
+        if not routing.top_k:
+            return own(x, self.scale)
+        route, loss = self.route(site, x)
+        pool = [self.control(index) for index in self.pools[site.pool]]
+        update = mixed_update(x, own, pool, route, routing.alpha, self.scale)
+        if loss is not None:
+            site.loss = loss.detach()
+            weight = routing.balance_weight * self.loss_scale
+            if routing.balance_reduce == "mean":
+                weight /= len(self.sites)
+            update = InjectLoss.apply(update, loss, weight)
+        return update
+
+    def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:
+        """The site's route for x (B, T, d), and its balance loss while training.
+
+        Training votes at `level`. Evaluation gives each row its own route (each token at level
+        `token`); while a generation's store holds the row's route, that is reused (`frozen`) or
+        its ballot grows by the new tokens first (`running`).
+        """
+        routing, store, valid = self.routing, self.current.store, self.current.valid
+        level: Level = routing.level if self.training else _evaluation_level(routing.level)
+        keep = store is not None and not self.training and level == "sample"
+        if keep and routing.decode == "frozen" and site.index in store.routes:
+            kept = store.routes[site.index]
+            if kept.voters != x.shape[0]:
+                raise RuntimeError(
+                    f"site {site.name}: the cache holds routes of {kept.voters} rows, the input "
+                    f"has {x.shape[0]}"
+                )
+            return kept, None
+        if valid is not None and valid.shape != x.shape[:2]:
+            raise RuntimeError(
+                f"site {site.name}: the mask of the voting tokens is {tuple(valid.shape)}, "
+                f"the block's input {tuple(x.shape[:2])}"
+            )
+        exclude = site.local if routing.exclude_local else None
+        p = probabilities(self.gates[site.pool], x, exclude)
+        ballot = poll(p, valid, level, routing.top_k, routing.vote)
+        if keep and routing.decode == "running":
+            if site.index in store.ballots:
+                ballot = store.ballots[site.index] + ballot
+            store.ballots[site.index] = ballot
+        route = decide(ballot, routing.top_k, routing.vote, routing.estimator)
+        site.choice = route.ids
+        if keep and routing.decode == "frozen":
+            store.routes[site.index] = route.detach()
+        if not (self.training and routing.balance_weight):
+            return route, None
+        size = p.shape[-1] - (exclude is not None)
+        chosen = route if routing.balance_f == "choice" else None
+        return route, balance_loss(p, valid, routing.top_k, size, chosen)
+
+    def balance(self) -> float | None:
+        """λ·Σ_sites of the last training forward (or λ·mean), read from the device; for logs."""
+        losses = [site.loss for site in self.sites if site.loss is not None]
+        if not losses:
+            return None
+        total = torch.stack(losses).sum()
+        if self.routing.balance_reduce == "mean":
+            total = total / len(self.sites)
+        return self.routing.balance_weight * total.item()
+
+
+def _evaluation_level(level: Level) -> Level:
+    return "token" if level == "token" else "sample"

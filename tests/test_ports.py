@@ -1,0 +1,387 @@
+"""Controls placed in real model classes: laws that hold for every family and every way to run."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from transformers import StaticCache
+
+from moc_cli.errors import MocError
+from moc_cli.methods import attach
+from moc_cli.recipe.methods import ControlMethod, MocMethod
+
+FAMILIES = ("llama", "bert", "roberta")
+DECODERS = ("llama",)
+
+
+def moc(**changes) -> MocMethod:
+    section = {"rank": 4, "gate": {"projection_dim": 8}} | changes
+    return MocMethod.model_validate(section)
+
+
+def make(family: str, method=None, *, trained=True, new_modules=(), **changes):
+    """A tiny model with a method; `trained` draws non-zero B and a gate with distinct routes."""
+    model = make_tiny_model(family, num_labels=None if family in DECODERS else 3, **changes)
+    adapted = attach(model.eval(), method or moc(), new_modules=new_modules, seed=1)
+    if trained:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in adapted.named_trainables().items():
+                if name.endswith(".B"):
+                    parameter.normal_(std=0.3, generator=generator)
+                elif name.endswith("log_temperature"):
+                    parameter.fill_(4.0)
+    return adapted
+
+
+LENGTHS = (9, 7, 5, 3, 2, 1, 2, 1)
+
+
+def batch(family: str, rows=8, side="right") -> dict[str, torch.Tensor]:
+    """Rows of 9 to 1 tokens: the short ones take routes of their own."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(5, 250, (rows, max(LENGTHS)), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS[:rows]):
+        mask[row, slice(-length, None) if side == "left" else slice(length)] = 1
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def routes(adapted) -> list:
+    """The last decision of every site, copied."""
+    sites = adapted._placed.mixture.sites
+    return [None if site.choice is None else site.choice.clone() for site in sites]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [moc(), ControlMethod(rank=4)], ids=["moc", "control"])
+def test_at_init_equal_to_the_base_and_detach_restores_it(family, method):
+    base = make_tiny_model(family, num_labels=None if family in DECODERS else 3).eval()
+    keys, before = set(base.state_dict()), copy.deepcopy(base.state_dict())
+    inputs = batch(family)
+    expected = base(**inputs).logits
+    adapted = attach(base, method, seed=1)
+    assert torch.equal(base(**inputs).logits, expected)
+    assert keys <= set(base.state_dict())
+    with torch.no_grad():
+        for name, parameter in adapted.named_trainables().items():
+            if name.endswith(".B"):
+                parameter.normal_()
+    assert not torch.allclose(base(**inputs).logits, expected)
+    with adapted.disabled():
+        assert torch.equal(base(**inputs).logits, expected)
+    adapted.detach()
+    assert torch.equal(base(**inputs).logits, expected)
+    assert set(base.state_dict()) == keys
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert "generate" not in vars(base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_equal_with_activation_checkpointing(family, reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        adapted = make(family)
+        model = adapted.model.train()
+        if checkpointing:
+            kwargs = {"use_reentrant": reentrant}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            if reentrant:
+                model.enable_input_require_grads()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        first, second = batch(family), batch(family, side="left" if family == "llama" else "right")
+        second = {k: v.flip(0) for k, v in second.items()}
+        # Two forwards before one backward: each must be recomputed with its own mask.
+        loss = model(**first).logits.square().mean() + model(**second).logits.square().mean()
+        loss.backward()
+        grads.append({n: p.grad for n, p in adapted.named_trainables().items()})
+        assert all(grad is not None for grad in grads[-1].values())
+    for name, grad in grads[0].items():
+        # Reentrant checkpointing adds the two forwards' gradients in another order.
+        assert torch.allclose(grad, grads[1][name], rtol=0, atol=1e-6 if reentrant else 0), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_balance_loss_reaches_the_gate_once_and_scaled(family):
+    adapted = make(family)
+    model = adapted.model.train()
+    gate = adapted.named_trainables()["gates.shared.experts"]
+    found = []
+    for checkpointing, scale in ((False, 1.0), (True, 1.0), (False, 0.25)):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        else:
+            model.activation_checkpointing_disable()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        adapted.set_loss_scale(scale)
+        gate.grad = None
+        model(**batch(family)).logits.sum().backward()
+        found.append(gate.grad.clone())
+    assert found[0].abs().max() > 0  # at K = 1 the task loss gives the gate nothing
+    assert torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-9)
+    assert torch.allclose(0.25 * found[0], found[2], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_alone_equal_rows_in_a_batch(family):
+    adapted = make(family)
+    base = make_tiny_model(family, num_labels=None if family in DECODERS else 3).eval()
+    inputs = batch(family)
+    with torch.no_grad():
+        together, chosen = adapted.model(**inputs).logits, routes(adapted)
+        bare = base(**inputs).logits
+        assert len({tuple(c[row].item() for c in chosen) for row in range(8)}) >= 3
+        for row in range(8):
+            alone = {
+                k: v[row : row + 1, : int(inputs["attention_mask"][row].sum())]
+                for k, v in inputs.items()
+            }
+            ours = adapted.model(**alone).logits[0]
+            theirs = base(**alone).logits[0]
+            for site, choice in enumerate(routes(adapted)):
+                assert torch.equal(choice[0], chosen[site][row])
+            span = slice(0, ours.shape[0]) if ours.ndim > 1 else slice(None)
+            noise = (bare[row][span] - theirs).abs().max()
+            assert (together[row][span] - ours).abs().max() <= max(10 * noise, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_and_pickles_keep_their_own_controls(family):
+    adapted = make(family)
+    inputs = batch(family)
+    expected = adapted.model(**inputs).logits
+    for other in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert torch.equal(other.model(**inputs).logits, expected)
+        with torch.no_grad():
+            for parameter in other.named_trainables().values():
+                parameter.zero_()
+        assert torch.equal(adapted.model(**inputs).logits, expected)
+        assert not torch.equal(other.model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_changes_only_the_adapter(family):
+    adapted = make(family)
+    model = adapted.model.train()
+    own = {id(p) for p in adapted.named_trainables().values()}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in own}
+    trained = adapted.state()
+    optimizer = torch.optim.SGD(adapted.named_trainables().values(), lr=1.0)
+    model(**batch(family)).logits.square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    changed = {n for n, v in adapted.state().items() if not torch.equal(v, trained[n])}
+    assert changed == set(trained)
+
+
+def test_the_route_of_a_generation_is_its_prompts(monkeypatch):
+    """Greedy and beams, with a dynamic, a static or no cache, left padding: same ids and routes."""
+    adapted = make("llama")
+    inputs = batch("llama", side="left")
+    first = routes_at_first_forward(adapted, inputs)
+    assert len({tuple(c[row].item() for c in first) for row in range(8)}) >= 3
+    for beams in (1, 4):
+        results = []
+        for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            seen = watch(adapted)
+            ids = adapted.model.generate(
+                **inputs,
+                max_new_tokens=8,
+                min_new_tokens=8,
+                num_beams=beams,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+            results.append(ids)
+            for step in seen.stop():
+                for site, route in enumerate(step):
+                    if route is not None:
+                        assert torch.equal(route, first[site].repeat_interleave(beams, 0))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def routes_at_first_forward(adapted, inputs) -> list:
+    with torch.no_grad():
+        adapted.model(**inputs, use_cache=False)
+    return routes(adapted)
+
+
+def watch(adapted) -> SimpleNamespace:
+    """Record what every site really used in each forward (route ids), until `stop()`."""
+    mixture, log = adapted._placed.mixture, []
+    original = mixture.route
+
+    def spy(site, x):
+        route, loss = original(site, x)
+        if site.index == 0:
+            log.append([None] * len(mixture.sites))
+        log[-1][site.index] = route.ids.clone()
+        return route, loss
+
+    mixture.route = spy
+
+    def stop():
+        del mixture.route
+        return log
+
+    return SimpleNamespace(stop=stop)
+
+
+def test_second_turn_and_interleaved_generations_keep_their_own_routes():
+    adapted = make("llama")
+    model = adapted.model
+    inputs = batch("llama", side="left")
+    one = {k: v[:4] for k, v in inputs.items()}
+    two = {k: v[4:] for k, v in inputs.items()}
+    more = torch.randint(5, 250, (4, 3))
+    with torch.no_grad():
+        first = model(**one, use_cache=True)
+        chosen = routes(adapted)
+        other = model(**two, use_cache=True)
+        mask = torch.cat([one["attention_mask"], torch.ones(4, 3, dtype=torch.long)], 1)
+        seen = watch(adapted)
+        model(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values)
+        (step,) = seen.stop()
+    assert all(torch.equal(a, b) for a, b in zip(step, chosen, strict=True))
+    assert routes(adapted) == [None] * 4  # nothing was decided anew
+    assert other.past_key_values._moc_routes is not first.past_key_values._moc_routes
+
+
+def test_a_reused_static_cache_is_a_new_prefill_after_reset():
+    adapted = make("llama")
+    model = adapted.model
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    inputs = batch("llama", rows=1)["input_ids"]
+    with torch.no_grad():
+        for ids in (inputs, inputs.flip(1)):
+            cache.reset()
+            model(input_ids=ids, past_key_values=cache)
+            chosen = routes(adapted)
+            assert chosen[0] is not None
+            expected = model(input_ids=ids, use_cache=False)
+            assert all(torch.equal(a, b) for a, b in zip(chosen, routes(adapted), strict=True))
+            del expected
+
+
+def test_repeated_and_selected_cache_rows_take_their_routes_along():
+    adapted = make("llama")
+    inputs = batch("llama", side="left")
+    with torch.no_grad():
+        cache = adapted.model(**inputs, use_cache=True).past_key_values
+        stored = cache._moc_routes.routes[0].ids.clone()
+        cache.batch_repeat_interleave(3)
+        assert torch.equal(cache._moc_routes.routes[0].ids, stored.repeat_interleave(3, 0))
+        cache.batch_select_indices(torch.tensor([9, 0]))
+        assert torch.equal(cache._moc_routes.routes[0].ids, stored[[3, 0]])
+        copied = copy.deepcopy(cache)
+        copied.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(copied._moc_routes.routes[0].ids, stored[[0, 3]])
+        assert torch.equal(cache._moc_routes.routes[0].ids, stored[[3, 0]])
+
+
+def test_chosen_voters_replace_the_mask():
+    adapted = make("llama")
+    inputs = batch("llama", rows=1)
+    prompt = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    prompt[:, :4] = True
+    with torch.no_grad():
+        with adapted.voting(prompt):
+            adapted.model(**inputs)
+            chosen = routes(adapted)
+        adapted.model(input_ids=inputs["input_ids"][:, :4])
+        assert all(torch.equal(a, b) for a, b in zip(chosen, routes(adapted), strict=True))
+
+
+def test_tally_counts_each_decision_once():
+    adapted = make("llama")
+    inputs = batch("llama")
+    for checkpointing in (False, True):
+        if checkpointing:
+            adapted.model.train().activation_checkpointing_enable()
+        for _ in range(3):
+            out = adapted.model(**inputs)
+            if checkpointing:
+                out.logits.sum().backward()
+            adapted.tally()
+        pool = adapted.routing_summary(reset=True)["pools"]["shared"]
+        assert pool["decisions"] == 3 * 4 * (1 if checkpointing else 8)
+        assert sum(pool["use"]) == pytest.approx(1.0)
+    assert adapted.routing_summary() == {}
+
+
+def test_fresh_modules_are_trained_and_saved():
+    adapted = make("bert", new_modules=("bert.pooler", "classifier"))
+    names = {n for n in adapted.named_trainables() if n.startswith("modules.")}
+    assert names == {
+        "modules.bert.pooler.dense.weight",
+        "modules.bert.pooler.dense.bias",
+        "modules.classifier.weight",
+        "modules.classifier.bias",
+    }
+    counts = adapted.counts()
+    assert counts.modules == 32 * 32 + 32 + 3 * 32 + 3
+    assert counts.adapter == 4 * 2 * 4 * 32 + 8 * 32 + 4 * 8 + 1
+    total = sum(p.numel() for p in adapted.model.parameters())
+    assert counts.base == total - counts.modules - counts.adapter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_base_trains_float32_controls_and_heads(family):
+    fresh = () if family in DECODERS else ("classifier",)
+    model = make_tiny_model(family, num_labels=None if family in DECODERS else 3)
+    adapted = attach(model.bfloat16().train(), moc(), new_modules=fresh)
+    out = adapted.model(**batch(family)).logits
+    out.float().square().mean().backward()
+    for parameter in adapted.named_trainables().values():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+    assert out.isfinite().all()
+
+
+def test_wrong_placement_and_too_many_routes_are_refused_before_anything_changes():
+    model = make_tiny_model("llama")
+    keys = set(model.state_dict())
+    place = {
+        "layers": "layers",
+        "attn": {"read": "input_layernorm", "write": "attention"},
+        "ffn": {"read": "post_attention_layernorm", "write": "mlp"},
+        "causal": True,
+    }
+    with pytest.raises(MocError, match=r"attn.write 'attention' \(layer 0\)"):
+        attach(model, moc(placement=place))
+    with pytest.raises(MocError, match="at most 4"):
+        attach(model, moc(top_k=5))
+    with pytest.raises(MocError, match="at most 3"):
+        attach(model, moc(top_k=4, routing={"exclude_local": True}))
+    model.config.model_type = "lama"
+    with pytest.raises(MocError, match="did you mean 'llama'"):
+        attach(model, moc())
+    assert set(model.state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_state_loads_strictly():
+    adapted = make("llama")
+    other = make("llama", trained=False)
+    inputs = batch("llama")
+    other.load_state(adapted.state())
+    assert torch.equal(other.model(**inputs).logits, adapted.model(**inputs).logits)
+    state = adapted.state()
+    state["controls.9.attn.A"] = state.pop("controls.0.attn.A")
+    state["controls.0.ffn.A"] = state["controls.0.ffn.A"][:1]
+    with pytest.raises(MocError, match="missing 'controls.0.attn.A'") as error:
+        other.load_state(state)
+    assert "unexpected 'controls.9.attn.A'" in str(error.value)
+    assert "expected (4, 32)" in str(error.value)
