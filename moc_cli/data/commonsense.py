@@ -1,0 +1,198 @@
+"""The eight commonsense tasks: rows of the hub, or LLM-Adapters' four fields, to examples.
+
+The instructions are those of LLM-Adapters, byte for byte, whichever of the two they come from.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moc_cli.data.examples import ANSWER, ChoiceExample
+from moc_cli.data.prompts import eval_prompt, train_prompt
+from moc_cli.data.source import BadRow, Fields, HubSplit, take
+
+PARQUET = "refs/convert/parquet"  # for sets whose main branch is a script, which is run no more
+QUESTION = "Please choose the correct answer to the question: "
+_FORMAT = re.compile(r"Answer format: (\S+)$")
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """A task: its splits on the hub, its option words (`stem`1, `stem`2, ... or true and false),
+    and how a raw row becomes (instruction, option words, number of the right one).
+    """
+
+    train: HubSplit
+    test: HubSplit
+    stem: str
+    build: Callable[[Fields], tuple[str, list[str], int]]
+
+
+def _boolq(row: Fields) -> tuple[str, list[str], int]:
+    question, right = take(row, "question", str), take(row, "answer", bool)
+    instruction = (
+        "Please answer the following question with true or false, "
+        f"question: {question}?\n\nAnswer format: true/false"
+    )
+    return instruction, ["true", "false"], 0 if right else 1
+
+
+def _piqa(row: Fields) -> tuple[str, list[str], int]:
+    options = [take(row, "sol1", str), take(row, "sol2", str)]
+    listed, words = _listed(options, "solution", between="\n\n")
+    instruction = (
+        f"Please choose the correct solution to the question: {take(row, 'goal', str)}"
+        f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
+    )
+    return instruction, words, _position(row, "label", ["0", "1"])
+
+
+def _social_i_qa(row: Fields) -> tuple[str, list[str], int]:
+    options = [take(row, f"answer{letter}", str) for letter in "ABC"]
+    listed, words = _listed(options, "answer")
+    instruction = (
+        f"{QUESTION}{take(row, 'context', str)} {take(row, 'question', str)}"
+        f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
+    )
+    return instruction, words, _position(row, "label", ["1", "2", "3"])
+
+
+def _hellaswag(row: Fields) -> tuple[str, list[str], int]:
+    listed, words = _listed(take(row, "endings", list), "ending")
+    instruction = (
+        "Please choose the correct ending to complete the given sentence: "
+        f"{take(row, 'activity_label', str)}: {take(row, 'ctx', str)}"
+        f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
+    )
+    return instruction, words, _position(row, "label", ["0", "1", "2", "3"])
+
+
+def _winogrande(row: Fields) -> tuple[str, list[str], int]:
+    listed, words = _listed([take(row, "option1", str), take(row, "option2", str)], "option")
+    instruction = (
+        "Please choose the correct answer to fill in the blank to complete the given sentence: "
+        f"{take(row, 'sentence', str)}\n\n{listed} Answer format: {'/'.join(words)}"
+    )
+    return instruction, words, _position(row, "answer", ["1", "2"])
+
+
+def _arc(row: Fields) -> tuple[str, list[str], int]:
+    return _lettered(row, "question")
+
+
+def _openbookqa(row: Fields) -> tuple[str, list[str], int]:
+    return _lettered(row, "question_stem")
+
+
+def _lettered(row: Fields, question: str) -> tuple[str, list[str], int]:
+    choices = take(row, "choices", dict)
+    listed, words = _listed(take(choices, "text", list), "answer")
+    instruction = (
+        f"{QUESTION}{take(row, question, str)}\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
+    )
+    return instruction, words, _position(row, "answerKey", take(choices, "label", list))
+
+
+def _listed(options: list[str], stem: str, between: str = " ") -> tuple[str, list[str]]:
+    """Return `Stem1: option Stem2: option` and the words stem1, stem2."""
+    words = [f"{stem}{number}" for number in range(1, len(options) + 1)]
+    pairs = zip(words, options, strict=True)
+    return between.join(f"{word.capitalize()}: {option}" for word, option in pairs), words
+
+
+def _position(row: Fields, name: str, names: Sequence[str]) -> int:
+    """The place of the label among its possible values, which the hub spells as text or number."""
+    label = str(row.get(name, "")).strip()
+    if label not in names:
+        raise BadRow(f"'{name}' is {label!r}, not one of {', '.join(names)}")
+    return list(names).index(label)
+
+
+def _splits(
+    repo: str,
+    config: str | None,
+    test: str,
+    *,
+    train_configs: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> tuple[HubSplit, HubSplit]:
+    train = HubSplit(repo, train_configs or (config,), "train", revision)
+    return train, HubSplit(repo, (config,), test, revision)
+
+
+WINOGRANDE_SIZES = tuple(f"winogrande_{size}" for size in ("xs", "s", "m", "l", "xl", "debiased"))
+TASKS: dict[str, ChoiceTask] = {
+    "boolq": ChoiceTask(*_splits("google/boolq", None, "validation"), "", _boolq),
+    "piqa": ChoiceTask(
+        *_splits("ybisk/piqa", None, "validation", revision=PARQUET), "solution", _piqa
+    ),
+    "social_i_qa": ChoiceTask(
+        *_splits("allenai/social_i_qa", None, "validation", revision=PARQUET),
+        "answer",
+        _social_i_qa,
+    ),
+    "hellaswag": ChoiceTask(*_splits("Rowan/hellaswag", None, "validation"), "ending", _hellaswag),
+    "winogrande": ChoiceTask(
+        *_splits(
+            "allenai/winogrande", "winogrande_xl", "validation", train_configs=WINOGRANDE_SIZES
+        ),
+        "option",
+        _winogrande,
+    ),
+    "ARC-Easy": ChoiceTask(*_splits("allenai/ai2_arc", "ARC-Easy", "test"), "answer", _arc),
+    "ARC-Challenge": ChoiceTask(
+        *_splits("allenai/ai2_arc", "ARC-Challenge", "test"), "answer", _arc
+    ),
+    "openbookqa": ChoiceTask(*_splits("allenai/openbookqa", "main", "test"), "answer", _openbookqa),
+}
+
+
+def from_hub(task: str, row: Fields) -> ChoiceExample:
+    """The example of a raw row of the hub; raises BadRow."""
+    instruction, words, label = TASKS[task].build(row)
+    return make_example(task, instruction, words, label)
+
+
+def from_fields(task: str, row: Fields) -> ChoiceExample:
+    """The example of a row of LLM-Adapters' four fields; raises BadRow.
+
+    The options are what the instruction's last line names, and the answer must be among them.
+    """
+    found = _FORMAT.search(take(row, "instruction", str))
+    if not found:
+        raise BadRow("'instruction' does not end in 'Answer format: ' and the options")
+    words = found[1].split("/")
+    stem = TASKS[task].stem
+    expected = [f"{stem}{n}" for n in range(1, len(words) + 1)] if stem else ["true", "false"]
+    if words != expected:
+        raise BadRow(f"the options are '{found[1]}', not like '{'/'.join(expected)}'")
+    return answered(task, row, words)
+
+
+def from_options(task: str, row: Fields) -> ChoiceExample:
+    """The example of a row that lists its own options in `candidates`; raises BadRow."""
+    words = take(row, "candidates", list)
+    if len(words) < 2 or len(set(words)) < len(words):
+        raise BadRow("'candidates' needs two different options at least, and no option twice")
+    return answered(task, row, words)
+
+
+def answered(task: str, row: Fields, words: list[str]) -> ChoiceExample:
+    """The example of a row's four fields whose options are `words`; raises BadRow."""
+    answer = take(row, "answer", str)
+    if row.get("input"):
+        raise BadRow("'input' is not empty")
+    if answer not in words:
+        raise BadRow(f"'answer' is {answer!r}, not one of {', '.join(words)}")
+    if take(row, "output", str) != ANSWER + answer:
+        raise BadRow(f"'output' is not '{ANSWER}' and the answer")
+    return make_example(task, take(row, "instruction", str), words, words.index(answer))
+
+
+def make_example(task: str, instruction: str, words: list[str], label: int) -> ChoiceExample:
+    """Put an instruction and its options into both templates."""
+    prompt = train_prompt(instruction)
+    candidates = tuple(ANSWER + word for word in words)
+    return ChoiceExample(
+        task, prompt + candidates[label], len(prompt), eval_prompt(instruction), candidates, label
+    )

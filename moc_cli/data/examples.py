@@ -1,0 +1,77 @@
+"""Examples: what a row of a benchmark means, before any tokenizer sees it."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import TypeVar
+
+from moc_cli.errors import DataError
+
+ANSWER = "the correct answer is "
+
+
+@dataclass(frozen=True)
+class ChoiceExample:
+    """A question with options. `train_text[answer_start:]` is the answer that training shows;
+    `eval_prompt + candidates[i]` is what evaluation scores; `candidates[label]` is right.
+    """
+
+    task: str
+    train_text: str
+    answer_start: int
+    eval_prompt: str
+    candidates: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """One sentence or two, with a class number or, for a regression, a score."""
+
+    task: str
+    text_a: str
+    text_b: str | None
+    label: int | float
+
+
+Example = ChoiceExample | PairExample
+T = TypeVar("T", ChoiceExample, PairExample)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Sha256 of the examples, every field of each, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(astuple(example), ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def subset(examples: list[T], count: int | None, *, seed: int) -> list[T]:
+    """`count` of the examples, drawn by `seed`, in their order; all where count is None or more."""
+    if count is None or count >= len(examples):
+        return list(examples)
+    chosen = random.Random(f"subset {seed}").sample(range(len(examples)), count)
+    return [examples[index] for index in sorted(chosen)]
+
+
+def hold_out(examples: list[T], count: int, *, seed: int) -> tuple[list[T], list[T]]:
+    """Cut `count` different examples, drawn by `seed`, from the rest: (rest, held out).
+
+    Copies of a held-out example leave the rest too: WinoGrande's training rows occur up to three
+    times, and a copy left behind would let the held-out score reward memory. Raises DataError
+    where nothing would be left to train on.
+    """
+    order = list(range(len(examples)))
+    random.Random(f"held-out {seed}").shuffle(order)
+    held = list(dict.fromkeys(examples[index] for index in order))[:count]
+    gone = set(held)
+    rest = [example for example in examples if example not in gone]
+    if len(held) < count or not rest:
+        raise DataError(
+            f"cannot hold out {count} of {len(examples)} training rows",
+            "lower data.held_out or allow more training rows",
+        )
+    return rest, held

@@ -1,0 +1,44 @@
+"""The prompts of LLM-Adapters, byte for byte.
+
+Training and evaluation differ in two places, as they do there: two blanks or one after the header,
+and a line of sixteen blanks or an empty line before the response. Published numbers were
+made this way, so the difference is kept.
+"""
+
+import hashlib
+
+INDENT = " " * 16
+HEADER = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+
+
+def train_prompt(instruction: str) -> str:
+    """The text before the answer in training."""
+    return (
+        f"{HEADER}  \n\n"
+        f"{INDENT}### Instruction:\n"
+        f"{INDENT}{instruction}\n"
+        f"{INDENT}\n"
+        f"{INDENT}### Response:\n"
+        f"{INDENT}"
+    )
+
+
+def eval_prompt(instruction: str) -> str:
+    """The text before the answer in evaluation."""
+    return (
+        f"{HEADER} \n\n"
+        f"{INDENT}### Instruction:\n"
+        f"{INDENT}{instruction}\n"
+        f"\n"
+        f"{INDENT}### Response:\n"
+        f"{INDENT}"
+    )
+
+
+def template_hash() -> str:
+    """Sha256 of both templates, which results state."""
+    both = train_prompt("{instruction}") + "\0" + eval_prompt("{instruction}")
+    return hashlib.sha256(both.encode()).hexdigest()

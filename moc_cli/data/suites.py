@@ -1,0 +1,107 @@
+"""Suites of tasks: which there are, which splits they have, and their examples."""
+
+import gzip
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, overload
+
+from moc_cli.data import commonsense, glue
+from moc_cli.data.examples import ChoiceExample, Example, PairExample
+from moc_cli.data.source import build_rows, did_you_mean, read_hub, read_local
+from moc_cli.errors import DataError
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "commonsense": tuple(commonsense.TASKS),
+    "glue": tuple(glue.TASKS),
+    "builtin": ("world",),
+}
+
+
+@overload
+def load_examples(
+    suite: Literal["glue"], task: str, split: str, *, path: str | Path | None = None
+) -> list[PairExample]: ...
+@overload
+def load_examples(
+    suite: Literal["commonsense", "builtin"],
+    task: str,
+    split: str,
+    *,
+    path: str | Path | None = None,
+) -> list[ChoiceExample]: ...
+def load_examples(
+    suite: str, task: str, split: str, *, path: str | Path | None = None
+) -> list[ChoiceExample] | list[PairExample]:
+    """Every example of a split, from the folder `path` or else from the hub.
+
+    For `validation` of a task with several (MNLI) the first, matched one is read. Raises DataError
+    for an unknown name, for rows out of reach, and naming all rows that cannot be used.
+    """
+    check_task(suite, task)
+    split = _split(suite, task, split)
+    if suite == "glue":
+        build_pair = partial(glue.from_row, task)
+        if path is not None:
+            return read_local(path, task, split, build_pair)
+        return read_hub(glue.hub_split(task, split), build_pair)
+    if suite == "builtin":
+        return _builtin(task, split)
+    if path is not None:
+        return read_local(path, task, split, partial(commonsense.from_fields, task))
+    kind = commonsense.TASKS[task]
+    source = kind.train if split == "train" else kind.test
+    return read_hub(source, partial(commonsense.from_hub, task))
+
+
+def check_task(suite: str, task: str) -> None:
+    """Raise DataError where the suite or its task is unknown, with the nearest name."""
+    if suite not in SUITES:
+        raise DataError(
+            f"no suite '{suite}'{did_you_mean(suite, SUITES)}", f"suites: {', '.join(SUITES)}"
+        )
+    if task not in SUITES[suite]:
+        raise DataError(
+            f"{suite} has no task '{task}'{did_you_mean(task, SUITES[suite])}",
+            f"tasks of {suite}: {', '.join(SUITES[suite])}",
+        )
+
+
+def splits(suite: str, task: str) -> tuple[str, ...]:
+    """The splits of a task that have labels."""
+    if suite == "glue":
+        return ("train", *glue.TASKS[task].validation)
+    return ("train", "test") if suite == "commonsense" else ("train", "validation", "test")
+
+
+def scored_splits(suite: str, task: str) -> tuple[str, ...]:
+    """The splits whose scores are reported; several for MNLI."""
+    return glue.TASKS[task].validation if suite == "glue" else ("test",)
+
+
+def _split(suite: str, task: str, split: str) -> str:
+    known = splits(suite, task)
+    if suite == "glue" and split == "validation":
+        return glue.TASKS[task].validation[0]
+    if split in known:
+        return split
+    reasons = {
+        ("glue", "test"): "its labels are hidden; validation is scored instead",
+        ("commonsense", "validation"): "rows are held out from train instead",
+    }
+    reason = reasons.get((suite, split))
+    raise DataError(
+        f"{suite}/{task} has no split '{split}'" + (f": {reason}" if reason else ""),
+        f"splits: {', '.join(known)}",
+    )
+
+
+def _builtin(task: str, split: str) -> list[ChoiceExample]:
+    file = files("moc_cli.builtin") / task / f"{split}.jsonl.gz"
+    if not file.is_file():
+        raise DataError(f"the package lacks {task}/{split}.jsonl.gz", "reinstall moc-cli")
+    lines = gzip.decompress(file.read_bytes()).splitlines()
+    return build_rows(lines, f"builtin/{task}/{split}", partial(commonsense.from_options, task))
+
+
+__all__ = ["SUITES", "Example", "check_task", "load_examples", "scored_splits", "splits"]
