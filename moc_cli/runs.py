@@ -1,0 +1,256 @@
+"""The run folder: the only contract between commands.
+
+recipe.yaml                          the recipe, resolved
+controls/adapter_config.json         the method, where it sits, the base, a hash of the payload
+controls/adapter_model.safetensors   what was trained
+checkpoints/step-000100/             what a resume needs
+metrics.jsonl                        one line per logged step or evaluation
+results.json                         scores before and after, time, memory, routing
+environment.json                     versions, device, data and base model, with hashes
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moc_cli.errors import RunError
+from moc_cli.files import clear_leftovers, write_folder_atomic, write_json_atomic, write_text_atomic
+
+CONFIG = "adapter_config.json"
+PAYLOAD = "adapter_model.safetensors"
+LOCK = ".lock"
+CONTROLS_FORMAT = 1
+# In the order in which an overwrite drops them: what marks a run folder goes last.
+KNOWN = (
+    *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
+    *("trackers", "recipe.yaml", LOCK),
+)
+
+
+class RunFolder:
+    """Paths of one run, and the reading and writing of its small files.
+
+    As a context manager it gives its lock back at the end; a kill gives it back too.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def controls(self) -> Path:
+        """The folder of what was trained."""
+        return self.path / "controls"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The lines of metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def trackers(self) -> Path:
+        """Where trackers such as TensorBoard write."""
+        return self.path / "trackers"
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """Return the existing run at `path`.
+
+        Raises RunError when there is none.
+        """
+        run = cls(path)
+        if not run.recipe_file.is_file():
+            raise RunError(
+                f"{run.path} is not a run folder: it holds no recipe.yaml",
+                "give the folder that `moc train` wrote (output.output_dir)",
+            )
+        return run
+
+    @classmethod
+    def claim(cls, path: str | Path, *, recipe: str, resume: bool, overwrite: bool) -> "RunFolder":
+        """Return the folder for a training run, locked if it exists; nothing is written yet.
+
+        `recipe` is how the user named the recipe, for the commands in a refusal. Raises RunError
+        when the folder is in use, holds anything and neither `resume` nor `overwrite` was asked
+        for, or holds files that no run made.
+        """
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise RunError(f"{run.path} is a file; output.output_dir must be a folder")
+        if run.path.is_dir():
+            run._acquire()
+            try:
+                run._check(recipe, resume, overwrite)
+            except RunError:
+                run.release()
+                raise
+        return run
+
+    def begin(self, recipe_text: str, *, fresh: bool) -> None:
+        """Make the folder, drop an earlier run if `fresh`, and write the recipe.
+
+        Raises RunError when another process was quicker; FileError when the disk refuses.
+        """
+        if self._lock is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            if self._content():
+                self.release()
+                raise RunError(f"{self.path} was taken by another run in the meantime")
+        clear_leftovers(self.path)
+        if fresh:
+            for name in KNOWN:
+                if name != LOCK:
+                    _remove(self.path / name)
+        write_text_atomic(self.recipe_file, recipe_text)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    # The small files
+
+    def save_controls(self, config: dict[str, Any], payload: bytes) -> None:
+        """Write the controls' two files, both or neither; the config gets the payload's hash."""
+        stamp = {"format": CONTROLS_FORMAT, "payload_sha256": hashlib.sha256(payload).hexdigest()}
+        with write_folder_atomic(self.controls) as folder:
+            (folder / PAYLOAD).write_bytes(payload)
+            write_json_atomic(folder / CONFIG, config | stamp)
+
+    def read_controls(self) -> tuple[dict[str, Any], bytes]:
+        """Return the controls' config and payload.
+
+        Raises RunError when one is missing or the payload does not match its hash.
+        """
+        config = self._read_json(self.controls / CONFIG)
+        try:
+            payload = (self.controls / PAYLOAD).read_bytes()
+        except OSError as error:
+            raise RunError(f"{self.controls / PAYLOAD} cannot be read: {error.strerror}") from error
+        if config.get("format") != CONTROLS_FORMAT:
+            raise RunError(
+                f"{self.controls / CONFIG} has format {config.get('format')!r}; "
+                f"this version reads {CONTROLS_FORMAT}"
+            )
+        if hashlib.sha256(payload).hexdigest() != config.get("payload_sha256"):
+            raise RunError(f"{self.controls / PAYLOAD} is damaged: it does not match its hash")
+        return config, payload
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json."""
+        write_json_atomic(self.path / "results.json", results)
+
+    def read_results(self) -> dict[str, Any]:
+        """Return results.json; RunError when there is none."""
+        return self._read_json(self.path / "results.json")
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Write environment.json."""
+        write_json_atomic(self.path / "environment.json", environment)
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return environment.json; RunError when there is none."""
+        return self._read_json(self.path / "environment.json")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the whole lines of metrics.jsonl; a last one cut by a kill is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    # Claiming
+
+    def _check(self, recipe: str, resume: bool, overwrite: bool) -> None:
+        content = self._content()
+        if not content or resume:
+            return
+        shown = shlex.quote(str(self.path))
+        if not overwrite:
+            again = f"moc train {shlex.quote(recipe)}"
+            raise RunError(
+                f"{self.path} is not empty",
+                f"continue the run in it:  {again} --resume auto\n"
+                f"replace it:  {again} --overwrite\n"
+                f"keep it:  {again} --output-dir OTHER",
+            )
+        strange = [name for name in content if name not in KNOWN and not _leftover(name)]
+        if not self.recipe_file.is_file() or strange:
+            what = f"holds {', '.join(strange[:5])}" if strange else "holds no recipe.yaml"
+            raise RunError(
+                f"{self.path} is not overwritten: it {what}, so it is not only a run folder",
+                f"look into {shown} and remove it yourself, or choose another with --output-dir",
+            )
+
+    def _content(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
+
+    def _acquire(self) -> None:
+        import fcntl
+
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RunError(
+                f"{self.path} is in use by another process ({owner or 'unknown'})",
+                "wait for it, or choose another folder with --output-dir",
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()}".encode())
+        self._lock = descriptor
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RunError(f"{path} does not exist", "has the run finished?") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise RunError(f"{path} cannot be read: not a JSON object")
+        return value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _leftover(name: str) -> bool:
+    return name.startswith((".tmp-", ".old-"))

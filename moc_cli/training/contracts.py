@@ -1,0 +1,96 @@
+"""What goes into the loop, what an observer sees of it, and what comes out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from moc_cli.training.checkpoint import Counters
+from moc_cli.training.loss import Kind
+from moc_cli.training.memory import Memory
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers that govern the loop, with the recipe's names."""
+
+    seed: int = 42
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    logging_steps: int = 10
+    eval_strategy: str = "no"
+    eval_steps: int | None = None
+    metric: str | None = None  # what decides which checkpoint is the best
+    patience: int | None = None
+    save_strategy: str = "no"
+    save_steps: int = 500
+
+
+class Epochs(Protocol):
+    """Lists of row numbers, a pure function of the epoch."""
+
+    def epoch(self, e: int) -> list[list[int]]:
+        """Return the micro-batches of epoch `e`."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on: `collate` turns row numbers into CPU tensors with `labels`."""
+
+    batches: Epochs
+    collate: Callable[[list[int]], dict[str, Tensor]]
+    kind: Kind = "causal"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an observer is told after each step; numbers count from the run's first step."""
+
+    step: int
+    total: int
+    epoch: float
+    loss: float
+    examples: int
+    tokens: int
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: `finished` all its steps, or stopped `early` for want of progress."""
+
+    stopped: str
+    total: int
+    counters: Counters
+    epochs: float
+    padding_share: float
+    memory: Memory
+    checkpoint: Path
+
+
+def total_steps(settings: Settings, batches: Epochs) -> int:
+    """Return how many optimizer steps the run takes; `max_steps` wins over epochs."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    per_epoch = math.ceil(len(batches.epoch(0)) / settings.gradient_accumulation_steps)
+    return max(1, math.ceil(settings.num_train_epochs * per_epoch))
+
+
+def warmup_steps(settings: Settings, total: int) -> int:
+    """Return how many of `total` steps the learning rate rises."""
+    return settings.warmup_steps or math.ceil(total * settings.warmup_ratio)

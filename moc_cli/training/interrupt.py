@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from moc_cli.errors import MocError
+
+
+class Interrupt:
+    """The first SIGINT or SIGTERM is remembered; a second SIGINT raises KeyboardInterrupt at once.
+
+    As a context manager it installs its handlers and puts the old ones back.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came; for work that has nothing of its own to save."""
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Interrupted(MocError):
+    """The run was asked to stop; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, number: int, message: str | None = None, hint: str | None = None) -> None:
+        name = signal.Signals(number).name
+        super().__init__(message or f"stopped by {name}", hint)
+        self.number = number
+        self.exit_code = 128 + number
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str, str | None]]:  # type: ignore[override]
+        return type(self), (self.number, self.message, self.hint)

@@ -1,0 +1,39 @@
+"""Which evaluation is the best so far, and when patience has run out."""
+
+import math
+
+from moc_cli.errors import MocError
+from moc_cli.training.checkpoint import Counters
+
+LOWER_IS_BETTER = ("loss",)
+
+
+def judge(counters: Counters, values: dict[str, float], metric: str | None) -> bool:
+    """Count one evaluation and return whether it is the best so far; a NaN never is.
+
+    Raises MocError when `values` does not hold `metric`.
+    """
+    counters.evaluated_step = counters.step
+    if metric is None:
+        return False
+    if metric not in values:
+        raise MocError(
+            f"eval.metric_for_best_model is {metric!r}, which the evaluation does not give",
+            f"allowed: {', '.join(values)}",
+        )
+    value, best = values[metric], counters.best_value
+    if not math.isnan(value) and (best is None or _better(value, best, metric)):
+        counters.best_value, counters.best_step = value, counters.step
+        counters.bad_evaluations = 0
+        return True
+    counters.bad_evaluations += 1
+    return False
+
+
+def out_of_patience(counters: Counters, patience: int | None) -> bool:
+    """Return whether `patience` evaluations in a row brought nothing better."""
+    return patience is not None and counters.bad_evaluations >= patience
+
+
+def _better(value: float, best: float, metric: str) -> bool:
+    return value < best if metric in LOWER_IS_BETTER else value > best

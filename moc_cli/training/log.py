@@ -1,0 +1,90 @@
+"""metrics.jsonl: one line per logged step or evaluation, and the trackers a recipe asks for.
+
+What the machine did (seconds, speed, memory) stands under `measured`; everything else in a line is
+the same in every repetition of the run, resumed or not.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import FileError, MocError
+from moc_cli.files import to_plain, write_text_atomic
+
+MEASURED = "measured"
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+Track = Callable[[dict[str, float], int], None]
+
+
+class MetricsLog:
+    """Appends JSON lines to `path` and passes their numbers on to `track`."""
+
+    def __init__(self, path: Path, track: Track | None = None) -> None:
+        self.path = path
+        self.track = track
+        self.lines = 0
+
+    def keep(self, lines: int) -> int:
+        """Drop all after the first `lines` lines: what a killed run wrote beyond its checkpoint.
+
+        Returns how many of them are missing: 0, unless someone else touched the file.
+        """
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        kept = text.splitlines(keepends=True)[:lines]
+        self.lines = len(kept)
+        write_text_atomic(self.path, "".join(kept))
+        return lines - self.lines
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line.
+
+        Raises FileError when the disk refuses.
+        """
+        line = json.dumps(to_plain(record), allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise FileError(f"cannot write {self.path}: {error.strerror}") from error
+        self.lines += 1
+        if self.track is not None:
+            self.track(flatten(record), record["step"])
+
+    def flush(self) -> None:
+        """Put the lines on the disk, before a checkpoint that counts on them."""
+        if self.path.exists():
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a nested record under names joined by slashes."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+def without_measured(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what two runs of the same recipe must agree on."""
+    return {key: value for key, value in record.items() if key != MEASURED}
+
+
+def require_trackers(names: list[str]) -> None:
+    """Raise MocError when a tracker's package is missing; nothing is imported."""
+    for name in names:
+        packages = PACKAGES.get(name, (name,))
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise MocError(
+                f"output.report_to asks for {name}, but the package {packages[0]} is not installed",
+                f"pip install {packages[0]}, or --set output.report_to=[]",
+            )

@@ -1,0 +1,340 @@
+"""The one training loop: windows of micro-batches, clipping, AdamW, logs, evaluations, checkpoints.
+
+A window is what one optimizer step sees: up to n micro-batches of one epoch. Its loss is the sum of
+its tokens' losses (for classification its rows' losses) over their number in the whole window, so
+that neither the split into micro-batches nor a short last window changes a gradient.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from moc_cli.errors import MocError
+from moc_cli.training import loss, memory, optim, rng
+from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
+from moc_cli.training.contracts import (
+    Data,
+    Evaluate,
+    Outcome,
+    Settings,
+    StepReport,
+    total_steps,
+    warmup_steps,
+)
+from moc_cli.training.interrupt import Interrupt, Interrupted
+from moc_cli.training.judge import judge, out_of_patience
+from moc_cli.training.log import MEASURED, MetricsLog
+
+
+def fit(
+    adapted: Any,
+    data: Data,
+    settings: Settings,
+    *,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    identity: dict[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
+    resume: Snapshot | None = None,
+    interrupt: Interrupt | None = None,
+    observe: Callable[[StepReport], None] | None = None,
+    command: str = "moc train RECIPE --resume auto",
+) -> Outcome:
+    """Train `adapted` in place, from its first step or from `resume`.
+
+    `identity` goes into every checkpoint. `evaluate` returns named values; it runs in evaluation
+    mode, without gradients, and leaves no trace in the random numbers. `command` continues the run.
+
+    Raises Interrupted after a signal and MocError at a loss that is not finite, both with a
+    checkpoint of the last good state; FileError when the disk is full.
+    """
+    loop = _Loop(adapted, data, settings, accelerator, checkpoints, log)
+    loop.identity, loop.command = identity or {}, command
+    loop.scorer, loop.interrupt = evaluate, interrupt or Interrupt()
+    loop.begin(resume)
+    while not loop.finished():
+        report = loop.train_step()
+        if observe is not None:
+            observe(report)
+        loop.after_step()
+    return loop.outcome()
+
+
+class _Loop:
+    """The state of one `fit`: counters, optimizer, and the epoch's list of micro-batches."""
+
+    identity: dict[str, Any]
+    command: str
+    scorer: Evaluate | None
+    interrupt: Interrupt
+
+    def __init__(
+        self,
+        adapted: Any,
+        data: Data,
+        settings: Settings,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+    ) -> None:
+        self.adapted, self.data, self.settings = adapted, data, settings
+        self.accelerator, self.checkpoints, self.log = accelerator, checkpoints, log
+        self.device = accelerator.device
+        self.model = accelerator.prepare_model(adapted.model)
+        self.named = adapted.named_trainables()
+        self.optimizer = optim.build_optimizer(
+            self.named,
+            {name for name in self.named if adapted.no_decay(name)},
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            epsilon=settings.epsilon,
+        )
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)
+        self.total = total_steps(settings, data.batches)
+        self.warmup = warmup_steps(settings, self.total)
+        self.counters = Counters()
+        self.grad_norm = 0.0
+        self.saved_step: int | None = None
+
+    # Beginning and end
+
+    def begin(self, resume: Snapshot | None) -> None:
+        """Seed the run, or put everything back to where a checkpoint left it."""
+        memory.reset_peak(self.device)
+        if resume is None:
+            self.log.keep(0)
+            rng.seed_everything(self.settings.seed)
+        else:
+            self.counters = replace(resume.counters)
+            self.adapted.load_state(resume.trainables)
+            optim.load_optimizer_tensors(self.optimizer, self.named, resume.optimizer)
+            self.log.keep(self.counters.log_lines)
+            rng.restore(resume.rng)
+            self.saved_step = self.counters.step
+        self.plan = self.data.batches.epoch(self.counters.epoch)
+        self.marked = replace(self.counters)
+        self.model.train()
+        if self.evaluation_due():  # a signal came before this step's evaluation was done
+            self.evaluate_and_save()
+
+    def finished(self) -> bool:
+        """Return whether all steps are done or patience has run out."""
+        return self.last() or out_of_patience(self.counters, self.settings.patience)
+
+    def last(self) -> bool:
+        """Return whether all steps are done."""
+        return self.counters.step >= self.total
+
+    def outcome(self) -> Outcome:
+        """Describe the finished run."""
+        counters = self.counters
+        frozen = [p for p in self.adapted.model.parameters() if not p.requires_grad]
+        return Outcome(
+            stopped="finished" if self.last() else "early",
+            total=self.total,
+            counters=counters,
+            epochs=self.epoch(),
+            padding_share=1.0 - counters.tokens / max(1, counters.positions),
+            memory=memory.Memory(
+                weights=memory.tensor_bytes(frozen),
+                trainable=memory.tensor_bytes(self.named.values()),
+                optimizer=optim.state_bytes(self.optimizer),
+                peak=memory.peak_bytes(self.device),
+                kind=memory.peak_kind(self.device),
+            ),
+            checkpoint=self.checkpoints.path(counters.step),
+        )
+
+    def epoch(self) -> float:
+        """Return epochs done, with the fraction of the running one."""
+        return round(self.counters.epoch + self.counters.batch / max(1, len(self.plan)), 6)
+
+    # One step
+
+    def train_step(self) -> StepReport:
+        """Take one window, update the trainables, and count.
+
+        Raises MocError, with nothing updated, when a loss or the gradient is not finite.
+        """
+        started, before = time.perf_counter(), rng.capture()
+        first, n = self.counters.batch, self.settings.gradient_accumulation_steps
+        window = self.plan[first : first + n]
+        batches = [self.data.collate(rows) for rows in window]
+        targets = max(1, sum(loss.count_targets(b["labels"], self.data.kind) for b in batches))
+        self.adapted.set_loss_scale(1.0 / len(window))
+        losses = [self.backward(batch, targets) for batch in batches]
+        limit = self.settings.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
+        # The step's only wait for the device: all that decides whether it may be taken.
+        *values, self.grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
+        if not all(map(math.isfinite, [*values, self.grad_norm])):
+            self.save(before)
+            raise self.not_finite(window, values)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.counters.step)
+        self.stepper.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.count(window, batches, sum(values))
+        self.counters.seconds += time.perf_counter() - started
+        return self.report(sum(values))
+
+    def backward(self, batch: dict[str, Tensor], targets: int) -> Tensor:
+        """Add the gradient of one micro-batch; return its share of the window's loss."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        extra = {"use_cache": False} if self.data.kind == "causal" else {}
+        outputs = self.model(**batch, **extra)
+        value = loss.task_loss(outputs, labels, self.data.kind) / targets
+        self.accelerator.backward(value)
+        return value.detach().float()
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the step that follows `step` done ones."""
+        kind = self.settings.lr_scheduler_type
+        factor = optim.rate_factor(step, kind=kind, total=self.total, warmup=self.warmup)
+        return self.settings.learning_rate * factor
+
+    def count(
+        self, window: list[list[int]], batches: list[dict[str, Tensor]], value: float
+    ) -> None:
+        """Add one step to the counters; at an epoch's end turn to the next one."""
+        c, masks = self.counters, [batch["attention_mask"] for batch in batches]
+        c.step += 1
+        c.batch += len(window)
+        c.examples += sum(map(len, window))
+        c.tokens += sum(int(mask.sum()) for mask in masks)
+        c.positions += sum(mask.numel() for mask in masks)
+        c.loss_sum += value
+        c.loss_steps += 1
+        if c.batch >= len(self.plan):
+            c.epoch, c.batch = c.epoch + 1, 0
+            self.plan = self.data.batches.epoch(c.epoch)
+
+    def report(self, value: float) -> StepReport:
+        """Return what an observer sees of the step just done."""
+        c, peak = self.counters, memory.peak_bytes(self.device)
+        counted = c.examples, c.tokens, c.seconds
+        return StepReport(c.step, self.total, self.epoch(), value, *counted, peak)
+
+    def not_finite(self, window: list[list[int]], values: list[float]) -> MocError:
+        """Return the error that names the step and the rows whose loss or gradient broke."""
+        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        what = f"the loss is {values[bad[0]]}" if bad else f"the gradient norm is {self.grad_norm}"
+        numbers = [self.counters.batch + i + 1 for i in bad or range(len(window))]
+        rows = [row for i in bad or range(len(window)) for row in window[i]]
+        return MocError(
+            f"{what} at step {self.counters.step + 1}, epoch {self.counters.epoch + 1}, "
+            f"micro-batch {', '.join(map(str, numbers))} of {len(self.plan)}, "
+            f"training rows {', '.join(map(str, rows))}",
+            "the state before that step is kept; try a lower rate from there: "
+            f"{self.command} --set train.learning_rate={self.settings.learning_rate / 3:.2g}",
+        )
+
+    # Between two steps
+
+    def after_step(self) -> None:
+        """Log, evaluate and save what is due; answer a signal.
+
+        Raises Interrupted, with a checkpoint of this step on the disk.
+        """
+        if self.counters.step % self.settings.logging_steps == 0 or self.last():
+            self.write_line()
+        self.evaluate_and_save()
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate and save what is due, as `after_step` says."""
+        improved = False
+        if self.evaluation_due() and self.interrupt.signal is None:
+            try:
+                improved = self.evaluate()
+            except Interrupted as stop:
+                self.interrupt.signal = stop.number
+        due = self.due(self.settings.save_strategy, self.settings.save_steps)
+        if improved or due or self.finished():
+            self.save()
+        if self.interrupt.signal is not None:
+            if self.saved_step != self.counters.step:
+                self.save()
+            raise Interrupted(
+                self.interrupt.signal,
+                f"stopped after step {self.counters.step} of {self.total}; "
+                f"the state is in {self.checkpoints.path(self.counters.step)}",
+                f"continue with: {self.command}",
+            )
+
+    def evaluation_due(self) -> bool:
+        """Return whether this step asks for an evaluation that it has not had."""
+        c = self.counters
+        if self.scorer is None or c.step in (0, c.evaluated_step):
+            return False
+        return self.due(self.settings.eval_strategy, self.settings.eval_steps)
+
+    def due(self, strategy: str, steps: int | None) -> bool:
+        """Return whether `strategy` names this step; the last step counts unless it is `no`."""
+        if strategy == "epoch":
+            return self.counters.batch == 0 or self.last()
+        return strategy == "steps" and (self.counters.step % (steps or 1) == 0 or self.last())
+
+    def evaluate(self) -> bool:
+        """Evaluate, log, and return whether this is the best so far."""
+        assert self.scorer is not None
+        before, started = rng.capture(), time.perf_counter()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                values = self.scorer()
+        finally:
+            self.model.train()
+            rng.restore(before)
+        improved = judge(self.counters, values, self.settings.metric)
+        record = {"step": self.counters.step, "epoch": self.epoch(), "eval": values}
+        measured = {MEASURED: {"seconds": time.perf_counter() - started}}
+        self.log.write(record | {"best": improved} | measured)
+        return improved
+
+    def write_line(self) -> None:
+        """Write the means since the last line, and start new ones."""
+        c, mark = self.counters, self.marked
+        seconds = max(c.seconds - mark.seconds, 1e-9)
+        record = {
+            "step": c.step,
+            "epoch": self.epoch(),
+            "loss": c.loss_sum / max(1, c.loss_steps),
+            "balance_loss": self.adapted.balance_loss(),
+            "lr": self.rate(c.step - 1),
+            "grad_norm": self.grad_norm,
+            "examples": c.examples,
+            "tokens": c.tokens,
+        }
+        measured = {
+            "seconds": c.seconds,
+            "examples_per_second": (c.examples - mark.examples) / seconds,
+            "tokens_per_second": (c.tokens - mark.tokens) / seconds,
+            "memory": memory.peak_bytes(self.device),
+        }
+        self.log.write(record | {MEASURED: measured})
+        c.loss_sum, c.loss_steps = 0.0, 0
+        self.marked = replace(c)
+
+    def save(self, random_state: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint of this step, with the random state of now or the one given."""
+        self.log.flush()
+        self.counters.log_lines = self.log.lines
+        self.checkpoints.save(
+            Snapshot(
+                counters=replace(self.counters),
+                trainables=self.adapted.state(),
+                optimizer=optim.optimizer_tensors(self.optimizer, self.named),
+                rng=random_state or rng.capture(),
+                identity=self.identity,
+            )
+        )
+        self.saved_step = self.counters.step

@@ -1,0 +1,57 @@
+"""How much memory a run takes: counted for what is kept, measured for the peak."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ALLOCATED = "peak allocated on the GPU"
+RESIDENT = "peak resident of the process"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the frozen weights, the trainables, the optimizer, and the peak of `kind`."""
+
+    weights: int
+    trainable: int
+    optimizer: int
+    peak: int
+    kind: str
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of `tensors`, each counted once."""
+    unique = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
+def peak_kind(device: torch.device) -> str:
+    """Say what `peak_bytes` measures on `device`."""
+    return ALLOCATED if device.type == "cuda" else RESIDENT
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak since `reset_peak` (since the start, where the system cannot reset it)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement of the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

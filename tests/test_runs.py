@@ -1,0 +1,143 @@
+"""The run folder: who may write to it, and what it gives back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moc_cli.errors import RunError
+from moc_cli.runs import RunFolder
+
+RECIPE = "seed: 1\n"
+
+
+def make_run(path) -> None:
+    """A run folder as a finished training leaves it."""
+    with RunFolder.claim(path, recipe="r.yaml", resume=False, overwrite=False) as run:
+        run.begin(RECIPE, fresh=True)
+        run.save_controls({"method": {"name": "moc"}}, b"payload")
+        run.write_results({"status": "finished"})
+        run.metrics.write_text('{"step": 1}\n')
+        (run.checkpoints / "step-000001").mkdir(parents=True)
+
+
+def test_a_new_folder_is_made_only_when_the_run_begins(tmp_path):
+    path = tmp_path / "deep" / "run"
+    with RunFolder.claim(path, recipe="r.yaml", resume=False, overwrite=False) as run:
+        assert not path.exists()
+        run.begin(RECIPE, fresh=True)
+        assert run.recipe_file.read_text() == RECIPE
+
+
+def test_an_occupied_folder_is_refused_with_the_commands(tmp_path):
+    path = tmp_path / "my run"
+    make_run(path)
+    with pytest.raises(RunError, match="is not empty") as caught:
+        RunFolder.claim(path, recipe="my recipe.yaml", resume=False, overwrite=False)
+    assert "moc train 'my recipe.yaml' --resume auto" in caught.value.hint
+    assert "moc train 'my recipe.yaml' --overwrite" in caught.value.hint
+    assert (path / "metrics.jsonl").exists()
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    with RunFolder.claim(tmp_path, recipe="r", resume=False, overwrite=False) as run:
+        run.begin(RECIPE, fresh=True)
+
+
+def test_overwrite_drops_the_old_run_only_when_the_new_one_begins(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    (path / ".tmp-results.json-4194305").write_text("")  # of a process that is gone
+    with RunFolder.claim(path, recipe="r", resume=False, overwrite=True) as run:
+        assert (path / "controls").is_dir()
+        run.begin("seed: 2\n", fresh=True)
+    assert sorted(os.listdir(path)) == [".lock", "recipe.yaml"]
+    assert run.recipe_file.read_text() == "seed: 2\n"
+
+
+def test_overwrite_spares_what_no_run_made(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    (path / "thesis.tex").write_text("years")
+    with pytest.raises(RunError, match=r"not overwritten: it holds thesis\.tex"):
+        RunFolder.claim(path, recipe="r", resume=False, overwrite=True)
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"holds no recipe\.yaml"):
+        RunFolder.claim(other, recipe="r", resume=False, overwrite=True)
+    assert (path / "controls").is_dir()
+    assert (other / "checkpoints").is_dir()
+
+
+def test_resume_keeps_everything(tmp_path):
+    make_run(tmp_path)
+    with RunFolder.claim(tmp_path, recipe="r", resume=True, overwrite=False) as run:
+        run.begin(RECIPE, fresh=False)
+        assert run.read_metrics() == [{"step": 1}]
+        assert run.read_results() == {"status": "finished"}
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        RunFolder.claim(tmp_path / "run", recipe="r", resume=True, overwrite=True)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    code = (
+        "import sys; from moc_cli.runs import RunFolder; from moc_cli.errors import RunError\n"
+        "try: RunFolder.claim(sys.argv[1], recipe='r', resume=True, overwrite=False)\n"
+        "except RunError as error: sys.exit(error.message)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with RunFolder.claim(tmp_path, recipe="r", resume=False, overwrite=False) as run:
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert f"in use by another process (process {os.getpid()})" in second.stderr
+        run.begin(RECIPE, fresh=True)
+    third = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (third.returncode, third.stderr) == (0, "")
+
+
+def test_the_slower_of_two_that_make_a_folder_is_refused(tmp_path):
+    path = tmp_path / "run"
+    slow = RunFolder.claim(path, recipe="r", resume=False, overwrite=False)
+    make_run(path)
+    with pytest.raises(RunError, match="taken by another run"):
+        slow.begin(RECIPE, fresh=True)
+    assert (path / "controls").is_dir()
+
+
+def test_a_flipped_bit_in_the_controls_is_seen(tmp_path):
+    make_run(tmp_path)
+    run = RunFolder.open(tmp_path)
+    config, payload = run.read_controls()
+    assert (config["method"], payload) == ({"name": "moc"}, b"payload")
+    (run.controls / "adapter_model.safetensors").write_bytes(b"paxload")
+    with pytest.raises(RunError, match="damaged"):
+        run.read_controls()
+    (run.controls / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors cannot be read"):
+        run.read_controls()
+
+
+def test_reading_says_what_is_missing(tmp_path):
+    with pytest.raises(RunError, match=r"no recipe\.yaml"):
+        RunFolder.open(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    run = RunFolder.open(tmp_path)
+    with pytest.raises(RunError, match=r"results\.json does not exist"):
+        run.read_results()
+    (tmp_path / "results.json").write_text("[1")
+    with pytest.raises(RunError, match=r"results\.json cannot be read"):
+        run.read_results()
+    assert run.read_metrics() == []
+
+
+def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    lines = [json.dumps({"step": step}) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
+    assert RunFolder.open(tmp_path).read_metrics() == [{"step": 1}, {"step": 2}]
