@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from moc_cli.errors import MocError
 
@@ -97,7 +99,8 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
+            with _quiet():
+                model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
         except (OSError, ValueError) as error:
             raise _unavailable("weights", name, error) from error
     absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
@@ -176,6 +179,20 @@ def _hash_file(path: Path) -> str:
         return target
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of missing keys: what is fresh is returned, and shown once."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _labels(num_labels: int | None, problem_type: str | None) -> dict:
