@@ -49,11 +49,8 @@ def _update_by_batch(
     chosen = [pool[k] for k in route.picks()[0]]
     A = torch.cat([local.A, *(control.A for control in chosen)]).to(x.dtype)  # (r(K+1), d)
     B = torch.cat([local.B, *(control.B for control in chosen)], dim=1)  # (d, r(K+1))
-    ranks = torch.tensor([control.A.shape[0] for control in chosen], device=x.device)
-    routed = ((1 - alpha) * route.weights[0]).repeat_interleave(
-        ranks, output_size=B.shape[1] - local.B.shape[1]
-    )
-    weights = torch.cat([routed.new_full((local.A.shape[0],), alpha), routed])  # (r(K+1),)
+    weights = torch.cat([route.weights.new_full((1,), alpha), (1 - alpha) * route.weights[0]])
+    weights = weights.repeat_interleave(local.A.shape[0])  # (r(K+1),): all controls have rank r
     return (x @ A.T) @ (B * (scale * weights).to(B.dtype)).to(x.dtype).T
 
 
