@@ -172,8 +172,8 @@ def from_fields(task: str, row: Fields) -> ChoiceExample:
 def from_options(task: str, row: Fields) -> ChoiceExample:
     """The example of a row that lists its own options in `candidates`; raises BadRow."""
     words = take(row, "candidates", list)
-    if len(words) < 2 or len(set(words)) < len(words):
-        raise BadRow("'candidates' needs two different options at least, and no option twice")
+    if not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
+        raise BadRow("'candidates' is not a list of different texts")
     return answered(task, row, words)
 
 
@@ -190,7 +190,9 @@ def answered(task: str, row: Fields, words: list[str]) -> ChoiceExample:
 
 
 def make_example(task: str, instruction: str, words: list[str], label: int) -> ChoiceExample:
-    """Put an instruction and its options into both templates."""
+    """Put an instruction and its options into both templates; raises BadRow."""
+    if len(words) < 2:
+        raise BadRow("fewer than two options")
     prompt = train_prompt(instruction)
     candidates = tuple(ANSWER + word for word in words)
     return ChoiceExample(
