@@ -1,37 +1,20 @@
-"""Place a mixture in a model by hooks, and tell it which tokens vote and which route to reuse.
+"""Place a mixture of controls in a model by hooks at its sites.
 
-The only file that touches a host's modules. Hooks are bound methods of plain objects, so that a
+Hooks are bound methods of plain objects, so that a
 deep copy or a pickle of the model keeps its own controls.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from inspect import signature
-from types import MethodType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError
 from moc_cli.models.families import Family
+from moc_cli.models.passes import Passes
 from moc_cli.nn.mixture import Mixture, Pass, RouteStore
-
-_STORE = "_moc_routes"  # where a cache carries the routes of its own generation
-
-
-@dataclass
-class _Generation:
-    """A running `generate()`: whose, and its prompt's length once its first forward came."""
-
-    host: "Host"
-    prompt_length: int | None = None
-
-
-_GENERATION: ContextVar[_Generation | None] = ContextVar("moc_generation", default=None)
 
 
 class _Remember(torch.autograd.Function):
@@ -58,9 +41,6 @@ class Host:
     def __init__(self, model: PreTrainedModel, mixture: Mixture, family: Family) -> None:
         self.model = model
         self.mixture = mixture
-        self.causal = family.causal
-        self.voters: Tensor | None = None
-        base = model.base_model
         layers = find_layers(model, family)
         places = [
             (site, family.port(site.block), layers[site.layer]) for site in mixture.sites
@@ -73,84 +53,25 @@ class Host:
             self._handles.append(write.register_forward_hook(site.write))
         for layer in layers:
             self._handles.append(layer.register_forward_hook(self._after_layer))
-        self._names = list(signature(base.forward).parameters)
-        self._handles.append(base.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._handles.append(base.register_forward_hook(self._after))
-        if hasattr(model, "generate"):
-            model.generate = self._generate
+        self.passes = Passes(
+            model,
+            mixture,
+            causal=family.causal,
+            new_store=RouteStore,
+            running=mixture.routing.decode == "running",
+        )
 
     def remove(self) -> None:
         """Take every hook and the mixture out of the model again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.passes.remove()
         del self.model.moc
-        self.model.__dict__.pop("generate", None)
 
-    @contextmanager
-    def voting(self, mask: Tensor) -> Iterator[None]:
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
-        before, self.voters = self.voters, mask.bool()
-        try:
-            yield
-        finally:
-            self.voters = before
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, knowing that its forwards belong together."""
-        token = _GENERATION.set(_Generation(self))
-        try:
-            return type(self.model).generate(self.model, *args, **kwargs)
-        finally:
-            _GENERATION.reset(token)
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of the base model: the voting tokens and the route store of this forward."""
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"] if tokens is None else tokens
-        length = tokens.shape[1]
-        cache = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        valid = self.voters
-        if valid is None:
-            valid = valid_tokens(given.get("attention_mask"), length, past)
-        store = None
-        if self.causal and not self.mixture.training:
-            store = getattr(cache, _STORE, None)
-            if cache is None:
-                valid = self._prompt_only(valid, tokens)
-            if store is None or past == 0:
-                store = RouteStore()
-                if cache is not None:
-                    follow(cache, store)
-        self.mixture.current = Pass(valid, store)
-
-    def _prompt_only(self, valid: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Without a cache every forward of a generation sees all tokens; its prompt's still vote.
-
-        `running` counts the new tokens too, so it keeps them.
-        """
-        generation = _GENERATION.get()
-        if generation is None or generation.host is not self:
-            return valid
-        length = tokens.shape[1]
-        if generation.prompt_length is None:
-            generation.prompt_length = length
-        if self.mixture.routing.decode == "running" or length == generation.prompt_length:
-            return valid
-        if valid is None:
-            valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        prompt = torch.arange(length, device=tokens.device) < generation.prompt_length
-        return valid & prompt
-
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Hook of the base model: a cache made inside the forward gets the routes decided in it."""
-        current = self.mixture.current
-        values = output if isinstance(output, tuple) else output.values()
-        cache = next((value for value in values if isinstance(value, Cache)), None)
-        if cache is not None and current.store is not None and not hasattr(cache, _STORE):
-            follow(cache, current.store)
+        return self.passes.voting(mask)
 
     def _after_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Hook of a layer, outside its activation checkpoint."""
@@ -159,50 +80,6 @@ class Host:
             return output
         hidden = _Remember.apply(hidden, self.mixture, self.mixture.current)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-def valid_tokens(mask: Any, length: int, past: int) -> Tensor | None:
-    """Which of a forward's `length` new tokens are real: (B, T) bool, None where all are.
-
-    The mask may be 2-D (B, past + T), a 4-D one prepared for a static cache, bool or additive
-    (B, 1, T, keys), or a dict of those by attention type.
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        return mask[:, -length:].bool()
-    allowed = mask if mask.dtype == torch.bool else mask >= 0
-    keys = allowed.shape[-1]
-    # A token may attend to itself exactly if it is real. A rolling window keeps the last keys.
-    first = past if keys >= past + length else keys - length
-    rows = torch.arange(length, device=mask.device)
-    return allowed[:, 0, rows, first + rows]
-
-
-def follow(cache: Cache, store: RouteStore) -> None:
-    """Tie a store to its cache: wherever the cache's rows are reordered, the routes' are too."""
-    setattr(cache, _STORE, store)
-    cache.reorder_cache = MethodType(_reorder, cache)
-    for name, call in (("batch_repeat_interleave", _repeat), ("batch_select_indices", _select)):
-        if hasattr(type(cache), name):
-            setattr(cache, name, MethodType(call, cache))
-
-
-def _reorder(cache: Cache, beam_idx: Tensor) -> None:
-    type(cache).reorder_cache(cache, beam_idx)
-    getattr(cache, _STORE).rows(lambda kept: kept[beam_idx])
-
-
-def _repeat(cache: Cache, repeats: int) -> None:
-    type(cache).batch_repeat_interleave(cache, repeats)
-    getattr(cache, _STORE).rows(lambda kept: kept.repeat_interleave(repeats, dim=0))
-
-
-def _select(cache: Cache, indices: Tensor) -> None:
-    type(cache).batch_select_indices(cache, indices)
-    getattr(cache, _STORE).rows(lambda kept: kept[indices])
 
 
 def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
