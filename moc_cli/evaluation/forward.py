@@ -1,0 +1,79 @@
+"""What every kind of scoring shares: evaluation mode, batches by length, positions, finiteness."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moc_cli.errors import DataError, MocError
+
+Progress = Callable[[int, int], None]  # items done, items in all
+
+
+class Scorable(Protocol):
+    """Anything that holds a model, adapted or bare."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+
+class Votable(Scorable, Protocol):
+    """A model whose routes can be told which tokens vote."""
+
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in.
+
+    Yields the device of the inputs.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.train(False)
+    try:
+        # Not inference_mode: its tensors may be kept by a gate, and could not be trained through.
+        with torch.no_grad():
+            yield next(model.get_input_embeddings().parameters()).device
+    finally:
+        for module in training:
+            module.training = True
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield item numbers in batches of like length, the longest first, where memory peaks."""
+    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids that count only the tokens of a mask (B, T); padding gets 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def call(model: PreTrainedModel, **inputs: Any) -> Any:
+    """Call the model with those of position_ids and logits_to_keep that its forward knows."""
+    known = inspect.signature(model.forward).parameters
+    optional = ("position_ids", "logits_to_keep")
+    return model(**{k: v for k, v in inputs.items() if k not in optional or k in known})
+
+
+def check_fits(model: PreTrainedModel, length: int, what: str) -> None:
+    """Raise DataError where `length` tokens are more than the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise DataError(f"{what} has {length} tokens, the model takes {limit}")
+
+
+def check_finite(scores: Sequence[float]) -> None:
+    """Raise MocError where the model's outputs are not numbers; no order of them means anything."""
+    if not all(abs(score) < float("inf") for score in scores):
+        raise MocError(
+            "the model's outputs are not finite",
+            "the run has probably diverged: lower train.learning_rate, or train in float32",
+        )

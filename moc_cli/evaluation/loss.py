@@ -1,0 +1,83 @@
+"""The loss of a language model on held-out rows, on the labels it would be trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import collate
+from moc_cli.data.encode import IGNORED, Encoded
+from moc_cli.errors import DataError
+from moc_cli.evaluation.forward import (
+    Progress,
+    Votable,
+    by_length,
+    call,
+    check_finite,
+    check_fits,
+    evaluating,
+    positions,
+)
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean cross-entropy in nats over the labelled tokens of all rows, each counting once."""
+
+    loss: float
+    tokens: int
+
+
+def lm_loss(
+    adapted: Votable,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    *,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> HeldOutLoss:
+    """Compute the loss of encoded rows; only tokens of their prompts vote on routes.
+
+    Raises DataError where no token is labelled.
+    """
+    model = adapted.model
+    check_fits(model, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
+    total, tokens, done = 0.0, 0, 0
+    with evaluating(model) as device:
+        for items in by_length(encoded.lengths, batch_size):
+            rows = [encoded.rows[item] for item in items]
+            batch = collate(rows, tokenizer, side="left", kind="causal")
+            batch = {name: value.to(device) for name, value in batch.items()}
+            mask, labels = batch["attention_mask"], batch["labels"]
+            ids = batch["input_ids"]
+            voters = _voters(mask, [encoded.prompt_lengths[item] for item in items])
+            with adapted.voting(voters):
+                out = call(
+                    model,
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions(mask),
+                    use_cache=False,
+                )
+            targets = labels[:, 1:].flatten()
+            logits = out.logits[:, :-1].float().flatten(0, 1)
+            total += cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
+            tokens += int((targets != IGNORED).sum())
+            done += len(items)
+            if on_progress is not None:
+                on_progress(done, len(encoded.rows))
+    if tokens == 0:
+        raise DataError(
+            "no held-out row has a labelled token",
+            "raise data.max_length so that the answers are not cut off",
+        )
+    check_finite([total])
+    return HeldOutLoss(total / tokens, tokens)
+
+
+def _voters(mask: Tensor, prompt_lengths: list[int]) -> Tensor:
+    """Mask (B, T) of the prompts' tokens: valid, and before the row's answer."""
+    limit = torch.tensor(prompt_lengths, device=mask.device).unsqueeze(1)
+    return mask * (mask.cumsum(-1) <= limit)

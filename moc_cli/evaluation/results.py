@@ -1,0 +1,116 @@
+"""Scored tasks: what tables show and results.json keeps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data import glue
+from moc_cli.data.batches import Side
+from moc_cli.data.examples import ChoiceExample, PairExample
+from moc_cli.errors import DataError
+from moc_cli.evaluation import metrics
+from moc_cli.evaluation.classify import PairScore, classify
+from moc_cli.evaluation.forward import Progress, Scorable
+from moc_cli.evaluation.rank import ItemScore, rank
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task on n items: value and standard error as fractions, what the best
+    constant answer would score, and the seconds that scoring took.
+    """
+
+    task: str
+    metric: str
+    value: float
+    n: int
+    stderr: float
+    majority: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A scored task: its results, the main metric first, and the score of every item."""
+
+    results: tuple[TaskResult, ...]
+    items: list[ItemScore] | list[PairScore]
+
+    @property
+    def main(self) -> TaskResult:
+        """The result that tables, averages and model selection use."""
+        return self.results[0]
+
+
+def evaluate_choices(
+    adapted: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[ChoiceExample],
+    *,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Rank the options of a task's questions: accuracy."""
+    _check(examples)
+    begin = time.perf_counter()
+    items = rank(adapted, tokenizer, examples, batch_size=batch_size, on_progress=on_progress)
+    seconds = time.perf_counter() - begin
+    found = metrics.measure(
+        "accuracy", [item.label for item in items], [item.prediction for item in items]
+    )
+    best = metrics.majority_choice(examples)
+    result = TaskResult(
+        examples[0].task, "accuracy", found.value, len(items), found.stderr, best, seconds
+    )
+    return Evaluation((result,), items)
+
+
+def evaluate_pairs(
+    adapted: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[PairExample],
+    *,
+    batch_size: int,
+    max_length: int,
+    side: Side = "right",
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Classify a GLUE task's examples: each of its metrics."""
+    _check(examples)
+    task = examples[0].task
+    begin = time.perf_counter()
+    items = classify(
+        adapted,
+        tokenizer,
+        examples,
+        batch_size=batch_size,
+        max_length=max_length,
+        side=side,
+        on_progress=on_progress,
+    )
+    seconds = time.perf_counter() - begin
+    labels = [item.label for item in items]
+    predictions = [item.prediction for item in items]
+    results = []
+    for metric in glue.TASKS[task].metrics:
+        found = metrics.measure(metric, labels, predictions)
+        best = metrics.majority(metric, labels)
+        results.append(
+            TaskResult(task, metric, found.value, len(items), found.stderr, best, seconds)
+        )
+    return Evaluation(tuple(results), items)
+
+
+def average(results: Sequence[TaskResult]) -> float:
+    """The plain mean of the tasks' values, as the papers take it."""
+    if not results:
+        raise DataError("no result to average")
+    return sum(result.value for result in results) / len(results)
+
+
+def _check(examples: Sequence[ChoiceExample] | Sequence[PairExample]) -> None:
+    tasks = {example.task for example in examples}
+    if len(tasks) != 1:
+        raise DataError(f"one task is scored at a time, found {', '.join(sorted(tasks)) or 'none'}")
