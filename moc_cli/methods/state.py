@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
+from moc_cli.methods.tally import Tally
 from moc_cli.models.families import Family, Port, find_family
 from moc_cli.models.ports import Host, find_layers
 from moc_cli.nn.mixture import Mixture, Routing
@@ -40,7 +41,7 @@ class StateMethod:
         ).to(first.device)
         self.mixture.train(model.training)
         self.host = Host(model, self.mixture, family)
-        self._counts: dict[int, Tensor] = {}
+        self._tally = Tally(self.mixture.sites, self.mixture.pools, routing.top_k)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.mixture.named_parameters())
@@ -59,36 +60,10 @@ class StateMethod:
         return self.mixture.balance()
 
     def tally(self) -> None:
-        for site in self.mixture.sites:
-            if site.choice is None:
-                continue
-            size = len(self.mixture.pools[site.pool])
-            used = torch.bincount(site.choice.flatten(), minlength=size)
-            known = self._counts.get(site.index)
-            self._counts[site.index] = used if known is None else known + used
+        self._tally.add()
 
     def routing_summary(self, reset: bool = False) -> dict[str, Any]:
-        counts = {index: used.cpu() for index, used in self._counts.items()}
-        if reset:
-            self._counts = {}
-        if not counts:
-            return {}
-        pools = {}
-        for pool, members in self.mixture.pools.items():
-            table = torch.stack([counts[index] for index in members]).double()  # (sites, N)
-            total = table.sum()
-            use = (table.sum(0) / total).tolist()
-            names = [self.mixture.sites[index].name for index in members]
-            per_site = (table / table.sum(1, keepdim=True).clamp(min=1)).tolist()
-            pools[pool] = {
-                "controls": names,
-                "use": use,
-                "dead": [name for name, share in zip(names, use, strict=True) if share == 0],
-                "local_share": (table.diagonal().sum() / total).item(),
-                "decisions": int(total.item()) // self.mixture.routing.top_k,
-                "per_site": per_site,
-            }
-        return {"pools": pools}
+        return self._tally.summary(reset)
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         return self.host.voting(mask)
