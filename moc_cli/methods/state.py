@@ -104,7 +104,7 @@ def _routing(method: MocMethod | ControlMethod) -> Routing:
 def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family:
     place = method.placement
     if place is None:
-        return find_family(model.config.get_text_config().model_type)
+        return find_family(model.config.model_type)
     return Family(
         layers=place.layers,
         attn=Port(place.attn.read, place.attn.write),

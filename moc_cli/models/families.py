@@ -8,7 +8,7 @@ is added after the block's LayerNorm (Parallel Control's code does so for the FF
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moc_cli.errors import FamilyError
 
@@ -43,6 +43,44 @@ _PRE_NORM = Family(
     causal=True,
 )
 
+# Norms on both sides: x + norm(attn(norm(x))), then the same for the FFN. Here
+# `post_attention_layernorm` norms the attention's output, so the control is added after it, and
+# `pre_feedforward_layernorm` sees the FFN's x_t.
+_TWO_NORMS = Family(
+    layers="layers",
+    attn=Port("input_layernorm", "post_attention_layernorm"),
+    ffn=Port("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    causal=True,
+)
+
+# Pre-norm with a dropout on each block's output: the dropout belongs to f_t and a control has
+# none, so the control is added after it.
+_PHI3 = Family(
+    layers="layers",
+    attn=Port("input_layernorm", "resid_attn_dropout"),
+    ffn=Port("post_attention_layernorm", "resid_mlp_dropout"),
+    causal=True,
+)
+
+# No norm before a block, one after it: x + norm(attn(x)), then x + norm(mlp(x)). The blocks
+# themselves see x_t.
+_OUTPUT_NORM = Family(
+    layers="layers",
+    attn=Port("self_attn", "post_attention_layernorm"),
+    ffn=Port("mlp", "post_feedforward_layernorm"),
+    causal=True,
+)
+
+# Parallel residual: x + attn(norm_1(x)) + mlp(norm_2(x)), both blocks from the layer's input; the
+# input of norm_2 (`post_attention_layernorm`) is that x. With `use_parallel_residual: false` it is
+# the state after the attention block instead, as eq. 9 asks there. Dropouts as in phi3.
+_GPT_NEOX = Family(
+    layers="layers",
+    attn=Port("input_layernorm", "post_attention_dropout"),
+    ffn=Port("post_attention_layernorm", "post_mlp_dropout"),
+    causal=True,
+)
+
 # Post-norm: LayerNorm(x + attn(x)), then LayerNorm(x + ffn(x)). `attention` and `output` end in
 # that LayerNorm, so the control is added after it.
 _POST_NORM = Family(
@@ -52,10 +90,44 @@ _POST_NORM = Family(
     causal=False,
 )
 
+# Post-norm with its LayerNorms beside the blocks.
+_DISTILBERT = Family(
+    layers="transformer.layer",
+    attn=Port("attention", "sa_layer_norm"),
+    ffn=Port("ffn", "output_layer_norm"),
+    causal=False,
+)
+
+# A pre-norm encoder. `attn_norm` of layer 0 is an Identity, because the embeddings end in a norm;
+# its input is x_t all the same.
+_MODERNBERT = Family(
+    layers="layers",
+    attn=Port("attn_norm", "attn"),
+    ffn=Port("mlp_norm", "mlp"),
+    causal=False,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": _PRE_NORM,
+    "mistral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "gemma2": _TWO_NORMS,
+    "gemma3_text": _TWO_NORMS,
+    # The text layers of the model that also sees images.
+    "gemma3": replace(_TWO_NORMS, layers="language_model.layers"),
+    "phi3": _PHI3,
+    "olmo2": _OUTPUT_NORM,
+    "gpt_neox": _GPT_NEOX,
     "bert": _POST_NORM,
     "roberta": _POST_NORM,
+    "xlm-roberta": _POST_NORM,
+    "camembert": _POST_NORM,
+    "electra": _POST_NORM,
+    "deberta": _POST_NORM,
+    "deberta-v2": _POST_NORM,
+    "distilbert": _DISTILBERT,
+    "modernbert": _MODERNBERT,
 }
 
 
