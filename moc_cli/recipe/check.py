@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from moc_cli.recipe.methods import METHODS
 from moc_cli.recipe.reader import Path
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
@@ -40,13 +42,32 @@ def check(raw: dict[str, Any]) -> tuple[Recipe | None, list[Finding]]:
         recipe = Recipe.model_validate(raw, context=_LATER)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        findings = list(dict.fromkeys(Finding(*sentence(detail)) for detail in details))
+        findings = [Finding(*sentence(detail)) for detail in (*details, *_under_meant_method(raw))]
+        findings = list(dict.fromkeys(findings))
         recipe, broken = _mend(raw, error)
     for rule in broken_rules(recipe) if recipe is not None else ():
         read = [tuple(key.split(".")) for key in rule.read]
         if not any(_related(path, one) for path in broken for one in read):
             findings.append(Finding(tuple(rule.key.split(".")), rule.message))
     return (None if findings else recipe), findings
+
+
+def _under_meant_method(raw: dict[str, Any]) -> list[ErrorDetails]:
+    """Return the errors inside a method section whose name is misspelt, under the name meant."""
+    method = raw.get("method")
+    if not isinstance(method, dict):
+        return []
+    name = method.get("name")
+    if not isinstance(name, str) or name in METHODS:
+        return []
+    meant = nearest(name, METHODS)
+    if meant is None:
+        return []
+    try:
+        Recipe.model_validate({**raw, "method": {**method, "name": meant}}, context=_LATER)
+    except ValidationError as error:
+        return [one for one in error.errors(include_url=False) if one["loc"][0] == "method"]
+    return []
 
 
 def _mend(raw: dict[str, Any], error: ValidationError) -> tuple[Recipe | None, set[Path]]:

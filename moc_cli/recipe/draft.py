@@ -61,7 +61,8 @@ def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
     """Apply `key=value` texts: sections before their keys, otherwise in the order given."""
     parsed = []
     for index, text in enumerate(overrides):
-        origin = Origin(f"--set {text}", "", (1, index))
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        origin = Origin(f"--set {shown}", "", (1, index))
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):

@@ -28,7 +28,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     apply_overrides(draft, overrides)
     base, variants = split_per_task(draft)
     recipe = _check(base)
-    for task, variant in variants.items():
+    for variant in variants.values():
         own = _check(variant)
         base.problems += [one for one in variant.problems if one[1].key.startswith(PER_TASK)]
         if variant is choose(base, variants):
@@ -76,7 +76,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
     """Block style, with lists of plain values on one line."""
 
 

@@ -10,11 +10,14 @@ from pydantic import BeforeValidator, Field
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
+    BelowOne,
     Count,
     Positive,
+    PositiveShare,
     Section,
     Share,
     Text,
+    section,
 )
 
 Sites = Literal["attn", "ffn", "attn+ffn"]
@@ -89,9 +92,9 @@ class MocMethod(Section):
     )
     alpha: Share = Field(default=0.95, description="weight of the local control; 1-alpha is routed")
     top_k: Count = Field(default=1, description="routed controls K; 0 is the method control")
-    gate: Gate = Field(default_factory=Gate, description="how controls are scored")
-    routing: Routing = Field(default_factory=Routing, description="who votes, and how")
-    balance: Balance = Field(default_factory=Balance, description="the load-balance loss")
+    gate: Gate = section("how controls are scored")
+    routing: Routing = section("who votes, and how")
+    balance: Balance = section("the load-balance loss")
     placement: Placement | None = Field(
         default=None, description="where controls go in a model of unknown family"
     )
@@ -109,7 +112,73 @@ class ControlMethod(Section):
     )
 
 
-MethodConfig = MocMethod | ControlMethod
+Init = Literal[
+    "default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "orthogonal"
+]
+MixWeight = PositiveShare | Literal["learned"]
+
+
+class LoraMethod(Section):
+    """LoRA through peft: W x + alpha/rank · B A x in chosen linear modules."""
+
+    name: Literal["lora"] = Field(default="lora", description="the method")
+    rank: Positive = Field(default=32, description="rank r of A and B")
+    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
+    dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
+    init: Init = Field(default="default", description="how A and B start (peft's names)")
+    targets: list[Text] | None = Field(
+        default=None, description="linear modules of a layer; null is q, k, v, up and down"
+    )
+
+
+class DoraMethod(Section):
+    """DoRA through peft: LoRA on the direction of each weight, and a learned magnitude."""
+
+    name: Literal["dora"] = Field(default="dora", description="the method")
+    rank: Positive = Field(default=32, description="rank r of A and B")
+    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
+    dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
+    init: Init = Field(default="default", description="how A and B start (peft's names)")
+    targets: list[Text] | None = Field(
+        default=None, description="linear modules of a layer; null is q, k, v, up and down"
+    )
+
+
+class LayerGate(Section):
+    """How the gate scores the layers."""
+
+    kind: Literal["cosine", "linear"] = Field(
+        default="cosine", description="cosine similarity in a projected space, or W x"
+    )
+    projection_dim: Positive = Field(
+        default=256, description="width of the cosine gate's projection"
+    )
+
+
+class LayerBalance(Section):
+    """The loss that keeps all layers in use."""
+
+    weight: AtLeastZero = Field(default=0.01, description="lambda; 0 switches the loss off")
+
+
+class MolexMethod(Section):
+    """Mixture of Layer Experts: each layer with LoRA, mixed with a second layer that a gate picks."""
+
+    name: Literal["molex"] = Field(default="molex", description="the method")
+    rank: Positive = Field(default=32, description="rank r of A and B")
+    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
+    dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
+    targets: list[Text] | None = Field(
+        default=None, description="linear modules of a layer; null is q, k, v, up and down"
+    )
+    weight: MixWeight = Field(
+        default=0.95, description="weight of the layer itself, or learned; the rest is the second's"
+    )
+    gate: LayerGate = section("how layers are scored")
+    balance: LayerBalance = section("the load-balance loss")
+
+
+MethodConfig = MocMethod | ControlMethod | LoraMethod | DoraMethod | MolexMethod
 
 METHODS: dict[str, type[Section]] = {
     cls.model_fields["name"].default: cls for cls in get_args(MethodConfig)

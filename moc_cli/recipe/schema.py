@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from moc_cli.recipe.methods import MethodSection, MocMethod
+from moc_cli.recipe.methods import MethodSection
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
@@ -21,11 +21,12 @@ from moc_cli.recipe.types import (
     StepLimit,
     Text,
     one_or_more,
+    section,
     word_no,
 )
 
 Suite = Literal["commonsense", "glue", "builtin"]
-Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson"]
+Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -156,12 +157,14 @@ class Recipe(Section):
 
     seed: Seed = Field(default=42, description="seed of initialisation, order and dropout")
     model: ModelSection = Field(description="the frozen model")
-    method: MethodSection = Field(default_factory=MocMethod, description="what is trained")
+    method: MethodSection = Field(
+        default="moc", validate_default=True, description="what is trained"
+    )
     data: DataSection = Field(description="what is learned and tested")
-    train: TrainSection = Field(default_factory=TrainSection, description="the optimisation")
-    eval: EvalSection = Field(default_factory=EvalSection, description="the scoring")
+    train: TrainSection = section("the optimisation")
+    eval: EvalSection = section("the scoring")
     output: OutputSection = Field(description="the run folder")
-    launch: LaunchSection = Field(default_factory=LaunchSection, description="the machine")
+    launch: LaunchSection = section("the machine")
 
     @model_validator(mode="after")
     def _sensible(self, info: ValidationInfo) -> Self:

@@ -9,6 +9,7 @@ _KNOWN_AS = {
     "epochs": "num_train_epochs",
     "num_epochs": "num_train_epochs",
     "steps": "max_steps",
+    "batch": "per_device_train_batch_size",
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",

@@ -19,8 +19,8 @@ BUILTIN_MODELS = ("world-llama",)
 
 # Own metric first; where nothing is said, it is the accuracy.
 _METRICS = {
-    "cola": ("matthews", "accuracy"),
-    "stsb": ("pearson",),
+    "cola": ("matthews",),
+    "stsb": ("pearson", "spearman"),
     "mrpc": ("accuracy", "f1"),
     "qqp": ("accuracy", "f1"),
 }

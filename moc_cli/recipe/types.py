@@ -10,7 +10,11 @@ class Section(BaseModel):
     """One section of a recipe: unknown keys, NaN and infinity are refused, and it is frozen."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        defer_build=True,  # one validator, of the whole recipe, when it is first needed
     )
 
     @model_validator(mode="before")
@@ -18,6 +22,11 @@ class Section(BaseModel):
     def _empty(cls, value: Any) -> Any:
         """Read a section with nothing under its name as one that leaves all to the defaults."""
         return {} if value is None else value
+
+
+def section(description: str) -> Any:
+    """Return the field of a section whose keys all have defaults."""
+    return Field(default={}, validate_default=True, description=description)
 
 
 def refuse_bool(value: Any) -> Any:
@@ -47,5 +56,6 @@ StepLimit = Annotated[_Int, Field(ge=-1)]
 AtLeastZero = Annotated[_Float, Field(ge=0)]
 AboveZero = Annotated[_Float, Field(gt=0)]
 Share = Annotated[_Float, Field(ge=0, le=1)]
+PositiveShare = Annotated[_Float, Field(gt=0, le=1)]
 BelowOne = Annotated[_Float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]

@@ -1,0 +1,1 @@
+"""What the user sees: tables, progress, JSON. No torch."""

@@ -1,0 +1,83 @@
+"""`moc recipes`: list, show, copy the shipped recipes; print the schema of a recipe file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moc_cli.cli.options import JsonOption
+
+app = typer.Typer(
+    name="recipes",
+    help="List, show and copy the recipes that come with the program.",
+    no_args_is_help=True,
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="As in moc recipes list.")]
+
+
+@app.command("list")
+def list_recipes(json: JsonOption = False) -> None:
+    """List the recipes that come with the program."""
+    from moc_cli.recipe.catalog import entries
+    from moc_cli.report.output import print_json, print_table
+
+    found = entries()
+    if json:
+        print_json([{"name": one.name, "path": one.path, "about": one.summary} for one in found])
+        return
+    from moc_cli.report.tables import recipe_table
+
+    print_table(recipe_table([(one.name, one.summary) for one in found]))
+
+
+@app.command()
+def show(name: NameArgument, json: JsonOption = False) -> None:
+    """Print one recipe as it is written (with --json: every value it stands for)."""
+    from moc_cli.recipe.catalog import shipped
+
+    entry = shipped(name)
+    if not json:
+        typer.echo(entry.path.read_text(encoding="utf-8"), nl=False)
+        return
+    from moc_cli.recipe.load import load_recipe
+    from moc_cli.report.output import print_json
+
+    print_json(load_recipe(entry.path).model_dump(mode="json"))
+
+
+@app.command()
+def copy(
+    name: NameArgument,
+    to: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to; by default a file here of that name."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Copy one recipe, to be changed."""
+    from moc_cli.errors import FileError
+    from moc_cli.files import write_text_atomic
+    from moc_cli.recipe.catalog import shipped
+    from moc_cli.report.output import print_json, say
+
+    entry = shipped(name)
+    own = f"{entry.name.replace('/', '-')}.yaml"
+    target = Path(own) if to is None else to / own if to.is_dir() else to
+    if target.exists() and not force:
+        raise FileError(f"{target} exists already", hint="Add --force to overwrite it.")
+    write_text_atomic(target, entry.path.read_text(encoding="utf-8"))
+    if json:
+        print_json({"name": entry.name, "path": target})
+    else:
+        say(f"Copied {entry.name} to {target}. Next: moc train {target}")
+
+
+@app.command()
+def schema(json: JsonOption = False) -> None:
+    """Print the JSON schema of a recipe file, for editors (it is JSON with or without --json)."""
+    from moc_cli.recipe.load import json_schema
+    from moc_cli.report.output import print_json
+
+    print_json(json_schema())
