@@ -17,6 +17,7 @@ from moc_cli.recipe.types import (
     Section,
     Share,
     Text,
+    one_or_more,
     section,
 )
 
@@ -115,6 +116,7 @@ class ControlMethod(Section):
 Init = Literal[
     "default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "orthogonal"
 ]
+Targets = Annotated[list[Text], BeforeValidator(one_or_more), Field(min_length=1)]
 MixWeight = PositiveShare | Literal["learned"]
 
 
@@ -126,7 +128,7 @@ class LoraMethod(Section):
     alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
     dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
     init: Init = Field(default="default", description="how A and B start (peft's names)")
-    targets: list[Text] | None = Field(
+    targets: Targets | None = Field(
         default=None, description="linear modules of a layer; null is q, k, v, up and down"
     )
 
@@ -139,7 +141,7 @@ class DoraMethod(Section):
     alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
     dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
     init: Init = Field(default="default", description="how A and B start (peft's names)")
-    targets: list[Text] | None = Field(
+    targets: Targets | None = Field(
         default=None, description="linear modules of a layer; null is q, k, v, up and down"
     )
 
@@ -162,13 +164,13 @@ class LayerBalance(Section):
 
 
 class MolexMethod(Section):
-    """Mixture of Layer Experts: each layer with LoRA, mixed with a second layer that a gate picks."""
+    """Mixture of Layer Experts: each layer, with LoRA, mixed with one that a shared gate picks."""
 
     name: Literal["molex"] = Field(default="molex", description="the method")
     rank: Positive = Field(default=32, description="rank r of A and B")
     alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
     dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
-    targets: list[Text] | None = Field(
+    targets: Targets | None = Field(
         default=None, description="linear modules of a layer; null is q, k, v, up and down"
     )
     weight: MixWeight = Field(

@@ -105,6 +105,8 @@ def _bounds(fields: list[FieldInfo]) -> str:
         return " that is not empty"
     if "ge" in limits and "le" in limits:
         return f" from {limits['ge']:g} to {limits['le']:.10g}"
+    if "gt" in limits and "le" in limits:
+        return f" above {limits['gt']:g} and at most {limits['le']:g}"
     if "ge" in limits and "lt" in limits:
         return f" from {limits['ge']:g} to below {limits['lt']:g}"
     if "ge" in limits:
