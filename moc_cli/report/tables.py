@@ -165,7 +165,9 @@ def utilization_tables(
 
 def recipe_table(recipes: Sequence[tuple[str, str]]) -> Table:
     """Show the shipped recipes: name and purpose."""
-    table = Table("recipe", "what it does", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
+    table.add_column("recipe", no_wrap=True)  # a name is there to be copied
+    table.add_column("what it does")
     for name, summary in recipes:
         table.add_row(_plain(name), _plain(summary))
     return table
