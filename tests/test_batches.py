@@ -49,11 +49,12 @@ class SlowTokenizer:
 
 
 def test_whole_row_is_the_text_and_the_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its first token has nothing before it but padding, if that, and is no target."""
     example = question()
     (row,) = encode([example], byte_tokenizer).rows
     assert row["input_ids"][-1] == EOS
     assert byte_tokenizer.decode(row["input_ids"][:-1]) == example.train_text
-    assert row["labels"] == row["input_ids"]
+    assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
 
 
 def test_masked_prompt_leaves_the_answer(byte_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +15,10 @@ Progress = Callable[[int, int], None]  # items done, items in all
 
 
 class Scorable(Protocol):
-    """Anything that holds a model, adapted or bare."""
+    """Anything that holds a model; where it has routes, also a `voting(mask)`."""
 
     @property
     def model(self) -> PreTrainedModel: ...
-
-
-class Votable(Scorable, Protocol):
-    """A model whose routes can be told which tokens vote."""
-
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
 
 
 @contextmanager
@@ -49,6 +43,12 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
     for first in range(0, len(order), batch_size):
         yield order[first : first + batch_size]
+
+
+def voting(adapted: Scorable, mask: Tensor) -> AbstractContextManager[None]:
+    """Within it the tokens of mask (B, T) vote; on a bare model there is nothing to vote on."""
+    vote = getattr(adapted, "voting", None)
+    return nullcontext() if vote is None else vote(mask)
 
 
 def positions(mask: Tensor) -> Tensor:

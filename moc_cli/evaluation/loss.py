@@ -12,13 +12,14 @@ from moc_cli.data.encode import IGNORED, Encoded
 from moc_cli.errors import DataError
 from moc_cli.evaluation.forward import (
     Progress,
-    Votable,
+    Scorable,
     by_length,
     call,
     check_finite,
     check_fits,
     evaluating,
     positions,
+    voting,
 )
 
 
@@ -31,7 +32,7 @@ class HeldOutLoss:
 
 
 def lm_loss(
-    adapted: Votable,
+    adapted: Scorable,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
     *,
@@ -53,7 +54,7 @@ def lm_loss(
             mask, labels = batch["attention_mask"], batch["labels"]
             ids = batch["input_ids"]
             voters = _voters(mask, [encoded.prompt_lengths[item] for item in items])
-            with adapted.voting(voters):
+            with voting(adapted, voters):
                 out = call(
                     model,
                     input_ids=ids,

@@ -74,10 +74,59 @@ def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
     if metric == "accuracy":
         return Measure(value, (value * (1 - value) / len(labels)) ** 0.5)
     truth, guess = np.asarray(labels), np.asarray(predictions)
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(truth), size=(RESAMPLES, len(truth)))
-    values = [METRICS[metric](truth[draw], guess[draw]) for draw in draws]
+    resampled = _by_class if metric in ("f1", "matthews") else _by_value
+    values = resampled(metric, truth, guess, np.random.default_rng(0))
     return Measure(value, float(np.std(values, ddof=1)))
+
+
+def _by_class(
+    metric: str, truth: np.ndarray, guess: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Values (R,) of resamples, each a table of how often each label met each prediction.
+
+    Drawing such tables is drawing rows with replacement, at a cost that rows do not raise.
+    """
+    size = max(2, int(max(truth.max(), guess.max())) + 1)
+    cells = np.bincount(truth * size + guess, minlength=size * size)
+    drawn = rng.multinomial(len(truth), cells / len(truth), size=RESAMPLES)
+    tables = drawn.reshape(-1, size, size).astype(np.float64)  # (R, label, prediction)
+    return f1_of(tables) if metric == "f1" else matthews_of(tables)
+
+
+def _by_value(
+    metric: str, truth: np.ndarray, guess: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    values = []
+    for _ in range(RESAMPLES):
+        draw = rng.integers(0, len(truth), size=len(truth))
+        left, right = truth[draw].astype(np.float64), guess[draw].astype(np.float64)
+        if metric == "spearman":
+            left, right = stats.rankdata(left), stats.rankdata(right)
+        values.append(
+            0.0 if _constant(left) or _constant(right) else np.corrcoef(left, right)[0, 1]
+        )
+    return np.array(values)
+
+
+def f1_of(tables: np.ndarray) -> np.ndarray:
+    """F1 of class 1 for counts (R, label, prediction); 0 where nothing is found."""
+    found = tables[:, 1, 1]
+    either = tables[:, 1].sum(-1) + tables[:, :, 1].sum(-1)
+    return _ratio(2 * found, either)
+
+
+def matthews_of(tables: np.ndarray) -> np.ndarray:
+    """Matthews' correlation for counts (R, label, prediction); 0 where a side is constant."""
+    n = tables.sum((1, 2))
+    labels, guesses = tables.sum(2), tables.sum(1)  # (R, classes)
+    agreed = np.trace(tables, axis1=1, axis2=2)
+    spread = np.sqrt((n**2 - (labels**2).sum(-1)) * (n**2 - (guesses**2).sum(-1)))
+    return _ratio(agreed * n - (labels * guesses).sum(-1), spread)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    ratio: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return ratio
 
 
 def majority(metric: str, labels: Labels) -> float:

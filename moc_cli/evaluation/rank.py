@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.data.encode import common_prefix, prompt_tokens
@@ -32,6 +32,7 @@ from moc_cli.evaluation.forward import (
     check_fits,
     evaluating,
     positions,
+    voting,
 )
 
 
@@ -84,7 +85,7 @@ def rank(
         lengths = [len(question.prompt) for question in questions]
         for batch in by_length(lengths, batch_size):
             asked = [questions[item] for item in batch]
-            scored = _score(model, asked, pad_token_id(tokenizer), device)
+            scored = _score(adapted, asked, pad_token_id(tokenizer), device)
             scores |= dict(zip(batch, scored, strict=True))
             if on_progress is not None:
                 on_progress(len(scores), len(examples))
@@ -107,12 +108,12 @@ def _judge(example: ChoiceExample, scores: list[float]) -> ItemScore:
 
 
 def _score(
-    model: PreTrainedModel, questions: list[_Question], pad: int, device: torch.device
+    adapted: Scorable, questions: list[_Question], pad: int, device: torch.device
 ) -> list[list[float]]:
     """Log-probability of each candidate of each question."""
     prompts, mask = _left([question.prompt for question in questions], pad, device)  # (B, P)
     out = call(
-        model,
+        adapted.model,
         input_ids=prompts,
         attention_mask=mask,
         position_ids=positions(mask),
@@ -121,9 +122,9 @@ def _score(
     )
     cache, following = out.past_key_values, _log_probs(out.logits[:, -1])  # (B, V)
     trunks = [question.trunk for question in questions]
-    shared, following, mask = _follow(model, cache, mask, following, trunks, pad)
+    shared, following, mask = _follow(adapted, cache, mask, following, trunks, pad)
     pairs = [(row, branch) for row, q in enumerate(questions) for branch in q.branches]
-    scores = _branches(model, cache, mask, following, pairs, pad)
+    scores = _branches(adapted, cache, mask, following, pairs, pad)
     found: list[list[float]] = [[] for _ in questions]
     for (row, _), score in zip(pairs, scores, strict=True):
         found[row].append(shared[row] + score)
@@ -131,7 +132,7 @@ def _score(
 
 
 def _branches(
-    model: PreTrainedModel,
+    adapted: Scorable,
     cache: Any,
     mask: Tensor,
     following: Tensor,
@@ -149,14 +150,14 @@ def _branches(
         rows = rows[longer]
         cache.batch_select_indices(rows)
         tokens = [pairs[number][1] for number in longer]
-        totals, _, _ = _follow(model, cache, mask[rows], following[rows], tokens, pad, last=False)
+        totals, _, _ = _follow(adapted, cache, mask[rows], following[rows], tokens, pad, last=False)
         for number, total in zip(longer, totals, strict=True):
             scores[number] = total
     return scores
 
 
 def _follow(
-    model: PreTrainedModel,
+    adapted: Scorable,
     cache: Any,
     mask: Tensor,
     following: Tensor,
@@ -174,14 +175,15 @@ def _follow(
         return _sum(following.unsqueeze(1), tokens), following, mask
     ids, valid = _right(fed, pad, mask.device)  # (B, S)
     extended = torch.cat([mask, valid], dim=1)
-    out = call(
-        model,
-        input_ids=ids,
-        attention_mask=extended,
-        position_ids=positions(extended)[:, mask.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with voting(adapted, torch.zeros_like(valid)):  # a running route would count the candidates
+        out = call(
+            adapted.model,
+            input_ids=ids,
+            attention_mask=extended,
+            position_ids=positions(extended)[:, mask.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
     steps = torch.cat([following.unsqueeze(1), _log_probs(out.logits)], dim=1)  # (B, 1+S, V)
     rows = torch.arange(len(fed), device=mask.device)
     return _sum(steps, tokens), steps[rows, valid.sum(1)], extended
