@@ -1,0 +1,103 @@
+"""Which rows make a batch, and how they become tensors."""
+
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.encode import IGNORED, Row
+
+POOL = 50  # batches whose rows are sorted by length together
+Side = Literal["left", "right"]
+
+
+class Batches:
+    """Row numbers in batches, for every epoch anew, as a pure function of (seed, epoch).
+
+    The rows are shuffled. With `group_by_length`, each pool of 50 batches of them is then sorted
+    by length and cut into batches, and all batches are shuffled. The rows that fill no batch are
+    the last, short one: drawn at random, so that no length is rarer in it than elsewhere.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, group_by_length: bool = True
+    ) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group_by_length = group_by_length
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """Every row once, as batches of row numbers in the order of training."""
+        rng = random.Random(f"batches {self.seed} {number}")
+        rows = list(range(len(self.lengths)))
+        rng.shuffle(rows)
+        full = len(rows) // self.batch_size * self.batch_size
+        rows, short = rows[:full], rows[full:]
+        if self.group_by_length:
+            size = POOL * self.batch_size
+            pools = [rows[first : first + size] for first in range(0, full, size)]
+            rows = [row for pool in pools for row in sorted(pool, key=self.lengths.__getitem__)]
+        batches = [
+            rows[first : first + self.batch_size] for first in range(0, full, self.batch_size)
+        ]
+        if self.group_by_length:
+            rng.shuffle(batches)
+        return batches + ([short] if short else [])
+
+    def padding_share(self, number: int = 0) -> float:
+        """The share of an epoch's token slots that hold padding: 0 where all lengths agree."""
+        slots = real = 0
+        for batch in self.epoch(number):
+            lengths = [self.lengths[row] for row in batch]
+            slots += len(lengths) * max(lengths)
+            real += sum(lengths)
+        return 1 - real / slots if slots else 0.0
+
+
+def collate(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    side: Side,
+    kind: Literal["causal", "classification"],
+) -> dict[str, Tensor]:
+    """Pad rows on one side to the longest: input_ids, attention_mask (B, T) and labels.
+
+    Labels are (B, T) for a language model and (B,) for a classifier. `token_type_ids` are there
+    if the rows have them. The mask alone says what padding is: a tokenizer without a pad token is
+    padded with its end token.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": pad_token_id(tokenizer), "token_type_ids": tokenizer.pad_token_type_id}
+    batch = {
+        name: torch.tensor([_pad(row[name], length, fill[name], side) for row in rows])
+        for name in fill
+        if name in rows[0]
+    }
+    batch["attention_mask"] = torch.tensor(
+        [_pad([1] * len(row["input_ids"]), length, 0, side) for row in rows]
+    )
+    labels = [row["labels"] for row in rows]
+    if kind == "causal":
+        labels = [_pad(label, length, IGNORED, side) for label in labels]
+    batch["labels"] = torch.tensor(labels)
+    return batch
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad token, else its end token, else 0."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in ids if token is not None)
+
+
+def _pad(values: Sequence[int], length: int, fill: int, side: Side) -> list[int]:
+    padding = [fill] * (length - len(values))
+    return [*padding, *values] if side == "left" else [*values, *padding]

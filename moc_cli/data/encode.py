@@ -1,0 +1,149 @@
+"""Examples to tokens: cut to length, closed by the end token, labelled where the loss applies."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moc_cli.data.examples import ChoiceExample, Example, PairExample, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that no loss counts
+_CHUNK = 1000  # texts a call of the tokenizer
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of tokens, in the order of their examples.
+
+    A row of a language model holds `input_ids` and as many `labels`; a row of a classifier holds
+    one label, and `token_type_ids` where its tokenizer makes them. `prompt_lengths` counts each
+    row's tokens before its answer (for a classifier: all). `truncated` rows were longer than
+    max_length; of those, `answerless` ones lost all their answer.
+    """
+
+    rows: list[Row]
+    prompt_lengths: list[int]
+    truncated: int
+    answerless: int
+    fingerprint: str
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row["input_ids"]) for row in self.rows]
+
+
+def encode_train(
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    train_on_inputs: bool = True,
+) -> Encoded:
+    """Encode examples of one kind for training, or for a loss on held-out rows.
+
+    Questions: at most `max_length` tokens, the end token appended where there is room. With
+    `train_on_inputs` every token but the first is labelled, otherwise those from the answer on. A
+    token that holds the blanks before an answer and the answer's first letters counts as answer.
+    """
+    if examples and isinstance(examples[0], PairExample):
+        return encode_pairs(examples, tokenizer, max_length=max_length)  # type: ignore[arg-type]
+    return _encode_choices(
+        examples,  # type: ignore[arg-type]
+        tokenizer,
+        max_length,
+        train_on_inputs,
+    )
+
+
+def encode_pairs(
+    examples: Sequence[PairExample], tokenizer: "PreTrainedTokenizerBase", *, max_length: int
+) -> Encoded:
+    """Encode sentences or pairs; of a pair too long, the longer side gives way first."""
+    rows: list[Row] = []
+    truncated = 0
+    names = ("input_ids", "token_type_ids")
+    for example in examples:
+        whole = _tokens(tokenizer, example)
+        if len(whole["input_ids"]) > max_length:
+            truncated += 1
+            whole = _tokens(tokenizer, example, truncation=True, max_length=max_length)
+        row = {name: list(whole[name]) for name in names if name in whole}
+        rows.append(row | {"labels": example.label})
+    lengths = [len(row["input_ids"]) for row in rows]
+    return Encoded(rows, lengths, truncated, 0, fingerprint(examples))
+
+
+def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", example: ChoiceExample) -> list[list[int]]:
+    """Tokens of the evaluation prompt alone and then of the prompt with each candidate."""
+    texts = [example.eval_prompt, *(example.eval_prompt + text for text in example.candidates)]
+    return [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all the sequences share."""
+    shortest = min(len(sequence) for sequence in sequences)
+    for place in range(shortest):
+        if len({sequence[place] for sequence in sequences}) > 1:
+            return place
+    return shortest
+
+
+def _encode_choices(
+    examples: Sequence[ChoiceExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    train_on_inputs: bool,
+) -> Encoded:
+    rows, prompt_lengths = [], []
+    truncated = answerless = 0
+    end = tokenizer.eos_token_id
+    for ids, start in _train_tokens(examples, tokenizer):
+        if len(ids) > max_length:
+            truncated += 1
+            answerless += start >= max_length
+            ids = ids[:max_length]
+        elif len(ids) < max_length and end is not None and ids[-1] != end:
+            ids = [*ids, end]
+        start = min(start, len(ids))
+        # Nothing comes before a row's first token that could predict it; padding on the left would.
+        hidden = 1 if train_on_inputs else max(start, 1)
+        labels = [IGNORED] * hidden + ids[hidden:]
+        rows.append({"input_ids": ids, "labels": labels})
+        prompt_lengths.append(start)
+    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
+
+
+def _train_tokens(
+    examples: Sequence[ChoiceExample], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[list[int], int]]:
+    """Yield each training text's tokens and the place of the answer's first one."""
+    for first in range(0, len(examples), _CHUNK):
+        chunk = examples[first : first + _CHUNK]
+        texts = [example.train_text for example in chunk]
+        if tokenizer.is_fast:
+            batch = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+            marks = zip(chunk, batch["input_ids"], batch["offset_mapping"], strict=True)
+            for example, ids, offsets in marks:
+                ends = [end for _, end in offsets]
+                yield list(ids), _first_beyond(ends, example.answer_start)
+        else:
+            prompts = [example.train_text[: example.answer_start] for example in chunk]
+            whole = tokenizer(texts, verbose=False)["input_ids"]
+            part = tokenizer(prompts, verbose=False)["input_ids"]
+            for ids, prompt in zip(whole, part, strict=True):
+                yield list(ids), common_prefix([ids, prompt])
+
+
+def _first_beyond(ends: Sequence[int], start: int) -> int:
+    """The first token that ends after character `start`; special tokens end at 0."""
+    return next((place for place, end in enumerate(ends) if end > start), len(ends))
+
+
+def _tokens(
+    tokenizer: "PreTrainedTokenizerBase", example: PairExample, **options: Any
+) -> dict[str, Any]:
+    return dict(tokenizer(example.text_a, example.text_b, verbose=False, **options))
