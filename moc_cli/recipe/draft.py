@@ -32,9 +32,11 @@ class Draft:
     values: dict[str, Any]
     origins: dict[Path, Origin]
     problems: list[tuple[Origin, Problem]] = field(default_factory=list)
+    unread: set[Path] = field(default_factory=set)
 
     def copy(self) -> "Draft":
-        return Draft(copy.deepcopy(self.values), dict(self.origins))
+        """Return the same draft, to be changed, without its problems."""
+        return Draft(copy.deepcopy(self.values), dict(self.origins), unread=self.unread)
 
     def origin(self, path: Path) -> Origin:
         """Return where `path`, or the nearest section around it, was written."""
@@ -43,7 +45,7 @@ class Draft:
             here = here[:-1]
         known = self.origins[here]
         tail = path[len(here) :]
-        if not tail or (path == ("method", "name") and here):
+        if not tail or (path == ("method", "name") and isinstance(self.values["method"], str)):
             return known
         return Origin(known.place, ".".join((*filter(None, [known.key]), *tail)), known.order)
 

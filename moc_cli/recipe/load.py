@@ -107,7 +107,7 @@ def _read(path: Path) -> Draft:
         if not read.mistakes:
             draft.report(Origin(f"{name}:1", "", (0, 1)), _no_mapping(read.value))
         raise _error(draft)
-    draft.values = read.value
+    draft.values, draft.unread = read.value, read.unread
     for key, line in read.lines.items():
         if key:
             draft.origins[key] = Origin(f"{name}:{line}", ".".join(key), (0, line))
@@ -125,7 +125,8 @@ def _check(draft: Draft) -> Recipe | None:
     """Validate a draft; problems are added to it."""
     recipe, findings = check(draft.values)
     for finding in findings:
-        draft.report(draft.origin(finding.path), finding.message)
+        if finding.path not in draft.unread:
+            draft.report(draft.origin(finding.path), finding.message)
     return recipe
 
 

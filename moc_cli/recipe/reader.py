@@ -48,11 +48,14 @@ class Mistake:
 
 @dataclass
 class Read:
-    """The values, the line of each path, and what was wrong in the text itself."""
+    """The values, the line of each path, what was wrong in the text itself, and where a value
+    could not be made out, so that nothing more need be said about it.
+    """
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    unread: set[Path] = field(default_factory=set)
 
 
 def read_yaml(text: str) -> Read:
@@ -85,6 +88,7 @@ def _build(node: yaml.Node, path: Path, into: Read) -> Any:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         message = f"the tag {tag} is not read in recipes; leave it out"
         into.mistakes.append(Mistake(line, ".".join(path), message))
+        into.unread.add(path)
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, into)
     if isinstance(node, yaml.SequenceNode):
@@ -129,6 +133,8 @@ def parse_scalar(text: str) -> Any:
 def _syntax(error: yaml.MarkedYAMLError, text: str) -> Mistake:
     """Say in one sentence what a YAML error means."""
     mark = error.problem_mark or error.context_mark
+    if "end of stream" in (error.problem or "") and error.context_mark:
+        mark = error.context_mark  # a quote left open: where it was opened
     line = mark.line + 1 if mark else None
     problem = error.problem or error.context or "not readable as YAML"
     lines = text.splitlines()

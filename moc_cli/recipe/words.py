@@ -66,7 +66,7 @@ def found(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return "a list"
+        return "a list" if value else "an empty list"
     if isinstance(value, dict):
         return "a section"
     text = repr(value)
@@ -89,7 +89,8 @@ def describe(annotation: Any) -> str:
     if get_origin(plain) is Literal:
         return ", ".join(str(word) for word in get_args(plain))
     if get_origin(plain) is list:
-        return f"a list of {describe(_item(plain))}"
+        item = _peel(_item(plain))[0]
+        return "a list of texts" if item is str else f"a list of {describe(item)}"
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[plain]
     return f"{kind}{_bounds(fields)}"
 
@@ -105,13 +106,9 @@ def _bounds(fields: list[FieldInfo]) -> str:
         return " that is not empty"
     if "ge" in limits and "le" in limits:
         return f" from {limits['ge']:g} to {limits['le']:.10g}"
-    if "gt" in limits and "le" in limits:
-        return f" above {limits['gt']:g} and at most {limits['le']:g}"
-    if "ge" in limits and "lt" in limits:
-        return f" from {limits['ge']:g} to below {limits['lt']:g}"
-    if "ge" in limits:
-        return f" of at least {limits['ge']:g}"
-    return f" above {limits['gt']:g}" if "gt" in limits else ""
+    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    told = [f"{word} {limits[name]:g}" for name, word in words.items() if name in limits]
+    return f" {' and '.join(told)}" if told else ""
 
 
 def _method_name(path: Path, value: Any) -> tuple[Path, str]:
