@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.tally import Tally
 from moc_cli.models.families import Family, Port, find_family
-from moc_cli.models.ports import Host, find_layers
+from moc_cli.models.ports import Host, describe_layers, find_layers
 from moc_cli.nn.mixture import Mixture, Routing
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
@@ -104,7 +104,7 @@ def _routing(method: MocMethod | ControlMethod) -> Routing:
 def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family:
     place = method.placement
     if place is None:
-        return find_family(model.config.model_type)
+        return find_family(model.config.model_type, describe_layers(model))
     return Family(
         layers=place.layers,
         attn=Port(place.attn.read, place.attn.write),

@@ -131,8 +131,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(model_type: str) -> Family:
-    """The entry of this `model_type`; raises FamilyError naming the known ones and what to add."""
+def find_family(model_type: str, layers: str = "") -> Family:
+    """The entry of this `model_type`; raises FamilyError naming the known ones and what to add.
+
+    `layers` says what the model's lists of layers hold, for the error's hint.
+    """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
@@ -142,5 +145,6 @@ def find_family(model_type: str) -> Family:
         f"{', '.join(sorted(FAMILIES))}){guess}",
         hint="Name the places in the recipe: method.placement: {layers: <path of the layer list "
         "in the base model>, attn: {read: <module whose input is the residual stream>, write: "
-        "<module whose output is added to it>}, ffn: {read: ..., write: ...}, causal: true|false}.",
+        "<module whose output is added to it>}, ffn: {read: ..., write: ...}, causal: true|false}."
+        + (f" This model's lists of layers: {layers}." if layers else ""),
     )

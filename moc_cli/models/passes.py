@@ -1,7 +1,7 @@
 """What surrounds a forward of a model: which tokens vote, and which generation it belongs to.
 
-Hooks on the base model only. The routes of a generation are tied to its KV cache, so that several
-may run interleaved, and follow the cache's rows when beams reorder them.
+Hooks on one module only, as a rule the base model. The routes of a generation are tied to its KV
+cache, so that several may run interleaved, and follow the cache's rows when beams reorder them.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,12 @@ _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
 
 
 class Store(Protocol):
-    """What one generation remembers; its rows follow those of the cache."""
+    """What one generation remembers; its rows follow those of the cache.
+
+    `waiting` (B,) marks the rows of which only padding has been seen, None where there are none.
+    """
+
+    waiting: Tensor | None
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None: ...
 
@@ -49,7 +54,8 @@ class Passes:
     """Keeps `mixture.current` true for each forward of a model, its generations included.
 
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
-    without a cache vote too.
+    without a cache vote too. `runner` is the module of which every forward passes, with its token
+    ids and mask; by default the base model.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Passes:
         causal: bool,
         new_store: Callable[[], Store],
         running: bool = False,
+        runner: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.mixture = mixture
@@ -67,11 +74,11 @@ class Passes:
         self.running = running
         self.voters: Tensor | None = None
         self._new_store = new_store
-        base = model.base_model
-        self._names = list(signature(base.forward).parameters)
+        runner = model.base_model if runner is None else runner
+        self._names = list(signature(runner.forward).parameters)
         self._handles = [
-            base.register_forward_pre_hook(self._before, with_kwargs=True),
-            base.register_forward_hook(self._after),
+            runner.register_forward_pre_hook(self._before, with_kwargs=True),
+            runner.register_forward_hook(self._after),
         ]
         if hasattr(model, "generate"):
             model.generate = self._generate
@@ -101,7 +108,7 @@ class Passes:
             _GENERATION.reset(token)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of the base model: the voting tokens and the route store of this forward."""
+        """Pre-hook of the runner: the voting tokens and the route store of this forward."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
@@ -111,16 +118,21 @@ class Passes:
         valid = self.voters
         if valid is None:
             valid = valid_tokens(given.get("attention_mask"), length, past)
-        store = None
+        store = late = None
         if self.causal and not self.mixture.training:
             store = getattr(cache, _STORE, None)
             if cache is None:
                 valid = self._prompt_only(valid, tokens)
             if store is None or past == 0:
                 store = self._new_store()
+                store.waiting = _marked(None if valid is None else ~valid.any(dim=1))
                 if cache is not None:
                     follow(cache, store)
-        self.mixture.current = Pass(valid, store)
+            elif store.waiting is not None:
+                seen = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
+                late = _marked(store.waiting & seen)
+                store.waiting = _marked(store.waiting & ~seen)
+        self.mixture.current = Pass(valid, store, late, tuple(tokens.shape[:2]))
 
     def _prompt_only(self, valid: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Without a cache every forward of a generation sees all tokens; its prompt's still vote.
@@ -141,12 +153,17 @@ class Passes:
         return valid & prompt
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Hook of the base model: a cache made inside the forward gets the routes decided in it."""
+        """Hook of the runner: a cache made inside the forward gets the routes decided in it."""
         current = self.mixture.current
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and current.store is not None and not hasattr(cache, _STORE):
             follow(cache, current.store)
+
+
+def _marked(rows: Tensor | None) -> Tensor | None:
+    """The marked rows, or None where there are none; reads from the device."""
+    return rows if rows is not None and bool(rows.any()) else None
 
 
 def valid_tokens(mask: Any, length: int, past: int) -> Tensor | None:

@@ -5,6 +5,7 @@ deep copy or a pickle of the model keeps its own controls.
 """
 
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Host:
             causal=family.causal,
             new_store=RouteStore,
             running=mixture.routing.decode == "running",
+            runner=find_runner(model, family),
         )
 
     def remove(self) -> None:
@@ -82,17 +84,31 @@ class Host:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """The model's layers; raises FamilyError naming every place that does not exist."""
+def find_list(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    """The model's list of layers; raises FamilyError naming the lists there are."""
     base = model.base_model
     try:
-        layers = base.get_submodule(family.layers)
+        return base.get_submodule(family.layers)
     except AttributeError:
         lists = [name for name, m in base.named_modules() if isinstance(m, nn.ModuleList)]
         raise FamilyError(
             f"placement: layers '{family.layers}' is not a module of {type(base).__name__}; its "
             f"lists of layers are: {', '.join(lists) or 'none'}"
         ) from None
+
+
+def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    """The model's layers; raises FamilyError naming every place that does not exist."""
+    base = model.base_model
+    try:
+        layers = base.get_submodule(family.layers)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList):
+        raise FamilyError(
+            f"placement: layers '{family.layers}' is not a list of layers of "
+            f"{type(base).__name__}; it has: {describe_layers(model) or 'none'}"
+        )
     missing = []
     for number, layer in enumerate(layers):
         known = {name for name, _ in layer.named_modules()}
@@ -102,9 +118,35 @@ def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
                 if path not in known:
                     missing.append(f"{block}.{end} '{path}' (layer {number})")
     if missing:
-        children = [name for name, _ in layers[0].named_modules() if name and name.count(".") < 2]
         raise FamilyError(
             f"placement: {type(base).__name__} has no {'; no '.join(missing[:4])}",
-            hint=f"A layer of it holds: {', '.join(children)}",
+            hint=f"A layer of it holds: {_parts(layers[0])}",
         )
     return layers
+
+
+def find_runner(model: PreTrainedModel, family: Family) -> nn.Module:
+    """The innermost module around the layers that takes token ids and their mask.
+
+    As a rule that is the base model; but OPT's head calls the base's decoder past the base.
+    """
+    path = family.layers
+    while "." in path:
+        path = path.rpartition(".")[0]
+        module = model.base_model.get_submodule(path)
+        if {"input_ids", "attention_mask"} <= signature(module.forward).parameters.keys():
+            return module
+    return model.base_model
+
+
+def describe_layers(model: PreTrainedModel) -> str:
+    """The lists of layers in a model's base, and the modules in the first layer of each."""
+    return "; ".join(
+        f"{name} ({len(found)} x {type(found[0]).__name__}: {_parts(found[0])})"
+        for name, found in model.base_model.named_modules()
+        if isinstance(found, nn.ModuleList) and len(found) and _parts(found[0])
+    )
+
+
+def _parts(layer: nn.Module) -> str:
+    return ", ".join(name for name, _ in layer.named_modules() if name and name.count(".") < 2)

@@ -48,6 +48,13 @@ class Route:
         """The route with its rows reordered, selected or repeated by `change`."""
         return Route(change(self.ids), change(self.weights))
 
+    def replaced(self, rows: Tensor, other: "Route") -> "Route":
+        """The route with that of `other` in the marked rows (V,)."""
+        mark = rows[:, None]
+        return Route(
+            torch.where(mark, other.ids, self.ids), torch.where(mark, other.weights, self.weights)
+        )
+
     def detach(self) -> "Route":
         return Route(self.ids, self.weights.detach(), self._picks, self._groups)
 

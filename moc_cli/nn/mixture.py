@@ -44,23 +44,36 @@ class Routing:
 
 @dataclass
 class RouteStore:
-    """What one generation remembers between its forwards: a route (frozen) or ballot per site."""
+    """What one generation remembers between its forwards: a route (frozen) or ballot per site.
+
+    `waiting` (B,) marks the rows of which only padding has been seen, None where there are none.
+    """
 
     routes: dict[int, Route] = field(default_factory=dict)
     ballots: dict[int, Ballot] = field(default_factory=dict)
+    waiting: Tensor | None = None
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows what the cache does to its own: reorder, select or repeat them."""
         self.routes = {site: route.rows(change) for site, route in self.routes.items()}
         self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
+        if self.waiting is not None:
+            self.waiting = change(self.waiting)
 
 
 @dataclass
 class Pass:
-    """One forward of the model: which tokens vote (B, T; None = all), and its generation."""
+    """One forward of the model: which tokens vote (B, T; None = all), and its generation.
+
+    `late` (B,) marks the rows whose first real token comes in a later forward than the others':
+    they decide now, while the others keep their routes. None where there are none. `shape` is
+    (B, T), for blocks that see rows and tokens as one axis.
+    """
 
     valid: Tensor | None = None
     store: RouteStore | None = None
+    late: Tensor | None = None
+    shape: tuple[int, int] | None = None
 
 
 class Site:
@@ -163,6 +176,8 @@ class Mixture(nn.Module):
 
     def update(self, site: Site, x: Tensor) -> Tensor:
         """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
+        if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
+            return self.update(site, x.unflatten(0, self.current.shape)).flatten(0, 1)
         own = self.control(site.index)
         routing = self.routing
         site.choice = site.loss = None
@@ -189,13 +204,14 @@ class Mixture(nn.Module):
         routing, store, valid = self.routing, self.current.store, self.current.valid
         level: Level = routing.level if self.training else _evaluation_level(routing.level)
         keep = store is not None and not self.training and level == "sample"
-        if keep and routing.decode == "frozen" and site.index in store.routes:
-            kept = store.routes[site.index]
-            if kept.voters != x.shape[0]:
-                raise RuntimeError(
-                    f"site {site.name}: the cache holds routes of {kept.voters} rows, the input "
-                    f"has {x.shape[0]}"
-                )
+        kept = store.routes.get(site.index) if keep else None
+        if kept is not None and kept.voters != x.shape[0]:
+            raise RuntimeError(
+                f"site {site.name}: the cache holds routes of {kept.voters} rows, the input has "
+                f"{x.shape[0]}"
+            )
+        late = self.current.late
+        if kept is not None and late is None:
             return kept, None
         if valid is not None and valid.shape != x.shape[:2]:
             raise RuntimeError(
@@ -211,6 +227,9 @@ class Mixture(nn.Module):
             store.ballots[site.index] = ballot
         route = decide(ballot, routing.top_k, routing.vote, routing.estimator)
         site.choice = route.ids
+        if kept is not None:
+            site.choice = route.ids[late]
+            route = kept.replaced(late, route)
         if keep and routing.decode == "frozen":
             store.routes[site.index] = route.detach()
         if not (self.training and routing.balance_weight):
