@@ -1,0 +1,228 @@
+"""What the user sees: tables and plain rows say the same; progress goes to stderr, or nowhere."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from moc_cli.report import output, progress, tables
+
+
+@dataclass(frozen=True)
+class Score:
+    task: str
+    metric: str
+    value: float
+    n: int
+    stderr: float | None
+    majority: float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    weights: int
+    trainable: int
+    optimizer: int
+    peak: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    adapter: int
+    modules: int
+    base: int
+
+    @property
+    def share(self) -> float:
+        return self.adapter / self.base
+
+
+def drawn(*renderables: RenderableType, width: int = 100) -> str:
+    """Return what a terminal of this width shows."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    for renderable in renderables:
+        console.print(renderable)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines()), default=0) <= width
+    return text
+
+
+def cells(text: str, first: str) -> list[str]:
+    """Return the words of the line that begins with `first`."""
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == [first])
+
+
+AFTER = [
+    Score("mrpc", "accuracy", 0.83123, 408, 0.019, 0.684),
+    Score("mrpc", "f1", 0.881, 408, None, 0.812),
+]
+BEFORE = [Score("mrpc", "accuracy", 0.316, 408, 0.023, 0.684)]
+
+
+def test_results_stand_beside_the_untrained_and_the_majority() -> None:
+    text = drawn(tables.results_table(AFTER, BEFORE))
+    assert cells(text, "mrpc") == ["mrpc", "accuracy", "31.6", "83.1", "1.9", "68.4", "408"]
+    assert ["mrpc", "f1", "–", "88.1", "–", "81.2", "408"] in [
+        line.split() for line in text.splitlines()
+    ]
+    rows = tables.results_rows(AFTER, BEFORE)
+    assert rows[0] == {
+        "task": "mrpc",
+        "metric": "accuracy",
+        "before": 0.316,
+        "value": 0.83123,
+        "stderr": 0.019,
+        "majority": 0.684,
+        "n": 408,
+    }
+    assert rows[1]["before"] is None
+
+
+def test_a_name_in_brackets_is_no_markup() -> None:
+    score = Score("[red]x[/red]", "accuracy", 0.5, 2, 0.1, 0.5)
+    assert "[red]x[/red]" in drawn(tables.results_table([score]))
+    assert "[b]" in drawn(tables.recipe_table([("[b]", "c")]))
+
+
+def test_memory_says_what_its_peak_is() -> None:
+    memory = Memory(5_000_000, 12_300, 900, 1_234_000_000, "peak resident of the process")
+    text = drawn(tables.memory_table(memory))
+    assert cells(text, "weights") == ["weights", "5.0", "MB"]
+    assert cells(text, "trainable") == ["trainable", "12.3", "kB"]
+    assert cells(text, "optimizer") == ["optimizer", "900", "B"]
+    assert cells(text, "peak") == ["peak", "resident", "of", "the", "process", "1.23", "GB"]
+    assert [row["bytes"] for row in tables.memory_rows(memory)] == [5e6, 12_300, 900, 1.234e9]
+
+
+def test_parameters_leave_heads_out_of_the_share() -> None:
+    counts = Counts(adapter=5_000, modules=700, base=1_000_000)
+    text = drawn(tables.parameter_table(counts))
+    assert cells(text, "controls")[-3:] == ["5,000", "0.500", "%"]
+    assert cells(text, "fresh")[-1] == "700"
+    assert [row["parameters"] for row in tables.parameter_rows(counts)] == [5_000, 700, 1_000_000]
+
+
+def summary(size: int, dead: int = 1) -> dict[str, Any]:
+    """A pool whose control i has a share in proportion to i."""
+    names = [f"{index // 2}.{'attn' if index % 2 == 0 else 'ffn'}" for index in range(size)]
+    use = [index / (size * (size - 1) / 2) for index in range(size)]
+    pool = {
+        "controls": names,
+        "use": use,
+        "dead": names[:dead],
+        "local_share": 0.125,
+        "decisions": 12_800,
+    }
+    return {"pools": {"shared": pool}}
+
+
+def test_use_of_64_controls_fits_in_100_columns_and_16_rows() -> None:
+    text = drawn(*tables.utilization_tables(summary(64)))
+    assert len(text.splitlines()) == 17
+    assert "Controls of the shared pool" in text
+    assert "12,800 choices, 12.5 % local, 1 of 64 dead" in text
+    for index in range(64):
+        assert f"{index // 2}.{'attn' if index % 2 == 0 else 'ffn'}" in text
+    assert "3.1%" in text  # the busiest: 63 of 2016
+    assert drawn(*tables.utilization_tables(summary(64), width=40), width=40).count("%") == 65
+
+
+def test_use_rows_hold_every_share_and_the_dead() -> None:
+    rows = tables.utilization_rows(summary(4))
+    assert [row["control"] for row in rows] == ["0.attn", "0.ffn", "1.attn", "1.ffn"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert [row["dead"] for row in rows] == [True, False, False, False]
+
+
+def test_a_method_without_a_gate_has_nothing_to_show() -> None:
+    assert tables.utilization_tables({}) == []
+    assert tables.utilization_rows({}) == []
+
+
+def test_bars_grow_with_the_share_and_show_every_life() -> None:
+    widths = [len(tables.bar(share / 100, 8)) for share in range(101)]
+    assert widths == sorted(widths)
+    assert (widths[0], widths[100]) == (0, 8)
+    assert tables.bar(1e-6, 8) == "▏"
+    assert tables.bar(0.5, 8) == "████"
+    assert tables.bar(1.0, 8, ascii_only=True) == "#" * 8
+    assert tables.bar(0.0, 8, ascii_only=True) == ""
+
+
+def test_numbers_in_words() -> None:
+    assert tables.duration(3723) == "1:02:03"
+    assert tables.duration(59.6) == "1:00"
+    assert tables.size(999) == "999 B"
+    assert tables.size(16.59e9) == "16.59 GB"
+    assert tables.hundredths(float("nan")) == tables.hundredths(None) == "–"
+
+
+def run(bar: progress.TrainProgress, steps: int) -> None:
+    with bar:
+        for step in range(1, steps + 1):
+            bar.update(
+                step=step,
+                loss=1 / step,
+                examples=16 * step,
+                tokens=1000 * step,
+                seconds=0.5 * step,
+                memory=2_000_000,
+            )
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture) -> None:
+    run(progress.TrainProgress(25, every=10, memory_kind="peak resident"), 25)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    told = captured.err.splitlines()
+    assert [line.split()[1] for line in told] == ["10/25", "20/25", "25/25"]
+    # 20 steps of half a second: 32 examples/s, 2,000 tokens/s, 5 steps left.
+    assert "32.0 examples/s  2,000 tokens/s  0:02 left  2.0 MB peak resident" in told[1]
+
+
+def test_progress_after_a_resume_counts_only_what_it_saw(capsys: pytest.CaptureFixture) -> None:
+    """The run so far may have been on another machine."""
+    bar = progress.TrainProgress(100, every=1)
+    with bar:
+        for step, seconds in ((50, 900.0), (51, 901.0)):
+            bar.update(
+                step=step, loss=1.0, examples=8 * step, tokens=step, seconds=seconds, memory=1
+            )
+    first, second = capsys.readouterr().err.splitlines()
+    assert "examples/s" not in first
+    assert "8.0 examples/s" in second
+    assert "0:49 left" in second
+
+
+def test_silent_progress_says_nothing(capsys: pytest.CaptureFixture) -> None:
+    run(progress.TrainProgress(5, silent=True, every=1), 5)
+    with progress.WorkProgress("score", 10, silent=True) as work:
+        work.observe(10, 10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_work_in_batches_is_told_in_quarters(capsys: pytest.CaptureFixture) -> None:
+    with progress.WorkProgress("score", 100) as work:
+        for done in (*range(7, 100, 7), 100):
+            work.observe(done, 100)
+    told = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["28/100", "56/100", "77/100", "100/100"]
+
+
+def test_progress_on_a_terminal_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(output, "err", lambda: Console(file=screen, force_terminal=True, width=120))
+    run(progress.TrainProgress(20), 20)
+    shown = screen.getvalue()
+    assert "20/20" in shown
+    assert "2,000 tokens/s" in shown
+
+
+def test_remarks_cannot_move_the_cursor(capsys: pytest.CaptureFixture) -> None:
+    output.say("a\x1b[31m[bold]b\nc\x07")
+    assert capsys.readouterr().err == "a\\x1b[31m[bold]b\nc\\x07\n"
