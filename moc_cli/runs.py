@@ -9,11 +9,13 @@ results.json                         scores before and after, time, memory, rout
 environment.json                     versions, device, data and base model, with hashes
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +32,21 @@ KNOWN = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
     *("trackers", "recipe.yaml", LOCK),
 )
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a command was called, for hints that can be pasted: `base` names no run folder."""
+
+    base: str
+    output_dir: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The whole call again."""
+        if self.output_dir is None:
+            return self.base
+        return f"{self.base} --output-dir {shlex.quote(self.output_dir)}"
 
 
 class RunFolder:
@@ -82,10 +99,10 @@ class RunFolder:
         return run
 
     @classmethod
-    def claim(cls, path: str | Path, *, recipe: str, resume: bool, overwrite: bool) -> "RunFolder":
+    def claim(cls, path: str | Path, *, call: Call, resume: bool, overwrite: bool) -> "RunFolder":
         """Return the folder for a training run, locked if it exists; nothing is written yet.
 
-        `recipe` is how the user named the recipe, for the commands in a refusal. Raises RunError
+        `call` is how the user called, for the commands in a refusal. Raises RunError
         when the folder is in use, holds anything and neither `resume` nor `overwrite` was asked
         for, or holds files that no run made.
         """
@@ -95,7 +112,7 @@ class RunFolder:
         if run.path.is_dir():
             run._acquire()
             try:
-                run._check(recipe, resume, overwrite)
+                run._check(call, resume, overwrite)
             except RunError:
                 run.release()
                 raise
@@ -176,6 +193,27 @@ class RunFolder:
         """Write environment.json."""
         write_json_atomic(self.path / "environment.json", environment)
 
+    def history(self) -> list[dict[str, Any]]:
+        """Return when the run was started and resumed, oldest first."""
+        with contextlib.suppress(RunError):
+            return list(self.read_environment().get("history", []))
+        return []
+
+    def scores_before(self) -> dict[str, dict[str, float]]:
+        """Return the untrained model's scores, task -> metric -> value, where they are known."""
+        try:
+            results = self.read_results()
+        except RunError:
+            return {}
+        if results.get("status") != "finished":
+            return dict(results.get("before", {}))
+        scores: dict[str, dict[str, float]] = {}
+        for task, entry in results["tasks"].items():
+            for one in [entry, *entry.get("also", [])]:
+                if one["before"] is not None:
+                    scores.setdefault(task, {})[one["metric"]] = one["before"]
+        return scores
+
     def read_environment(self) -> dict[str, Any]:
         """Return environment.json; RunError when there is none."""
         return self._read_json(self.path / "environment.json")
@@ -189,25 +227,23 @@ class RunFolder:
 
     # Claiming
 
-    def _check(self, recipe: str, resume: bool, overwrite: bool) -> None:
+    def _check(self, call: Call, resume: bool, overwrite: bool) -> None:
         content = self._content()
         if not content or resume:
             return
-        shown = shlex.quote(str(self.path))
         if not overwrite:
-            again = f"moc train {shlex.quote(recipe)}"
             raise RunError(
                 f"{self.path} is not empty",
-                f"continue the run in it:  {again} --resume auto\n"
-                f"replace it:  {again} --overwrite\n"
-                f"keep it:  {again} --output-dir OTHER",
+                f"{call.command} --resume auto   # continue that run\n"
+                f"      {call.command} --overwrite   # replace it\n"
+                f"      {call.base} --output-dir OTHER   # leave it alone",
             )
         strange = [name for name in content if name not in KNOWN and not _leftover(name)]
         if not self.recipe_file.is_file() or strange:
             what = f"holds {', '.join(strange[:5])}" if strange else "holds no recipe.yaml"
             raise RunError(
                 f"{self.path} is not overwritten: it {what}, so it is not only a run folder",
-                f"look into {shown} and remove it yourself, or choose another with --output-dir",
+                f"look into it, or choose another folder: {call.base} --output-dir OTHER",
             )
 
     def _content(self) -> list[str]:

@@ -8,24 +8,25 @@ import sys
 import pytest
 
 from moc_cli.errors import RunError
-from moc_cli.runs import RunFolder
+from moc_cli.runs import Call, RunFolder
 
 RECIPE = "seed: 1\n"
+CALL = Call("moc train r.yaml")
 
 
 def make_run(path) -> None:
     """A run folder as a finished training leaves it."""
-    with RunFolder.claim(path, recipe="r.yaml", resume=False, overwrite=False) as run:
+    with RunFolder.claim(path, call=CALL, resume=False, overwrite=False) as run:
         run.begin(RECIPE, fresh=True)
         run.save_controls({"method": {"name": "moc"}}, b"payload")
-        run.write_results({"status": "finished"})
+        run.write_results({"status": "running", "before": {}})
         run.metrics.write_text('{"step": 1}\n')
         (run.checkpoints / "step-000001").mkdir(parents=True)
 
 
 def test_a_new_folder_is_made_only_when_the_run_begins(tmp_path):
     path = tmp_path / "deep" / "run"
-    with RunFolder.claim(path, recipe="r.yaml", resume=False, overwrite=False) as run:
+    with RunFolder.claim(path, call=CALL, resume=False, overwrite=False) as run:
         assert not path.exists()
         run.begin(RECIPE, fresh=True)
         assert run.recipe_file.read_text() == RECIPE
@@ -35,14 +36,17 @@ def test_an_occupied_folder_is_refused_with_the_commands(tmp_path):
     path = tmp_path / "my run"
     make_run(path)
     with pytest.raises(RunError, match="is not empty") as caught:
-        RunFolder.claim(path, recipe="my recipe.yaml", resume=False, overwrite=False)
-    assert "moc train 'my recipe.yaml' --resume auto" in caught.value.hint
-    assert "moc train 'my recipe.yaml' --overwrite" in caught.value.hint
+        RunFolder.claim(
+            path, call=Call("moc train 'my recipe.yaml'", "my run"), resume=False, overwrite=False
+        )
+    assert "moc train 'my recipe.yaml' --output-dir 'my run' --resume auto" in caught.value.hint
+    assert "moc train 'my recipe.yaml' --output-dir 'my run' --overwrite" in caught.value.hint
+    assert "moc train 'my recipe.yaml' --output-dir OTHER" in caught.value.hint
     assert (path / "metrics.jsonl").exists()
 
 
 def test_an_empty_folder_is_taken(tmp_path):
-    with RunFolder.claim(tmp_path, recipe="r", resume=False, overwrite=False) as run:
+    with RunFolder.claim(tmp_path, call=CALL, resume=False, overwrite=False) as run:
         run.begin(RECIPE, fresh=True)
 
 
@@ -50,7 +54,7 @@ def test_overwrite_drops_the_old_run_only_when_the_new_one_begins(tmp_path):
     path = tmp_path / "run"
     make_run(path)
     (path / ".tmp-results.json-4194305").write_text("")  # of a process that is gone
-    with RunFolder.claim(path, recipe="r", resume=False, overwrite=True) as run:
+    with RunFolder.claim(path, call=CALL, resume=False, overwrite=True) as run:
         assert (path / "controls").is_dir()
         run.begin("seed: 2\n", fresh=True)
     assert sorted(os.listdir(path)) == [".lock", "recipe.yaml"]
@@ -62,37 +66,38 @@ def test_overwrite_spares_what_no_run_made(tmp_path):
     make_run(path)
     (path / "thesis.tex").write_text("years")
     with pytest.raises(RunError, match=r"not overwritten: it holds thesis\.tex"):
-        RunFolder.claim(path, recipe="r", resume=False, overwrite=True)
+        RunFolder.claim(path, call=CALL, resume=False, overwrite=True)
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
     with pytest.raises(RunError, match=r"holds no recipe\.yaml"):
-        RunFolder.claim(other, recipe="r", resume=False, overwrite=True)
+        RunFolder.claim(other, call=CALL, resume=False, overwrite=True)
     assert (path / "controls").is_dir()
     assert (other / "checkpoints").is_dir()
 
 
 def test_resume_keeps_everything(tmp_path):
     make_run(tmp_path)
-    with RunFolder.claim(tmp_path, recipe="r", resume=True, overwrite=False) as run:
+    with RunFolder.claim(tmp_path, call=CALL, resume=True, overwrite=False) as run:
         run.begin(RECIPE, fresh=False)
         assert run.read_metrics() == [{"step": 1}]
-        assert run.read_results() == {"status": "finished"}
+        assert run.read_results() == {"status": "running", "before": {}}
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(RunError, match="is a file"):
-        RunFolder.claim(tmp_path / "run", recipe="r", resume=True, overwrite=True)
+        RunFolder.claim(tmp_path / "run", call=CALL, resume=True, overwrite=True)
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
     code = (
-        "import sys; from moc_cli.runs import RunFolder; from moc_cli.errors import RunError\n"
-        "try: RunFolder.claim(sys.argv[1], recipe='r', resume=True, overwrite=False)\n"
+        "import sys\n"
+        "from moc_cli.errors import RunError; from moc_cli.runs import Call, RunFolder\n"
+        "try: RunFolder.claim(sys.argv[1], call=Call('r'), resume=True, overwrite=False)\n"
         "except RunError as error: sys.exit(error.message)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with RunFolder.claim(tmp_path, recipe="r", resume=False, overwrite=False) as run:
+    with RunFolder.claim(tmp_path, call=CALL, resume=False, overwrite=False) as run:
         second = subprocess.run(command, capture_output=True, text=True, check=False)
         assert second.returncode == 1
         assert f"in use by another process (process {os.getpid()})" in second.stderr
@@ -103,7 +108,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 def test_the_slower_of_two_that_make_a_folder_is_refused(tmp_path):
     path = tmp_path / "run"
-    slow = RunFolder.claim(path, recipe="r", resume=False, overwrite=False)
+    slow = RunFolder.claim(path, call=CALL, resume=False, overwrite=False)
     make_run(path)
     with pytest.raises(RunError, match="taken by another run"):
         slow.begin(RECIPE, fresh=True)

@@ -115,7 +115,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not (path / STATE).is_file():
         raise RunError(f"{path} is not a checkpoint: it holds no {STATE}")
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
         digest = state.pop("digest")
     except (ValueError, KeyError, AttributeError, OSError) as error:
         raise RunError(f"checkpoint {path} is damaged: {STATE} cannot be read") from error

@@ -43,8 +43,8 @@ class Settings:
 class Epochs(Protocol):
     """Lists of row numbers, a pure function of the epoch."""
 
-    def epoch(self, e: int) -> list[list[int]]:
-        """Return the micro-batches of epoch `e`."""
+    def epoch(self, number: int, /) -> list[list[int]]:
+        """Return the micro-batches of an epoch, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Data:
     batches: Epochs
     collate: Callable[[list[int]], dict[str, Tensor]]
     kind: Kind = "causal"
+    padding_share: float = 0.0  # expected, of an epoch's token slots
 
 
 @dataclass(frozen=True)

@@ -53,5 +53,5 @@ class Interrupted(MocError):
         self.number = number
         self.exit_code = 128 + number
 
-    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str, str | None]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str, str | None]]:
         return type(self), (self.number, self.message, self.hint)

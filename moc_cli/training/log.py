@@ -7,7 +7,7 @@ the same in every repetition of the run, resumed or not.
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def without_measured(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != MEASURED}
 
 
-def require_trackers(names: list[str]) -> None:
+def require_trackers(names: Sequence[str]) -> None:
     """Raise MocError when a tracker's package is missing; nothing is imported."""
     for name in names:
         packages = PACKAGES.get(name, (name,))

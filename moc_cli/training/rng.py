@@ -1,6 +1,7 @@
 """The random states of torch, Python and NumPy as tensors: saved without pickle."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ def seed_everything(seed: int) -> None:
 
 def capture() -> dict[str, Tensor]:
     """Return every global random state; `restore` takes it back bit for bit."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, gauss = numpy_state
     _, words, python_gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),
@@ -28,7 +30,7 @@ def capture() -> dict[str, Tensor]:
         "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy.gauss": torch.tensor([gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"cuda.{index}"] = state
     return tensors

@@ -1,0 +1,170 @@
+"""From a recipe's sections to the objects a run needs: device, tokenizer, model, settings."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moc_cli.errors import MocError
+from moc_cli.methods import Adapted, attach
+from moc_cli.models.load import build_meta, load_model, load_tokenizer
+from moc_cli.recipe.schema import DataSection, LaunchSection, ModelSection, Recipe
+from moc_cli.recipe.suites import task_metrics
+from moc_cli.training.contracts import Settings
+from moc_cli.training.log import Track
+from moc_cli.training.rows import Rows, model_arguments, read_rows
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with a method in it, on its device; its name, its base's type and weights' hash."""
+
+    adapted: Adapted
+    name: str
+    dtype: str
+    weights_hash: str
+
+
+def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
+    """Choose the device and the number of threads; trackers write below `folder`.
+
+    Raises MocError when the recipe asks for a GPU that is not there, or started several processes.
+    """
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise MocError(
+            "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MocError("moc train runs in one process for now, found WORLD_SIZE > 1")
+    if launch.num_threads is not None:
+        torch.set_num_threads(launch.num_threads)
+    return Accelerator(
+        cpu=launch.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=list(report_to) or None,
+        project_dir=folder,
+    )
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> Track | None:
+    """Start the trackers the recipe asks for; return what feeds them."""
+    if not recipe.output.report_to:
+        return None
+    config = {key: value for key, value in _flat(recipe.model_dump(mode="json")).items() if value}
+    accelerator.init_trackers("moc", config=config)
+    return lambda values, step: accelerator.log(values, step=step)
+
+
+def make_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the recipe names, or the model's own."""
+    own = model.tokenizer_name is None
+    return load_tokenizer(
+        model.tokenizer_name or model.model_name_or_path,
+        revision=model.revision if own else None,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def make_rows(data: DataSection, max_test: int | None) -> Rows:
+    """Read the rows that the recipe names."""
+    return read_rows(
+        data.suite,
+        data.tasks,
+        path=data.path,
+        held_out=data.held_out,
+        max_train=data.max_train_samples,
+        max_validation=data.max_eval_samples,
+        max_test=max_test,
+    )
+
+
+def build(recipe: Recipe, device: torch.device) -> Built:
+    """Load the model in its precision, place the method in it, and move both to the device."""
+    loaded = load_model(recipe.model.model_name_or_path, seed=recipe.seed, **_arguments(recipe))
+    adapted = attach(loaded.model, recipe.method, new_modules=loaded.new_modules, seed=recipe.seed)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(loaded.model)
+    loaded.model.to(device)  # type: ignore[arg-type]
+    return Built(
+        adapted,
+        recipe.model.model_name_or_path,
+        str(loaded.model.dtype).removeprefix("torch."),
+        loaded.weights_hash,
+    )
+
+
+def build_shapes(recipe: Recipe) -> Adapted:
+    """Place the method in the model's shapes alone, on the meta device; no weights are read.
+
+    A classifier's head counts as fresh; whether the checkpoint lacks more is seen only on loading.
+    """
+    model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
+    fresh: tuple[str, ...] = ()
+    if not recipe_is_causal(recipe):
+        fresh = tuple(n for n, _ in model.named_children() if n != model.base_model_prefix)
+    return attach(model, recipe.method, new_modules=fresh, seed=recipe.seed)
+
+
+def recipe_is_causal(recipe: Recipe) -> bool:
+    """Return whether the recipe trains a language model rather than a classifier."""
+    return recipe.data.suite != "glue"
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def make_settings(recipe: Recipe) -> Settings:
+    """Return the loop's numbers; without a metric of its own, the task's main one decides."""
+    train, scoring, output = recipe.train, recipe.eval, recipe.output
+    metric = scoring.metric_for_best_model or task_metrics(recipe.data.tasks[0])[0]
+    return Settings(
+        seed=recipe.seed,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
+        warmup_ratio=train.warmup_ratio,
+        logging_steps=output.logging_steps,
+        eval_strategy=scoring.eval_strategy,
+        eval_steps=scoring.eval_steps,
+        metric=metric if scoring.eval_strategy != "no" else None,
+        patience=scoring.early_stopping_patience,
+        save_strategy=output.save_strategy,
+        save_steps=output.save_steps,
+    )
+
+
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the flat arguments that loading and meta building share."""
+    model = recipe.model
+    return {
+        "dtype": "bfloat16" if recipe.train.bf16 else "float32",
+        "attn_implementation": model.attn_implementation,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        **model_arguments(recipe.data.suite, recipe.data.tasks[0]),
+    }
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value if isinstance(value, str | int | float) else str(value)}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -1,0 +1,90 @@
+"""What a run was made with: versions, machine, source, data and base model."""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moc_cli import __version__
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+def describe_environment(
+    device: torch.device,
+    *,
+    model: str,
+    revision: str | None,
+    weights: str,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what environment.json holds."""
+    return {
+        "versions": {"moc": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": describe_device(device),
+        "git": git_state(),
+        "model": {"name": model, "revision": revision, "weights_sha256": weights},
+        "data": data,
+    }
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Return the device's kind and name, its memory in bytes, and the CPU's threads."""
+    facts: dict[str, Any] = {"kind": device.type, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"name": properties.name, "memory": properties.total_memory}
+        facts["cuda"] = torch.version.cuda
+    else:
+        facts["name"] = _processor()
+    return facts
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return commit and whether tracked files differ from it; None outside of a checkout."""
+    here = Path(__file__).resolve()
+    commit = _git(here.parent, "rev-parse", "HEAD")
+    # An installed package may lie inside some other project's folder.
+    if commit is None or _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """Return the CPU's name as the system gives it."""
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,102 @@
+"""Which run a checkpoint belongs to, and what may change when it is resumed."""
+
+from typing import Any
+
+from moc_cli.errors import RunError
+
+# Key or section -> what to tell the user when it changed; "" where nothing needs to be told.
+CHANGEABLE = {
+    "output": "",
+    "launch": "results may differ in their last bits",
+    "data.path": "",
+    "train.num_train_epochs": "the rate follows the new number of steps",
+    "train.max_steps": "the rate follows the new number of steps",
+    "train.learning_rate": "from this step on",
+    "train.max_grad_norm": "from this step on",
+    "train.gradient_checkpointing": "",
+    "eval.per_device_eval_batch_size": "",
+    "eval.eval_strategy": "from this step on",
+    "eval.eval_steps": "from this step on",
+    "eval.early_stopping_patience": "from this step on",
+    "eval.before": "",
+}
+FACTS = {
+    "weights": "the base model's weights",
+    "data": "the rows",
+    "trainables": "what is trained",
+}
+
+
+def make_identity(
+    recipe: dict[str, Any],
+    *,
+    weights: str,
+    data: dict[str, Any],
+    trainables: dict[str, list[int]],
+    threads: int,
+) -> dict[str, Any]:
+    """Return what a checkpoint says about its run: the recipe and hashes of what it stands for."""
+    return {
+        "recipe": recipe,
+        "weights": weights,
+        "data": data,
+        "trainables": trainables,
+        "threads": threads,
+    }
+
+
+def check_recipe(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Return a remark on each harmless change of the recipe.
+
+    Raises RunError naming every key that makes it another run.
+    """
+    before, after = _flat(saved), _flat(asked)
+    remarks, refused = [], []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if old == new:
+            continue
+        rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
+        if not rule:
+            refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")
+        elif CHANGEABLE[rule]:
+            remarks.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
+    if refused:
+        raise RunError(
+            f"the recipe is not the one this run was started with: {', '.join(refused)}",
+            "resume with the old values, or start another run: --output-dir OTHER",
+        )
+    return remarks
+
+
+def check_facts(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a remark when the number of threads changed.
+
+    Raises RunError when weights, rows or trainables are not those of the checkpoint.
+    """
+    changed = [words for key, words in FACTS.items() if saved.get(key) != now.get(key)]
+    if changed:
+        raise RunError(
+            f"{' and '.join(changed)} changed since the checkpoint was written",
+            "bring back the old files, or start another run: --output-dir OTHER",
+        )
+    if saved.get("threads") != now.get("threads"):
+        return [
+            f"threads: {saved.get('threads')} -> {now.get('threads')}; "
+            "results may differ in their last bits"
+        ]
+    return []
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _word(value: Any) -> str:
+    return "nothing" if value is None else str(value)

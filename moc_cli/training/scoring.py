@@ -1,0 +1,142 @@
+"""Scores of a run: every task before and after training, and a few numbers while it trains."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.encode import encode_train
+from moc_cli.data.examples import ChoiceExample, Example, PairExample
+from moc_cli.evaluation import metrics
+from moc_cli.evaluation.classify import classify, pair_loss
+from moc_cli.evaluation.loss import lm_loss
+from moc_cli.evaluation.rank import rank
+from moc_cli.evaluation.results import Evaluation, evaluate_choices, evaluate_pairs
+from moc_cli.recipe.suites import task_metrics
+from moc_cli.training.loss import Kind
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model and how to score it."""
+
+    adapted: Any
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    batch_size: int
+    max_length: int
+
+    def score(self, examples: Sequence[Example], on_progress: Progress | None = None) -> Evaluation:
+        """Score one task's examples: every metric with its standard error."""
+        if self.kind == "causal":
+            return evaluate_choices(
+                self.adapted,
+                self.tokenizer,
+                cast(Sequence[ChoiceExample], examples),
+                batch_size=self.batch_size,
+                on_progress=on_progress,
+            )
+        return evaluate_pairs(
+            self.adapted,
+            self.tokenizer,
+            cast(Sequence[PairExample], examples),
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            on_progress=on_progress,
+        )
+
+    def watch(
+        self, examples: Sequence[Example], on_progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Return the numbers that training is watched by: loss and the task's metrics.
+
+        The loss of a question is that of its answer's tokens, which do not vote: a vote of theirs
+        would tell earlier positions what comes. Accuracy is over all questions together.
+        """
+        if self.kind == "causal":
+            return self._watch_choices(cast(Sequence[ChoiceExample], examples), on_progress)
+        return self._watch_pairs(cast(Sequence[PairExample], examples), on_progress)
+
+    def _watch_choices(
+        self, examples: Sequence[ChoiceExample], on_progress: Progress | None
+    ) -> dict[str, float]:
+        encoded = encode_train(
+            examples, self.tokenizer, max_length=self.max_length, train_on_inputs=False
+        )
+        loss = lm_loss(
+            self.adapted,
+            self.tokenizer,
+            encoded,
+            batch_size=self.batch_size,
+            on_progress=on_progress,
+        )
+        items = rank(
+            self.adapted,
+            self.tokenizer,
+            examples,
+            batch_size=self.batch_size,
+            on_progress=on_progress,
+        )
+        return {"loss": loss.loss, "accuracy": sum(item.correct for item in items) / len(items)}
+
+    def _watch_pairs(
+        self, examples: Sequence[PairExample], on_progress: Progress | None
+    ) -> dict[str, float]:
+        items = classify(
+            self.adapted,
+            self.tokenizer,
+            examples,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            on_progress=on_progress,
+        )
+        labels, predictions = [i.label for i in items], [i.prediction for i in items]
+        names = [name for name in task_metrics(examples[0].task) if name != "loss"]
+        values = {name: metrics.METRICS[name](labels, predictions) for name in names}
+        return {"loss": pair_loss(items)} | values
+
+
+@contextmanager
+def counting_routes(adapted: Any) -> Iterator[None]:
+    """Within it, every forward's routes are added to the running counts, which start from 0."""
+    adapted.routing_summary(reset=True)
+    handle = adapted.model.register_forward_hook(lambda *_: adapted.tally())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def task_entries(
+    after: Mapping[str, Evaluation], before: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return what results.json says of each task; `before` is what `value_entries` made."""
+    entries = {}
+    for name, evaluation in after.items():
+        first, *others = (
+            {
+                "metric": result.metric,
+                "before": before.get(name, {}).get(result.metric),
+                "value": result.value,
+                "n": result.n,
+                "stderr": result.stderr,
+                "majority": result.majority,
+            }
+            for result in evaluation.results
+        )
+        entries[name] = first | {"seconds": evaluation.main.seconds}
+        if others:
+            entries[name]["also"] = others
+    return entries
+
+
+def value_entries(scores: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """Return the bare values of scores: task -> metric -> value."""
+    return {
+        name: {result.metric: result.value for result in evaluation.results}
+        for name, evaluation in scores.items()
+    }
