@@ -16,9 +16,17 @@ def _state(model: PreTrainedModel, method: Any, seed: int) -> Placed:
     return StateMethod(model, method, seed)
 
 
+def _low_rank(model: PreTrainedModel, method: Any, seed: int) -> Placed:
+    from moc_cli.methods.low_rank import LowRank
+
+    return LowRank(model, method, seed)
+
+
 METHODS: dict[str, Callable[[PreTrainedModel, Any, int], Placed]] = {
     "moc": _state,
     "control": _state,
+    "lora": _low_rank,
+    "dora": _low_rank,
 }
 
 
