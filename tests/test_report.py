@@ -148,8 +148,6 @@ def test_bars_grow_with_the_share_and_show_every_life() -> None:
     assert (widths[0], widths[100]) == (0, 8)
     assert tables.bar(1e-6, 8) == "▏"
     assert tables.bar(0.5, 8) == "████"
-    assert tables.bar(1.0, 8, ascii_only=True) == "#" * 8
-    assert tables.bar(0.0, 8, ascii_only=True) == ""
 
 
 def test_numbers_in_words() -> None:

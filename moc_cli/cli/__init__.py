@@ -1,6 +1,7 @@
 """The door: `moc` and its commands. Nothing here imports torch before a command needs it."""
 
 import gc
+import io
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -57,10 +58,6 @@ def run(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        # The reader of our output has left, as in `moc recipes show quickstart | head -1`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception as error:
         # Typer's usage errors: their class is not public under one name in all its versions.
         if not hasattr(error, "format_message"):
@@ -70,8 +67,15 @@ def run(arguments: list[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the `moc` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a bar or a name that the terminal cannot show
     _put_off_collection()
     code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as in `moc recipes show quickstart | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     gc.freeze()  # Python's last collection would walk through all that is about to go anyway
     sys.exit(code)
 

@@ -51,7 +51,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises RecipeError with the nearest file or name.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     known = {entry.name: entry.path for entry in entries()}
     wanted = str(name).removesuffix(".yaml").removeprefix("recipes/")

@@ -132,9 +132,7 @@ def utilization_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def utilization_tables(
-    summary: Mapping[str, Any], *, width: int = 100, ascii_only: bool = False
-) -> list[Table]:
+def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[Table]:
     """Show for each pool the use of its controls as bars, as many columns of them as fit."""
     tables = []
     for pool, state in summary.get("pools", {}).items():
@@ -155,8 +153,7 @@ def utilization_tables(
             cells: list[Text] = []
             for index in range(row, len(names), rows):
                 style = "red" if names[index] in state["dead"] else ""
-                drawn = bar(use[index] / top, 8, ascii_only=ascii_only)
-                cells += [Text(names[index], style), Text(drawn, "cyan")]
+                cells += [Text(names[index], style), Text(bar(use[index] / top, 8), "cyan")]
                 cells += [Text(f"{100 * use[index]:.1f}%", style)]
             table.add_row(*cells)
         tables.append(table)
@@ -173,11 +170,9 @@ def recipe_table(recipes: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def bar(share: float, width: int, *, ascii_only: bool = False) -> str:
+def bar(share: float, width: int) -> str:
     """Return a bar of at most `width` characters; any share above 0 shows."""
     eighths = max(round(8 * width * share), 1 if share > 0 else 0)
-    if ascii_only:
-        return "#" * max(-(-eighths // 8), 0)
     full, rest = divmod(eighths, 8)
     return BARS[8] * full + (BARS[rest] if rest else "")
 
