@@ -113,6 +113,23 @@ def test_rows_are_cut_and_counted(byte_tokenizer: PreTrainedTokenizerFast, less:
     assert encoded.prompt_lengths[0] <= whole - less
 
 
+def test_answer_is_lost_when_its_first_token_is(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    (start,) = encode([question()], byte_tokenizer).prompt_lengths
+    for max_length, lost in ((start + 1, 0), (start, 1), (start - 1, 1)):
+        cut = encode([question()], byte_tokenizer, max_length, train_on_inputs=False)
+        assert cut.answerless == lost
+        assert sum(label != IGNORED for label in cut.rows[0]["labels"]) == 1 - lost
+
+
+def test_token_that_ends_where_the_answer_begins_is_prompt(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    example = ChoiceExample("boolq", "ab cd", 3, "ab ", ("cd", "ef"), 0)
+    encoded = encode([example], byte_tokenizer, train_on_inputs=False)
+    assert encoded.prompt_lengths == [3]
+    assert byte_tokenizer.decode(encoded.rows[0]["labels"][3:]) == "cd</s>"
+
+
 def test_one_token_of_room_is_for_the_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     whole = len(byte_tokenizer(question().train_text)["input_ids"])
     (row,) = encode([question()], byte_tokenizer, whole + 1).rows

@@ -81,14 +81,16 @@ def by_full_forward(found, tokenizer: Tokenizer, example: ChoiceExample) -> list
     return scores
 
 
-@pytest.fixture(params=["bare", "moc", "running"])
+ROUTINGS = {"frozen": {}, "running": {"decode": "running"}, "token": {"level": "token"}}
+
+
+@pytest.fixture(params=["bare", *ROUTINGS])
 def found(request: pytest.FixtureRequest, tiny_model: MakeModel):
-    """A bare model and two adapted ones."""
+    """A bare model, and one adapted in each way of routing while scoring."""
     model = tiny_model("llama")
-    if request.param == "bare":
-        return bare(model)
-    routing = {"decode": "running" if request.param == "running" else "frozen"}
-    return adapted(model, routing=routing)
+    return (
+        bare(model) if request.param == "bare" else adapted(model, routing=ROUTINGS[request.param])
+    )
 
 
 # Ranking

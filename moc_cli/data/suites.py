@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from moc_cli.data import commonsense, glue
-from moc_cli.data.examples import ChoiceExample, Example, PairExample
+from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.source import build_rows, did_you_mean, read_hub, read_local
 from moc_cli.errors import DataError
 
@@ -102,6 +102,3 @@ def _builtin(task: str, split: str) -> list[ChoiceExample]:
         raise DataError(f"the package lacks {task}/{split}.jsonl.gz", "reinstall moc-cli")
     lines = gzip.decompress(file.read_bytes()).splitlines()
     return build_rows(lines, f"builtin/{task}/{split}", partial(commonsense.from_options, task))
-
-
-__all__ = ["SUITES", "Example", "check_task", "load_examples", "scored_splits", "splits"]
