@@ -2,19 +2,19 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny import DECODERS, FAMILIES, make_batch, make_tiny, train_controls
 from transformers import StaticCache
 
 from moc_cli.errors import MocError
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import ControlMethod, MocMethod
-
-FAMILIES = ("llama", "bert", "roberta")
-DECODERS = ("llama",)
 
 
 def moc(**changes) -> MocMethod:
@@ -24,30 +24,10 @@ def moc(**changes) -> MocMethod:
 
 def make(family: str, method=None, *, trained=True, new_modules=(), **changes):
     """A tiny model with a method; `trained` draws non-zero B and a gate with distinct routes."""
-    model = make_tiny_model(family, num_labels=None if family in DECODERS else 3, **changes)
-    adapted = attach(model.eval(), method or moc(), new_modules=new_modules, seed=1)
+    adapted = attach(make_tiny(family, **changes), method or moc(), new_modules=new_modules, seed=1)
     if trained:
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in adapted.named_trainables().items():
-                if name.endswith(".B"):
-                    parameter.normal_(std=0.3, generator=generator)
-                elif name.endswith("log_temperature"):
-                    parameter.fill_(4.0)
+        train_controls(adapted.named_trainables())
     return adapted
-
-
-LENGTHS = (9, 7, 5, 3, 2, 1, 2, 1)
-
-
-def batch(family: str, rows=8, side="right") -> dict[str, torch.Tensor]:
-    """Rows of 9 to 1 tokens: the short ones take routes of their own."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(5, 250, (rows, max(LENGTHS)), generator=generator)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(LENGTHS[:rows]):
-        mask[row, slice(-length, None) if side == "left" else slice(length)] = 1
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
 def routes(adapted) -> list:
@@ -59,9 +39,9 @@ def routes(adapted) -> list:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", [moc(), ControlMethod(rank=4)], ids=["moc", "control"])
 def test_at_init_equal_to_the_base_and_detach_restores_it(family, method):
-    base = make_tiny_model(family, num_labels=None if family in DECODERS else 3).eval()
+    base = make_tiny(family)
     keys, before = set(base.state_dict()), copy.deepcopy(base.state_dict())
-    inputs = batch(family)
+    inputs = make_batch()
     expected = base(**inputs).logits
     adapted = attach(base, method, seed=1)
     assert torch.equal(base(**inputs).logits, expected)
@@ -82,28 +62,40 @@ def test_at_init_equal_to_the_base_and_detach_restores_it(family, method):
     assert "generate" not in vars(base)
 
 
+def count_updates(adapted) -> list[int]:
+    """A list that grows with each update of a site."""
+    mixture, seen = adapted._placed.mixture, []
+    original = mixture.update
+
+    def spy(site, x):
+        seen.append(site.index)
+        return original(site, x)
+
+    mixture.update = spy
+    return seen
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_are_equal_with_activation_checkpointing(family, reentrant):
-    grads = []
+    grads, calls = [], []
     for checkpointing in (False, True):
         adapted = make(family)
         model = adapted.model.train()
+        calls.append(count_updates(adapted))
         if checkpointing:
             kwargs = {"use_reentrant": reentrant}
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
             if reentrant:
                 model.enable_input_require_grads()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        first, second = batch(family), batch(family, side="left" if family == "llama" else "right")
+        first, second = make_batch(), make_batch(side="left" if family in DECODERS else "right")
         second = {k: v.flip(0) for k, v in second.items()}
         # Two forwards before one backward: each must be recomputed with its own mask.
         loss = model(**first).logits.square().mean() + model(**second).logits.square().mean()
         loss.backward()
         grads.append({n: p.grad for n, p in adapted.named_trainables().items()})
         assert all(grad is not None for grad in grads[-1].values())
+    assert [len(seen) for seen in calls] == [2 * 4, 2 * 2 * 4]  # every site really ran again
     for name, grad in grads[0].items():
         # Reentrant checkpointing adds the two forwards' gradients in another order.
         assert torch.allclose(grad, grads[1][name], rtol=0, atol=1e-6 if reentrant else 0), name
@@ -120,12 +112,9 @@ def test_the_balance_loss_reaches_the_gate_once_and_scaled(family):
             model.activation_checkpointing_enable()
         else:
             model.activation_checkpointing_disable()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         adapted.set_loss_scale(scale)
         gate.grad = None
-        model(**batch(family)).logits.sum().backward()
+        model(**make_batch()).logits.sum().backward()
         found.append(gate.grad.clone())
     assert found[0].abs().max() > 0  # at K = 1 the task loss gives the gate nothing
     assert torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-9)
@@ -135,8 +124,8 @@ def test_the_balance_loss_reaches_the_gate_once_and_scaled(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_alone_equal_rows_in_a_batch(family):
     adapted = make(family)
-    base = make_tiny_model(family, num_labels=None if family in DECODERS else 3).eval()
-    inputs = batch(family)
+    base = make_tiny(family)
+    inputs = make_batch()
     with torch.no_grad():
         together, chosen = adapted.model(**inputs).logits, routes(adapted)
         bare = base(**inputs).logits
@@ -158,7 +147,7 @@ def test_rows_alone_equal_rows_in_a_batch(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copies_and_pickles_keep_their_own_controls(family):
     adapted = make(family)
-    inputs = batch(family)
+    inputs = make_batch()
     expected = adapted.model(**inputs).logits
     for other in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
         assert torch.equal(other.model(**inputs).logits, expected)
@@ -177,93 +166,18 @@ def test_one_step_changes_only_the_adapter(family):
     frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in own}
     trained = adapted.state()
     optimizer = torch.optim.SGD(adapted.named_trainables().values(), lr=1.0)
-    model(**batch(family)).logits.square().mean().backward()
+    model(**make_batch()).logits.square().mean().backward()
     optimizer.step()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     changed = {n for n, v in adapted.state().items() if not torch.equal(v, trained[n])}
     assert changed == set(trained)
 
 
-def test_the_route_of_a_generation_is_its_prompts(monkeypatch):
-    """Greedy and beams, with a dynamic, a static or no cache, left padding: same ids and routes."""
-    adapted = make("llama")
-    inputs = batch("llama", side="left")
-    first = routes_at_first_forward(adapted, inputs)
-    assert len({tuple(c[row].item() for c in first) for row in range(8)}) >= 3
-    for beams in (1, 4):
-        results = []
-        for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
-            seen = watch(adapted)
-            ids = adapted.model.generate(
-                **inputs,
-                max_new_tokens=8,
-                min_new_tokens=8,
-                num_beams=beams,
-                do_sample=False,
-                pad_token_id=0,
-                **options,
-            )
-            results.append(ids)
-            for step in seen.stop():
-                for site, route in enumerate(step):
-                    if route is not None:
-                        assert torch.equal(route, first[site].repeat_interleave(beams, 0))
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
-
-
-def routes_at_first_forward(adapted, inputs) -> list:
-    with torch.no_grad():
-        adapted.model(**inputs, use_cache=False)
-    return routes(adapted)
-
-
-def watch(adapted) -> SimpleNamespace:
-    """Record what every site really used in each forward (route ids), until `stop()`."""
-    mixture, log = adapted._placed.mixture, []
-    original = mixture.route
-
-    def spy(site, x):
-        route, loss = original(site, x)
-        if site.index == 0:
-            log.append([None] * len(mixture.sites))
-        log[-1][site.index] = route.ids.clone()
-        return route, loss
-
-    mixture.route = spy
-
-    def stop():
-        del mixture.route
-        return log
-
-    return SimpleNamespace(stop=stop)
-
-
-def test_second_turn_and_interleaved_generations_keep_their_own_routes():
-    adapted = make("llama")
-    model = adapted.model
-    inputs = batch("llama", side="left")
-    one = {k: v[:4] for k, v in inputs.items()}
-    two = {k: v[4:] for k, v in inputs.items()}
-    more = torch.randint(5, 250, (4, 3))
-    with torch.no_grad():
-        first = model(**one, use_cache=True)
-        chosen = routes(adapted)
-        other = model(**two, use_cache=True)
-        mask = torch.cat([one["attention_mask"], torch.ones(4, 3, dtype=torch.long)], 1)
-        seen = watch(adapted)
-        model(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values)
-        (step,) = seen.stop()
-    assert all(torch.equal(a, b) for a, b in zip(step, chosen, strict=True))
-    assert routes(adapted) == [None] * 4  # nothing was decided anew
-    assert other.past_key_values._moc_routes is not first.past_key_values._moc_routes
-
-
 def test_a_reused_static_cache_is_a_new_prefill_after_reset():
     adapted = make("llama")
     model = adapted.model
     cache = StaticCache(config=model.config, max_cache_len=16)
-    inputs = batch("llama", rows=1)["input_ids"]
+    inputs = make_batch(rows=1)["input_ids"]
     with torch.no_grad():
         for ids in (inputs, inputs.flip(1)):
             cache.reset()
@@ -277,7 +191,7 @@ def test_a_reused_static_cache_is_a_new_prefill_after_reset():
 
 def test_repeated_and_selected_cache_rows_take_their_routes_along():
     adapted = make("llama")
-    inputs = batch("llama", side="left")
+    inputs = make_batch(side="left")
     with torch.no_grad():
         cache = adapted.model(**inputs, use_cache=True).past_key_values
         stored = cache._moc_routes.routes[0].ids.clone()
@@ -293,7 +207,7 @@ def test_repeated_and_selected_cache_rows_take_their_routes_along():
 
 def test_chosen_voters_replace_the_mask():
     adapted = make("llama")
-    inputs = batch("llama", rows=1)
+    inputs = make_batch(rows=1)
     prompt = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     prompt[:, :4] = True
     with torch.no_grad():
@@ -306,7 +220,7 @@ def test_chosen_voters_replace_the_mask():
 
 def test_tally_counts_each_decision_once():
     adapted = make("llama")
-    inputs = batch("llama")
+    inputs = make_batch()
     for checkpointing in (False, True):
         if checkpointing:
             adapted.model.train().activation_checkpointing_enable()
@@ -340,9 +254,9 @@ def test_fresh_modules_are_trained_and_saved():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_base_trains_float32_controls_and_heads(family):
     fresh = () if family in DECODERS else ("classifier",)
-    model = make_tiny_model(family, num_labels=None if family in DECODERS else 3)
+    model = make_tiny(family)
     adapted = attach(model.bfloat16().train(), moc(), new_modules=fresh)
-    out = adapted.model(**batch(family)).logits
+    out = adapted.model(**make_batch()).logits
     out.float().square().mean().backward()
     for parameter in adapted.named_trainables().values():
         assert parameter.dtype == torch.float32
@@ -351,7 +265,7 @@ def test_bfloat16_base_trains_float32_controls_and_heads(family):
 
 
 def test_wrong_placement_and_too_many_routes_are_refused_before_anything_changes():
-    model = make_tiny_model("llama")
+    model = make_tiny("llama")
     keys = set(model.state_dict())
     place = {
         "layers": "layers",
@@ -372,10 +286,72 @@ def test_wrong_placement_and_too_many_routes_are_refused_before_anything_changes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_as_many_as_the_formula_says(family):
+    base = sum(p.numel() for p in make_tiny(family).parameters())
+    controls = 2 * 2 * (2 * 4 * 32)  # layers, blocks, A and B
+    gates = {"cosine": 8 * 32 + 4 * 8 + 1, "linear": 4 * 32}
+    for kind, gate in gates.items():
+        counts = make(family, moc(gate={"kind": kind, "projection_dim": 8})).counts()
+        assert (counts.adapter, counts.modules, counts.base) == (controls + gate, 0, base)
+    counts = make(family, moc(sites="ffn", gate={"kind": "linear"})).counts()
+    assert counts.adapter == 2 * (2 * 4 * 32) + 2 * 32
+    counts = make(family, moc(share_gate=False, gate={"kind": "linear"})).counts()
+    assert counts.adapter == controls + 2 * (2 * 32)
+    counts = make(family, ControlMethod(rank=4)).counts()
+    assert counts.adapter == controls
+    assert counts.share == controls / base
+
+
+RELOAD = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from moc_cli.methods import attach
+from moc_cli.models.load import load_model
+from moc_cli.recipe.methods import MocMethod
+torch.set_num_threads(1)
+method = MocMethod.model_validate_json(sys.argv[2])
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    kind = (folder / "kind").read_text()
+    loaded = load_model(str(folder), kind=kind)
+    assert not loaded.new_modules
+    adapted = attach(loaded.model.eval(), method, seed=99)
+    adapted.load_state(load_file(folder / "adapter" / "controls.safetensors"))
+    inputs = load_file(folder / "adapter" / "inputs.safetensors")
+    with torch.no_grad():
+        logits = adapted.model(**inputs).logits
+    save_file({"logits": logits}, folder / "adapter" / "again.safetensors")
+"""
+
+
+def test_saved_controls_give_the_same_logits_in_a_fresh_process(tmp_path):
+    expected = {}
+    for family in FAMILIES:
+        folder = tmp_path / family
+        model = make_tiny(family)
+        model.save_pretrained(folder)
+        (folder / "kind").write_text("causal" if family in DECODERS else "classification")
+        adapted = attach(model, moc(), seed=1)
+        train_controls(adapted.named_trainables())
+        (folder / "adapter").mkdir()
+        save_file(adapted.state(), folder / "adapter" / "controls.safetensors")
+        save_file(make_batch(), folder / "adapter" / "inputs.safetensors")
+        with torch.no_grad():
+            expected[family] = model(**make_batch()).logits
+    words = [sys.executable, "-c", RELOAD, str(tmp_path), moc().model_dump_json()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for family in FAMILIES:
+        again = load_file(tmp_path / family / "adapter" / "again.safetensors")["logits"]
+        assert torch.equal(again, expected[family]), family
+
+
 def test_a_state_loads_strictly():
     adapted = make("llama")
     other = make("llama", trained=False)
-    inputs = batch("llama")
+    inputs = make_batch()
     other.load_state(adapted.state())
     assert torch.equal(other.model(**inputs).logits, adapted.model(**inputs).logits)
     state = adapted.state()
