@@ -1,6 +1,7 @@
 """Models and tokenizers from flat arguments: real weights, or shapes only on the meta device."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,24 @@ def load_config(
         raise _unavailable("config", name, error) from error
 
 
+def find_shape(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, bool]:
+    """A model's config for its shapes alone, and whether it is the one published in this package.
+
+    A local or cached config.json comes first; then the package's own, which needs no hub and is of
+    the hub's main branch; then the hub. Raises MocError where none can be had.
+    """
+    published = json.loads((files("moc_cli.models") / "shapes.json").read_text("utf-8"))
+    if name in published and revision in (None, "main"):
+        try:
+            return AutoConfig.from_pretrained(name, local_files_only=True), False
+        except (OSError, ValueError):
+            values = dict(published[name])
+            return AutoConfig.for_model(values.pop("model_type"), **values), True
+    return load_config(name, revision=revision, trust_remote_code=trust_remote_code), False
+
+
 def load_model(
     name: str,
     *,
@@ -124,8 +143,11 @@ def build_meta(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model's shapes on the meta device: no weights are read."""
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    """The model's shapes on the meta device: no weights are read.
+
+    Its `published_shape` says whether they are those that this package ships (see `find_shape`).
+    """
+    config, published = find_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     options: dict = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -133,7 +155,9 @@ def build_meta(
         for key, value in _labels(num_labels, problem_type).items():
             setattr(config, key, value)
     with torch.device("meta"):
-        return _AUTO[kind].from_config(config, **options)
+        model = _AUTO[kind].from_config(config, **options)
+    model.published_shape = published
+    return model
 
 
 def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
