@@ -1,8 +1,8 @@
 """The recipes that come with the program, and how a name or a path leads to one."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from moc_cli.errors import RecipeError
 from moc_cli.recipe.suggest import nearest
@@ -10,8 +10,7 @@ from moc_cli.recipe.suggest import nearest
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A shipped recipe: the name to call it by, its file, and its first line of comment."""
 
     name: str

@@ -1,8 +1,7 @@
 """Validate raw values against the schema and gather every mistake, not only the first kind."""
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -25,8 +24,7 @@ _STAND_INS: dict[Path, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A mistake at a path of the recipe."""
 
     path: Path

@@ -7,7 +7,7 @@ The scalars are those of YAML 1.2: `1e-4` is a number, `no` and `on` are words, 
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -37,8 +37,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return super().compose_node(parent, index)
 
 
-@dataclass(frozen=True)
-class Mistake:
+class Mistake(NamedTuple):
     """One thing wrong in the text: line (from 1, None if unknown), dotted key, what and why."""
 
     line: int | None

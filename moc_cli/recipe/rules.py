@@ -4,8 +4,7 @@ A rule names the keys it read, so that it stays silent where one of them is alre
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.suites import BUILTIN_MODELS, TASKS, task_metrics
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
 
 
-@dataclass(frozen=True)
-class BrokenRule:
+class BrokenRule(NamedTuple):
     """A combination that cannot work: the key to look at first, every key read, and why."""
 
     key: str
