@@ -1,12 +1,13 @@
 """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, nothing if silent.
 
-with TrainProgress(total, memory_kind="peak resident of the process") as bar:
+with TrainProgress(total, memory_kind="peak resident") as bar:
     fit(..., observe=bar.observe)
 """
 
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -56,15 +57,24 @@ class _Line:
             self.live.stop()
 
     def _start(self) -> None:
+        from rich.console import RenderableType
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.text import Text
 
         from moc_cli.report.output import err
 
-        self.live = Progress(
+        class TwoLines(Progress):
+            """The bar, and what is known below it: side by side they do not fit 80 columns."""
+
+            def get_renderables(self) -> Iterable[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks:
+                    yield Text(f"  {task.fields['facts']}", no_wrap=True, overflow="ellipsis")
+
+        self.live = TwoLines(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=40),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}", markup=False),
             console=err(),
             expand=False,
         )

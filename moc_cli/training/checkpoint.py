@@ -8,6 +8,7 @@
 No pickle, no base weights. A folder has its name only when all of it is on the disk.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,7 @@ import safetensors
 from safetensors.torch import load, save
 from torch import Tensor
 
-from moc_cli.errors import RunError
+from moc_cli.errors import FileError, RunError
 from moc_cli.files import clear_leftovers, to_plain, write_folder_atomic
 
 FORMAT = 1
@@ -195,16 +196,20 @@ class Checkpoints:
         moved = []
         for later in (number for number in self.steps() if number > step):
             target = self.root / ASIDE / self.path(later).name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(self.path(later), target)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(self.path(later), target)
+            except OSError as error:
+                raise FileError(f"cannot move {self.path(later)}: {error.strerror}") from error
             moved.append(target)
         return moved
 
     def _remove(self, path: Path) -> None:
         """Drop a checkpoint; its name goes first, so that a half-deleted one is never found."""
         doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        os.rename(path, doomed)
+        with contextlib.suppress(OSError):  # the next save tries again
+            os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -1,10 +1,14 @@
 """Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 
 from moc_cli.errors import MocError
+
+NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoint\n"
 
 
 class Interrupt:
@@ -42,6 +46,9 @@ class Interrupt:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        # Not through sys.stderr: the signal may have come in the middle of a print.
+        with contextlib.suppress(OSError):
+            os.write(2, NOTICE)
 
 
 class Interrupted(MocError):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ALLOCATED = "peak allocated on the GPU"
-RESIDENT = "peak resident of the process"
+ALLOCATED = "peak allocated"  # on the GPU, by torch
+RESIDENT = "peak resident"  # of the whole process
 
 
 @dataclass(frozen=True)

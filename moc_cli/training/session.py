@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 from moc_cli.data.encode import encode_train
+from moc_cli.errors import FileError
 from moc_cli.evaluation.results import Evaluation, TaskResult, average
 from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
@@ -84,6 +85,9 @@ class Session:
                     return self.train_and_score()
                 except Interrupted as stop:
                     raise self.explained(stop) from None
+                except FileError as error:
+                    hint = f"make room or mend the disk, then: {self.again}"
+                    raise FileError(error.message, error.hint or hint) from error
 
     def find_checkpoint(self, resume: str) -> Snapshot | None:
         """Return the checkpoint to go on from; None where `auto` finds none.
