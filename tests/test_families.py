@@ -256,6 +256,7 @@ def test_no_other_place_is_right(case):
             if not expected:
                 sites = sites_of(adapted, voters, level="sample")
                 expected["eval"] = full(case, batch, sites)
+            if case in DROPPED and "dropped" not in expected:
                 sites = sites_of(adapted, voters, level="batch")
                 expected["dropped"] = full(case, batch, sites, keep=0.0)
             try:

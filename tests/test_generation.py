@@ -14,7 +14,7 @@ from full_layers import FULL, logits
 from reference import Settings, choose, gate_logits, softmax_without
 from tiny import DECODERS, all_float64, make_batch, make_tiny, train_controls
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, StaticCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
 
 from moc_cli.methods import Adapted, attach
 from moc_cli.recipe.methods import MocMethod
@@ -109,8 +109,8 @@ def watch(adapted: Adapted) -> SimpleNamespace:
     mixture, log = adapted._placed.mixture, []
     original = mixture.route
 
-    def spy(site, x):
-        route, loss = original(site, x)
+    def spy(site, x, *options):
+        route, loss = original(site, x, *options)
         if site.index == 0:
             log.append([None] * len(mixture.sites))
         log[-1][site.index] = route.ids.clone()
@@ -273,6 +273,22 @@ def test_guessed_tokens_are_no_new_prefill(family):
         guessed, steps = generate(adapted, inputs, 1, prompt_lookup_num_tokens=3)
         assert torch.equal(plain.sequences, guessed.sequences)
         assert all(torch.equal(a, b) for step in steps for a, b in zip(step, steps[0], strict=True))
+
+
+def test_a_static_cache_does_not_start_a_compiler(monkeypatch):
+    compiler = CompileConfig()
+    compiler._compile_all_devices = True  # as on a GPU
+
+    def refuse(self, config):
+        raise AssertionError("compiled")
+
+    options = {"cache_implementation": "static", "compile_config": compiler}
+    with all_float64():
+        adapted, inputs = make("llama"), make_batch(ROWS, "left")
+        monkeypatch.setattr(type(adapted.model), "get_compiled_call", refuse)
+        generate(adapted, inputs, 1, **options)
+        with pytest.raises(AssertionError, match="compiled"):
+            generate(adapted, inputs, 1, **options, disable_compile=False)
 
 
 @pytest.mark.parametrize("family", DECODERS)

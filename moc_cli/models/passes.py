@@ -100,7 +100,12 @@ class Passes:
             self.voters = before
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, knowing that its forwards belong together."""
+        """The model's own `generate`, knowing that its forwards belong together.
+
+        On a GPU it would compile a model with a static cache by itself; the hooks break the graph
+        at every site, so that this costs minutes and gains nothing. Who wants it must ask.
+        """
+        kwargs.setdefault("disable_compile", True)
         token = _GENERATION.set(_Generation(self))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
