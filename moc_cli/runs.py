@@ -229,9 +229,9 @@ class RunFolder:
 
     def _check(self, call: Call, resume: bool, overwrite: bool) -> None:
         content = self._content()
-        if not content or resume:
+        if not content:
             return
-        if not overwrite:
+        if not resume and not overwrite:
             raise RunError(
                 f"{self.path} is not empty",
                 f"{call.command} --resume auto   # continue that run\n"
@@ -239,10 +239,10 @@ class RunFolder:
                 f"      {call.base} --output-dir OTHER   # leave it alone",
             )
         strange = [name for name in content if name not in KNOWN and not _leftover(name)]
-        if not self.recipe_file.is_file() or strange:
+        if not self.recipe_file.is_file() or (overwrite and strange):
             what = f"holds {', '.join(strange[:5])}" if strange else "holds no recipe.yaml"
             raise RunError(
-                f"{self.path} is not overwritten: it {what}, so it is not only a run folder",
+                f"{self.path} is not touched: it {what}, so it is not only a run folder",
                 f"look into it, or choose another folder: {call.base} --output-dir OTHER",
             )
 

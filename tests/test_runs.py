@@ -65,12 +65,13 @@ def test_overwrite_spares_what_no_run_made(tmp_path):
     path = tmp_path / "run"
     make_run(path)
     (path / "thesis.tex").write_text("years")
-    with pytest.raises(RunError, match=r"not overwritten: it holds thesis\.tex"):
+    with pytest.raises(RunError, match=r"not touched: it holds thesis\.tex"):
         RunFolder.claim(path, call=CALL, resume=False, overwrite=True)
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
-    with pytest.raises(RunError, match=r"holds no recipe\.yaml"):
-        RunFolder.claim(other, call=CALL, resume=False, overwrite=True)
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"holds no recipe\.yaml"):
+            RunFolder.claim(other, call=CALL, resume=resume, overwrite=not resume)
     assert (path / "controls").is_dir()
     assert (other / "checkpoints").is_dir()
 

@@ -270,6 +270,21 @@ def test_auto_passes_over_a_damaged_checkpoint_and_a_path_does_not(tmp_path, cho
     assert RunFolder.open(tmp_path / "run").read_controls()[1] == whole
 
 
+def test_a_checkpoint_may_be_continued_in_another_folder(tmp_path, choices, capsys):
+    watched = [*choices, "--set", "eval.eval_strategy=steps", "--set", "eval.eval_steps=2"]
+    longer = [*watched, "--set", "train.max_steps=8"]
+    assert run(watched) == 0
+    first = RunFolder.open(tmp_path / "run")
+    before = {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
+    assert run([*longer, "--resume", str(tmp_path / "run")]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
+    newest = first.checkpoints / "step-000006"
+    other = tmp_path / "other"
+    assert run([*longer, "--resume", str(newest), "--output-dir", str(other)]) == 0
+    assert RunFolder.open(other).read_results()["steps"] == 8
+    assert before == {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
+
+
 def test_resume_without_a_checkpoint_starts_over(tmp_path, choices, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("{}")

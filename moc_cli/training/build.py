@@ -55,7 +55,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> Track | None:
     """Start the trackers the recipe asks for; return what feeds them."""
     if not recipe.output.report_to:
         return None
-    config = {key: value for key, value in _flat(recipe.model_dump(mode="json")).items() if value}
+    config = _flat(recipe.model_dump(mode="json", exclude_none=True))
     accelerator.init_trackers("moc", config=config)
     return lambda values, step: accelerator.log(values, step=step)
 

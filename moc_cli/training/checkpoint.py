@@ -114,7 +114,10 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises RunError when it is missing, damaged or of another format.
     """
     if not (path / STATE).is_file():
-        raise RunError(f"{path} is not a checkpoint: it holds no {STATE}")
+        raise RunError(
+            f"{path} is not a checkpoint: it holds no {STATE}",
+            "give a folder like RUN/checkpoints/step-000100, or --resume auto",
+        )
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
         digest = state.pop("digest")

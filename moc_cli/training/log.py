@@ -27,16 +27,12 @@ class MetricsLog:
         self.track = track
         self.lines = 0
 
-    def keep(self, lines: int) -> int:
-        """Drop all after the first `lines` lines: what a killed run wrote beyond its checkpoint.
-
-        Returns how many of them are missing: 0, unless someone else touched the file.
-        """
+    def keep(self, lines: int) -> None:
+        """Drop all after the first `lines` lines: what a killed run wrote beyond its checkpoint."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         kept = text.splitlines(keepends=True)[:lines]
         self.lines = len(kept)
         write_text_atomic(self.path, "".join(kept))
-        return lines - self.lines
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line.

@@ -273,7 +273,10 @@ class Session:
         """Save the best checkpoint's controls, or the last ones, and say which."""
         step, name = outcome.counters.step, "last"
         best = outcome.counters.best_step
-        if best is not None:
+        if best is not None and best not in self.checkpoints.steps():
+            # It lies in the folder of the run that this one was continued from.
+            self.warn(f"the best step, {best}, has no checkpoint here: keeping the last controls")
+        elif best is not None:
             name = f"best {build.make_settings(self.recipe).metric}"
             if best != step:
                 self.adapted.load_state(read_checkpoint(self.checkpoints.path(best)).trainables)
