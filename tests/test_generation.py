@@ -269,9 +269,10 @@ def test_guessed_tokens_are_no_new_prefill(family):
     with all_float64():
         adapted, ids = make(family), torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        plain, _ = generate(adapted, inputs, 1)
+        plain, first = generate(adapted, inputs, 1)
         guessed, steps = generate(adapted, inputs, 1, prompt_lookup_num_tokens=3)
         assert torch.equal(plain.sequences, guessed.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(first[0], steps[0], strict=True))
         assert all(torch.equal(a, b) for step in steps for a, b in zip(step, steps[0], strict=True))
 
 

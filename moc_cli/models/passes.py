@@ -41,7 +41,7 @@ class Routed(Protocol):
 
 @dataclass
 class _Generation:
-    """A running `generate()`: whose, and its prompt's length once its first forward came."""
+    """A running `generate()`: whose, and how long its prompt is, if that can be seen already."""
 
     passes: "Passes"
     prompt_length: int | None = None
@@ -106,7 +106,10 @@ class Passes:
         at every site, so that this costs minutes and gains nothing. Who wants it must ask.
         """
         kwargs.setdefault("disable_compile", True)
-        token = _GENERATION.set(_Generation(self))
+        names = ("inputs", "input_ids", "inputs_embeds")
+        prompt = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
+        length = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        token = _GENERATION.set(_Generation(self, length))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
@@ -126,9 +129,8 @@ class Passes:
         store = late = None
         if self.causal and not self.mixture.training:
             store = getattr(cache, _STORE, None)
-            if cache is None:
-                valid = self._prompt_only(valid, tokens)
             if store is None or past == 0:
+                valid = self._prompt_only(valid, tokens)
                 store = self._new_store()
                 store.waiting = _marked(None if valid is None else ~valid.any(dim=1))
                 if cache is not None:
@@ -137,12 +139,13 @@ class Passes:
                 seen = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
                 late = _marked(store.waiting & seen)
                 store.waiting = _marked(store.waiting & ~seen)
-        self.mixture.current = Pass(valid, store, late, tuple(tokens.shape[:2]))
+        self.mixture.current = Pass(valid, store, late, tuple(tokens.shape[:2]), past)
 
     def _prompt_only(self, valid: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Without a cache every forward of a generation sees all tokens; its prompt's still vote.
+        """Of the tokens of a generation's first forward those of its prompt vote.
 
-        `running` counts the new tokens too, so it keeps them.
+        Without a cache every forward is a first one; with guesses (prompt lookup) the first one
+        holds more than the prompt. `running` counts the new tokens too, so it keeps them.
         """
         generation = _GENERATION.get()
         if generation is None or generation.passes is not self:
@@ -150,7 +153,7 @@ class Passes:
         length = tokens.shape[1]
         if generation.prompt_length is None:
             generation.prompt_length = length
-        if self.running or length == generation.prompt_length:
+        if self.running or length <= generation.prompt_length:
             return valid
         if valid is None:
             valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -198,6 +201,9 @@ def follow(cache: Cache, store: Store) -> None:
     for name, call in (("batch_repeat_interleave", _repeat), ("batch_select_indices", _select)):
         if hasattr(type(cache), name):
             setattr(cache, name, MethodType(call, cache))
+    for name, call in (("crop", _crop), ("activate_past_recording", _record)):
+        if hasattr(store, name):
+            setattr(cache, name, MethodType(call, cache))
 
 
 def _reorder(cache: Cache, beam_idx: Tensor) -> None:
@@ -208,6 +214,16 @@ def _reorder(cache: Cache, beam_idx: Tensor) -> None:
 def _repeat(cache: Cache, repeats: int) -> None:
     type(cache).batch_repeat_interleave(cache, repeats)
     getattr(cache, _STORE).rows(lambda kept: kept.repeat_interleave(repeats, dim=0))
+
+
+def _crop(cache: Cache, tokens_to_remove: int) -> None:
+    type(cache).crop(cache, tokens_to_remove)
+    getattr(cache, _STORE).crop(tokens_to_remove)
+
+
+def _record(cache: Cache) -> None:
+    type(cache).activate_past_recording(cache)
+    getattr(cache, _STORE).activate_past_recording()
 
 
 def _select(cache: Cache, indices: Tensor) -> None:

@@ -67,13 +67,14 @@ class Pass:
 
     `late` (B,) marks the rows whose first real token comes in a later forward than the others':
     they decide now, while the others keep their routes. None where there are none. `shape` is
-    (B, T), for blocks that see rows and tokens as one axis.
+    (B, T), for blocks that see rows and tokens as one axis; `past` counts the cache's tokens.
     """
 
     valid: Tensor | None = None
     store: RouteStore | None = None
     late: Tensor | None = None
     shape: tuple[int, int] | None = None
+    past: int = 0
 
 
 class Site:
