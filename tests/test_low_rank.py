@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted, attach
 from moc_cli.methods.targets import TARGETS
-from moc_cli.recipe.methods import DoraMethod, LoraMethod
+from moc_cli.recipe.methods import DoraMethod, LoraMethod, MolexMethod
 
 RANK, ALPHA = 4, 8
 SCALE = ALPHA / RANK
@@ -280,6 +280,7 @@ def test_magnitudes_alone_are_spared_weight_decay():
 
 
 METHODS = [lora(), dora(), lora(init="orthogonal"), *(lora(init=init) for init in REWRITING)]
+METHODS.append(MolexMethod(rank=RANK, alpha=ALPHA, weight="learned"))
 READ = [lora(), dora(), lora(init="pissa"), dora(init="olora")]
 _FRESH = """
 import sys, torch

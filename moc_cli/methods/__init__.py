@@ -22,11 +22,18 @@ def _low_rank(model: PreTrainedModel, method: Any, seed: int) -> Placed:
     return LowRank(model, method, seed)
 
 
+def _molex(model: PreTrainedModel, method: Any, seed: int) -> Placed:
+    from moc_cli.methods.molex import Molex
+
+    return Molex(model, method, seed)
+
+
 METHODS: dict[str, Callable[[PreTrainedModel, Any, int], Placed]] = {
     "moc": _state,
     "control": _state,
     "lora": _low_rank,
     "dora": _low_rank,
+    "molex": _molex,
 }
 
 

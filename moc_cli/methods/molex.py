@@ -1,0 +1,90 @@
+"""Mixture of Layer Experts: LoRA in every layer, and a second layer mixed into each."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moc_cli.errors import FamilyError
+from moc_cli.methods.low_rank import LowRank
+from moc_cli.methods.tally import Tally
+from moc_cli.models.families import FAMILIES, Family
+from moc_cli.models.ports import find_layers
+from moc_cli.models.second_pass import SecondPass
+from moc_cli.nn.layer_mixture import LayerMixture
+from moc_cli.recipe.methods import MolexMethod
+
+
+class Molex:
+    """LoRA through peft below, a mixture of layers above, with running counts of its decisions."""
+
+    def __init__(self, model: PreTrainedModel, method: MolexMethod, seed: int) -> None:
+        family = _family(model)
+        layers = find_layers(model, family)
+        first = next(layers.parameters())
+        self._method = method
+        self._family = family
+        self.low_rank = LowRank(model, method, seed)
+        self.mixture = LayerMixture(
+            len(layers),
+            model.config.get_text_config().hidden_size,
+            weight=None if method.weight == "learned" else method.weight,
+            gate=method.gate.kind,
+            projection_dim=method.gate.projection_dim,
+            balance_weight=method.balance.weight,
+            generator=torch.Generator().manual_seed(seed),
+            device="meta" if first.device.type == "meta" else "cpu",
+        ).to(first.device)
+        self.mixture.train(model.training)
+        self.host = SecondPass(model, self.mixture, family)
+        self._tally = Tally(self.mixture.sites, self.mixture.pools, top_k=1)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return self.low_rank.named_parameters() | dict(self.mixture.named_parameters())
+
+    def config(self) -> dict[str, Any]:
+        """The method and its places; none of peft's fields, for peft would read LoRA alone."""
+        return {
+            "method": self._method.model_dump(mode="json"),
+            "placement": {"layers": self._family.layers, "causal": self._family.causal},
+        }
+
+    def set_loss_scale(self, scale: float) -> None:
+        self.mixture.loss_scale = scale
+
+    def balance_loss(self) -> float | None:
+        return self.mixture.balance()
+
+    def tally(self) -> None:
+        self._tally.add()
+
+    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
+        return self._tally.summary(reset)
+
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
+        return self.host.voting(mask)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.low_rank.disabled())
+            self.mixture.active = False
+            stack.callback(setattr, self.mixture, "active", True)
+            yield
+
+    def detach(self) -> None:
+        self.host.remove()
+        self.low_rank.detach()
+
+
+def _family(model: PreTrainedModel) -> Family:
+    model_type = model.config.model_type
+    if model_type not in FAMILIES:
+        raise FamilyError(
+            f"molex needs to know where the layers are, and model_type '{model_type}' is not in "
+            f"the table of families (known: {', '.join(sorted(FAMILIES))})"
+        )
+    return FAMILIES[model_type]

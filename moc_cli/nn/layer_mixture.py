@@ -1,0 +1,146 @@
+"""Mixture of Layer Experts: which second layer each layer runs, and how the two are mixed."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moc_cli.nn.gate import (
+    CosineGate,
+    InjectLoss,
+    LinearGate,
+    Route,
+    balance_loss,
+    decide,
+    poll,
+    probabilities,
+)
+from moc_cli.nn.mixture import Pass
+
+POOL = "shared"
+
+
+@dataclass(eq=False)
+class LayerSite:
+    """One layer t. `choice` and `loss` are slots of the last forward, detached, as in `Site`."""
+
+    index: int
+    pool: str = POOL
+    choice: Tensor | None = None
+    loss: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.index)
+
+
+class LayerMixture(nn.Module):
+    """h ← w·u_t(h) + (1−w)·u_j(h), u a whole layer; where j = t, h ← u_t(h).
+
+    One gate over the L layers, shared by all of them, reads h; j is the layer that the mean
+    probability of the voting tokens ranks first: of the whole batch in training, of each row in
+    evaluation, kept for the rest of a generation. Balance loss of a layer: L·P̄_j, summed over the
+    layers, times λ (MoLEx, arXiv 2503.11144).
+
+    Learned: the gate, trained by the balance loss alone, since one choice has weight 1 whatever its
+    probability; and, where `weight` is None, two scalars whose softmax is (w, 1−w), at first
+    (0.95, 0.05).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        *,
+        weight: float | None = 0.95,
+        gate: str = "cosine",
+        projection_dim: int = 256,
+        balance_weight: float = 0.01,
+        generator: torch.Generator | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.balance_weight = balance_weight
+        self.active = True
+        self.loss_scale = 1.0
+        self.current = Pass()
+        self.sites = [LayerSite(index) for index in range(layers)]
+        self.pools = {POOL: list(range(layers))}
+        if gate == "linear":
+            scorer: nn.Module = LinearGate(width, layers, generator, device)
+        else:
+            scorer = CosineGate(width, layers, projection_dim, generator, device)
+        self.gates = nn.ModuleDict({POOL: scorer})
+        if weight is None:
+            start = torch.tensor([math.log(0.95), math.log(0.05)], dtype=torch.float32)
+            self.weight_logits = nn.Parameter(start.to(device))
+
+    def mix(self, first: Tensor, second: Tensor) -> Tensor:
+        """w·first + (1−w)·second, in first's type."""
+        if self.weight is not None:
+            return self.weight * first + (1 - self.weight) * second
+        own, other = self.weight_logits.softmax(dim=0).to(first.dtype)
+        return own * first + other * second
+
+    def route(self, site: LayerSite, h: Tensor, recompute: bool = False) -> tuple[Route, Tensor]:
+        """The layer's route for h (B, T, d), and in training its balance loss L·P̄_j.
+
+        With `recompute` the gate's activations are not kept for the backward pass.
+        """
+        site.choice = site.loss = None
+        store, valid, late = self.current.store, self.current.valid, self.current.late
+        kept = None if store is None else store.routes.get(site.index)
+        if kept is not None and kept.voters != h.shape[0]:
+            raise RuntimeError(
+                f"layer {site.name}: the cache holds routes of {kept.voters} rows, the input has "
+                f"{h.shape[0]}"
+            )
+        if kept is not None and late is None:
+            return kept, h.new_zeros(())
+        if kept is None and self.current.past:
+            raise RuntimeError(
+                f"layer {site.name}: the cache was filled without this mixture, so the second "
+                "layer has no keys and values of its tokens"
+            )
+        if recompute and torch.is_grad_enabled():
+            route, loss = checkpoint(
+                self._vote, h, valid, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            route, loss = self._vote(h, valid)
+        site.choice = route.ids
+        if kept is not None:
+            site.choice = route.ids[late]
+            route = kept.replaced(late, route)
+        if store is not None:
+            store.routes[site.index] = route
+        return route, loss
+
+    def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor]:
+        p = probabilities(self.gates[POOL], h)  # (B, T, L)
+        ballot = poll(p, valid, "batch" if self.training else "sample", 1, "mean")
+        route = decide(ballot, 1, "mean", "renormalized").detach()
+        if not self.training:
+            return route, p.new_zeros(())
+        return route, balance_loss(p, valid, 1, len(self.sites), route)
+
+    def settle(self, site: LayerSite, h: Tensor, loss: Tensor) -> Tensor:
+        """The layer's output h, its backward pass bound to the balance loss while training.
+
+        Every parameter gets a gradient then, zero where nothing depends on it.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return h
+        if self.balance_weight:
+            site.loss = loss.detach()
+        if self.weight is None:
+            h = InjectLoss.apply(h, self.weight_logits.sum(), 0.0)
+        return InjectLoss.apply(h, loss, self.balance_weight * self.loss_scale)
+
+    def balance(self) -> float | None:
+        """λ·Σ_t L·P̄_j of the last training forward, read from the device; for logs."""
+        losses = [site.loss for site in self.sites if site.loss is not None]
+        return self.balance_weight * torch.stack(losses).sum().item() if losses else None
