@@ -1,6 +1,7 @@
 """`moc train RECIPE`: fine-tune, score before and after, and say what to try next."""
 
 import shlex
+from json import dumps as quote
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
     from moc_cli.runs import Call
-    from moc_cli.training.preview import Preview
+    from moc_cli.training.preview import Reading
     from moc_cli.training.session import Finished
 
 
@@ -47,7 +48,7 @@ def train(
     from moc_cli.runs import Call
 
     changes = list(set_ or [])
-    folder = [] if output_dir is None else [f"output.output_dir={output_dir}"]
+    folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
     if resume is not None and overwrite:
         raise MocError("--resume and --overwrite exclude each other", "give only one of them")
@@ -113,7 +114,7 @@ def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:
 
 def _show_preview(recipe: "Recipe", json: bool) -> None:
     """Print what a run would do."""
-    from moc_cli.report.output import out, print_json, print_table
+    from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.tables import parameter_table
     from moc_cli.training.preview import preview
 
@@ -122,15 +123,21 @@ def _show_preview(recipe: "Recipe", json: bool) -> None:
         print_json(found.to_json())
         return
     print_table(parameter_table(found.counts))
+    if found.published_shape:
+        say("The model's shapes are the published ones that come with the program.")
+    read = found.reading
+    if read is None:
+        say(f"Rows and tokenizer are not checked: {found.unread}")
+        return
     console = out()
     console.print(
-        f"{found.rows:,} rows, {found.truncated:,} of them cut to {recipe.data.max_length} tokens; "
-        f"{found.steps:,} steps; {100 * found.padding_share:.1f} % padding\n"
+        f"{read.rows:,} rows, {read.truncated:,} of them cut to {recipe.data.max_length} tokens; "
+        f"{read.steps:,} steps; {100 * read.padding_share:.1f} % padding\n"
     )
-    console.print(_row(found, colored=console.is_terminal and not console.no_color))
+    console.print(_row(read, colored=console.is_terminal and not console.no_color))
 
 
-def _row(found: "Preview", colored: bool) -> Any:
+def _row(found: "Reading", colored: bool) -> Any:
     """The first training row: targets of the loss in green, or in brackets without colours."""
     from rich.text import Text
 

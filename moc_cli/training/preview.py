@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.encode import IGNORED, Row, encode_train
+from moc_cli.errors import DataError, MocError
 from moc_cli.methods import Counts
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
@@ -25,10 +26,9 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Preview:
-    """What a run would train, for how long, and its first row; `label` is a classifier's."""
+class Reading:
+    """What the rows come to, and the first of them; `label` is a classifier's."""
 
-    counts: Counts
     steps: int
     rows: int
     truncated: int
@@ -36,31 +36,75 @@ class Preview:
     pieces: list[Piece]
     label: int | float | None
 
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would train. `reading` is None where the hub was needed and out of reach: then
+    `unread` says why. `published_shape`: the shapes counted are those that this package ships.
+    """
+
+    counts: Counts
+    published_shape: bool
+    reading: Reading | None
+    unread: str | None
+
     def to_json(self) -> dict[str, Any]:
         """Return the preview as plain values; `share` is a fraction of the base."""
-        return {
+        found: dict[str, Any] = {
             "trainable": self.counts.trainable,
             "adapter": self.counts.adapter,
             "modules": self.counts.modules,
             "base": self.counts.base,
             "share": self.counts.share,
-            "steps": self.steps,
-            "rows": self.rows,
-            "truncated": self.truncated,
-            "padding_share": self.padding_share,
-            "row": {"pieces": [asdict(piece) for piece in self.pieces], "label": self.label},
+            "published_shape": self.published_shape,
+            "unread": self.unread,
         }
+        read = self.reading
+        if read is not None:
+            found |= {
+                "steps": read.steps,
+                "rows": read.rows,
+                "truncated": read.truncated,
+                "padding_share": read.padding_share,
+                "row": {"pieces": [asdict(piece) for piece in read.pieces], "label": read.label},
+            }
+        return found
 
 
 def preview(recipe: Recipe) -> Preview:
-    """Read the rows and the tokenizer, and place the method in the model's shapes.
+    """Place the method in the model's shapes, then read the rows and the tokenizer.
 
-    Raises MocError for all that would stop the run before its weights are read.
+    Raises MocError for all that would stop the run before its weights are read, but for rows or a
+    tokenizer of the hub that cannot be had at present: those are only told.
     """
-    data = recipe.data
-    rows = build.make_rows(data, recipe.eval.max_samples)
-    tokenizer = build.make_tokenizer(recipe.model)
     adapted = build.build_shapes(recipe)
+    published = bool(getattr(adapted.model, "published_shape", False))
+    try:
+        reading, unread = _read(recipe, published), None
+    except _OutOfReach as away:
+        reading, unread = None, str(away)
+    return Preview(adapted.counts(), published, reading, unread)
+
+
+class _OutOfReach(Exception):
+    """The hub was needed for what only the run itself must have."""
+
+
+def _read(recipe: Recipe, published: bool) -> Reading:
+    """Read and encode the rows as training would."""
+    data = recipe.data
+    try:
+        rows = build.make_rows(data, recipe.eval.max_samples)
+    except DataError as error:
+        if data.path is not None or data.suite == "builtin":
+            raise
+        raise _OutOfReach(error.message) from error
+    try:
+        tokenizer = build.make_tokenizer(recipe.model)
+    except MocError as error:
+        if not published:
+            raise
+        raise _OutOfReach(error.message) from error
     kind = task_kind(data.suite, data.tasks[0])
     encoded = encode_train(
         rows.train, tokenizer, max_length=data.max_length, train_on_inputs=data.train_on_inputs
@@ -74,8 +118,7 @@ def preview(recipe: Recipe) -> Preview:
         group_by_length=recipe.train.group_by_length,
     )
     first = encoded.rows[0]
-    return Preview(
-        counts=adapted.counts(),
+    return Reading(
         steps=total_steps(build.make_settings(recipe), training.batches),
         rows=len(encoded.rows),
         truncated=encoded.truncated,
