@@ -8,25 +8,30 @@ saves. `--resume auto` in a new process then finishes it. Everything that is not
 be equal: hashes of the controls and of all checkpoints' adapter, optimizer and random states, every
 line of metrics, the scores. The model has dropout; steps are of two micro-batches, bucketed by
 length, the last one of an epoch of one; a checkpoint is written at every step. Kills that come too
-late, because this run was faster, do not count.
+late, because this run was faster, do not count. Every run is a new process, forked from a server
+that has imported what a run imports and done nothing else; the signal test in test_resume.py
+starts the program itself.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import moc_cli
+from moc_cli.cli import run
 from moc_cli.training.log import without_measured
 
 RECIPE = """
@@ -42,6 +47,10 @@ eval: {{per_device_eval_batch_size: 16, eval_strategy: steps, eval_steps: 7, max
 output: {{output_dir: {folder}, save_strategy: steps, save_steps: 1, logging_steps: 2}}
 launch: {{device: cpu, num_threads: 1}}
 """
+PRELOADED = [
+    *("moc_cli.training.session", "torch._dynamo", "torch.distributed.tensor"),
+    "transformers.models.llama.modeling_llama",
+]
 PARTS = ("trainables", "optimizer", "rng")
 
 
@@ -65,12 +74,22 @@ def make_model(folder: Path, dropout: float = 0.1) -> Path:
     return folder
 
 
-def start(recipe: Path, *options: str) -> subprocess.Popen:
+def start(recipe: Path, *options: str) -> BaseProcess:
     """Start `moc train` in a new process, its remarks in a file beside the recipe."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "moc_cli", "train", str(recipe), *options]
-    with recipe.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = context.Process(target=_train, args=(recipe, options))
+    process.start()
+    return process
+
+
+def _train(recipe: Path, options: tuple[str, ...]) -> None:
+    """What the new process does."""
+    log = os.open(recipe.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.exit(run(["train", str(recipe), *options]))
 
 
 def write_recipe(folder: Path, model: Path, steps: int) -> Path:
@@ -82,15 +101,17 @@ def write_recipe(folder: Path, model: Path, steps: int) -> Path:
 
 def finish(recipe: Path, *options: str) -> None:
     """Run to the end; raises RuntimeError with the remarks when it fails."""
-    if start(recipe, *options).wait() != 0:
+    process = start(recipe, *options)
+    process.join()
+    if process.exitcode != 0:
         raise RuntimeError(recipe.with_suffix(".log").read_text()[-3000:])
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, ended: Callable[[], bool]) -> None:
     """Wait until `path` exists; raises RuntimeError when the process ends before."""
     while not path.exists():
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended with {process.returncode} before {path} was there")
+        if ended():
+            raise RuntimeError(f"the run ended before {path} was there")
         time.sleep(0.002)
 
 
@@ -121,9 +142,10 @@ def untouched(folder: Path, model: Path, steps: int) -> tuple[dict[str, Any], fl
     """Run to the end without a kill; return its fingerprint and the seconds it could be hit in."""
     recipe = write_recipe(folder, model, steps)
     process = start(recipe)
-    wait_for(folder / "recipe.yaml", process)
+    wait_for(folder / "recipe.yaml", lambda: not process.is_alive())
     opened = time.monotonic()
-    if process.wait() != 0:
+    process.join()
+    if process.exitcode != 0:
         raise RuntimeError(recipe.with_suffix(".log").read_text()[-3000:])
     return fingerprint(folder), time.monotonic() - opened
 
@@ -134,10 +156,11 @@ def kill_and_resume(
     """Kill a run `seconds` after it opened its folder, resume it, and compare."""
     recipe = write_recipe(folder, model, steps)
     process = start(recipe)
-    wait_for(folder / "recipe.yaml", process)
+    wait_for(folder / "recipe.yaml", lambda: not process.is_alive())
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    killed = process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    killed = process.exitcode == -signal.SIGKILL
     saved = sorted((folder / "checkpoints").glob("step-*"))
     step = int(saved[-1].name.removeprefix("step-")) if saved else None
     half = list((folder / "checkpoints").glob(".tmp-*")) + list(
@@ -170,8 +193,8 @@ def main() -> int:
         bad = number = hits = 0
         while hits < options.trials:
             moment = generator.uniform(0, span)
-            run = folder / f"trial-{number:03d}"
-            trial = kill_and_resume(run, model, options.steps, moment, reference)
+            place = folder / f"trial-{number:03d}"
+            trial = kill_and_resume(place, model, options.steps, moment, reference)
             number += 1
             hits += trial.hit != "too late"
             bad += bool(trial.differences)
