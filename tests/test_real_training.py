@@ -79,7 +79,7 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
     assert trained < untrained - 1.0
 
 
-def test_minilm_learns_from_mrpc(tmp_path, real_weights, real_data):
+def test_minilm_learns_from_sst2(tmp_path, real_weights, real_data):
     weights, data = real_weights("minilm"), real_data / "glue"
     folder = train(
         "glue/minilm/moc",
@@ -87,6 +87,8 @@ def test_minilm_learns_from_mrpc(tmp_path, real_weights, real_data):
         **{
             "model.model_name_or_path": str(weights),
             "data.path": str(data),
+            "data.tasks": ["sst2"],
+            "data.max_train_samples": 1280,
             "train.max_steps": 80,
             "eval.eval_strategy": "no",
             "eval.before": False,
@@ -96,11 +98,11 @@ def test_minilm_learns_from_mrpc(tmp_path, real_weights, real_data):
     )
     adapted = reload(folder, weights, "classification", num_labels=2)
     tokenizer = load_tokenizer(str(weights))
-    rows = load_examples("glue", "mrpc", "validation", path=data)
+    rows = load_examples("glue", "sst2", "validation", path=data)[:400]
     trained = pair_loss(classify(adapted, tokenizer, rows, batch_size=32, max_length=128))
     with adapted.disabled():
         switched_off = pair_loss(classify(adapted, tokenizer, rows, batch_size=32, max_length=128))
-    # Always giving the classes' shares in these rows has a loss of 0.624.
+    # Always giving the classes' shares has a loss of 0.693; seen: 0.690 without, 0.561 with them.
     print(f"validation loss {switched_off:.3f} without, {trained:.3f} with the controls")
-    assert trained < 0.624 - 0.03
-    assert trained < switched_off - 0.03
+    assert trained < 0.693 - 0.08
+    assert trained < switched_off - 0.08
