@@ -122,7 +122,7 @@ class OutputSection(Section):
     save_strategy: When = Field(default="steps", description="when to write a checkpoint")
     save_steps: Positive = Field(default=500, description="with save_strategy: steps")
     save_total_limit: Positive | None = Field(
-        default=2, description="checkpoints kept beside best and last; null: all"
+        default=2, description="checkpoints kept, best and last among them; null: all"
     )
     logging_steps: Positive = Field(default=10, description="steps between lines of metrics")
     report_to: Annotated[list[Tracker], BeforeValidator(one_or_more)] = Field(
