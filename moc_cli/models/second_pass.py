@@ -125,24 +125,34 @@ class SecondPass:
         for j, rows, _ in route.groups():
             if j == site.index:
                 continue
-            if route.voters == 1 or len(rows) == len(hidden):
-                second = self._second(site.index, j, None, args, kwargs)
+            # The route knows its rows on the host: no read from the device at every step.
+            numbers = [row for row, (choice,) in enumerate(route.picks()) if choice == j]
+            everyone = len(numbers) == route.voters  # of a batch's one choice too
+            second = self._second(site.index, j, None if everyone else rows, numbers, args, kwargs)
+            if everyone:
                 mixed = self.mixture.mix(first, second)
             else:
-                second = self._second(site.index, j, rows, args, kwargs)
                 mixed = mixed.index_copy(0, rows, self.mixture.mix(first[rows], second))
         mixed = self.mixture.settle(site, mixed, loss)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-    def _second(self, depth: int, j: int, rows: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
-        """u_j of depth t's input, for some rows or all; layer j's own hooks do not run."""
+    def _second(
+        self,
+        depth: int,
+        j: int,
+        rows: Tensor | None,
+        numbers: list[int],
+        args: tuple,
+        kwargs: dict,
+    ) -> Tensor:
+        """u_j of depth t's input, for some rows or all (None); layer j's own hooks do not run."""
         size = len(args[0] if args else kwargs["hidden_states"])
 
         def part(name: str, value: Any) -> Any:
             if self._parts is not None and name in _BY_TYPE:
                 value = self._parts[j].get(name, value)
             if isinstance(value, Cache):
-                return self._slot(depth, j, list(range(size)) if rows is None else rows, value)
+                return self._slot(depth, j, numbers, value)
             return value if rows is None or name == _NO_ROWS else _select(value, rows, size)
 
         names = self._names
@@ -152,18 +162,17 @@ class SecondPass:
         )
         return output[0] if isinstance(output, tuple) else output
 
-    def _slot(self, depth: int, j: int, rows: Tensor | list[int], cache: Cache) -> Cache | None:
+    def _slot(self, depth: int, j: int, rows: list[int], cache: Cache) -> Cache | None:
         """A cache whose only layer is j's slot at this depth; None in training."""
         current = self.mixture.current
         if current.store is None:
             return None  # a training forward starts from nothing: the new keys are all there are
-        numbers = rows if isinstance(rows, list) else rows.tolist()
         slot = current.store.slots.get((depth, j))
         if slot is None:
             slot = Slot(_empty(cache, j), [])
             current.store.slots[depth, j] = slot
-        if slot.rows != numbers:
-            _join(slot, numbers, cache, j, current.past)
+        if slot.rows != rows:
+            _join(slot, rows, cache, j, current.past)
         view = copy.copy(cache)
         view.layers = [None] * j + [slot.layer]
         view.offloading = False
