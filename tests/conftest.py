@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +28,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
+
+# A shell that starts tests in the background lets them ignore Ctrl-C, and all their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
