@@ -1,7 +1,6 @@
 """Controls placed in real model classes: laws that hold for every family and every way to run."""
 
 import copy
-import pickle
 import subprocess
 import sys
 
@@ -34,32 +33,6 @@ def routes(adapted) -> list:
     """The last decision of every site, copied."""
     sites = adapted._placed.mixture.sites
     return [None if site.choice is None else site.choice.clone() for site in sites]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [moc(), ControlMethod(rank=4)], ids=["moc", "control"])
-def test_at_init_equal_to_the_base_and_detach_restores_it(family, method):
-    base = make_tiny(family)
-    keys, before = set(base.state_dict()), copy.deepcopy(base.state_dict())
-    inputs = make_batch()
-    expected = base(**inputs).logits
-    adapted = attach(base, method, seed=1)
-    assert torch.equal(base(**inputs).logits, expected)
-    assert keys <= set(base.state_dict())
-    with torch.no_grad():
-        for name, parameter in adapted.named_trainables().items():
-            if name.endswith(".B"):
-                parameter.normal_()
-    assert not torch.allclose(base(**inputs).logits, expected)
-    with adapted.disabled():
-        assert torch.equal(base(**inputs).logits, expected)
-    adapted.detach()
-    assert torch.equal(base(**inputs).logits, expected)
-    assert set(base.state_dict()) == keys
-    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
-    assert all(parameter.requires_grad for parameter in base.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
-    assert "generate" not in vars(base)
 
 
 def count_updates(adapted) -> list[int]:
@@ -142,35 +115,6 @@ def test_rows_alone_equal_rows_in_a_batch(family):
             span = slice(0, ours.shape[0]) if ours.ndim > 1 else slice(None)
             noise = (bare[row][span] - theirs).abs().max()
             assert (together[row][span] - ours).abs().max() <= max(10 * noise, 1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_copies_and_pickles_keep_their_own_controls(family):
-    adapted = make(family)
-    inputs = make_batch()
-    expected = adapted.model(**inputs).logits
-    for other in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
-        assert torch.equal(other.model(**inputs).logits, expected)
-        with torch.no_grad():
-            for parameter in other.named_trainables().values():
-                parameter.zero_()
-        assert torch.equal(adapted.model(**inputs).logits, expected)
-        assert not torch.equal(other.model(**inputs).logits, expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_step_changes_only_the_adapter(family):
-    adapted = make(family)
-    model = adapted.model.train()
-    own = {id(p) for p in adapted.named_trainables().values()}
-    frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in own}
-    trained = adapted.state()
-    optimizer = torch.optim.SGD(adapted.named_trainables().values(), lr=1.0)
-    model(**make_batch()).logits.square().mean().backward()
-    optimizer.step()
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    changed = {n for n, v in adapted.state().items() if not torch.equal(v, trained[n])}
-    assert changed == set(trained)
 
 
 def test_a_reused_static_cache_is_a_new_prefill_after_reset():
