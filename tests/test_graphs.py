@@ -7,7 +7,7 @@ import torch
 from conftest import make_tiny_model
 
 from moc_cli.methods import attach
-from moc_cli.recipe.methods import MocMethod
+from moc_cli.recipe.methods import MocMethod, MolexMethod
 
 
 def tensors_with_graph() -> int:
@@ -41,3 +41,22 @@ def test_nothing_with_a_graph_outlives_the_backward_pass(family, checkpointing):
         loss.backward()
     del loss
     assert tensors_with_graph() == before
+
+
+@pytest.mark.parametrize("method", [MocMethod(rank=4), MolexMethod(rank=4, dropout=0.0)])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_logged_balance_loss_survives_a_recompute_that_stops_early(family, method):
+    found = []
+    for checkpointing in (False, True):
+        model = make_tiny_model(family, num_labels=None if family == "llama" else 2).train()
+        adapted = attach(model, method, seed=3)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        ids = torch.arange(5, 26).reshape(3, 7)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+        adapted.tally()
+        found.append((adapted.balance_loss(), adapted.routing_summary()))
+    assert found[0] == found[1]

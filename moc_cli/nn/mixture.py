@@ -181,14 +181,15 @@ class Mixture(nn.Module):
             return self.update(site, x.unflatten(0, self.current.shape)).flatten(0, 1)
         own = self.control(site.index)
         routing = self.routing
-        site.choice = site.loss = None
         if not routing.top_k:
             return own(x, self.scale)
+        site.choice = None
         route, loss = self.route(site, x)
+        # Before the products: a recompute in the backward pass ends at the last tensor they save.
+        site.loss = None if loss is None else loss.detach()
         pool = [self.control(index) for index in self.pools[site.pool]]
         update = mixed_update(x, own, pool, route, routing.alpha, self.scale)
         if loss is not None:
-            site.loss = loss.detach()
             weight = routing.balance_weight * self.loss_scale
             if routing.balance_reduce == "mean":
                 weight /= len(self.sites)
