@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -217,15 +218,14 @@ def cpu_seconds(command: list[str], folder: Path) -> float:
 
 
 def test_help_and_a_recipe_error_take_at_most_twice_the_imports(typo: Path) -> None:
-    """The least of several runs of each, taken in turn: what other processes cost is left out."""
-    commands = {
-        "imports": [sys.executable, "-c", "import typer, rich, pydantic, yaml"],
-        "help": [*MOC, "--help"],
-        "error": [*MOC, "train", "typo.yaml"],
-    }
-    least = {name: cpu_seconds(command, typo) for name, command in commands.items()}
-    for _ in range(5):
-        for name, command in commands.items():
-            least[name] = min(least[name], cpu_seconds(command, typo))
-    assert least["help"] <= 2 * least["imports"]
-    assert least["error"] <= 2 * least["imports"]
+    """The median of ratios measured side by side: the machine's speed drifts between runs, and the
+    least of each would compare moments of different speed.
+    """
+    imports = [sys.executable, "-c", "import typer, rich, pydantic, yaml"]
+    for command in ([*MOC, "--help"], [*MOC, "train", "typo.yaml"]):
+        ratios = []
+        for _ in range(9):
+            before = cpu_seconds(imports, typo)
+            taken = cpu_seconds(command, typo)
+            ratios.append(2 * taken / (before + cpu_seconds(imports, typo)))
+        assert median(ratios) <= 2, (command, ratios)

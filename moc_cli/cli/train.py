@@ -47,7 +47,6 @@ def train(
     """
     from moc_cli.errors import MocError
     from moc_cli.recipe.load import load_recipe
-    from moc_cli.runs import Call
 
     changes = list(set_ or [])
     folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
@@ -57,6 +56,8 @@ def train(
     if dry_run:
         _show_preview(loaded, json)
         return
+    from moc_cli.runs import Call  # not before the recipe is right: a mistake is told soon
+
     words = [_program(), "train", recipe]
     for change in changes:
         words += ["--set", change]
