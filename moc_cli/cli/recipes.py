@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption
+from moc_cli.cli.options import JsonOption, program
 
 app = typer.Typer(
     name="recipes",
@@ -71,7 +71,7 @@ def copy(
     if json:
         print_json({"name": entry.name, "path": target})
     else:
-        say(f"Copied {entry.name} to {target}. Next: moc train {target}")
+        say(f"Copied {entry.name} to {target}. Next: {program()} train {target}")
 
 
 @app.command()

@@ -1,15 +1,13 @@
 """`moc train RECIPE`: fine-tune, score before and after, and say what to try next."""
 
 import shlex
-import shutil
-import sys
 from json import dumps as quote
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption
+from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, program
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -58,20 +56,11 @@ def train(
         return
     from moc_cli.runs import Call  # not before the recipe is right: a mistake is told soon
 
-    words = [_program(), "train", recipe]
+    words = [program(), "train", recipe]
     for change in changes:
         words += ["--set", change]
     call = Call(shlex.join(words), None if output_dir is None else str(output_dir))
     _train(loaded, call, resume, overwrite, json)
-
-
-def _program() -> str:
-    """How the user can start this program again: `moc`, or its path where it is not on PATH."""
-    typed = Path(sys.argv[0])
-    if typed.name != "moc":
-        return "moc"
-    found = shutil.which("moc")
-    return "moc" if found and Path(found).resolve() == typed.resolve() else str(typed)
 
 
 def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, json: bool) -> None:
@@ -119,7 +108,7 @@ def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:
     for line, meaning in (
         (f"{call.base} --set method={other} --output-dir {folder}-{other}", f"method {other}"),
         (f"{call.base} --set seed=1 --output-dir {folder}-seed1", "another seed"),
-        (f"{_program()} recipes list", "recipes for other models and tasks"),
+        (f"{program()} recipes list", "recipes for other models and tasks"),
     ):
         say(f"  {line}   # {meaning}")
 
