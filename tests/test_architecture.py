@@ -24,6 +24,7 @@ FLOORS = [
     {"runs", "data"},
     {"evaluation"},
     {"training"},
+    {"trained"},
     {"cli"},
     {"__main__"},
 ]

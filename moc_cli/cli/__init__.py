@@ -13,6 +13,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from moc_cli import __version__
 from moc_cli.cli import recipes
+from moc_cli.cli.eval import evaluate
 from moc_cli.cli.train import train
 from moc_cli.errors import MocError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command("eval")(evaluate)
 app.add_typer(recipes.app)
 
 

@@ -37,7 +37,8 @@ class PairExample:
 
 
 Example = ChoiceExample | PairExample
-T = TypeVar("T", ChoiceExample, PairExample)
+T = TypeVar("T")
+E = TypeVar("E", ChoiceExample, PairExample)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -57,7 +58,7 @@ def subset(examples: list[T], count: int | None, *, seed: int) -> list[T]:
     return [examples[index] for index in sorted(chosen)]
 
 
-def hold_out(examples: list[T], count: int, *, seed: int) -> tuple[list[T], list[T]]:
+def hold_out(examples: list[E], count: int, *, seed: int) -> tuple[list[E], list[E]]:
     """Cut `count` different examples, drawn by `seed`, from the rest: (rest, held out).
 
     Copies of a held-out example leave the rest too: WinoGrande's training rows occur up to three

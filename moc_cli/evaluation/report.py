@@ -1,0 +1,80 @@
+"""What an evaluation leaves behind: results.json and one line of samples.jsonl for every item.
+
+Both are written after every task, whole. A folder holds one set of conditions: tasks scored later
+under the same ones are added, under others they begin anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import FileError
+from moc_cli.files import write_json_atomic, write_text_atomic
+
+FORMAT = 1
+
+
+class Report:
+    """The two files of one evaluation; `conditions` is what its numbers depend on."""
+
+    def __init__(self, folder: Path, conditions: dict[str, Any]) -> None:
+        self.folder = folder
+        self.conditions = conditions
+        self.tasks: dict[str, Any] = {}
+        self._lines: dict[str, str] = {}
+        self._continue()
+
+    @property
+    def results_file(self) -> Path:
+        return self.folder / "results.json"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.folder / "samples.jsonl"
+
+    def add(self, task: str, entry: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
+        """Add a scored task and write both files; the samples first, so that none is missing."""
+        self.tasks[task] = entry
+        self._lines[task] = "".join(
+            json.dumps({"task": task} | sample, ensure_ascii=False) + "\n" for sample in samples
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(self._lines[name] for name in self.tasks)
+        write_text_atomic(self.samples_file, text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        write_json_atomic(self.results_file, self.to_json() | {"samples_sha256": digest})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what results.json says, but for the hash of the samples."""
+        values = [entry["value"] for entry in self.tasks.values() if entry["value"] is not None]
+        return {
+            "format": FORMAT,
+            **self.conditions,
+            "tasks": self.tasks,
+            "average": sum(values) / len(values) if values else None,
+        }
+
+    def _continue(self) -> None:
+        """Take over the tasks of an earlier call under the same conditions."""
+        if not self.results_file.is_file() or not self.samples_file.is_file():
+            return
+        try:
+            known = json.loads(self.results_file.read_text(encoding="utf-8"))
+            text = self.samples_file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise FileError(f"{self.results_file} cannot be read: {error}") from error
+        same = all(known.get(key) == value for key, value in self.conditions.items())
+        whole = known.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
+        if not (same and whole and known.get("format") == FORMAT):
+            return
+        self.tasks = dict(known["tasks"])
+        self._lines = dict.fromkeys(self.tasks, "")
+        for line in text.splitlines(keepends=True):
+            self._lines[json.loads(line)["task"]] += line
+
+
+def prompt_hash(text: str) -> str:
+    """Return the first 16 digits of a prompt's sha256: names it without repeating it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
