@@ -25,6 +25,8 @@ FLOORS = [
     {"evaluation"},
     {"training"},
     {"trained"},
+    {"inspection", "export", "comparison", "serving"},
+    {"surface", "peft"},
     {"cli"},
     {"__main__"},
 ]
