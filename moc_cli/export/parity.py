@@ -1,0 +1,172 @@
+"""The proof of an export: a fresh process reads the folder, and its logits are compared with ours.
+
+The other process gets the folder, reference rows and a few lines of Python that load the model; it
+shares nothing with this one.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moc_cli.errors import MocError
+from moc_cli.evaluation.forward import evaluating
+from moc_cli.trained import Trained
+
+# Largest |Δlogit| that is let pass, as a share of the largest |logit|, by the type of the file.
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
+
+# Of several lengths, so that rows are padded and take routes of their own.
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Question: does water boil at a lower temperature on a high mountain? Answer:",
+    "No.",
+    "A long time ago, in a small house by the sea, there lived an old woman who kept three cats.",
+    "def add(first, second): return first + second",
+    "The committee has not yet decided whether the motion, which was tabled last week, is in order.",
+    "2 4 8 16 32",
+    "Why?",
+)
+
+_PROGRAM = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+folder, given, answer, threads, device = sys.argv[1:]
+torch.set_num_threads(int(threads))
+{load}
+model.to(device).eval()
+inputs = {{name: value.to(device) for name, value in load_file(given).items()}}
+with torch.no_grad():
+    logits = model(**inputs).logits
+save_file({{"logits": logits.float().cpu().contiguous()}}, answer)
+"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Rows, what the run's model answers to them, and which logits count.
+
+    `logits` is (B, T, V) of a language model or (B, labels) of a classifier; `counted` (B, T) or
+    (B,) leaves padding out.
+    """
+
+    inputs: dict[str, Tensor]
+    logits: Tensor
+    counted: Tensor
+
+
+def reference(trained: Trained, texts: Sequence[str] = TEXTS) -> Reference:
+    """Run the source on padded rows; decoders are padded on the left, as for generation."""
+    inputs = reference_rows(trained, texts)
+    with evaluating(trained.adapted.model) as device:
+        moved = {name: value.to(device) for name, value in inputs.items()}
+        logits = trained.adapted.model(**moved).logits.float().cpu()
+    mask = inputs["attention_mask"].bool()
+    counted = mask if logits.ndim == 3 else torch.ones(len(texts), dtype=torch.bool)
+    return Reference(inputs, logits, counted)
+
+
+def reference_rows(trained: Trained, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
+    """Encode texts as a padded batch: input_ids, attention_mask and, where known, token types."""
+    encoded = [dict(trained.tokenizer(text)) for text in texts]
+    limit = getattr(trained.adapted.model.config.get_text_config(), "max_position_embeddings", 512)
+    width = min(max(len(row["input_ids"]) for row in encoded), limit or 512)
+    pad = trained.tokenizer.pad_token_id
+    fill = {"input_ids": 0 if pad is None else pad}
+    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in encoded[0]]
+    batch = {}
+    for name in names:
+        rows = []
+        for row in encoded:
+            values = list(row[name])[:width]
+            gap = [fill.get(name, 0)] * (width - len(values))
+            rows.append(gap + values if trained.causal else values + gap)
+        batch[name] = torch.tensor(rows)
+    return batch
+
+
+def check(
+    folder: Path,
+    load: str,
+    expected: Reference,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    tolerance: float | None = None,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Load `folder` in a fresh process and compare logits; raises MocError beyond the tolerance.
+
+    `load` is Python that finds the path in `folder` and leaves the model in `model`; `tolerance`
+    is a share of the largest |logit|, by default that of `dtype`.
+    """
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    found = fresh_logits(folder, load, expected.inputs, device=device, environment=environment)
+    figures = compare(expected, found) | {"tolerance": allowed, "dtype": dtype}
+    if not figures["relative_difference"] <= allowed:
+        raise MocError(
+            "the export does not give the run's logits when it is read back: they differ by "
+            f"{figures['max_difference']:.3g}, which is {figures['relative_difference']:.2g} of the "
+            f"largest; at most {allowed:g} is allowed in {dtype}",
+            None if dtype == "float32" else "export with --dtype float32",
+        )
+    return figures
+
+
+def compare(expected: Reference, found: Tensor) -> dict[str, Any]:
+    """The largest |Δlogit| over what counts, absolute and relative, and whether all bits agree."""
+    if found.shape != expected.logits.shape:
+        raise MocError(
+            f"the export gives logits of shape {tuple(found.shape)} when it is read back, "
+            f"the run {tuple(expected.logits.shape)}"
+        )
+    ours, theirs = expected.logits[expected.counted], found[expected.counted]
+    difference = (ours - theirs).abs().max().item()
+    largest = ours.abs().max().item()
+    return {
+        "max_difference": difference,
+        "relative_difference": difference / largest if largest else difference,
+        "bit_equal": bool(torch.equal(ours, theirs)),
+        "same_best": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
+        "rows": int(expected.logits.shape[0]),
+        "positions": int(ours.shape[0]),
+    }
+
+
+def fresh_logits(
+    folder: Path,
+    load: str,
+    inputs: dict[str, Tensor],
+    *,
+    device: str = "cpu",
+    environment: dict[str, str] | None = None,
+) -> Tensor:
+    """The logits that a fresh Python process gets from a folder, offline.
+
+    Raises MocError with the last line of what it said where it failed.
+    """
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with TemporaryDirectory(prefix="moc-parity-") as place:
+        given, answer = Path(place, "inputs.safetensors"), Path(place, "logits.safetensors")
+        save_file(inputs, given)
+        arguments = [str(folder), str(given), str(answer), str(torch.get_num_threads()), device]
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM.format(load=load), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | offline | (environment or {}),
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise MocError(f"the export cannot be read back by a fresh process: {lines[-1]}")
+        return load_file(answer)["logits"]
