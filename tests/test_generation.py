@@ -107,19 +107,28 @@ def frozen(value: Tensor) -> tuple:
 def watch(adapted: Adapted) -> SimpleNamespace:
     """Record what every site used in each forward (route ids), until `stop()`."""
     mixture, log = adapted._placed.mixture, []
-    original = mixture.route
+    original_route, original_bank = mixture.route, mixture.bank
 
-    def spy(site, x, *options):
-        route, loss = original(site, x, *options)
+    def note(site, ids):
         if site.index == 0:
             log.append([None] * len(mixture.sites))
-        log[-1][site.index] = route.ids.clone()
-        return route, loss
+        log[-1][site.index] = ids.clone()
 
-    mixture.route = spy
+    def route(site, x, *options):
+        found = original_route(site, x, *options)
+        note(site, found[0].ids)
+        return found
+
+    def bank(site, x):
+        found = original_bank(site, x)
+        if found is not None:
+            note(site, mixture.current.store.routes[site.index].ids)
+        return found
+
+    mixture.route, mixture.bank = route, bank
 
     def stop() -> list[list[Tensor]]:
-        del mixture.route
+        del mixture.route, mixture.bank
         return log
 
     return SimpleNamespace(stop=stop)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moc_cli.nn.bank import Bank, members, stack
 from moc_cli.nn.control import Control, mixed_update
 from moc_cli.nn.gate import (
     Ballot,
@@ -46,17 +47,20 @@ class Routing:
 class RouteStore:
     """What one generation remembers between its forwards: a route (frozen) or ballot per site.
 
-    `waiting` (B,) marks the rows of which only padding has been seen, None where there are none.
+    `banks` stack the routes' controls once they are used for a token at a time. `waiting` (B,)
+    marks the rows of which only padding has been seen, None where there are none.
     """
 
     routes: dict[int, Route] = field(default_factory=dict)
     ballots: dict[int, Ballot] = field(default_factory=dict)
+    banks: dict[int, Bank] = field(default_factory=dict)
     waiting: Tensor | None = None
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows what the cache does to its own: reorder, select or repeat them."""
         self.routes = {site: route.rows(change) for site, route in self.routes.items()}
         self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
+        self.banks = {site: bank.rows(change) for site, bank in self.banks.items()}
         if self.waiting is not None:
             self.waiting = change(self.waiting)
 
@@ -179,11 +183,14 @@ class Mixture(nn.Module):
         """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
         if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
             return self.update(site, x.unflatten(0, self.current.shape)).flatten(0, 1)
+        site.choice = None
+        bank = self.bank(site, x)
+        if bank is not None:
+            return bank.update(x)
         own = self.control(site.index)
         routing = self.routing
         if not routing.top_k:
             return own(x, self.scale)
-        site.choice = None
         route, loss = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
         site.loss = None if loss is None else loss.detach()
@@ -195,6 +202,29 @@ class Mixture(nn.Module):
                 weight /= len(self.sites)
             update = InjectLoss.apply(update, loss, weight)
         return update
+
+    def bank(self, site: Site, x: Tensor) -> Bank | None:
+        """The stacked controls of a generation that feeds one token at a time, its route settled.
+
+        None elsewhere: in training, in a prefill, and where each token is routed anew.
+        """
+        current = self.current
+        store = current.store
+        if store is None or self.training or x.shape[1] > 1 or not current.past:
+            return None
+        known = store.banks.get(site.index)
+        if known is not None or current.late is not None:
+            return known if current.late is None else None
+        route = store.routes.get(site.index)
+        if self.routing.top_k and (route is None or route.voters != x.shape[0]):
+            return None
+        order, weights = members(site.index, self.pools[site.pool], route, self.routing.alpha)
+        if weights is None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weights = torch.ones(1, 1, dtype=wide, device=x.device)
+        controls = [self.control(index) for index in order]
+        store.banks[site.index] = stack(controls, self.scale * weights, x.dtype)
+        return store.banks[site.index]
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:
         """The site's route for x (B, T, d), and its balance loss while training.
@@ -234,6 +264,7 @@ class Mixture(nn.Module):
             route = kept.replaced(late, route)
         if keep and routing.decode == "frozen":
             store.routes[site.index] = route.detach()
+            store.banks.pop(site.index, None)
         if not (self.training and routing.balance_weight):
             return route, None
         size = p.shape[-1] - (exclude is not None)
