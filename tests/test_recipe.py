@@ -160,7 +160,7 @@ BROKEN = [
         "misspelt choice that may be null",
         change("before: true", "metric_for_best_model: acuracy"),
         "r.yaml:12: eval.metric_for_best_model: found 'acuracy'; did you mean 'accuracy'? "
-        "allowed: loss, accuracy, f1, matthews, pearson, spearman, null",
+        "allowed: loss, accuracy, f1, matthews, pearson, spearman, perplexity, null",
     ),
     (
         "word for a whole number",

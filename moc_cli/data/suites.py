@@ -15,6 +15,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "commonsense": tuple(commonsense.TASKS),
     "glue": tuple(glue.TASKS),
     "builtin": ("world",),
+    "custom": (),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from moc_cli.recipe.draft import Draft, Origin
 from moc_cli.recipe.reader import Path
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.suites import TASKS
+from moc_cli.recipe.suites import CUSTOM_TASK, TASKS
 from moc_cli.recipe.words import PER_TASK, found
 
 SECTIONS = ("train", "eval")
@@ -51,12 +51,16 @@ def choose(base: Draft, variants: dict[str, Draft]) -> Draft:
 def _known_tasks(draft: Draft) -> tuple[str, ...]:
     data = draft.values.get("data")
     suite = data.get("suite") if isinstance(data, dict) else None
+    if suite == "custom":
+        return tuple(filter(None, [_selected(draft)]))
     return TASKS.get(suite, ()) if isinstance(suite, str) else ()
 
 
 def _selected(draft: Draft) -> str | None:
     data = draft.values.get("data")
     tasks = data.get("tasks") if isinstance(data, dict) else None
+    if isinstance(data, dict) and data.get("suite") == "custom" and "tasks" not in data:
+        return CUSTOM_TASK
     names = [tasks] if isinstance(tasks, str) else tasks
     if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
         return names[0]

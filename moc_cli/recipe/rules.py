@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.suites import BUILTIN_MODELS, TASKS, task_metrics
+from moc_cli.recipe.suites import (
+    BUILTIN_MODELS,
+    FORMAT_COLUMNS,
+    TASKS,
+    format_metrics,
+    is_benchmark_task,
+    task_metrics,
+)
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -25,6 +32,7 @@ def broken_rules(recipe: "Recipe") -> list[BrokenRule]:
     """Return every combination in `recipe` that cannot work."""
     return [
         *_tasks(recipe),
+        *_custom(recipe),
         *_model(recipe),
         *_train(recipe),
         *_evaluation(recipe),
@@ -37,19 +45,52 @@ def _tasks(recipe: "Recipe") -> Iterator[BrokenRule]:
     known = TASKS[data.suite]
     for index, task in enumerate(data.tasks):
         key = f"data.tasks.{index}"
-        if task not in known:
+        if data.suite == "custom":
+            if is_benchmark_task(task):
+                message = f"{task!r} is a benchmark's task; give your own another name"
+                yield BrokenRule(key, message, (*read, key))
+        elif task not in known:
             message = f"suite '{data.suite}' has no task {task!r}{choices(task, known)}"
             yield BrokenRule(key, message, (*read, key))
         elif task in data.tasks[:index]:
             yield BrokenRule(key, f"task {task!r} is listed twice", (*read, key))
-    if data.suite == "glue" and len(data.tasks) > 1:
-        yield BrokenRule("data.tasks", f"glue trains one task a run, found {len(data.tasks)}", read)
+    if data.suite in ("glue", "custom") and len(data.tasks) > 1:
+        message = f"{data.suite} trains one task a run, found {len(data.tasks)}"
+        yield BrokenRule("data.tasks", message, read)
     if data.suite == "builtin" and data.path is not None:
         yield BrokenRule(
             "data.path",
             "the builtin suite is inside this package; leave data.path out",
             ("data.suite", "data.path"),
         )
+
+
+def _custom(recipe: "Recipe") -> Iterator[BrokenRule]:
+    """Keys of one's own rows: needed there, useless elsewhere."""
+    data = recipe.data
+    named = {key: name for key, name in data.columns if name is not None}
+    if data.suite != "custom":
+        given = {"format": data.format, "columns": named, "labels": data.labels}
+        for key in (key for key, value in given.items() if value):
+            message = f"only suite 'custom' reads this key, data.suite is '{data.suite}'"
+            yield BrokenRule(f"data.{key}", message, ("data.suite", f"data.{key}"))
+        return
+    if data.path is None:
+        message = "suite 'custom' needs the path of your rows: a file, a folder or a hub id"
+        yield BrokenRule("data.path", message, ("data.suite", "data.path"))
+    used = FORMAT_COLUMNS[data.format] if data.format else tuple(type(data.columns).model_fields)
+    for key in (key for key in named if key not in used):
+        message = f"format '{data.format}' reads no such column; it reads {', '.join(used)}"
+        where = f"data.columns.{key}"
+        yield BrokenRule(where, message, ("data.suite", "data.format", where))
+    if data.labels is not None and data.format not in (None, "classification"):
+        message = f"labels are for format 'classification', data.format is '{data.format}'"
+        yield BrokenRule("data.labels", message, ("data.suite", "data.format", "data.labels"))
+    labels = data.labels or []
+    twice = [label for index, label in enumerate(labels) if label in labels[:index]]
+    if twice:
+        message = f"label {twice[0]!r} is listed twice"
+        yield BrokenRule("data.labels", message, ("data.suite", "data.labels"))
 
 
 def _model(recipe: "Recipe") -> Iterator[BrokenRule]:
@@ -107,12 +148,14 @@ def _evaluation(recipe: "Recipe") -> Iterator[BrokenRule]:
             (strategy, "data.suite", "data.held_out"),
         )
     metric, read = scoring.metric_for_best_model, "eval.metric_for_best_model"
+    custom = data.suite == "custom"
     for task in data.tasks if metric is not None else ():
-        allowed = task_metrics(task)
+        allowed = format_metrics(data.format) if custom else task_metrics(task)
         if metric not in allowed:
+            what = f"format '{data.format}'" if custom and data.format else f"task '{task}'"
             yield BrokenRule(
                 read,
-                f"task '{task}' has no {metric}; allowed: {', '.join(allowed)}",
-                (read, "data.suite", "data.tasks"),
+                f"{what} has no {metric}; allowed: {', '.join(allowed)}",
+                (read, "data.suite", "data.tasks", "data.format"),
             )
             break

@@ -5,10 +5,11 @@ The combinations of values that make no sense together are in `rules`.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from moc_cli.recipe.methods import MethodSection
+from moc_cli.recipe.suites import CUSTOM_TASK
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
@@ -21,12 +22,15 @@ from moc_cli.recipe.types import (
     StepLimit,
     Text,
     one_or_more,
+    refuse_bool,
     section,
     word_no,
 )
 
-Suite = Literal["commonsense", "glue", "builtin"]
-Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
+Suite = Literal["commonsense", "glue", "builtin", "custom"]
+Format = Literal["instruction", "chat", "text", "classification", "regression"]
+ClassLabel = Text | Annotated[int, BeforeValidator(refuse_bool)]
+Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -45,27 +49,71 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(default=False, description="run code from the model's folder")
 
 
+class ColumnsSection(Section):
+    """Names of the columns of one's own rows, where they are not the usual ones."""
+
+    text: Text | None = Field(default=None, description="null: text, sentence or sentence1")
+    text_pair: Text | None = Field(default=None, description="null: text_pair or sentence2, if any")
+    label: Text | None = Field(default=None, description="null: label, labels or score")
+    instruction: Text | None = Field(default=None, description="null: instruction or prompt")
+    input: Text | None = Field(default=None, description="null: input, if any")
+    output: Text | None = Field(default=None, description="null: output, response or completion")
+    messages: Text | None = Field(default=None, description="null: messages or conversation")
+
+
+def _tasks_but_for_custom(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema what `DataSection` fills in by itself."""
+    schema["required"].remove("tasks")
+    custom = {"properties": {"suite": {"const": "custom"}}}
+    schema["anyOf"] = [custom, {"required": ["tasks"]}]
+
+
 class DataSection(Section):
     """What is learned and tested."""
 
-    suite: Suite = Field(description="benchmark")
+    model_config = ConfigDict(json_schema_extra=_tasks_but_for_custom)
+
+    suite: Suite = Field(description="benchmark; custom: rows of one's own")
     tasks: Annotated[list[Text], BeforeValidator(one_or_more), Field(min_length=1)] = Field(
-        description="task names; one for glue"
+        description="task names; one for glue; for custom any name, by default 'custom'"
     )
     path: Text | None = Field(
-        default=None, description="folder of <task>/<split>.jsonl.gz; null: the hub"
+        default=None,
+        description="folder of <task>/<split>.jsonl.gz, null: the hub; for custom a .jsonl, .json, "
+        ".csv, .tsv or .parquet file, a folder of train, validation and test files, or a hub id",
+    )
+    format: Format | None = Field(
+        default=None, description="custom: what the rows are; null: told by their columns"
+    )
+    columns: ColumnsSection = section("custom: names of the columns")
+    labels: Annotated[list[ClassLabel], Field(min_length=2)] | None = Field(
+        default=None,
+        description="custom: the classes, in the order of the outputs; null: those of the "
+        "training rows, sorted",
     )
     max_length: Annotated[Positive, Field(ge=8)] = Field(
         default=256, description="tokens a row; longer rows are cut and counted"
     )
-    train_on_inputs: bool = Field(default=True, description="loss on the prompt too")
+    train_on_inputs: bool = Field(
+        default=True, description="loss on the prompt too; for custom false by default"
+    )
     max_train_samples: Positive | None = Field(default=None, description="rows; null: all")
     max_eval_samples: Positive | None = Field(
         default=None, description="rows a task, in evaluation during training; null: all"
     )
     held_out: Count = Field(
-        default=120, description="commonsense: training rows kept for validation"
+        default=120,
+        description="commonsense, and custom without a validation file: training rows kept for "
+        "validation",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, value: Any) -> Any:
+        """Fill in what has another default for one's own rows."""
+        if not isinstance(value, dict) or value.get("suite") != "custom":
+            return value
+        return {"tasks": [CUSTOM_TASK], "train_on_inputs": False} | value
 
 
 class TrainSection(Section):
