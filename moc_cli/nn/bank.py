@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from moc_cli.nn.control import Control
 from moc_cli.nn.gate import Route
@@ -12,10 +13,11 @@ from moc_cli.nn.gate import Route
 
 @dataclass
 class Bank:
-    """update = ((x Aᵀ) ∘ w) B over R, the ranks of every control in use one after another.
+    """update = B (w ∘ A x), over R: the ranks of every control in use, one after another.
 
-    `A` and `B` are (R, d) in the type of x; `weights` (V, R), in float32 or wider, hold α, (1−α)·π and the
-    scale, 0 where a row does not use a control. None: they are the same for every row, in `B`.
+    `A` (R, d) and `B` (d, R) are in the type of x. `weights` (V, R), in float32 or wider, hold α,
+    (1−α)·π and the scale, 0 where a row does not use a control; None: they are the same for every
+    row and multiplied into `B`.
     """
 
     A: Tensor
@@ -24,10 +26,10 @@ class Bank:
 
     def update(self, x: Tensor) -> Tensor:
         """x (V, T, d) -> what its site adds, the same shape and type."""
-        hidden = x @ self.A.T
+        hidden = linear(x, self.A)
         if self.weights is not None:
             hidden = (hidden * self.weights[:, None]).to(x.dtype)
-        return hidden @ self.B
+        return linear(hidden, self.B)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Bank":
         """The bank with its rows reordered, selected or repeated by `change`."""
@@ -39,11 +41,11 @@ class Bank:
 def stack(controls: Sequence[Control], weights: Tensor, dtype: torch.dtype) -> Bank:
     """Stack controls with weights (V, controls); equal rows of weights are folded into B."""
     A = torch.cat([control.A for control in controls]).to(dtype)
-    B = torch.cat([control.B.T for control in controls])
+    B = torch.cat([control.B for control in controls], dim=1)
     ranks = torch.tensor([control.A.shape[0] for control in controls], device=weights.device)
     spread = weights.repeat_interleave(ranks, dim=1)  # (V, R)
     if bool((spread == spread[:1]).all()):
-        return Bank(A, (spread[0][:, None] * B).to(dtype), None)
+        return Bank(A, (spread[0] * B).to(dtype), None)
     return Bank(A, B.to(dtype), spread)
 
 
