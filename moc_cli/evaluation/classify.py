@@ -13,11 +13,11 @@ from moc_cli.data.examples import PairExample
 from moc_cli.evaluation.forward import (
     Progress,
     Scorable,
-    by_length,
     check_finite,
     check_fits,
     evaluating,
 )
+from moc_cli.evaluation.sizing import Asked, BatchSize, Shape, run_batches
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def classify(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[PairExample],
     *,
-    batch_size: int,
+    batch_size: Asked | BatchSize,
     max_length: int,
     side: Side = "right",
     on_progress: Progress | None = None,
@@ -46,17 +46,18 @@ def classify(
     model = adapted.model
     encoded = encode_pairs(examples, tokenizer, max_length=max_length)
     check_fits(model, max(encoded.lengths, default=0), "a text, cut to data.max_length,")
-    outputs: dict[int, list[float]] = {}
+    shapes = [Shape(length) for length in encoded.lengths]
     with evaluating(model) as device:
-        for items in by_length(encoded.lengths, batch_size):
+
+        def work(items: list[int]) -> list[list[float]]:
             rows = [encoded.rows[item] for item in items]
             batch = collate(rows, tokenizer, side=side, kind="classification")
             del batch["labels"]
             logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
-            outputs |= dict(zip(items, logits.float().tolist(), strict=True))
-            if on_progress is not None:
-                on_progress(len(outputs), len(examples))
-    return [_judge(example, outputs[item]) for item, example in enumerate(examples)]
+            return list(logits.float().tolist())
+
+        outputs = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    return [_judge(example, found) for example, found in zip(examples, outputs, strict=True)]
 
 
 def pair_loss(scores: Sequence[PairScore]) -> float:

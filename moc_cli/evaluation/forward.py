@@ -1,4 +1,4 @@
-"""What every kind of scoring shares: evaluation mode, batches by length, positions, finiteness."""
+"""What every kind of scoring shares: evaluation mode, padding, positions, finiteness."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -38,13 +38,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
             module.training = True
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield item numbers in batches of like length, the longest first, where memory peaks."""
-    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
-
-
 def voting(adapted: Scorable, mask: Tensor) -> AbstractContextManager[None]:
     """Within it the tokens of mask (B, T) vote; on a bare model there is nothing to vote on."""
     vote = getattr(adapted, "voting", None)
@@ -77,3 +70,23 @@ def check_finite(scores: Sequence[float]) -> None:
             "the model's outputs are not finite",
             "the run has probably diverged: lower train.learning_rate, or train in float32",
         )
+
+
+def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask (B, T), each row at the right end."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return _long(ids, device), _long(mask, device)
+
+
+def pad_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask (B, T), each row at the left end."""
+    width = max(map(len, rows))
+    ids = [row + [pad] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return _long(ids, device), _long(mask, device)
+
+
+def _long(rows: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=device)

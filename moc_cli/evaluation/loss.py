@@ -13,7 +13,6 @@ from moc_cli.errors import DataError
 from moc_cli.evaluation.forward import (
     Progress,
     Scorable,
-    by_length,
     call,
     check_finite,
     check_fits,
@@ -21,6 +20,7 @@ from moc_cli.evaluation.forward import (
     positions,
     voting,
 )
+from moc_cli.evaluation.sizing import Asked, BatchSize, Shape, run_batches
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def lm_loss(
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
     *,
-    batch_size: int,
+    batch_size: Asked | BatchSize,
     on_progress: Progress | None = None,
 ) -> HeldOutLoss:
     """Compute the loss of encoded rows; only tokens of their prompts vote on routes.
@@ -45,30 +45,32 @@ def lm_loss(
     """
     model = adapted.model
     check_fits(model, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
-    total, tokens, done = 0.0, 0, 0
+    shapes = [Shape(length, logits=length) for length in encoded.lengths]
     with evaluating(model) as device:
-        for items in by_length(encoded.lengths, batch_size):
+
+        def work(items: list[int]) -> list[tuple[float, int]]:
             rows = [encoded.rows[item] for item in items]
             batch = collate(rows, tokenizer, side="left", kind="causal")
             batch = {name: value.to(device) for name, value in batch.items()}
-            mask, labels = batch["attention_mask"], batch["labels"]
-            ids = batch["input_ids"]
+            mask, targets = batch["attention_mask"], batch["labels"][:, 1:]
             voters = _voters(mask, [encoded.prompt_lengths[item] for item in items])
             with voting(adapted, voters):
                 out = call(
                     model,
-                    input_ids=ids,
+                    input_ids=batch["input_ids"],
                     attention_mask=mask,
                     position_ids=positions(mask),
                     use_cache=False,
                 )
-            targets = labels[:, 1:].flatten()
             logits = out.logits[:, :-1].float().flatten(0, 1)
-            total += cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
-            tokens += int((targets != IGNORED).sum())
-            done += len(items)
-            if on_progress is not None:
-                on_progress(done, len(encoded.rows))
+            losses = cross_entropy(
+                logits, targets.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            summed = losses.view_as(targets).double().sum(1)
+            return list(zip(summed.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
+
+        found = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
     if tokens == 0:
         raise DataError(
             "no held-out row has a labelled token",

@@ -26,14 +26,16 @@ from moc_cli.errors import DataError
 from moc_cli.evaluation.forward import (
     Progress,
     Scorable,
-    by_length,
     call,
     check_finite,
     check_fits,
     evaluating,
+    pad_left,
+    pad_right,
     positions,
     voting,
 )
+from moc_cli.evaluation.sizing import Asked, BatchSize, Shape, run_batches
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,20 @@ class _Question:
     def length(self) -> int:
         return len(self.prompt) + len(self.trunk) + max(map(len, self.branches))
 
+    @property
+    def shape(self) -> Shape:
+        """What its computation takes: the prompt's cache, and a copy for each longer branch."""
+        more = self.length - len(self.prompt)
+        copies = sum(len(branch) > 1 for branch in self.branches)
+        return Shape(len(self.prompt), more, max(1, copies), logits=more + 1)
+
 
 def rank(
     adapted: Scorable,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[ChoiceExample],
     *,
-    batch_size: int,
+    batch_size: Asked | BatchSize,
     on_progress: Progress | None = None,
 ) -> list[ItemScore]:
     """Score every question, in the order of the examples; of equal scores the first wins.
@@ -80,16 +89,15 @@ def rank(
     questions = [_split(tokenizer, example) for example in examples]
     for example, question in zip(examples, questions, strict=True):
         check_fits(model, question.length, f"{example.task}: a question")
-    scores: dict[int, list[float]] = {}
+    shapes = [question.shape for question in questions]
     with evaluating(model) as device:
-        lengths = [len(question.prompt) for question in questions]
-        for batch in by_length(lengths, batch_size):
-            asked = [questions[item] for item in batch]
-            scored = _score(adapted, asked, pad_token_id(tokenizer), device)
-            scores |= dict(zip(batch, scored, strict=True))
-            if on_progress is not None:
-                on_progress(len(scores), len(examples))
-    return [_judge(example, scores[item]) for item, example in enumerate(examples)]
+
+        def work(items: list[int]) -> list[list[float]]:
+            asked = [questions[item] for item in items]
+            return _score(adapted, asked, pad_token_id(tokenizer), device)
+
+        scores = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    return [_judge(example, found) for example, found in zip(examples, scores, strict=True)]
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) -> _Question:
@@ -111,7 +119,7 @@ def _score(
     adapted: Scorable, questions: list[_Question], pad: int, device: torch.device
 ) -> list[list[float]]:
     """Log-probability of each candidate of each question."""
-    prompts, mask = _left([question.prompt for question in questions], pad, device)  # (B, P)
+    prompts, mask = pad_left([question.prompt for question in questions], pad, device)  # (B, P)
     out = call(
         adapted.model,
         input_ids=prompts,
@@ -173,7 +181,7 @@ def _follow(
     fed = tokens if last else [row[:-1] for row in tokens]
     if not any(fed):
         return _sum(following.unsqueeze(1), tokens), following, mask
-    ids, valid = _right(fed, pad, mask.device)  # (B, S)
+    ids, valid = pad_right(fed, pad, mask.device)  # (B, S)
     extended = torch.cat([mask, valid], dim=1)
     with voting(adapted, torch.zeros_like(valid)):  # a running route would count the candidates
         out = call(
@@ -191,28 +199,10 @@ def _follow(
 
 def _sum(steps: Tensor, tokens: list[list[int]]) -> list[float]:
     """Sum each row's log-probabilities, (B, S, V), at its tokens."""
-    ids, valid = _right(tokens, 0, steps.device)  # (B, S), or shorter
+    ids, valid = pad_right(tokens, 0, steps.device)  # (B, S), or shorter
     chosen = steps[:, : ids.shape[1]].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return (chosen.double() * valid).sum(1).tolist()
 
 
 def _log_probs(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
-
-
-def _left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return _long(ids, device), _long(mask, device)
-
-
-def _right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = [row + [pad] * (width - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return _long(ids, device), _long(mask, device)
-
-
-def _long(rows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=device)

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,13 +14,18 @@ from moc_cli.errors import DataError
 from moc_cli.evaluation import metrics
 from moc_cli.evaluation.classify import PairScore, classify
 from moc_cli.evaluation.forward import Progress, Scorable
+from moc_cli.evaluation.generate import Answer, generate
 from moc_cli.evaluation.rank import ItemScore, rank
+from moc_cli.evaluation.sizing import Asked, BatchSize
+
+Protocol = Literal["rank", "generate"]
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """One metric of one task on n items: value and standard error as fractions, what the best
-    constant answer would score, and the seconds that scoring took.
+    constant answer would score, the seconds that scoring took, and how many generated texts held
+    no answer (None where none are generated).
     """
 
     task: str
@@ -29,14 +35,18 @@ class TaskResult:
     stderr: float
     majority: float
     seconds: float
+    unparsed: int | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A scored task: its results, the main metric first, and the score of every item."""
+    """A scored task: its results, the main metric first, the score of every item, and the batch
+    size that was used.
+    """
 
     results: tuple[TaskResult, ...]
-    items: list[ItemScore] | list[PairScore]
+    items: list[ItemScore] | list[Answer] | list[PairScore]
+    batch: BatchSize = field(default_factory=BatchSize)
 
     @property
     def main(self) -> TaskResult:
@@ -49,22 +59,29 @@ def evaluate_choices(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[ChoiceExample],
     *,
-    batch_size: int,
+    batch_size: Asked,
+    protocol: Protocol = "rank",
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Rank the options of a task's questions: accuracy."""
+    """Rank the options of a task's questions, or have answers generated: accuracy."""
     _check(examples)
     begin = time.perf_counter()
-    items = rank(adapted, tokenizer, examples, batch_size=batch_size, on_progress=on_progress)
+    size = BatchSize(batch_size)
+    items: list[ItemScore] | list[Answer]
+    unparsed = None
+    if protocol == "generate":
+        items = generate(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
+        unparsed = sum(item.answer is None for item in items)
+    else:
+        items = rank(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
     seconds = time.perf_counter() - begin
-    found = metrics.measure(
-        "accuracy", [item.label for item in items], [item.prediction for item in items]
-    )
+    # No option (None) equals no label, as the place -1 does.
+    predictions = [-1 if item.prediction is None else item.prediction for item in items]
+    found = metrics.measure("accuracy", [item.label for item in items], predictions)
     best = metrics.majority_choice(examples)
-    result = TaskResult(
-        examples[0].task, "accuracy", found.value, len(items), found.stderr, best, seconds
-    )
-    return Evaluation((result,), items)
+    task, n = examples[0].task, len(items)
+    result = TaskResult(task, "accuracy", found.value, n, found.stderr, best, seconds, unparsed)
+    return Evaluation((result,), items, size)
 
 
 def evaluate_pairs(
@@ -72,7 +89,7 @@ def evaluate_pairs(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[PairExample],
     *,
-    batch_size: int,
+    batch_size: Asked,
     max_length: int,
     side: Side = "right",
     on_progress: Progress | None = None,
@@ -81,11 +98,12 @@ def evaluate_pairs(
     _check(examples)
     task = examples[0].task
     begin = time.perf_counter()
+    size = BatchSize(batch_size)
     items = classify(
         adapted,
         tokenizer,
         examples,
-        batch_size=batch_size,
+        batch_size=size,
         max_length=max_length,
         side=side,
         on_progress=on_progress,
@@ -100,7 +118,7 @@ def evaluate_pairs(
         results.append(
             TaskResult(task, metric, found.value, len(items), found.stderr, best, seconds)
         )
-    return Evaluation(tuple(results), items)
+    return Evaluation(tuple(results), items, size)
 
 
 def average(results: Sequence[TaskResult]) -> float:

@@ -133,6 +133,12 @@ def _evaluation(recipe: "Recipe") -> Iterator[BrokenRule]:
             "eval_strategy 'steps' needs eval.eval_steps",
             (strategy, "eval.eval_steps"),
         )
+    if scoring.protocol == "generate" and data.suite == "glue":
+        yield BrokenRule(
+            "eval.protocol",
+            "glue is classified: no answer is generated; leave eval.protocol out",
+            ("eval.protocol", "data.suite"),
+        )
     if scoring.eval_strategy == "no" and scoring.early_stopping_patience is not None:
         yield BrokenRule(
             "eval.early_stopping_patience",

@@ -145,7 +145,9 @@ class TrainSection(Section):
 class EvalSection(Section):
     """When and how the model is scored."""
 
-    per_device_eval_batch_size: Positive = Field(default=16, description="rows a batch")
+    per_device_eval_batch_size: Positive | Literal["auto"] = Field(
+        default="auto", description="rows a batch; auto: what fits in memory"
+    )
     eval_strategy: When = Field(default="no", description="when to evaluate during training")
     eval_steps: Positive | None = Field(default=None, description="with eval_strategy: steps")
     metric_for_best_model: Metric | None = Field(
@@ -154,8 +156,9 @@ class EvalSection(Section):
     early_stopping_patience: Positive | None = Field(
         default=None, description="evaluations without improvement before the run stops"
     )
-    protocol: Literal["rank"] = Field(
-        default="rank", description="commonsense: rank the options by their likelihood"
+    protocol: Literal["rank", "generate"] = Field(
+        default="rank",
+        description="questions: rank the options by their likelihood, or generate an answer",
     )
     before: bool = Field(default=True, description="score the untrained model first")
     max_samples: Positive | None = Field(
