@@ -13,7 +13,13 @@ from moc_cli.evaluation import metrics
 from moc_cli.evaluation.classify import classify, pair_loss
 from moc_cli.evaluation.loss import lm_loss
 from moc_cli.evaluation.rank import rank
-from moc_cli.evaluation.results import Evaluation, evaluate_choices, evaluate_pairs
+from moc_cli.evaluation.results import (
+    Evaluation,
+    Protocol,
+    evaluate_choices,
+    evaluate_pairs,
+)
+from moc_cli.evaluation.sizing import Asked
 from moc_cli.recipe.suites import task_metrics
 from moc_cli.training.loss import Kind
 
@@ -22,13 +28,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model and how to score it."""
+    """A model and how to score it; while it trains, questions are ranked whatever the protocol."""
 
     adapted: Any
     tokenizer: PreTrainedTokenizerBase
     kind: Kind
-    batch_size: int
+    batch_size: Asked
     max_length: int
+    protocol: Protocol = "rank"
 
     def score(self, examples: Sequence[Example], on_progress: Progress | None = None) -> Evaluation:
         """Score one task's examples: every metric with its standard error."""
@@ -38,6 +45,7 @@ class Scorer:
                 self.tokenizer,
                 cast(Sequence[ChoiceExample], examples),
                 batch_size=self.batch_size,
+                protocol=self.protocol,
                 on_progress=on_progress,
             )
         return evaluate_pairs(
@@ -129,6 +137,8 @@ def task_entries(
             for result in evaluation.results
         )
         entries[name] = first | {"seconds": evaluation.main.seconds}
+        if evaluation.main.unparsed is not None:
+            entries[name]["unparsed"] = evaluation.main.unparsed
         if others:
             entries[name]["also"] = others
     return entries

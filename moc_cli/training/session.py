@@ -147,6 +147,7 @@ class Session:
             self.kind,
             recipe.eval.per_device_eval_batch_size,
             data.max_length,
+            recipe.eval.protocol,
         )
         named = self.adapted.named_trainables()
         self.identity = make_identity(
