@@ -13,7 +13,9 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from moc_cli import __version__
 from moc_cli.cli import recipes
+from moc_cli.cli.compare import compare
 from moc_cli.cli.eval import evaluate
+from moc_cli.cli.generate import generate
 from moc_cli.cli.train import train
 from moc_cli.errors import MocError
 
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(generate)
 app.add_typer(recipes.app)
 
 
