@@ -1,0 +1,1 @@
+"""What the gate does: recorded routes, their pictures and the words about them."""
