@@ -4,7 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moc_cli.data.examples import ChoiceExample, Example, PairExample, fingerprint
+from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.examples import (
+    ChatExample,
+    ChoiceExample,
+    Example,
+    InstructionExample,
+    PairExample,
+    TextExample,
+    fingerprint,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -12,6 +21,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that no loss counts
 _CHUNK = 1000  # texts a call of the tokenizer
 Row = dict[str, Any]
+Written = ChoiceExample | InstructionExample | TextExample  # has its text, and where the answer is
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,8 @@ class Encoded:
 
     A row of a language model holds `input_ids` and as many `labels`; a row of a classifier holds
     one label, and `token_type_ids` where its tokenizer makes them. `prompt_lengths` counts each
-    row's tokens before its answer (for a classifier: all). `truncated` rows were longer than
+    row's tokens before its first answer (for a classifier: all; for a plain text: the first token,
+    which nothing predicts). `truncated` rows were longer than
     max_length; of those, `answerless` ones lost all their answer.
     """
 
@@ -48,9 +59,17 @@ def encode_train(
     Questions: at most `max_length` tokens, the end token appended where there is room. With
     `train_on_inputs` every token but the first is labelled, otherwise those from the answer on. A
     token that holds the blanks before an answer and the answer's first letters counts as answer.
+    Of chats the assistant's turns are labelled, and the template alone says how they end.
     """
     if examples and isinstance(examples[0], PairExample):
         return encode_pairs(examples, tokenizer, max_length=max_length)  # type: ignore[arg-type]
+    if examples and isinstance(examples[0], ChatExample):
+        return _encode_chats(
+            examples,  # type: ignore[arg-type]
+            tokenizer,
+            max_length,
+            train_on_inputs,
+        )
     return _encode_choices(
         examples,  # type: ignore[arg-type]
         tokenizer,
@@ -92,8 +111,28 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
+def _encode_chats(
+    examples: Sequence[ChatExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    train_on_inputs: bool,
+) -> Encoded:
+    rows, prompt_lengths = [], []
+    truncated = answerless = 0
+    for whole, answers in chat_tokens(examples, tokenizer):
+        ids, learned = whole[:max_length], answers[:max_length]
+        truncated += len(whole) > max_length
+        answerless += not any(learned[1:])
+        first = next((place for place, one in enumerate(learned) if one), len(ids))
+        kept = [True] * len(ids) if train_on_inputs else learned
+        labels = [token if keep else IGNORED for token, keep in zip(ids, kept, strict=True)]
+        rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
+        prompt_lengths.append(max(first, 1))
+    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
+
+
 def _encode_choices(
-    examples: Sequence[ChoiceExample],
+    examples: Sequence[Written],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     train_on_inputs: bool,
@@ -113,12 +152,12 @@ def _encode_choices(
         hidden = 1 if train_on_inputs else max(start, 1)
         labels = [IGNORED] * hidden + ids[hidden:]
         rows.append({"input_ids": ids, "labels": labels})
-        prompt_lengths.append(start)
+        prompt_lengths.append(max(start, 1))
     return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
 
 
 def _train_tokens(
-    examples: Sequence[ChoiceExample], tokenizer: "PreTrainedTokenizerBase"
+    examples: Sequence[Written], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[list[int], int]]:
     """Yield each training text's tokens and the place of the answer's first one."""
     for first in range(0, len(examples), _CHUNK):

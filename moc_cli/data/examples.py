@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from moc_cli.errors import DataError
@@ -36,16 +36,58 @@ class PairExample:
     label: int | float
 
 
-Example = ChoiceExample | PairExample
+@dataclass(frozen=True)
+class InstructionExample:
+    """A request in the words that the model sees, and what it should write."""
+
+    task: str
+    prompt: str
+    output: str
+
+    @property
+    def train_text(self) -> str:
+        """Prompt and output, as training shows them."""
+        return self.prompt + self.output
+
+    @property
+    def answer_start(self) -> int:
+        """The character of `train_text` where the output begins."""
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A plain text, all of it to be learned."""
+
+    task: str
+    train_text: str
+
+    @property
+    def answer_start(self) -> int:
+        """The first character: nothing is given."""
+        return 0
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    """The turns of a talk: (role, content). `where` names the row; it is no part of its content."""
+
+    task: str
+    messages: tuple[tuple[str, str], ...]
+    where: str = field(default="", compare=False)
+
+
+Example = ChoiceExample | PairExample | InstructionExample | TextExample | ChatExample
 T = TypeVar("T")
-E = TypeVar("E", ChoiceExample, PairExample)
+E = TypeVar("E", bound=Example)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Sha256 of the examples, every field of each, in their order."""
+    """Sha256 of the examples, every field of each but where it stood, in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(astuple(example), ensure_ascii=False).encode())
+        kept = [getattr(example, one.name) for one in fields(example) if one.compare]
+        digest.update(json.dumps(kept, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 

@@ -12,6 +12,7 @@ from moc_cli.errors import DataError
 from moc_cli.recipe.suggest import nearest
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
+_LISTED = 20  # rows or ranges of rows that one sentence names
 T = TypeVar("T")
 Fields = dict[str, Any]
 
@@ -79,7 +80,7 @@ def build_rows(rows: Iterable[bytes | Fields], where: str, build: Callable[[Fiel
             complaints.setdefault(str(error), []).append(number)
     if complaints:
         raise DataError(
-            "\n".join(f"{where}, {_name(bad)}: {why}" for why, bad in complaints.items())
+            "\n".join(f"{where}, {numbered(bad)}: {why}" for why, bad in complaints.items())
         )
     if not built:
         raise DataError(f"{where} has no rows")
@@ -100,7 +101,7 @@ def read_hub(source: HubSplit, build: Callable[[Fields], T]) -> list[T]:
         # The hub's client raises a dozen unrelated classes, for no network, no such set and more.
         except Exception as error:
             raise DataError(
-                f"cannot load {where} from the Hugging Face hub: {_first_line(error)}",
+                f"cannot load {where} from the Hugging Face hub: {first_line(error)}",
                 "set data.path to a folder of <task>/<split>.jsonl.gz, or go online "
                 "(and unset HF_HUB_OFFLINE) so that it can be downloaded",
             ) from error
@@ -157,8 +158,8 @@ def _fields(line: bytes) -> Fields:
     return fields
 
 
-def _name(numbers: list[int]) -> str:
-    """Ascending numbers as `line 3` or `lines 3, 7-9`."""
+def numbered(numbers: list[int], unit: str = "line") -> str:
+    """Ascending numbers as `line 3` or `lines 3, 7-9`; of very many only the first."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -166,8 +167,11 @@ def _name(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    return f"{'line' if len(numbers) == 1 else 'lines'} {', '.join(words)}"
+    if len(words) > _LISTED:
+        words = [*words[:_LISTED], f"... ({len(numbers):,} in all)"]
+    return f"{unit if len(numbers) == 1 else f'{unit}s'} {', '.join(words)}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
