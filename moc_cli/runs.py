@@ -10,7 +10,6 @@ environment.json                     versions, device, data and base model, with
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shlex
@@ -20,13 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from moc_cli.controls import read_adapter, write_adapter
 from moc_cli.errors import RunError
 from moc_cli.files import clear_leftovers, write_folder_atomic, write_json_atomic, write_text_atomic
 
-CONFIG = "adapter_config.json"
-PAYLOAD = "adapter_model.safetensors"
 LOCK = ".lock"
-CONTROLS_FORMAT = 1
 # In the order in which an overwrite drops them: what marks a run folder goes last.
 KNOWN = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
@@ -156,30 +153,17 @@ class RunFolder:
     # The small files
 
     def save_controls(self, config: dict[str, Any], payload: bytes) -> None:
-        """Write the controls' two files, both or neither; the config gets the payload's hash."""
-        stamp = {"format": CONTROLS_FORMAT, "payload_sha256": hashlib.sha256(payload).hexdigest()}
+        """Write the controls' two files, both or neither; the config gets their hashes."""
         with write_folder_atomic(self.controls) as folder:
-            (folder / PAYLOAD).write_bytes(payload)
-            write_json_atomic(folder / CONFIG, config | stamp)
+            write_adapter(folder, config, payload)
 
     def read_controls(self) -> tuple[dict[str, Any], bytes]:
         """Return the controls' config and payload.
 
-        Raises RunError when one is missing or the payload does not match its hash.
+        Raises RunError when one is missing, damaged, or no plain file of the folder.
         """
-        config = self._read_json(self.controls / CONFIG)
-        try:
-            payload = (self.controls / PAYLOAD).read_bytes()
-        except OSError as error:
-            raise RunError(f"{self.controls / PAYLOAD} cannot be read: {error.strerror}") from error
-        if config.get("format") != CONTROLS_FORMAT:
-            raise RunError(
-                f"{self.controls / CONFIG} has format {config.get('format')!r}; "
-                f"this version reads {CONTROLS_FORMAT}"
-            )
-        if hashlib.sha256(payload).hexdigest() != config.get("payload_sha256"):
-            raise RunError(f"{self.controls / PAYLOAD} is damaged: it does not match its hash")
-        return config, payload
+        adapter = read_adapter(self.controls)
+        return adapter.config, adapter.payload()
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""

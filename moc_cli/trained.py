@@ -1,7 +1,7 @@
 """A run, or a bare model, brought back: the model with its controls, and where both came from."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moc_cli.errors import MocError, RunError
 from moc_cli.methods import Adapted
 from moc_cli.models.load import load_model, load_tokenizer
+from moc_cli.recipe.adapter import parse_adapter
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import RunFolder
@@ -38,7 +39,8 @@ class Bare:
 class Trained:
     """A run's model with its controls in it.
 
-    `recipe` is the run's; `controls` is its adapter_config.json; `weights_hash` the base's.
+    `recipe` is the run's; `controls` is its adapter_config.json; `weights_hash` and `base` (its
+    name, fingerprint, kind) are of the base that was loaded now.
     """
 
     folder: RunFolder
@@ -48,6 +50,7 @@ class Trained:
     controls: dict[str, Any]
     weights_hash: str
     device: torch.device
+    base: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -72,11 +75,24 @@ def open_run(path: str | Path, *, device: str | None = None) -> Trained:
     controls, payload = folder.read_controls()
     chosen = build.make_accelerator(recipe.launch, (), folder.path).device
     tokenizer = build.make_tokenizer(recipe.model)
+    if parse_adapter(controls, str(folder.controls))[0].method != recipe.method:
+        raise RunError(
+            f"{folder.controls} holds another method than {folder.recipe_file} describes"
+        )
     built = build.build(recipe, chosen)
     check_base(controls, built.weights_hash, built.name)
     built.adapted.load_state(load(payload))
     built.adapted.model.train(False)
-    return Trained(folder, recipe, built.adapted, tokenizer, controls, built.weights_hash, chosen)
+    return Trained(
+        folder,
+        recipe,
+        built.adapted,
+        tokenizer,
+        controls,
+        built.weights_hash,
+        chosen,
+        build.base_facts(recipe, built),
+    )
 
 
 def check_base(controls: dict[str, Any], weights_hash: str, name: str) -> None:

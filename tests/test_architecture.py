@@ -21,6 +21,7 @@ FLOORS = [
     {"recipe", "report", "nn", "builtin"},
     {"models"},
     {"methods"},
+    {"controls"},
     {"runs", "data"},
     {"evaluation"},
     {"training"},
@@ -32,7 +33,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "numpy", "sklearn", "scipy"}
-LIGHT = {"errors", "files", "recipe", "report", "cli", "runs", "__init__", "__main__"}
+LIGHT = {"errors", "files", "recipe", "report", "cli", "controls", "runs", "__init__", "__main__"}
 LONGEST = 350  # lines; at 300 a file is worth another look
 
 

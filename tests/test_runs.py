@@ -6,19 +6,22 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from moc_cli.errors import RunError
 from moc_cli.runs import Call, RunFolder
 
 RECIPE = "seed: 1\n"
 CALL = Call("moc train r.yaml")
+PAYLOAD = save({"controls.0.attn.A": torch.ones(2, 3)})
 
 
 def make_run(path) -> None:
     """A run folder as a finished training leaves it."""
     with RunFolder.claim(path, call=CALL, resume=False, overwrite=False) as run:
         run.begin(RECIPE, fresh=True)
-        run.save_controls({"method": {"name": "moc"}}, b"payload")
+        run.save_controls({"method": {"name": "moc"}}, PAYLOAD)
         run.write_results({"status": "running", "before": {}})
         run.metrics.write_text('{"step": 1}\n')
         (run.checkpoints / "step-000001").mkdir(parents=True)
@@ -120,12 +123,12 @@ def test_a_flipped_bit_in_the_controls_is_seen(tmp_path):
     make_run(tmp_path)
     run = RunFolder.open(tmp_path)
     config, payload = run.read_controls()
-    assert (config["method"], payload) == ({"name": "moc"}, b"payload")
-    (run.controls / "adapter_model.safetensors").write_bytes(b"paxload")
+    assert (config["method"], payload) == ({"name": "moc"}, PAYLOAD)
+    (run.controls / "adapter_model.safetensors").write_bytes(PAYLOAD[:-1] + b"x")
     with pytest.raises(RunError, match="damaged"):
         run.read_controls()
     (run.controls / "adapter_model.safetensors").unlink()
-    with pytest.raises(RunError, match=r"adapter_model\.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors does not exist"):
         run.read_controls()
 
 

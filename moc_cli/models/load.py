@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from moc_cli.errors import MocError
+from moc_cli.models.fingerprint import fingerprint
 
 Kind = Literal["causal", "classification"]
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
@@ -32,12 +33,16 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with real weights, the modules its checkpoint lacked, and its checkpoint's hash."""
+    """A model with real weights, the modules its checkpoint lacked, and its checkpoint's hash.
+
+    `fingerprint` is of the model in memory, see `moc_cli.models.fingerprint`.
+    """
 
     model: PreTrainedModel
     new_modules: tuple[str, ...]
     weights_hash: str
     source: str
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
@@ -129,7 +134,8 @@ def load_model(
             "it is no language model"
         )
     fresh = fresh_modules(model, absent)
-    return Loaded(model, fresh, hash_weights(name, revision), resolve(name))
+    known = fingerprint(model, fresh)
+    return Loaded(model, fresh, hash_weights(name, revision), resolve(name), known)
 
 
 def build_meta(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from moc_cli.training.rows import Rows, model_arguments, read_rows
 
 @dataclass(frozen=True)
 class Built:
-    """A model with a method in it, on its device; its name, its base's type and weights' hash."""
+    """A model with a method in it, on its device; its name; its base's type and hashes."""
 
     adapted: Adapted
     name: str
     dtype: str
     weights_hash: str
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
 
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
@@ -95,7 +96,21 @@ def build(recipe: Recipe, device: torch.device) -> Built:
         recipe.model.model_name_or_path,
         str(loaded.model.dtype).removeprefix("torch."),
         loaded.weights_hash,
+        loaded.fingerprint,
     )
+
+
+def base_facts(recipe: Recipe, built: Built) -> dict[str, Any]:
+    """Return what adapter_config.json says about the base and how the method was placed in it."""
+    model = recipe.model
+    return {
+        "base_model_name_or_path": model.model_name_or_path,
+        "revision": model.revision,
+        "base_weights_sha256": built.weights_hash,
+        "base_fingerprint": built.fingerprint,
+        **model_arguments(recipe.data.suite, recipe.data.tasks[0]),
+        "seed": recipe.seed,
+    }
 
 
 def build_shapes(recipe: Recipe) -> Adapted:

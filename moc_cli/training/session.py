@@ -283,9 +283,7 @@ class Session:
                 self.adapted.load_state(read_checkpoint(self.checkpoints.path(best)).trainables)
                 step = best
         config = self.adapted.adapter_config() | {
-            "base_model_name_or_path": self.recipe.model.model_name_or_path,
-            "revision": self.recipe.model.revision,
-            "base_weights_sha256": self.built.weights_hash,
+            **build.base_facts(self.recipe, self.built),
             "step": step,
         }
         self.folder.save_controls(config, save(self.adapted.state(), {"format": "pt"}))
