@@ -233,20 +233,20 @@ def test_as_many_rows_as_relative_positions(family, times):
 def test_decisions_are_counted_once_and_named():
     adapted, batch = make("llama", dtype=torch.float32), make_batch()
     adapted.model.train().activation_checkpointing_enable()
-    for _ in range(2):
-        adapted.model(**batch).logits.sum().backward()
-        adapted.tally()
-    adapted.model.eval()
-    with torch.no_grad():
-        adapted.model(**batch)
-    adapted.tally()
-    pool = adapted.routing_summary(reset=True)["pools"]["shared"]
+    recorder = adapted.recorder()
+    with recorder:
+        for _ in range(2):
+            adapted.model(**batch).logits.sum().backward()
+        adapted.model.eval()
+        with torch.no_grad():
+            adapted.model(**batch)
+    pool = recorder.record(reset=True).summary()["pools"]["shared"]
     assert pool["controls"] == ["0", "1", "2"]
     assert pool["decisions"] == 2 * 3 + 8 * 3
     own = sum(picks.count(t) for t, picks in enumerate(choices(adapted)))
     assert sum(pool["use"]) == pytest.approx(1)
     assert pool["local_share"] * pool["decisions"] >= own
-    assert adapted.routing_summary() == {}
+    assert recorder.record().summary() == {}
 
 
 def test_chosen_voters_replace_the_mask():

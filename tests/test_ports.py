@@ -162,23 +162,6 @@ def test_chosen_voters_replace_the_mask():
         assert all(torch.equal(a, b) for a, b in zip(chosen, routes(adapted), strict=True))
 
 
-def test_tally_counts_each_decision_once():
-    adapted = make("llama")
-    inputs = make_batch()
-    for checkpointing in (False, True):
-        if checkpointing:
-            adapted.model.train().activation_checkpointing_enable()
-        for _ in range(3):
-            out = adapted.model(**inputs)
-            if checkpointing:
-                out.logits.sum().backward()
-            adapted.tally()
-        pool = adapted.routing_summary(reset=True)["pools"]["shared"]
-        assert pool["decisions"] == 3 * 4 * (1 if checkpointing else 8)
-        assert sum(pool["use"]) == pytest.approx(1.0)
-    assert adapted.routing_summary() == {}
-
-
 def test_fresh_modules_are_trained_and_saved():
     adapted = make("bert", new_modules=("bert.pooler", "classifier"))
     names = {n for n in adapted.named_trainables() if n.startswith("modules.")}

@@ -61,6 +61,9 @@ class ToyAdapted:
     def balance_loss(self) -> float | None:
         return None
 
+    def recorder(self, *, detailed: bool, training: bool) -> None:
+        return None
+
 
 class Plan:
     """Micro-batches given by hand, or shuffled by epoch."""

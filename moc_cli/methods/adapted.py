@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.methods.recording import Recorder
+from moc_cli.nn.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,7 @@ class Placed(Protocol):
     def config(self) -> dict[str, Any]: ...
     def set_loss_scale(self, scale: float) -> None: ...
     def balance_loss(self) -> float | None: ...
-    def tally(self) -> None: ...
-    def routing_summary(self, reset: bool = False) -> dict[str, Any]: ...
+    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder | None: ...
     def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
     def disabled(self) -> AbstractContextManager[None]: ...
     def detach(self) -> None: ...
@@ -142,6 +143,12 @@ class Adapted:
             base=self._base,
         )
 
+    @property
+    def mixture(self) -> Mixture | None:
+        """The controls and gates of a state-based method; None where it is another."""
+        found = getattr(self._placed, "mixture", None)
+        return found if isinstance(found, Mixture) else None
+
     def adapter_config(self) -> dict[str, Any]:
         """What `adapter_config.json` says about the method and where it sits."""
         return self._placed.config() | {"modules": list(self._fresh.names)}
@@ -154,13 +161,9 @@ class Adapted:
         """The last training forward's weighted balance loss; None where there is no gate."""
         return self._placed.balance_loss()
 
-    def tally(self) -> None:
-        """Add the decisions of the last forward to the running counts; call once a forward."""
-        self._placed.tally()
-
-    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
-        """Use of each control, dead controls and local choices, from the running counts."""
-        return self._placed.routing_summary(reset)
+    def recorder(self, *, detailed: bool = True, training: bool | None = None) -> Recorder | None:
+        """Something to enter that adds up what the gates decide; None where there is no gate."""
+        return self._placed.recorder(detailed=detailed, training=training)
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it the tokens of mask (B, T) vote instead of the attention mask's."""

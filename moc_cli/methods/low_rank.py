@@ -82,11 +82,8 @@ class LowRank:
     def balance_loss(self) -> float | None:
         return None
 
-    def tally(self) -> None:
-        pass
-
-    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
-        return {}
+    def recorder(self, *, detailed: bool, training: bool | None) -> None:
+        return None
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         return nullcontext()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError
 from moc_cli.methods.low_rank import LowRank
-from moc_cli.methods.tally import Tally
+from moc_cli.methods.recording import Recorder, layout_of
 from moc_cli.models.families import FAMILIES, Family
 from moc_cli.models.ports import find_layers
 from moc_cli.models.second_pass import SecondPass
@@ -19,7 +19,7 @@ from moc_cli.recipe.methods import MolexMethod
 
 
 class Molex:
-    """LoRA through peft below, a mixture of layers above, with running counts of its decisions."""
+    """LoRA through peft below, a mixture of layers above."""
 
     def __init__(self, model: PreTrainedModel, method: MolexMethod, seed: int) -> None:
         family = _family(model)
@@ -40,7 +40,6 @@ class Molex:
         ).to(first.device)
         self.mixture.train(model.training)
         self.host = SecondPass(model, self.mixture, family)
-        self._tally = Tally(self.mixture.sites, self.mixture.pools, top_k=1)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return self.low_rank.named_parameters() | dict(self.mixture.named_parameters())
@@ -58,11 +57,10 @@ class Molex:
     def balance_loss(self) -> float | None:
         return self.mixture.balance()
 
-    def tally(self) -> None:
-        self._tally.add()
-
-    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
-        return self._tally.summary(reset)
+    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder:
+        device = next(self.mixture.parameters()).device
+        layout = layout_of(self.mixture, top_k=1)
+        return Recorder(self.mixture, layout, device, detailed=detailed, training=training)
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         return self.host.voting(mask)

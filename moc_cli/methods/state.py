@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
-from moc_cli.methods.tally import Tally
+from moc_cli.methods.recording import Recorder, layout_of
 from moc_cli.models.families import Family, Port, find_family
 from moc_cli.models.ports import Host, describe_layers, find_layers
 from moc_cli.nn.mixture import Mixture, Routing
@@ -17,7 +17,7 @@ from moc_cli.recipe.methods import ControlMethod, MocMethod
 
 
 class StateMethod:
-    """A mixture in its host, with running counts of the decisions it took."""
+    """A mixture in its host."""
 
     def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
         self._method = method
@@ -41,7 +41,6 @@ class StateMethod:
         ).to(first.device)
         self.mixture.train(model.training)
         self.host = Host(model, self.mixture, family)
-        self._tally = Tally(self.mixture.sites, self.mixture.pools, routing.top_k)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.mixture.named_parameters())
@@ -59,11 +58,18 @@ class StateMethod:
     def balance_loss(self) -> float | None:
         return self.mixture.balance()
 
-    def tally(self) -> None:
-        self._tally.add()
-
-    def routing_summary(self, reset: bool = False) -> dict[str, Any]:
-        return self._tally.summary(reset)
+    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder | None:
+        mixture = self.mixture
+        if not mixture.routing.top_k:
+            return None
+        return Recorder(
+            mixture,
+            layout_of(mixture, mixture.routing.top_k),
+            next(mixture.parameters()).device,
+            vote=mixture.routing.vote,
+            detailed=detailed,
+            training=training,
+        )
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         return self.host.voting(mask)

@@ -41,10 +41,14 @@ class Routed(Protocol):
 
 @dataclass
 class _Generation:
-    """A running `generate()`: whose, and how long its prompt is, if that can be seen already."""
+    """A running `generate()`: whose, how long its prompt is and of how many rows, if that can be
+    seen already, and whether a forward of it has been run.
+    """
 
     passes: "Passes"
     prompt_length: int | None = None
+    rows: int | None = None
+    begun: bool = False
 
 
 _GENERATION: ContextVar[_Generation | None] = ContextVar("moc_generation", default=None)
@@ -109,7 +113,8 @@ class Passes:
         names = ("inputs", "input_ids", "inputs_embeds")
         prompt = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         length = prompt.shape[1] if isinstance(prompt, Tensor) else None
-        token = _GENERATION.set(_Generation(self, length))
+        rows = prompt.shape[0] if isinstance(prompt, Tensor) else None
+        token = _GENERATION.set(_Generation(self, length, rows))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
@@ -127,6 +132,7 @@ class Passes:
         if valid is None:
             valid = valid_tokens(given.get("attention_mask"), length, past)
         store = late = None
+        copies, again = self._copies(tokens.shape[0])
         if self.causal and not self.mixture.training:
             store = getattr(cache, _STORE, None)
             if store is None or past == 0:
@@ -139,7 +145,21 @@ class Passes:
                 seen = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
                 late = _marked(store.waiting & seen)
                 store.waiting = _marked(store.waiting & ~seen)
-        self.mixture.current = Pass(valid, store, late, tuple(tokens.shape[:2]), past)
+        repeat = again and past == 0 and not self.running
+        shape = tuple(tokens.shape[:2])
+        self.mixture.current = Pass(valid, store, late, shape, past, copies, repeat)
+
+    def _copies(self, rows: int) -> tuple[int, bool]:
+        """How many rows of a generation's forward stand for one of its prompt, as beams do, and
+        whether it had a forward before; later ones of `running` decide for each beam anew.
+        """
+        generation = _GENERATION.get()
+        if generation is None or generation.passes is not self:
+            return 1, False
+        begun, generation.begun = generation.begun, True
+        if generation.rows is None or (begun and self.running):
+            return 1, begun
+        return max(1, rows // generation.rows), begun
 
     def _prompt_only(self, valid: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Of the tokens of a generation's first forward those of its prompt vote.
@@ -163,6 +183,7 @@ class Passes:
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook of the runner: a cache made inside the forward gets the routes decided in it."""
         current = self.mixture.current
+        current.ended = True
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and current.store is not None and not hasattr(cache, _STORE):

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moc_cli.nn.decision import Decision, Watcher, newly_decided
 from moc_cli.nn.gate import (
+    Ballot,
     CosineGate,
     InjectLoss,
+    Level,
     LinearGate,
     Route,
     balance_loss,
@@ -67,6 +70,7 @@ class LayerMixture(nn.Module):
         self.active = True
         self.loss_scale = 1.0
         self.current = Pass()
+        self.watchers: list[Watcher] = []
         self.sites = [LayerSite(index) for index in range(layers)]
         self.pools = {POOL: list(range(layers))}
         if gate == "linear":
@@ -106,11 +110,15 @@ class LayerMixture(nn.Module):
                 "layer has no keys and values of its tokens"
             )
         if recompute and torch.is_grad_enabled():
-            route, loss = checkpoint(
+            route, loss, ballot = checkpoint(
                 self._vote, h, valid, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            route, loss = self._vote(h, valid)
+            route, loss, ballot = self._vote(h, valid)
+        level: Level = "batch" if self.training else "sample"
+        for watcher in () if self.current.ended or self.current.repeat else self.watchers:
+            counted = newly_decided(h.shape[:2], valid, late, level, self.current.copies)
+            watcher.decided(site, Decision(level, route, ballot, counted))
         site.choice = route.ids
         if kept is not None:
             site.choice = route.ids[late]
@@ -119,13 +127,13 @@ class LayerMixture(nn.Module):
             store.routes[site.index] = route
         return route, loss
 
-    def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor]:
+    def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
         p = probabilities(self.gates[POOL], h)  # (B, T, L)
         ballot = poll(p, valid, "batch" if self.training else "sample", 1, "mean")
         route = decide(ballot, 1, "mean", "renormalized").detach()
         if not self.training:
-            return route, p.new_zeros(())
-        return route, balance_loss(p, valid, 1, len(self.sites), route)
+            return route, p.new_zeros(()), ballot
+        return route, balance_loss(p, valid, 1, len(self.sites), route), ballot
 
     def settle(self, site: LayerSite, h: Tensor, loss: Tensor) -> Tensor:
         """The layer's output h, its backward pass bound to the balance loss while training.

@@ -1,6 +1,6 @@
 """Every control and gate of one model, and the update that each site adds (eq. 9)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moc_cli.nn.bank import Bank, members, stack
 from moc_cli.nn.control import Control, mixed_update
+from moc_cli.nn.decision import Decision, Watcher, newly_decided
 from moc_cli.nn.gate import (
     Ballot,
     CosineGate,
@@ -72,6 +73,10 @@ class Pass:
     `late` (B,) marks the rows whose first real token comes in a later forward than the others':
     they decide now, while the others keep their routes. None where there are none. `shape` is
     (B, T), for blocks that see rows and tokens as one axis; `past` counts the cache's tokens.
+
+    For those who watch: the rows are `copies` of each of the user's own, as beams are; `repeat`
+    marks a forward that takes its generation's decisions once more, `ended` one that is over, so
+    that what runs in it now is the recompute of a backward pass.
     """
 
     valid: Tensor | None = None
@@ -79,6 +84,9 @@ class Pass:
     late: Tensor | None = None
     shape: tuple[int, int] | None = None
     past: int = 0
+    copies: int = 1
+    repeat: bool = False
+    ended: bool = False
 
 
 class Site:
@@ -119,6 +127,8 @@ class Site:
         if not self.mixture.active:
             return output
         update = self.mixture.update(self, state)
+        for watcher in self.mixture.watching():
+            watcher.added(self, output[0] if isinstance(output, tuple) else output, update)
         if isinstance(output, tuple):
             return (output[0] + update, *output[1:])
         return output + update
@@ -150,6 +160,8 @@ class Mixture(nn.Module):
         self.active = True
         self.loss_scale = 1.0
         self.current = Pass()
+        self.watchers: list[Watcher] = []
+        self.reroute: Callable[[Site, Route], Route] | None = None  # another route than the voted
         self.controls = nn.ModuleList(
             nn.ModuleDict({block: Control(width, rank, generator, device) for block in blocks})
             for _ in range(layers)
@@ -258,6 +270,12 @@ class Mixture(nn.Module):
                 ballot = store.ballots[site.index] + ballot
             store.ballots[site.index] = ballot
         route = decide(ballot, routing.top_k, routing.vote, routing.estimator)
+        for watcher in self.watching():
+            alone = None if kept is None else late  # of kept routes, only late rows' are new
+            counted = newly_decided(x.shape[:2], valid, alone, level, self.current.copies)
+            watcher.decided(site, Decision(level, route.detach(), ballot, counted, p, valid))
+        if self.reroute is not None:
+            route = self.reroute(site, route)
         site.choice = route.ids
         if kept is not None:
             site.choice = route.ids[late]
@@ -270,6 +288,10 @@ class Mixture(nn.Module):
         size = p.shape[-1] - (exclude is not None)
         chosen = route if routing.balance_f == "choice" else None
         return route, balance_loss(p, valid, routing.top_k, size, chosen)
+
+    def watching(self) -> Sequence[Watcher]:
+        """Who sees what happens now: nobody in a recompute, or where a decision is repeated."""
+        return () if self.current.ended or self.current.repeat else self.watchers
 
     def balance(self) -> float | None:
         """λ·Σ_sites of the last training forward (or λ·mean), read from the device; for logs."""

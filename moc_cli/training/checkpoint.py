@@ -50,6 +50,7 @@ class Counters:
     bad_evaluations: int = 0  # since the best one
     log_lines: int = 0  # lines of metrics.jsonl
     seconds: float = 0.0  # spent in training steps
+    choices: list[list[int]] | None = None  # of each site, since the last log line
 
 
 @dataclass(frozen=True)

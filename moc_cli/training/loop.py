@@ -30,6 +30,7 @@ from moc_cli.training.contracts import (
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.judge import judge, out_of_patience
 from moc_cli.training.log import MEASURED, MetricsLog
+from moc_cli.training.usage import Usage
 
 
 def fit(
@@ -58,12 +59,13 @@ def fit(
     loop = _Loop(adapted, data, settings, accelerator, checkpoints, log)
     loop.identity, loop.command = identity or {}, command
     loop.scorer, loop.interrupt = evaluate, interrupt or Interrupt()
-    loop.begin(resume)
-    while not loop.finished():
-        report = loop.train_step()
-        if observe is not None:
-            observe(report)
-        loop.after_step()
+    with loop.usage:
+        loop.begin(resume)
+        while not loop.finished():
+            report = loop.train_step()
+            if observe is not None:
+                observe(report)
+            loop.after_step()
     return loop.outcome()
 
 
@@ -89,6 +91,7 @@ class _Loop:
         self.device = accelerator.device
         self.model = accelerator.prepare_model(adapted.model)
         self.named = adapted.named_trainables()
+        self.usage = Usage(adapted.recorder(detailed=False, training=True))
         self.optimizer = optim.build_optimizer(
             self.named,
             {name for name in self.named if adapted.no_decay(name)},
@@ -117,6 +120,7 @@ class _Loop:
             self.adapted.load_state(resume.trainables)
             optim.load_optimizer_tensors(self.optimizer, self.named, resume.optimizer)
             self.log.keep(self.counters.log_lines)
+            self.usage.resume(resume.counters.choices)
             rng.restore(resume.rng)
             self.saved_step = self.counters.step
         self.plan = self.data.batches.epoch(self.counters.epoch)
@@ -165,6 +169,7 @@ class _Loop:
         Raises MocError, with nothing updated, when a loss or the gradient is not finite.
         """
         started, before = time.perf_counter(), rng.capture()
+        self.usage.mark()
         first, n = self.counters.batch, self.settings.gradient_accumulation_steps
         window = self.plan[first : first + n]
         batches = [self.data.collate(rows) for rows in window]
@@ -176,6 +181,7 @@ class _Loop:
         # The step's only wait for the device: all that decides whether it may be taken.
         *values, self.grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
         if not all(map(math.isfinite, [*values, self.grad_norm])):
+            self.usage.rewind()
             self.save(before)
             raise self.not_finite(window, values)
         for group in self.optimizer.param_groups:
@@ -320,7 +326,7 @@ class _Loop:
             "tokens_per_second": (c.tokens - mark.tokens) / seconds,
             "memory": memory.peak_bytes(self.device),
         }
-        self.log.write(record | {MEASURED: measured})
+        self.log.write(record | self.usage.line() | {MEASURED: measured})
         c.loss_sum, c.loss_steps = 0.0, 0
         self.marked = replace(c)
 
@@ -328,6 +334,7 @@ class _Loop:
         """Write a checkpoint of this step, with the random state of now or the one given."""
         self.log.flush()
         self.counters.log_lines = self.log.lines
+        self.counters.choices = self.usage.state()
         self.checkpoints.save(
             Snapshot(
                 counters=replace(self.counters),

@@ -1,7 +1,6 @@
 """Scores of a run: every task before and after training, and a few numbers while it trains."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -106,17 +105,6 @@ class Scorer:
         names = [name for name in task_metrics(examples[0].task) if name != "loss"]
         values = {name: metrics.METRICS[name](labels, predictions) for name in names}
         return {"loss": pair_loss(items)} | values
-
-
-@contextmanager
-def counting_routes(adapted: Any) -> Iterator[None]:
-    """Within it, every forward's routes are added to the running counts, which start from 0."""
-    adapted.routing_summary(reset=True)
-    handle = adapted.model.register_forward_hook(lambda *_: adapted.tally())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def task_entries(

@@ -5,6 +5,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from moc_cli.training.log import MetricsLog, require_trackers
 from moc_cli.training.loop import fit
 from moc_cli.training.memory import peak_kind
 from moc_cli.training.rows import task_kind, training_data
-from moc_cli.training.scoring import Scorer, counting_routes, task_entries, value_entries
+from moc_cli.training.scoring import Scorer, task_entries, value_entries
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,10 @@ class Session:
         outcome = self.fit()
         self.trained = True
         chosen = self.keep_controls(outcome)
-        with counting_routes(self.adapted):
+        recorder = self.adapted.recorder(detailed=False)
+        with recorder or nullcontext():
             after = self.score("after")
-            routing = self.adapted.routing_summary(reset=True)
+        routing = {} if recorder is None else recorder.record().summary()
         results = self.results(outcome, after, before) | {"controls": chosen, "routing": routing}
         self.folder.write_results(results)
         scores = [
