@@ -120,8 +120,8 @@ class Writer:
 
     def _generate(self, ids: list[int], on_text: OnText | None) -> Answer:
         model, beams = self.adapted.model, self.sampling.num_beams
-        streamer = Pieces(self.tokenizer, on_text) if on_text and beams == 1 else None
         ends = end_tokens(model, self.tokenizer)
+        streamer = Pieces(self.tokenizer, on_text, ends) if on_text and beams == 1 else None
         with evaluating(model) as device, torch.random.fork_rng():
             torch.manual_seed(self.sampling.seed)
             prompt = torch.tensor([ids], device=device)
@@ -133,7 +133,7 @@ class Writer:
                 **self._options(self.room(len(ids)), ends),
             )[0, len(ids) :].tolist()
             seconds = time.perf_counter() - begin
-        text = decode(self.tokenizer, found)
+        text = decode(self.tokenizer, [token for token in found if token not in ends])
         if on_text and streamer is None:
             on_text(text)
         ended = bool(found) and found[-1] in ends
@@ -162,8 +162,10 @@ class Pieces(BaseStreamer):
     what decoding adds to the piece before, so that the cost does not grow with the length.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
-        self._tokenizer, self._on_text = tokenizer, on_text
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: OnText, ends: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer, self._on_text, self._ends = tokenizer, on_text, ends
         self._ids: list[int] = []
         self._known = 0  # of the tokens kept, how many have been handed on
         self._prompt = True
@@ -173,7 +175,7 @@ class Pieces(BaseStreamer):
         if self._prompt:
             self._prompt = False
             return
-        self._ids += value.flatten().tolist()
+        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
         self._hand_on()
 
     def end(self) -> None:
