@@ -1,0 +1,211 @@
+"""`standalone`: a Hugging Face folder that needs no moc: weights, tokenizer, one modeling file.
+
+The file is `standalone_model.py`, followed by two classes that name the base's own. The folder's
+`model_type` is none that transformers knows, so that nobody loads the base without its controls
+unawares.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moc_cli.errors import MocError
+from moc_cli.export import Exported, Options
+from moc_cli.export.parity import check, reference
+from moc_cli.files import write_json_atomic, write_text_atomic
+from moc_cli.models.families import Family, Port
+from moc_cli.models.ports import find_layers, find_runner
+
+if TYPE_CHECKING:
+    from moc_cli.trained import Trained
+
+MODELING = "modeling_moc"
+_IMPORT = "from transformers import Cache\n"
+_CLASSES = '''
+
+class {config}({base_config}):
+    """The base's configuration, and under `moc` where the controls sit and how they are chosen."""
+
+    model_type = "{model_type}"
+    moc: dict[str, Any] | None = None
+
+
+class {model}({bases}):
+    """{base_model} with a Mixture-of-Control inside."""
+
+    config_class = {config}
+
+
+{config}.register_for_auto_class()
+{model}.register_for_auto_class("{auto}")
+'''
+
+
+def export(trained: "Trained", folder: Path, options: Options) -> Exported:
+    """Write the run's model with its controls, and read it back where moc cannot be imported.
+
+    Raises MocError for methods without controls and for a base that is itself custom code.
+    """
+    check_method(trained.recipe.method.name)
+    model = trained.adapted.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    if options.dtype not in (None, dtype):
+        raise MocError(
+            f"--dtype {options.dtype}: standalone keeps the base's own type, which is {dtype}",
+            f"leave --dtype out, and load with from_pretrained(..., dtype=torch.{options.dtype})",
+        )
+    expected = reference(trained)
+    write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.causal, folder)
+    loading = _loading(trained.causal, trained.recipe.model.attn_implementation)
+    with TemporaryDirectory(prefix="moc-modules-") as modules:
+        parity = check(
+            folder,
+            f'sys.modules["moc_cli"] = None  # as where it is not installed\n{loading}',
+            expected,
+            dtype=dtype,
+            device=str(trained.device),
+            environment={"HF_MODULES_CACHE": modules},
+        )
+    return Exported(
+        files=tuple(sorted(path.name for path in folder.iterdir())),
+        parity=parity,
+        notes=(
+            f"{MODELING}.py needs torch and transformers alone; it was tried with transformers "
+            f"{transformers.__version__}.",
+            "For inference: in training mode it routes as in evaluation, and balances nothing.",
+        ),
+        loading=loading,
+    )
+
+
+def check_method(name: str) -> None:
+    """Raise MocError for a method whose forward the modeling file does not know."""
+    if name in ("lora", "dora"):
+        raise MocError(
+            f"standalone is for controls, and a run of {name} has none: it changes the base's "
+            "weights, and needs no code of its own",
+            "take --to merged: a plain Hugging Face folder",
+        )
+    if name not in ("moc", "control"):
+        raise MocError(
+            f"standalone is for moc and control; a run of {name} needs the tool itself",
+            "take --to controls",
+        )
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: dict[str, Any],
+    causal: bool,
+    folder: Path,
+) -> None:
+    """Write model, tokenizer and modeling file; `adapter` is the method's own description."""
+    settings = describe(model, adapter)
+    base, config = type(model), type(model.config)
+    for known in (base, config):
+        if getattr(transformers, known.__name__, None) is not known:
+            raise MocError(
+                f"the base is custom code ({known.__name__} is not a class of transformers), and "
+                "one file cannot hold it and the controls",
+                "take --to controls",
+            )
+    model_type = model.config.model_type
+    model.save_pretrained(folder, save_original_format=False)
+    names = {"config": f"Moc{config.__name__}", "model": f"Moc{base.__name__}"}
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    written |= {
+        "model_type": f"moc_{model_type}",
+        "architectures": [names["model"]],
+        "auto_map": {
+            "AutoConfig": f"{MODELING}.{names['config']}",
+            auto: f"{MODELING}.{names['model']}",
+        },
+        "moc": settings,
+    }
+    write_json_atomic(folder / "config.json", written)
+    source = modeling(base.__name__, config.__name__, f"moc_{model_type}", auto)
+    write_text_atomic(folder / f"{MODELING}.py", source)
+    own = deepcopy(tokenizer)
+    if causal:
+        own.padding_side = "left"  # as generation needs it
+        own.pad_token = own.pad_token or own.eos_token
+    own.save_pretrained(folder)
+
+
+def modeling(base: str, config: str, model_type: str, auto: str) -> str:
+    """Return the modeling file for a base class and its configuration class."""
+    source = (Path(__file__).parent / "standalone_model.py").read_text("utf-8")
+    generates = auto == "AutoModelForCausalLM"
+    imports = sorted(["Cache", config, base, *(["GenerationMixin"] if generates else [])])
+    listed = "".join(f"    {name},\n" for name in imports)
+    source = source.replace(_IMPORT, f"from transformers import (\n{listed})\n")
+    return source + _CLASSES.format(
+        config=f"Moc{config}",
+        base_config=config,
+        model=f"Moc{base}",
+        base_model=base,
+        # transformers asks for GenerationMixin among a class's own bases.
+        bases=f"Generating, {base}, GenerationMixin" if generates else f"Controlled, {base}",
+        model_type=model_type,
+        auto=auto,
+    )
+
+
+def describe(model: PreTrainedModel, adapter: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of the controls: their places in `model`, and the routing."""
+    method, place = adapter["method"], adapter["placement"]
+    ports = {block: Port(**place[block]) for block in ("attn", "ffn")}
+    family = Family(place["layers"], ports["attn"], ports["ffn"], place["causal"])
+    blocks = ["attn", "ffn"] if method["sites"] == "attn+ffn" else [method["sites"]]
+    return {
+        "method": method["name"],
+        "layers": _name(model, find_layers(model, family)),
+        "runner": _name(model, find_runner(model, family)),
+        "causal": family.causal,
+        "ports": {block: [ports[block].read, ports[block].write] for block in blocks},
+        "rank": method["rank"],
+        "scale": method["scale"],
+        "modules": adapter["modules"],
+        **_routing(method, blocks),
+    }
+
+
+def _routing(method: dict[str, Any], blocks: list[str]) -> dict[str, Any]:
+    """The part of the settings that only a gate reads; Control is K = 0."""
+    if method["name"] == "control":
+        return {"top_k": 0, "pools": {block: block for block in blocks}}
+    gate, routing = method["gate"], method["routing"]
+    shared = method["share_gate"] and len(blocks) > 1
+    return {
+        "top_k": method["top_k"],
+        "alpha": method["alpha"],
+        "pools": {block: "shared" if shared else block for block in blocks},
+        "projection_dim": gate["projection_dim"] if gate["kind"] == "cosine" else None,
+        # A batch decides together in training alone; the estimators differ in gradients alone.
+        "level": "token" if routing["level"] == "token" else "row",
+        "weights": "probability" if gate["estimator"] == "probability" else "renormalized",
+        "vote": routing["vote"],
+        "exclude_local": routing["exclude_local"],
+        "decode": routing["decode"],
+    }
+
+
+def _name(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _loading(causal: bool, attention: str | None) -> str:
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    chosen = f", attn_implementation={attention!r}" if attention else ""
+    return (
+        f"from transformers import {auto}\n"
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True{chosen})"
+    )
