@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedTokenizerBase
 
+from moc_cli.data import glue
 from moc_cli.data.batches import Side, collate
 from moc_cli.data.encode import encode_pairs
 from moc_cli.data.examples import PairExample
@@ -58,6 +59,13 @@ def classify(
 
         outputs = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
     return [_judge(example, found) for example, found in zip(examples, outputs, strict=True)]
+
+
+def pair_metrics(example: PairExample) -> tuple[str, ...]:
+    """Return the metrics of an example's task: a benchmark's own, else those of its labels."""
+    if example.task in glue.TASKS:
+        return glue.TASKS[example.task].metrics
+    return ("pearson", "spearman") if isinstance(example.label, float) else ("accuracy",)
 
 
 def pair_loss(scores: Sequence[PairScore]) -> float:

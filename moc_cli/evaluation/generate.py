@@ -57,7 +57,7 @@ def generate(
         check_fits(model, len(prompt) + NEW_TOKENS, f"{example.task}: a question with its answer")
     shapes = [Shape(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
     pad = pad_token_id(tokenizer)
-    with evaluating(model) as device, _by_the_protocol(model, tokenizer):
+    with evaluating(model) as device, settings(model, tokenizer):
 
         def work(items: list[int]) -> list[str]:
             ids, mask = pad_left([prompts[item] for item in items], pad, device)
@@ -77,8 +77,15 @@ def _judge(example: ChoiceExample, text: str) -> Answer:
 
 
 @contextmanager
-def _by_the_protocol(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Within it the model generates as LLM-Adapters does, whatever its checkpoint prefers.
+def settings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    beams: int = BEAMS,
+    new_tokens: int = NEW_TOKENS,
+) -> Iterator[None]:
+    """Within it the model generates without sampling, whatever its checkpoint prefers; by default
+    as LLM-Adapters does.
 
     transformers takes every setting that a call leaves open from the model's own ones, such as a
     penalty for repetitions; only its end tokens are kept, beside the one that training appends.
@@ -87,9 +94,9 @@ def _by_the_protocol(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        num_beams=BEAMS,
+        num_beams=beams,
         do_sample=False,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad_token_id(tokenizer),
     )

@@ -29,6 +29,24 @@ class HeldOutLoss:
 
     loss: float
     tokens: int
+    rows: tuple[tuple[float, int], ...] = ()  # of each row: summed loss, labelled tokens
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """One text: the summed loss of its `tokens` learned tokens, in nats; where an output was
+    generated, that one as `prediction` and the right one as `label`.
+    """
+
+    loss: float
+    tokens: int
+    label: str | None = None
+    prediction: str | None = None
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether the generated output is the right one; None where none was generated."""
+        return None if self.label is None else self.prediction == self.label
 
 
 def lm_loss(
@@ -77,7 +95,7 @@ def lm_loss(
             "raise data.max_length so that the answers are not cut off",
         )
     check_finite([total])
-    return HeldOutLoss(total / tokens, tokens)
+    return HeldOutLoss(total / tokens, tokens, tuple(found))
 
 
 def _voters(mask: Tensor, prompt_lengths: list[int]) -> Tensor:

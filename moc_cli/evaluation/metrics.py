@@ -20,10 +20,12 @@ Labels = Sequence[int | float] | np.ndarray
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric's value and standard error: binomial for accuracy, otherwise bootstrapped."""
+    """A metric's value and standard error: binomial for accuracy, by the delta method for a
+    perplexity (None for a single text), otherwise bootstrapped.
+    """
 
     value: float
-    stderr: float
+    stderr: float | None
 
 
 def accuracy(labels: Labels, predictions: Labels) -> float:
@@ -77,6 +79,23 @@ def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
     resampled = _by_class if metric in ("f1", "matthews") else _by_value
     values = resampled(metric, truth, guess, np.random.default_rng(0))
     return Measure(value, float(np.std(values, ddof=1)))
+
+
+def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
+    """Exp of the mean loss of all tokens; `rows` are each text's summed loss and its tokens.
+
+    The error takes texts, not tokens, as what was drawn: that of a ratio of two means, times the
+    perplexity.
+    """
+    losses = np.array([loss for loss, _ in rows], dtype=np.float64)
+    tokens = np.array([count for _, count in rows], dtype=np.float64)
+    mean = losses.sum() / tokens.sum()
+    value = float(np.exp(mean))
+    n = int((tokens > 0).sum())  # a text that was cut before its first learned token tells nothing
+    if n < 2:
+        return Measure(value, None)
+    spread = float(((losses - mean * tokens) ** 2).sum()) * n / (n - 1)
+    return Measure(value, value * spread**0.5 / float(tokens.sum()))
 
 
 def _by_class(

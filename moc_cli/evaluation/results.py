@@ -7,14 +7,14 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data import glue
 from moc_cli.data.batches import Side
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.errors import DataError
 from moc_cli.evaluation import metrics
-from moc_cli.evaluation.classify import PairScore, classify
+from moc_cli.evaluation.classify import PairScore, classify, pair_metrics
 from moc_cli.evaluation.forward import Progress, Scorable
 from moc_cli.evaluation.generate import Answer, generate
+from moc_cli.evaluation.loss import TextScore
 from moc_cli.evaluation.rank import ItemScore, rank
 from moc_cli.evaluation.sizing import Asked, BatchSize
 
@@ -24,16 +24,17 @@ Protocol = Literal["rank", "generate"]
 @dataclass(frozen=True)
 class TaskResult:
     """One metric of one task on n items: value and standard error as fractions, what the best
-    constant answer would score, the seconds that scoring took, and how many generated texts held
-    no answer (None where none are generated).
+    constant answer would score (each None where there is no such thing), the seconds that scoring
+    took, and how many generated texts held no answer (None where none are generated). A perplexity
+    is no fraction.
     """
 
     task: str
     metric: str
     value: float
     n: int
-    stderr: float
-    majority: float
+    stderr: float | None
+    majority: float | None
     seconds: float
     unparsed: int | None = None
 
@@ -45,7 +46,7 @@ class Evaluation:
     """
 
     results: tuple[TaskResult, ...]
-    items: list[ItemScore] | list[Answer] | list[PairScore]
+    items: list[ItemScore] | list[Answer] | list[PairScore] | list[TextScore]
     batch: BatchSize = field(default_factory=BatchSize)
 
     @property
@@ -94,7 +95,7 @@ def evaluate_pairs(
     side: Side = "right",
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Classify a GLUE task's examples: each of its metrics."""
+    """Classify a task's examples: each of its metrics."""
     _check(examples)
     task = examples[0].task
     begin = time.perf_counter()
@@ -112,7 +113,7 @@ def evaluate_pairs(
     labels = [item.label for item in items]
     predictions = [item.prediction for item in items]
     results = []
-    for metric in glue.TASKS[task].metrics:
+    for metric in pair_metrics(examples[0]):
         found = metrics.measure(metric, labels, predictions)
         best = metrics.majority(metric, labels)
         results.append(

@@ -5,7 +5,7 @@ import math
 from moc_cli.errors import MocError
 from moc_cli.training.checkpoint import Counters
 
-LOWER_IS_BETTER = ("loss",)
+LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 def judge(counters: Counters, values: dict[str, float], metric: str | None) -> bool:
