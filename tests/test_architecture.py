@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"methods"},
     {"controls"},
-    {"runs", "data"},
+    {"runs", "data", "adapters"},
     {"evaluation"},
     {"training"},
     {"trained"},

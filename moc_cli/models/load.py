@@ -185,6 +185,15 @@ def hash_weights(name: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def known_hash(name: str, revision: str | None = None) -> str | None:
+    """`hash_weights` where the files lie here, else None; the hub is not asked."""
+    try:
+        found = bool(name) and bool(_weight_files(name, revision))
+    except (OSError, ValueError):
+        return None
+    return hash_weights(name, revision) if found else None
+
+
 def _weight_files(name: str, revision: str | None) -> list[Path]:
     source = resolve(name)
     if Path(source).is_dir():
