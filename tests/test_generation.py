@@ -107,7 +107,7 @@ def frozen(value: Tensor) -> tuple:
 def watch(adapted: Adapted) -> SimpleNamespace:
     """Record what every site used in each forward (route ids), until `stop()`."""
     mixture, log = adapted._placed.mixture, []
-    original_route, original_bank = mixture.route, mixture.bank
+    original_route, original_bank = mixture.route, getattr(mixture, "bank", None)
 
     def note(site, ids):
         if site.index == 0:
@@ -125,10 +125,13 @@ def watch(adapted: Adapted) -> SimpleNamespace:
             note(site, mixture.current.store.routes[site.index].ids)
         return found
 
-    mixture.route, mixture.bank = route, bank
+    mixture.route = route
+    if original_bank is not None:
+        mixture.bank = bank
 
     def stop() -> list[list[Tensor]]:
-        del mixture.route, mixture.bank
+        del mixture.route
+        mixture.__dict__.pop("bank", None)
         return log
 
     return SimpleNamespace(stop=stop)

@@ -25,11 +25,14 @@ class Store(Protocol):
     """What one generation remembers; its rows follow those of the cache.
 
     `waiting` (B,) marks the rows of which only padding has been seen, None where there are none.
+    A `settled` store needs neither mask nor length of the later forwards.
     """
 
     waiting: Tensor | None
+    settled: bool
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None: ...
+    def settle(self) -> None: ...
 
 
 class Routed(Protocol):
@@ -127,6 +130,10 @@ class Passes:
         tokens = given["inputs_embeds"] if tokens is None else tokens
         length = tokens.shape[1]
         cache = given.get("past_key_values")
+        known = getattr(cache, _STORE, None)
+        if known is not None and known.settled and not self.mixture.training:
+            self.mixture.current = Pass(store=known, shape=tuple(tokens.shape[:2]))
+            return
         past = int(cache.get_seq_length()) if cache is not None else 0
         valid = self.voters
         if valid is None:
@@ -186,8 +193,10 @@ class Passes:
         current.ended = True
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
-        if cache is not None and current.store is not None and not hasattr(cache, _STORE):
-            follow(cache, current.store)
+        if cache is not None and current.store is not None:
+            if not hasattr(cache, _STORE):
+                follow(cache, current.store)
+            current.store.settle()
 
 
 def _marked(rows: Tensor | None) -> Tensor | None:
@@ -222,9 +231,15 @@ def follow(cache: Cache, store: Store) -> None:
     for name, call in (("batch_repeat_interleave", _repeat), ("batch_select_indices", _select)):
         if hasattr(type(cache), name):
             setattr(cache, name, MethodType(call, cache))
-    for name, call in (("crop", _crop), ("activate_past_recording", _record)):
-        if hasattr(store, name):
-            setattr(cache, name, MethodType(call, cache))
+    cache.reset = MethodType(_reset, cache)
+    cache.crop = MethodType(_crop, cache)
+    if hasattr(store, "activate_past_recording"):
+        cache.activate_past_recording = MethodType(_record, cache)
+
+
+def _reset(cache: Cache) -> None:
+    type(cache).reset(cache)
+    delattr(cache, _STORE)
 
 
 def _reorder(cache: Cache, beam_idx: Tensor) -> None:
@@ -239,7 +254,11 @@ def _repeat(cache: Cache, repeats: int) -> None:
 
 def _crop(cache: Cache, tokens_to_remove: int) -> None:
     type(cache).crop(cache, tokens_to_remove)
-    getattr(cache, _STORE).crop(tokens_to_remove)
+    store = getattr(cache, _STORE)
+    if hasattr(store, "crop"):
+        store.crop(tokens_to_remove)
+    if not cache.get_seq_length():
+        delattr(cache, _STORE)  # what comes next is another prompt
 
 
 def _record(cache: Cache) -> None:

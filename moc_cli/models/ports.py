@@ -58,7 +58,7 @@ class Host:
             model,
             mixture,
             causal=family.causal,
-            new_store=RouteStore,
+            new_store=lambda: RouteStore(gated=mixture.routing.top_k > 0),
             running=mixture.routing.decode == "running",
             runner=find_runner(model, family),
         )

@@ -47,6 +47,7 @@ class LayerStore:
     routes: dict[int, Route] = field(default_factory=dict)
     slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
     waiting: Tensor | None = None
+    settled: bool = False  # never: the second layers' caches need every forward's length
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows what the cache does to its own: reorder, select or repeat them."""
@@ -64,6 +65,9 @@ class LayerStore:
                 slot.take([index for index, _ in kept], [new for _, new in kept])
             else:
                 del self.slots[key]
+
+    def settle(self) -> None:
+        """Called after each forward that fills the cache."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, as the cache does when it takes back a guess."""

@@ -49,13 +49,21 @@ class RouteStore:
     """What one generation remembers between its forwards: a route (frozen) or ballot per site.
 
     `banks` stack the routes' controls once they are used for a token at a time. `waiting` (B,)
-    marks the rows of which only padding has been seen, None where there are none.
+    marks the rows of which only padding has been seen, None where there are none. Once `settled`,
+    every later forward uses what is here, whatever its mask. Without a gate there are no routes.
     """
 
+    gated: bool = True
+    settled: bool = False
     routes: dict[int, Route] = field(default_factory=dict)
     ballots: dict[int, Ballot] = field(default_factory=dict)
     banks: dict[int, Bank] = field(default_factory=dict)
     waiting: Tensor | None = None
+
+    def settle(self) -> None:
+        """Called after each forward that fills the cache."""
+        known = bool(self.routes) and not self.ballots
+        self.settled = self.waiting is None and (known or not self.gated)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows what the cache does to its own: reorder, select or repeat them."""
@@ -220,23 +228,27 @@ class Mixture(nn.Module):
 
         None elsewhere: in training, in a prefill, and where each token is routed anew.
         """
-        current = self.current
-        store = current.store
-        if store is None or self.training or x.shape[1] > 1 or not current.past:
+        store = self.current.store
+        if store is None or not store.settled or x.shape[1] > 1 or self.training:
             return None
         known = store.banks.get(site.index)
-        if known is not None or current.late is not None:
-            return known if current.late is None else None
-        route = store.routes.get(site.index)
-        if self.routing.top_k and (route is None or route.voters != x.shape[0]):
-            return None
+        if known is None:
+            known = store.banks[site.index] = self._stack(site, x, store.routes.get(site.index))
+        return known
+
+    @torch.compiler.disable  # reads the routes from the device, once a generation
+    def _stack(self, site: Site, x: Tensor, route: Route | None) -> Bank:
+        if route is not None and route.voters != x.shape[0]:
+            raise RuntimeError(
+                f"site {site.name}: the cache holds routes of {route.voters} rows, the input has "
+                f"{x.shape[0]}"
+            )
         order, weights = members(site.index, self.pools[site.pool], route, self.routing.alpha)
         if weights is None:
             wide = torch.promote_types(x.dtype, torch.float32)
             weights = torch.ones(1, 1, dtype=wide, device=x.device)
         controls = [self.control(index) for index in order]
-        store.banks[site.index] = stack(controls, self.scale * weights, x.dtype)
-        return store.banks[site.index]
+        return stack(controls, self.scale * weights, x.dtype)
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:
         """The site's route for x (B, T, d), and its balance loss while training.
@@ -282,7 +294,6 @@ class Mixture(nn.Module):
             route = kept.replaced(late, route)
         if keep and routing.decode == "frozen":
             store.routes[site.index] = route.detach()
-            store.banks.pop(site.index, None)
         if not (self.training and routing.balance_weight):
             return route, None
         size = p.shape[-1] - (exclude is not None)
