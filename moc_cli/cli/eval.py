@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
+from moc_cli.cli.eval_plans import DTYPES, Asked, Request, model_asked, refuse, run_asked
 from moc_cli.cli.options import JsonOption
+from moc_cli.errors import MocError
+
+PROTOCOLS = ("rank", "generate")
 
 
 def evaluate(
@@ -17,7 +21,16 @@ def evaluate(
         typer.Option(metavar="ID", help="Score this bare model instead: the zero line."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Tasks; default: those of the recipe.")
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks; default: those of the recipe, or of the suite."),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            metavar="rank|generate",
+            help="Rank the options by likelihood, or generate an answer and look for an option in "
+            "it as LLM-Adapters does; default: the recipe's, or rank.",
+        ),
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="With --model: commonsense (default) or builtin.")
@@ -27,98 +40,87 @@ def evaluate(
         typer.Option(metavar="DIR", help="Folder of <task>/<split>.jsonl.gz; default: the hub."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Score only N rows of each task.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Score only N rows of each task, always the same."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Rows a batch.")
+        str | None,
+        typer.Option(
+            metavar="auto|N",
+            help="Rows a batch; auto: what fits in memory. Default: the recipe's, or auto. One "
+            "that does not fit is halved.",
+        ),
     ] = None,
     base: Annotated[
         bool, typer.Option("--base", help="Score the base model on the same rows beside it.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(DTYPES), help="With --model: type of its weights."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where results.json and samples.jsonl go."),
+        typer.Option(
+            metavar="DIR",
+            help="Where results.json and samples.jsonl go; default: RUN/eval/<protocol>, or "
+            "outputs/eval/<model>/<suite>-<protocol>, with the limit.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Score a run, or a bare model, on its benchmark's tasks."""
-    from moc_cli.errors import MocError
+    """Score a run, or a bare model, on its benchmark's tasks.
 
-    if (run is None) == (model is None):
+    Every task is written down as soon as it is scored; Ctrl-C keeps those.
+    """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    request = Request(model, names, suite, path, protocol, limit, batch_size, dtype, device, base)
+    _check(request, run)
+    asked = model_asked(request) if run is None else run_asked(run, request)
+    _score(asked, output or asked.folder, json)
+
+
+def _check(request: Request, run: Path | None) -> None:
+    """Refuse what is wrong whatever the run holds; all of it at once."""
+    from moc_cli.recipe.suggest import choices
+
+    if (run is None) == (request.model is None):
         raise MocError("give a run folder or --model ID, one of them", "moc eval --help")
-    from moc_cli.evaluation.session import Plan, Subject, read_tasks
-    from moc_cli.evaluation.session import run as score
-    from moc_cli.report.output import print_json, print_table
-    from moc_cli.report.tables import evaluation_table
-
+    wrong = []
     if run is not None:
-        from moc_cli.recipe.load import load_recipe
-        from moc_cli.runs import RunFolder
-
-        folder = RunFolder.open(run)
-        recipe = load_recipe(folder.recipe_file)
-        data = recipe.data
-        known = data.suite
-        names = _names(tasks) or list(data.tasks)
-        plan = Plan(
-            suite=known,
-            tasks=names,
-            path=path or data.path,
-            protocol="classify" if known == "glue" else "rank",
-            limit=limit,
-            batch_size=batch_size or recipe.eval.per_device_eval_batch_size,
-            max_length=data.max_length,
-            base=base,
+        given = {"--suite": request.suite, "--dtype": request.dtype}
+        wrong += [f"{name} goes with --model; a run has its own" for name in given if given[name]]
+    elif request.base:
+        wrong.append("--base goes with a run; with --model the base is all that is scored")
+    options: dict[str, tuple[str | None, tuple[str, ...]]] = {
+        "--protocol": (request.protocol, PROTOCOLS),
+        "--dtype": (request.dtype, DTYPES),
+        "--device": (request.device, ("auto", "cpu", "cuda")),
+    }
+    for name, (value, allowed) in options.items():
+        if value is not None and value not in allowed:
+            wrong.append(f"{name}: found '{value}'{choices(value, allowed)}")
+    size = request.batch_size
+    if size not in (None, "auto") and not (size.isdecimal() and int(size) > 0):
+        wrong.append(
+            f"--batch-size: found '{size}'; allowed: auto, or a whole number of at least 1"
         )
-    else:
-        known = suite or "commonsense"
-        from moc_cli.recipe.suites import TASKS
+    if len(set(request.tasks)) < len(request.tasks):
+        wrong.append("--tasks: a task is named twice")
+    refuse(wrong)
 
-        plan = Plan(
-            suite=known,
-            tasks=_names(tasks) or list(TASKS.get(known, ())),
-            path=path,
-            protocol="rank",
-            limit=limit,
-            batch_size=batch_size or 16,
-            max_length=256,
-        )
-    rows = read_tasks(plan)
-    label = plan.protocol + ("" if limit is None else f"-limit-{limit}")
-    if run is not None:
-        from moc_cli.trained import open_run
 
-        opened = open_run(run, device=device)
-        facts = {
-            "run": opened.name,
-            "method": opened.recipe.method.name,
-            "model": opened.recipe.model.model_name_or_path,
-            "base_weights_sha256": opened.weights_hash,
-            "controls_sha256": opened.controls["payload_sha256"],
-            "train_on_inputs": opened.recipe.data.train_on_inputs,
-        }
-        subject = Subject(opened.adapted, opened.tokenizer, facts)
-        where = output or run / "eval" / label
-    else:
-        from moc_cli.trained import open_base
+def _score(asked: Asked, folder: Path, json: bool) -> None:
+    """Read the rows, load the model, score, and show. What is wrong with rows is told first."""
+    from moc_cli.evaluation.session import read_tasks, run
+    from moc_cli.report.evaluation_tables import evaluation_table
+    from moc_cli.report.output import print_json, print_table, say
 
-        assert model is not None
-        bare = open_base(model, device=device or "auto")
-        facts = {
-            "run": None,
-            "method": "none",
-            "model": model,
-            "base_weights_sha256": bare.weights_hash,
-        }
-        subject = Subject(bare.adapted, bare.tokenizer, facts)
-        where = output or Path("outputs") / "eval" / model.strip("/").replace("/", "--") / label
-    report = score(subject, plan, rows, where, silent=json)
+    tasks = read_tasks(asked.plan)
+    subject = asked.load()
+    report = run(subject, asked.plan, tasks, folder, known=asked.known(subject), silent=json)
     if json:
-        print_json(report.to_json() | {"folder": str(where)})
+        print_json(report.to_json() | {"folder": str(folder)})
     else:
         print_table(evaluation_table(report.to_json()))
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+        say(f"every item: {report.samples_file}")

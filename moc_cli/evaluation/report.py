@@ -17,12 +17,16 @@ FORMAT = 1
 
 
 class Report:
-    """The two files of one evaluation; `conditions` is what its numbers depend on."""
+    """The two files of one evaluation; `conditions` is what its numbers depend on.
+
+    `replaced` names the conditions in which what the folder holds differs: it will be overwritten.
+    """
 
     def __init__(self, folder: Path, conditions: dict[str, Any]) -> None:
         self.folder = folder
         self.conditions = conditions
         self.tasks: dict[str, Any] = {}
+        self.replaced: list[str] = []
         self._lines: dict[str, str] = {}
         self._continue()
 
@@ -47,13 +51,20 @@ class Report:
         write_json_atomic(self.results_file, self.to_json() | {"samples_sha256": digest})
 
     def to_json(self) -> dict[str, Any]:
-        """Return what results.json says, but for the hash of the samples."""
-        values = [entry["value"] for entry in self.tasks.values() if entry["value"] is not None]
+        """Return what results.json says, but for the hash of the samples.
+
+        The average is the plain mean of the tasks' main values, as the papers take it.
+        """
+        entries = list(self.tasks.values())
+        values = [entry["value"] for entry in entries]
+        bases = [entry["base"]["value"] for entry in entries if "base" in entry]
         return {
             "format": FORMAT,
             **self.conditions,
             "tasks": self.tasks,
-            "average": sum(values) / len(values) if values else None,
+            "average": _mean(values),
+            "average_of_base": _mean(bases) if len(bases) == len(entries) else None,
+            "limited": any(entry["limited"] for entry in entries),
         }
 
     def _continue(self) -> None:
@@ -65,14 +76,19 @@ class Report:
             text = self.samples_file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise FileError(f"{self.results_file} cannot be read: {error}") from error
-        same = all(known.get(key) == value for key, value in self.conditions.items())
+        other = [key for key, value in self.conditions.items() if known.get(key) != value]
+        self.replaced = other
         whole = known.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
-        if not (same and whole and known.get("format") == FORMAT):
+        if other or not (whole and known.get("format") == FORMAT):
             return
         self.tasks = dict(known["tasks"])
         self._lines = dict.fromkeys(self.tasks, "")
         for line in text.splitlines(keepends=True):
             self._lines[json.loads(line)["task"]] += line
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def prompt_hash(text: str) -> str:

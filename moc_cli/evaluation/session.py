@@ -1,15 +1,19 @@
 """`moc eval` behind the door: tasks in turn, each written down as soon as it is scored."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.suites import check_task, load_examples, scored_splits
+from moc_cli.data.suites import load_examples, scored_splits
+from moc_cli.evaluation.beside import Known
 from moc_cli.evaluation.report import Report
-from moc_cli.evaluation.suite import Protocol, Task, score_task
+from moc_cli.evaluation.results import Evaluation
+from moc_cli.evaluation.suite import Scoring, Task, entry, metric_entries, samples, score
+from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 
 
@@ -24,22 +28,30 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are scored and how; `path` is the folder of rows, None the hub."""
+    """Which rows are scored and how; `path` is the folder of rows, None the hub. With `base` the
+    base model is scored too, on the same rows.
+    """
 
     suite: str
     tasks: Sequence[str]
     path: str | None
-    protocol: Protocol
     limit: int | None
-    batch_size: int
-    max_length: int
+    how: Scoring
     base: bool = False
+
+    @property
+    def label(self) -> str:
+        """Names the conditions in a folder's name."""
+        return self.how.protocol + ("" if self.limit is None else f"-limit-{self.limit}")
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What the numbers depend on, beside the subject and its rows."""
+        return {"suite": self.suite, "protocol": self.how.protocol, "limit": self.limit}
 
 
 def read_tasks(plan: Plan) -> list[Task]:
-    """Read the rows of every task; all that is wrong with names or rows is found here."""
-    for name in plan.tasks:
-        check_task(plan.suite, name)
+    """Read the rows of every task; all that is wrong with the rows is found here."""
     found = []
     for name in plan.tasks:
         splits = scored_splits(plan.suite, name)
@@ -51,27 +63,41 @@ def read_tasks(plan: Plan) -> list[Task]:
 
 
 def run(
-    subject: Subject, plan: Plan, tasks: Sequence[Task], folder: Path, *, silent: bool = False
+    subject: Subject,
+    plan: Plan,
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    known: Known | None = None,
+    silent: bool = False,
 ) -> Report:
-    """Score the tasks, and write results.json and samples.jsonl after each."""
-    conditions = subject.facts | {
-        "suite": plan.suite,
-        "protocol": plan.protocol,
-        "limit": plan.limit,
-        "batch_size": plan.batch_size,
-    }
-    report = Report(folder, conditions)
-    for task in tasks:
-        with WorkProgress(task.name, len(task.examples), silent=silent) as bar:
-            entry, samples = score_task(
-                subject.adapted,
-                subject.tokenizer,
-                task,
-                protocol=plan.protocol,
-                batch_size=plan.batch_size,
-                max_length=plan.max_length,
-                base=plan.base,
-                on_progress=bar.observe,
-            )
-        report.add(task.name, entry, samples)
+    """Score the tasks, and write results.json and samples.jsonl after each.
+
+    What is `known` of the base model stands beside them, unless it is scored here.
+    """
+    report = Report(folder, subject.facts | plan.conditions)
+    if report.replaced and not silent:
+        say(f"{folder}: other {', '.join(report.replaced)} than before: its scores are replaced")
+    try:
+        for task in tasks:
+            found = _score(subject, plan, task, silent)
+            bare = _score(subject, plan, task, silent, base=True) if plan.base else None
+            beside = known.find(task, found) if known and not bare else None
+            if bare:
+                beside = metric_entries(bare) | {"source": "scored beside it"}
+            told = entry(task, found) | ({"base": beside} if beside else {})
+            report.add(task.name, told, samples(task, found, bare))
+    except KeyboardInterrupt:
+        say(f"stopped; {len(report.tasks)} scored tasks are in {report.results_file}")
+        raise
     return report
+
+
+def _score(
+    subject: Subject, plan: Plan, task: Task, silent: bool, base: bool = False
+) -> Evaluation:
+    """Score one task under a progress bar; with `base` the base model."""
+    label = f"{task.name} (base)" if base else task.name
+    off: AbstractContextManager[None] = subject.adapted.disabled() if base else nullcontext()
+    with off, WorkProgress(label, len(task.examples), silent=silent) as bar:
+        return score(subject.adapted, subject.tokenizer, task, plan.how, bar.observe)

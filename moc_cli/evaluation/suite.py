@@ -1,19 +1,22 @@
-"""One task of `moc eval`: score it, with the base model beside it, and describe every item."""
+"""One task of `moc eval`: its rows, how they are scored, and what is said of every item."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.examples import ChoiceExample, Example, subset
+from moc_cli.data.examples import ChoiceExample, Example, PairExample, fingerprint, subset
+from moc_cli.evaluation import results
 from moc_cli.evaluation.classify import PairScore
 from moc_cli.evaluation.forward import Progress
+from moc_cli.evaluation.generate import Answer
 from moc_cli.evaluation.rank import ItemScore
 from moc_cli.evaluation.report import prompt_hash
 from moc_cli.evaluation.results import Evaluation, evaluate_choices, evaluate_pairs
+from moc_cli.evaluation.sizing import Asked
 
-Protocol = Literal["rank", "classify"]
+Protocol = Literal["rank", "generate", "classify"]
 DRAW = 0  # which rows a limit draws does not follow any seed: runs are compared on the same rows
 
 
@@ -32,50 +35,66 @@ class Task:
         rows = subset(list(range(len(examples))), limit, seed=DRAW)
         return cls(name, [examples[row] for row in rows], rows, len(examples))
 
+    @property
+    def limited(self) -> bool:
+        """Whether rows are left out."""
+        return len(self.rows) < self.total
 
-def score_task(
+    @property
+    def fingerprint(self) -> str:
+        """Names the rows that are scored: two scores with the same one are of the same rows."""
+        return fingerprint(self.examples)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How every task is scored; texts of a classifier are cut to `max_length` tokens."""
+
+    protocol: Protocol
+    batch_size: Asked
+    max_length: int
+
+
+def score(
     adapted: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    *,
-    protocol: Protocol,
-    batch_size: int,
-    max_length: int,
-    base: bool = False,
+    how: Scoring,
     on_progress: Progress | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return what results.json and samples.jsonl say of a task; with `base`, of the model too."""
-
-    def run() -> Evaluation:
-        if protocol == "rank":
-            return evaluate_choices(
-                adapted, tokenizer, task.examples, batch_size=batch_size, on_progress=on_progress
-            )
+) -> Evaluation:
+    """Score a task's rows."""
+    if how.protocol == "classify":
         return evaluate_pairs(
             adapted,
             tokenizer,
-            task.examples,
-            batch_size=batch_size,
-            max_length=max_length,
+            cast(list[PairExample], task.examples),
+            batch_size=how.batch_size,
+            max_length=how.max_length,
             on_progress=on_progress,
         )
-
-    found = run()
-    entry = _entry(found) | {"rows": task.total, "limited": len(task.rows) < task.total}
-    samples = [
-        {"row": row, "prompt": prompt_hash(_prompt(example)), **_item(item)}
-        for row, example, item in zip(task.rows, task.examples, found.items, strict=True)
-    ]
-    if base:
-        with adapted.disabled():
-            bare = run()
-        entry["base"] = _entry(bare)
-        for sample, item in zip(samples, bare.items, strict=True):
-            sample["base"] = _item(item)
-    return entry, samples
+    return evaluate_choices(
+        adapted,
+        tokenizer,
+        cast(list[ChoiceExample], task.examples),
+        batch_size=how.batch_size,
+        protocol=cast(results.Protocol, how.protocol),
+        on_progress=on_progress,
+    )
 
 
-def _entry(found: Evaluation) -> dict[str, Any]:
+def entry(task: Task, found: Evaluation) -> dict[str, Any]:
+    """Return what results.json says of a scored task."""
+    return metric_entries(found) | {
+        "rows": task.total,
+        "limited": task.limited,
+        "rows_sha256": task.fingerprint,
+        "batch_size": found.batch.used,
+        "halved": found.batch.halved,
+    }
+
+
+def metric_entries(found: Evaluation) -> dict[str, Any]:
+    """Return the main metric's numbers, and under `also` those of the others."""
     first, *others = (
         {
             "metric": result.metric,
@@ -85,17 +104,28 @@ def _entry(found: Evaluation) -> dict[str, Any]:
             "n": result.n,
             "seconds": result.seconds,
         }
+        | ({} if result.unparsed is None else {"unparsed": result.unparsed})
         for result in found.results
     )
     return first | ({"also": others} if others else {})
 
 
-def _item(item: ItemScore | PairScore) -> dict[str, Any]:
-    fields = {
-        "label": item.label,
-        "prediction": item.prediction,
-        "scores": list(item.scores),
-    }
+def samples(task: Task, found: Evaluation, base: Evaluation | None = None) -> list[dict[str, Any]]:
+    """Return the lines of samples.jsonl, the base model's item under `base`."""
+    lines = [
+        {"row": row, "prompt": prompt_hash(_prompt(example)), **_item(item)}
+        for row, example, item in zip(task.rows, task.examples, found.items, strict=True)
+    ]
+    for line, item in zip(lines, base.items if base else (), strict=base is not None):
+        line["base"] = _item(item)
+    return lines
+
+
+def _item(item: ItemScore | Answer | PairScore) -> dict[str, Any]:
+    fields: dict[str, Any] = {"label": item.label, "prediction": item.prediction}
+    if isinstance(item, Answer):
+        return fields | {"correct": item.correct, "output": item.output, "answer": item.answer}
+    fields["scores"] = list(item.scores)
     if isinstance(item, ItemScore):
         return fields | {"correct": item.correct, "margin": item.margin}
     if len(item.scores) == 1:

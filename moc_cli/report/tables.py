@@ -86,23 +86,6 @@ def results_table(after: Sequence[Score], before: Sequence[Score] = ()) -> Table
     return table
 
 
-def evaluation_table(results: Mapping[str, Any]) -> Table:
-    """Show what `moc eval` wrote to results.json, in hundredths."""
-    table = _table(
-        "Scores", "task", "metric", "value", "± stderr", "base", "majority", "items", "seconds"
-    )
-    for name, entry in results["tasks"].items():
-        for one in [entry, *entry.get("also", [])]:
-            base = entry.get("base", {}).get("value") if one is entry else None
-            numbers = [hundredths(v) for v in (one["value"], one["stderr"], base, one["majority"])]
-            items = f"{one['n']:,}" + (f" of {entry['rows']:,}" if entry["limited"] else "")
-            seconds = f"{one['seconds']:,.0f}"
-            table.add_row(_plain(name), _plain(one["metric"]), *numbers, items, seconds)
-    if len(results["tasks"]) > 1:
-        table.add_row("average", "", hundredths(results["average"]), "", "", "", "", "")
-    return table
-
-
 def memory_rows(memory: Bytes) -> list[dict[str, Any]]:
     """Return the bytes of each part, and of the peak with what it measures."""
     parts = {

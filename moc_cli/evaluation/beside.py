@@ -1,0 +1,77 @@
+"""What is known already of the base model on the rows that are scored, to stand beside a score."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import FileError, RunError
+from moc_cli.evaluation.results import Evaluation
+from moc_cli.evaluation.suite import Task
+from moc_cli.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Known:
+    """Earlier scores of the base model: task -> (sha256 of its rows, metric -> value, source)."""
+
+    scores: Mapping[str, tuple[str, Mapping[str, float], str]]
+
+    def find(self, task: Task, found: Evaluation) -> dict[str, Any] | None:
+        """Return the base model's values on exactly these rows, or None."""
+        rows, values, source = self.scores.get(task.name, ("", {}, ""))
+        told = [
+            {"metric": result.metric, "value": values[result.metric]}
+            for result in found.results
+            if result.metric in values
+        ]
+        if rows != task.fingerprint or len(told) < len(found.results):
+            return None
+        first, *others = told
+        return first | {"source": source} | ({"also": others} if others else {})
+
+
+def before_training(folder: RunFolder, protocol: str) -> Known:
+    """Return the scores that `moc train` took before training, by the same protocol."""
+    try:
+        results, data = folder.read_results(), folder.read_environment()["data"]
+    except (RunError, KeyError):
+        return Known({})
+    if results.get("protocol") != protocol:
+        return Known({})
+    hashes = {name: part.get("sha256", "") for name, part in data.items()}
+    return Known(
+        {
+            task: (hashes.get(f"test {task}", ""), values, "before training")
+            for task, values in folder.scores_before().items()
+        }
+    )
+
+
+def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> Known:
+    """Return the scores in the results.json of a bare model, if it has these conditions.
+
+    Raises FileError where the file cannot be read.
+    """
+    if not file.is_file():
+        return Known({})
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file} cannot be read: {error}") from error
+    if any(results.get(key) != value for key, value in conditions.items()):
+        return Known({})
+    scores = {}
+    for task, entry in results["tasks"].items():
+        values = {one["metric"]: one["value"] for one in [entry, *entry.get("also", [])]}
+        scores[task] = (entry["rows_sha256"], values, str(file.parent))
+    return Known(scores)
+
+
+def first_known(*sources: Known) -> Known:
+    """Return what is known from any source; of a task that several know, the first counts."""
+    merged: dict[str, tuple[str, Mapping[str, float], str]] = {}
+    for source in reversed(sources):
+        merged |= source.scores
+    return Known(merged)

@@ -1,0 +1,108 @@
+"""What `moc eval` wrote to results.json, as a table that reads well in 80 columns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moc_cli.report.tables import MISSING, hundredths
+
+WORDS = ("task", "metric")
+
+
+def evaluation_table(results: Mapping[str, Any]) -> Table:
+    """Show every task's scores in hundredths, the base model's beside them where it is known.
+
+    Numbers never wrap: where the columns do not fit, names do. What is nowhere known has no column.
+    """
+    entries = results["tasks"].values()
+    based = any("base" in entry for entry in entries)
+    parsed = any("unparsed" in entry for entry in entries)
+    columns = ["task", "metric", "value", "±"]
+    columns += [*(["base"] if based else []), "majority", "items"]
+    columns += [*(["unparsed"] if parsed else []), "seconds"]
+    table = Table(
+        title="Scores, in %",
+        title_justify="left",
+        title_style="bold",
+        caption=_caption(results),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in columns:
+        word = name in WORDS
+        table.add_column(name, justify="left" if word else "right", no_wrap=not word)
+    for row in _rows(results):
+        table.add_row(*(row[name] for name in columns))
+    return table
+
+
+def _rows(results: Mapping[str, Any]) -> list[dict[str, Text]]:
+    rows = []
+    for name, entry in results["tasks"].items():
+        base = {one["metric"]: one["value"] for one in _metrics(entry.get("base"))}
+        for one in _metrics(entry):
+            items = f"{one['n']:,}" + (f" of {entry['rows']:,}" if entry["limited"] else "")
+            cells = {
+                "task": name,
+                "metric": one["metric"],
+                "value": hundredths(one["value"]),
+                "±": hundredths(one["stderr"]),
+                "base": hundredths(base.get(one["metric"])),
+                "majority": hundredths(one["majority"]),
+                "items": items,
+                "unparsed": f"{one['unparsed']:,}" if "unparsed" in one else MISSING,
+                "seconds": f"{one['seconds']:,.0f}",
+            }
+            rows.append({key: Text(text) for key, text in cells.items()})
+            rows[-1]["value"].stylize("bold")
+    if len(results["tasks"]) > 1:
+        rows.append(_average(results))
+    return rows
+
+
+def _average(results: Mapping[str, Any]) -> dict[str, Text]:
+    """The mean of the main values; a limited one says so in its own row."""
+    cells = dict.fromkeys(("metric", "±", "majority", "unparsed", "seconds"), "")
+    cells |= {
+        "task": f"average of {len(results['tasks'])}",
+        "value": hundredths(results["average"]),
+        "base": hundredths(results["average_of_base"]),
+        "items": "limited" if results["limited"] else "",
+    }
+    return {key: Text(text, "bold" if key == "value" else "") for key, text in cells.items()}
+
+
+def _metrics(entry: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The main metric's numbers and the others'."""
+    return [] if entry is None else [entry, *entry.get("also", [])]
+
+
+def _caption(results: Mapping[str, Any]) -> Text:
+    """How the numbers came about: protocol, type, limit, batch sizes, where the base's are from."""
+    entries = results["tasks"].values()
+    lines = [_how(results)]
+    if results["limited"]:
+        lines.append("limited: not all rows are scored, see items")
+    sources = sorted({entry["base"]["source"] for entry in entries if "base" in entry})
+    if sources:
+        lines.append(f"base: {', '.join(sources)}")
+    halved = [name for name, entry in results["tasks"].items() if entry["halved"]]
+    if halved:
+        lines.append(f"batches did not fit in memory and were halved: {', '.join(halved)}")
+    return Text("\n".join(lines), "dim")
+
+
+def _how(results: Mapping[str, Any]) -> str:
+    told = [results["protocol"]]
+    told += [results[key] for key in ("dtype", "device") if results.get(key)]
+    sizes = sorted({entry["batch_size"] for entry in results["tasks"].values()}, reverse=True)
+    told.append(f"batches of {' or '.join(map(str, sizes))}")
+    if results.get("train_on_inputs") is not None:
+        on = "prompt and answer" if results["train_on_inputs"] else "the answer alone"
+        told.append(f"trained on {on}")
+    return ", ".join(told)
