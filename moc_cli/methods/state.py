@@ -21,25 +21,8 @@ class StateMethod:
 
     def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
         self._method = method
-        family = _family(model, method)
-        routing = _routing(method)
-        blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
-        layers = find_layers(model, family)
-        _check(model, routing, blocks, len(layers))
-        first = next(layers.parameters())
-        generator = torch.Generator().manual_seed(seed)
+        self.mixture, family = make_mixture(model, method, seed)
         self._family = family
-        self.mixture = Mixture(
-            len(layers),
-            model.config.get_text_config().hidden_size,
-            blocks,
-            method.rank,
-            method.scale,
-            routing,
-            generator=generator,
-            device="meta" if first.device.type == "meta" else "cpu",
-        ).to(first.device)
-        self.mixture.train(model.training)
         self.host = Host(model, self.mixture, family)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -84,6 +67,30 @@ class StateMethod:
 
     def detach(self) -> None:
         self.host.remove()
+
+
+def make_mixture(
+    model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int
+) -> tuple[Mixture, Family]:
+    """The controls and gates that fit a model, on its device, and where they belong in it."""
+    family = _family(model, method)
+    routing = _routing(method)
+    blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
+    layers = find_layers(model, family)
+    _check(model, routing, blocks, len(layers))
+    first = next(layers.parameters())
+    mixture = Mixture(
+        len(layers),
+        model.config.get_text_config().hidden_size,
+        blocks,
+        method.rank,
+        method.scale,
+        routing,
+        generator=torch.Generator().manual_seed(seed),
+        device="meta" if first.device.type == "meta" else "cpu",
+    ).to(first.device)
+    mixture.train(model.training)
+    return mixture, family
 
 
 def _routing(method: MocMethod | ControlMethod) -> Routing:
