@@ -29,12 +29,22 @@ from moc_cli.evaluation.generate import settings
 from moc_cli.evaluation.loss import TextScore, lm_loss
 from moc_cli.evaluation.results import Evaluation, TaskResult
 from moc_cli.evaluation.sizing import Asked, BatchSize, Shape, run_batches
+from moc_cli.recipe.schema import DataSection
 
 VOTERS = {
     "instruction": "the prompt",
     "chat": "all before the first answer",
     "text": "the first token of each row",
 }
+
+
+def protocol_of(data: DataSection, asked: str) -> str:
+    """Return how a run is scored: by the protocol `asked` for where there are options to choose
+    from; `classify` and, for one's own texts, `texts` have no other.
+    """
+    if data.suite == "glue" or data.format in ("classification", "regression"):
+        return "classify"
+    return "texts" if data.suite == "custom" else asked
 
 
 def is_written(examples: Sequence[Example]) -> bool:

@@ -10,14 +10,15 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moc_cli.errors import MocError
+from moc_cli.errors import DataError, MocError
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import build_meta, load_model, load_tokenizer
-from moc_cli.recipe.schema import DataSection, LaunchSection, ModelSection, Recipe
-from moc_cli.recipe.suites import task_metrics
+from moc_cli.recipe.rules import broken_rules
+from moc_cli.recipe.schema import LaunchSection, ModelSection, Recipe
+from moc_cli.recipe.suites import format_metrics, task_metrics
 from moc_cli.training.contracts import Settings
 from moc_cli.training.log import Track
-from moc_cli.training.rows import Rows, model_arguments, read_rows
+from moc_cli.training.rows import Rows, model_arguments, read_own, read_rows, task_kind
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,34 @@ def make_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     )
 
 
-def make_rows(data: DataSection, max_test: int | None) -> Rows:
-    """Read the rows that the recipe names."""
-    return read_rows(
-        data.suite,
-        data.tasks,
-        path=data.path,
-        held_out=data.held_out,
-        max_train=data.max_train_samples,
-        max_validation=data.max_eval_samples,
-        max_test=max_test,
-    )
+def make_rows(recipe: Recipe) -> tuple[Recipe, Rows]:
+    """Read the rows that the recipe names; return it with all that they tell, and them.
+
+    One's own rows tell their format and their labels, where the recipe does not. Raises DataError
+    for rows that cannot be used, or that do not go with the rest of the recipe.
+    """
+    data = recipe.data
+    if data.suite != "custom":
+        return recipe, read_rows(
+            data.suite,
+            data.tasks,
+            path=data.path,
+            held_out=data.held_out,
+            max_train=data.max_train_samples,
+            max_validation=data.max_eval_samples,
+            max_test=recipe.eval.max_samples,
+        )
+    found, rows = read_own(data, max_test=recipe.eval.max_samples)
+    recipe = recipe.model_copy(update={"data": found})
+    broken = [f"{rule.key}: {rule.message}" for rule in broken_rules(recipe)]
+    if recipe.eval.eval_strategy != "no" and not rows.validation:
+        broken.append(
+            "eval.eval_strategy: evaluation during training needs a validation file, or "
+            "data.held_out above 0"
+        )
+    if broken:
+        raise DataError("\n".join(broken))
+    return recipe, rows
 
 
 def build(recipe: Recipe, device: torch.device) -> Built:
@@ -108,7 +126,7 @@ def base_facts(recipe: Recipe, built: Built) -> dict[str, Any]:
         "revision": model.revision,
         "base_weights_sha256": built.weights_hash,
         "base_fingerprint": built.fingerprint,
-        **model_arguments(recipe.data.suite, recipe.data.tasks[0]),
+        **model_arguments(recipe.data),
         "seed": recipe.seed,
     }
 
@@ -127,7 +145,7 @@ def build_shapes(recipe: Recipe) -> Adapted:
 
 def recipe_is_causal(recipe: Recipe) -> bool:
     """Return whether the recipe trains a language model rather than a classifier."""
-    return recipe.data.suite != "glue"
+    return task_kind(recipe.data) == "causal"
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -140,7 +158,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
-    metric = scoring.metric_for_best_model or task_metrics(recipe.data.tasks[0])[0]
+    data = recipe.data
+    known = format_metrics(data.format) if data.suite == "custom" else task_metrics(data.tasks[0])
+    metric = scoring.metric_for_best_model or known[0]
     return Settings(
         seed=recipe.seed,
         num_train_epochs=train.num_train_epochs,
@@ -172,7 +192,7 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
-        **model_arguments(recipe.data.suite, recipe.data.tasks[0]),
+        **model_arguments(recipe.data),
     }
 
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.encode import IGNORED, Row, encode_train
 from moc_cli.errors import DataError, MocError
 from moc_cli.methods import Counts
-from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.schema import DataSection, Recipe
 from moc_cli.training import build
 from moc_cli.training.contracts import total_steps
-from moc_cli.training.rows import task_kind, training_data
+from moc_cli.training.rows import Rows, check_chats, task_kind, training_data
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class Reading:
     steps: int
     rows: int
     truncated: int
+    answerless: int
+    dropped: dict[str, dict[str, int]]
     padding_share: float
     pieces: list[Piece]
-    label: int | float | None
+    label: int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Preview:
                 "steps": read.steps,
                 "rows": read.rows,
                 "truncated": read.truncated,
+                "answerless": read.answerless,
+                "dropped": read.dropped,
                 "padding_share": read.padding_share,
                 "row": {"pieces": [asdict(piece) for piece in read.pieces], "label": read.label},
             }
@@ -77,10 +81,13 @@ def preview(recipe: Recipe) -> Preview:
     Raises MocError for all that would stop the run before its weights are read, but for rows or a
     tokenizer of the hub that cannot be had at present: those are only told.
     """
+    rows = None
+    if recipe.data.suite == "custom":  # they tell what the model has to be
+        recipe, rows = build.make_rows(recipe)
     adapted = build.build_shapes(recipe)
     published = bool(getattr(adapted.model, "published_shape", False))
     try:
-        reading, unread = _read(recipe, published), None
+        reading, unread = _read(recipe, rows, published), None
     except _OutOfReach as away:
         reading, unread = None, str(away)
     return Preview(adapted.counts(), published, reading, unread)
@@ -90,11 +97,11 @@ class _OutOfReach(Exception):
     """The hub was needed for what only the run itself must have."""
 
 
-def _read(recipe: Recipe, published: bool) -> Reading:
-    """Read and encode the rows as training would."""
+def _read(recipe: Recipe, rows: Rows | None, published: bool) -> Reading:
+    """Read the rows, if that is not done, and encode them as training would."""
     data = recipe.data
     try:
-        rows = build.make_rows(data, recipe.eval.max_samples)
+        rows = rows or build.make_rows(recipe)[1]
     except DataError as error:
         if data.path is not None or data.suite == "builtin":
             raise
@@ -105,7 +112,8 @@ def _read(recipe: Recipe, published: bool) -> Reading:
         if not published:
             raise
         raise _OutOfReach(error.message) from error
-    kind = task_kind(data.suite, data.tasks[0])
+    check_chats(rows, tokenizer)
+    kind = task_kind(data)
     encoded = encode_train(
         rows.train, tokenizer, max_length=data.max_length, train_on_inputs=data.train_on_inputs
     )
@@ -122,10 +130,17 @@ def _read(recipe: Recipe, published: bool) -> Reading:
         steps=total_steps(build.make_settings(recipe), training.batches),
         rows=len(encoded.rows),
         truncated=encoded.truncated,
+        answerless=encoded.answerless,
+        dropped=rows.dropped,
         padding_share=training.padding_share,
         pieces=split_row(first, tokenizer, kind == "causal"),
-        label=None if kind == "causal" else first["labels"],
+        label=None if kind == "causal" else _label(data, first["labels"]),
     )
+
+
+def _label(data: DataSection, label: int | float) -> int | float | str:
+    """Return the class as the user wrote it, where the rows are the user's own."""
+    return data.labels[int(label)] if data.labels else label
 
 
 def split_row(row: Row, tokenizer: PreTrainedTokenizerBase, causal: bool) -> list[Piece]:

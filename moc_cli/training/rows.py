@@ -1,18 +1,22 @@
 """Which rows a run trains on, watches and is scored by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data import glue
 from moc_cli.data.batches import Batches, Side, collate
+from moc_cli.data.custom.build import template_hash as custom_template_hash
+from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.custom.rows import CustomRows, read_custom
 from moc_cli.data.encode import Encoded
-from moc_cli.data.examples import Example, fingerprint, hold_out, subset
+from moc_cli.data.examples import ChatExample, Example, fingerprint, hold_out, subset
 from moc_cli.data.prompts import template_hash
 from moc_cli.data.suites import load_examples, scored_splits
 from moc_cli.errors import DataError
+from moc_cli.recipe.schema import DataSection
 from moc_cli.training.contracts import Data
 from moc_cli.training.loss import Kind
 
@@ -23,11 +27,24 @@ DRAW = 0
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples before any tokenizer: to train on, to watch during training, to score by task."""
+    """Examples before any tokenizer: to train on, to watch during training, to score by task.
+
+    Of one's own rows also: which ones are scored (`test`, `validation` or `held_out`), and how
+    many had nothing to learn, by part and reason.
+    """
 
     train: list[Example]
     validation: list[Example]
     tests: dict[str, list[Example]]
+    template: str = field(default_factory=template_hash)
+    scored: str | None = None
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what results.json says of one's own rows."""
+        if self.scored is None:
+            return {}
+        return {"scored_split": self.scored, "dropped": self.dropped}
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Return the number and hash of each part, and the hash of the prompts' template."""
@@ -36,7 +53,7 @@ class Rows:
         return {
             name: {"rows": len(examples), "sha256": fingerprint(examples)}
             for name, examples in parts.items()
-        } | {"template": {"sha256": template_hash()}}
+        } | {"template": {"sha256": self.template}}
 
 
 def read_rows(
@@ -79,21 +96,61 @@ def _load(suite: Any, task: str, split: str, path: str | None) -> list[Any]:
     return list(load_examples(suite, task, split, path=path))
 
 
-def task_kind(suite: str, task: str) -> Kind:
-    """Return what kind of loss a task is trained with."""
-    if suite != "glue":
+def read_own(data: DataSection, *, max_test: int | None = None) -> tuple[DataSection, Rows]:
+    """Read a person's own rows; return `data` with the format and labels that they have, and them.
+
+    Raises DataError naming every bad row.
+    """
+    found: CustomRows = read_custom(data)
+    (task,) = data.tasks
+    rows = Rows(
+        subset(found.train, data.max_train_samples, seed=DRAW),
+        subset(found.validation, data.max_eval_samples, seed=DRAW),
+        {task: subset(found.test, max_test, seed=DRAW)},
+        custom_template_hash(),
+        found.scored,
+        found.dropped,
+    )
+    return data.model_copy(update={"format": found.format, "labels": found.labels}), rows
+
+
+def task_kind(data: DataSection) -> Kind:
+    """Return what kind of loss a task is trained with.
+
+    Raises DataError where one's own rows have to be read first to know it.
+    """
+    if data.suite == "custom":
+        if data.format is None:
+            raise DataError("data.format is told by the rows, and they are not read yet")
+        return data.format if data.format in ("classification", "regression") else "causal"
+    if data.suite != "glue":
         return "causal"
-    return "regression" if glue.TASKS[task].regression else "classification"
+    return "regression" if glue.TASKS[data.tasks[0]].regression else "classification"
 
 
-def model_arguments(suite: str, task: str) -> dict[str, Any]:
+def model_arguments(data: DataSection) -> dict[str, Any]:
     """Return what a model has to be loaded as for a task: kind, labels, type of problem."""
-    kind = task_kind(suite, task)
+    kind = task_kind(data)
     if kind == "causal":
         return {"kind": "causal"}
-    problem = "regression" if kind == "regression" else "single_label_classification"
-    labels = glue.TASKS[task].num_labels
+    if kind == "regression":
+        return {"kind": "classification", "num_labels": 1, "problem_type": "regression"}
+    if data.suite == "custom":
+        if data.labels is None:
+            raise DataError("data.labels are told by the rows, and they are not read yet")
+        labels = len(data.labels)
+    else:
+        labels = glue.TASKS[data.tasks[0]].num_labels
+    problem = "single_label_classification"
     return {"kind": "classification", "num_labels": labels, "problem_type": problem}
+
+
+def check_chats(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError naming every chat, to train on or to score, that the template refuses."""
+    parts = [rows.train, rows.validation, *rows.tests.values()]
+    chats = {one: None for part in parts for one in part if isinstance(one, ChatExample)}
+    if chats:
+        chat_tokens(list(chats), tokenizer)
 
 
 def training_data(

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.encode import encode_train
 from moc_cli.data.examples import ChoiceExample, Example, PairExample
 from moc_cli.evaluation import metrics
-from moc_cli.evaluation.classify import classify, pair_loss
+from moc_cli.evaluation.classify import classify, pair_loss, pair_metrics
+from moc_cli.evaluation.custom import evaluate_texts, is_written, watch_texts
 from moc_cli.evaluation.loss import lm_loss
 from moc_cli.evaluation.rank import rank
 from moc_cli.evaluation.results import (
@@ -19,7 +20,6 @@ from moc_cli.evaluation.results import (
     evaluate_pairs,
 )
 from moc_cli.evaluation.sizing import Asked
-from moc_cli.recipe.suites import task_metrics
 from moc_cli.training.loss import Kind
 
 Progress = Callable[[int, int], None]
@@ -38,6 +38,8 @@ class Scorer:
 
     def score(self, examples: Sequence[Example], on_progress: Progress | None = None) -> Evaluation:
         """Score one task's examples: every metric with its standard error."""
+        if is_written(examples):
+            return evaluate_texts(self.adapted, self.tokenizer, examples, **self._cut(on_progress))
         if self.kind == "causal":
             return evaluate_choices(
                 self.adapted,
@@ -64,9 +66,19 @@ class Scorer:
         The loss of a question is that of its answer's tokens, which do not vote: a vote of theirs
         would tell earlier positions what comes. Accuracy is over all questions together.
         """
+        if is_written(examples):
+            return watch_texts(self.adapted, self.tokenizer, examples, **self._cut(on_progress))
         if self.kind == "causal":
             return self._watch_choices(cast(Sequence[ChoiceExample], examples), on_progress)
         return self._watch_pairs(cast(Sequence[PairExample], examples), on_progress)
+
+    def _cut(self, on_progress: Progress | None) -> dict[str, Any]:
+        """Return how texts are scored."""
+        return {
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "on_progress": on_progress,
+        }
 
     def _watch_choices(
         self, examples: Sequence[ChoiceExample], on_progress: Progress | None
@@ -102,7 +114,7 @@ class Scorer:
             on_progress=on_progress,
         )
         labels, predictions = [i.label for i in items], [i.prediction for i in items]
-        names = [name for name in task_metrics(examples[0].task) if name != "loss"]
+        names = pair_metrics(examples[0])
         values = {name: metrics.METRICS[name](labels, predictions) for name in names}
         return {"loss": pair_loss(items)} | values
 

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from moc_cli.data.encode import encode_train
 from moc_cli.errors import FileError
+from moc_cli.evaluation.custom import protocol_of
 from moc_cli.evaluation.results import Evaluation, TaskResult, average
 from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
@@ -31,7 +32,7 @@ from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog, require_trackers
 from moc_cli.training.loop import fit
 from moc_cli.training.memory import peak_kind
-from moc_cli.training.rows import task_kind, training_data
+from moc_cli.training.rows import check_chats, task_kind, training_data
 from moc_cli.training.scoring import Scorer, task_entries, value_entries
 
 
@@ -78,6 +79,7 @@ class Session:
         )
         with self.folder:
             self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.output.save_total_limit)
+            self.recipe, self.rows = build.make_rows(recipe)
             self.snapshot = self.find_checkpoint(resume) if resume else None
             self.prepare()
             self.open_folder()
@@ -120,13 +122,13 @@ class Session:
         )
         self.device = self.accelerator.device
         self.say(words.columns("device", words.device(self.device)))
-        self.rows = build.make_rows(data, recipe.eval.max_samples)
         self.tokenizer = build.make_tokenizer(recipe.model)
+        check_chats(self.rows, self.tokenizer)
         self.built = build.build(recipe, self.device)
         self.adapted = self.built.adapted
         self.say(words.columns("model", words.model(self.built)))
         self.say(words.columns("method", words.method(recipe.method.name, self.adapted.counts())))
-        self.kind = task_kind(data.suite, data.tasks[0])
+        self.kind = task_kind(data)
         self.encoded = encode_train(
             self.rows.train,
             self.tokenizer,
@@ -303,7 +305,7 @@ class Session:
             "status": "finished",
             "tasks": task_entries(after, before),
             "average": average([evaluation.main for evaluation in after.values()]),
-            "protocol": self.recipe.eval.protocol if self.kind == "causal" else "classify",
+            "protocol": protocol_of(self.recipe.data, self.recipe.eval.protocol),
             "train_on_inputs": self.recipe.data.train_on_inputs,
             "stopped": outcome.stopped,
             "steps": counters.step,
@@ -321,6 +323,7 @@ class Session:
                 "share": counts.share,
             },
             "memory": outcome.memory,
+            **self.rows.facts(),
         }
 
     def explained(self, stop: Interrupted) -> Interrupted:

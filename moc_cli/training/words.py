@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
+from moc_cli.data.custom.rows import counted
 from moc_cli.data.encode import Encoded
 from moc_cli.methods import Counts
 from moc_cli.report.tables import duration
 from moc_cli.training.build import Built
 from moc_cli.training.environment import describe_device
+from moc_cli.training.judge import LOWER_IS_BETTER
 from moc_cli.training.rows import Rows
 
 
@@ -49,13 +51,20 @@ def rows(found: Rows, encoded: Encoded, max_length: int) -> str:
         text += f"; {encoded.truncated:,} cut to {max_length} tokens"
     if encoded.answerless:
         text += f", {encoded.answerless:,} of them without an answer left"
+    if found.dropped:
+        text += f"; left out: {dropped(found.dropped)}"
     return text
+
+
+def dropped(reasons: dict[str, dict[str, int]]) -> str:
+    """Count the rows that had nothing to learn."""
+    return "; ".join(f"of {part} {counted(found)}" for part, found in reasons.items())
 
 
 def watched(step: int, values: dict[str, float]) -> str:
     """Return one evaluation's numbers."""
     numbers = (
-        f"{name} {value:.4f}" if name == "loss" else f"{name} {100 * value:.1f}"
+        f"{name} {value:.4f}" if name in LOWER_IS_BETTER else f"{name} {100 * value:.1f}"
         for name, value in values.items()
     )
     return f"step {step}: held-out {', '.join(numbers)}"
