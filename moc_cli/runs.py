@@ -27,7 +27,7 @@ LOCK = ".lock"
 # In the order in which an overwrite drops them: what marks a run folder goes last.
 KNOWN = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
-    *("eval", "trackers", "recipe.yaml", LOCK),
+    *("eval", "routing", "trackers", "recipe.yaml", LOCK),
 )
 
 

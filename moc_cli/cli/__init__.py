@@ -15,7 +15,9 @@ from moc_cli import __version__
 from moc_cli.cli import recipes
 from moc_cli.cli.compare import compare
 from moc_cli.cli.eval import evaluate
+from moc_cli.cli.export import export
 from moc_cli.cli.generate import generate
+from moc_cli.cli.inspect_routing import inspect_routing
 from moc_cli.cli.train import train
 from moc_cli.errors import MocError
 
@@ -31,6 +33,8 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(generate)
+app.command()(export)
+app.command()(inspect_routing)
 app.add_typer(recipes.app)
 
 

@@ -1,0 +1,87 @@
+"""`moc inspect-routing RUN`: see what the gate of a run does, and on which inputs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moc_cli.cli.options import JsonOption
+
+
+def inspect_routing(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of `moc train`.")],
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Tasks; default: those of the recipe.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of their rows; default: the one that is scored.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, metavar="N", help="At most N rows of each task, always the same.")
+    ] = 100,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Look at this one text instead: each token's own vote, and the choice."),
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(metavar="3.ffn", help="With --text: show this site's votes.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN2", help="Show what differs from another run.")
+    ] = None,
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Make one site local at a time, and see by how much the loss of the answers "
+            "rises: as many passes over the rows as there are sites.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the files go; default: RUN/routing."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Rows a batch; default: the recipe's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """See what a run's gate does: which control each site chooses, how surely, on which task.
+
+    Writes routing.json, pictures (PNG and SVG) and one page, routing.html.
+    """
+    from moc_cli.errors import MocError
+
+    if site is not None and text is None:
+        raise MocError("--site picks a site of --text", "give a text too")
+    from moc_cli.inspection.session import Asked, Inspection, write
+    from moc_cli.report.output import out, print_json, print_table, say
+    from moc_cli.report.routing_views import views
+
+    asked = Asked(
+        run=run,
+        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+        split=split,
+        limit=limit,
+        text=text,
+        site=site,
+        compare=compare,
+        ablate=ablate,
+        batch_size=batch_size,
+        device=device,
+    )
+    routing = Inspection(asked, silent=json).run()
+    from moc_cli.inspection.pictures import draw
+
+    folder = output or run / "routing"
+    paths = write(routing, folder, draw)
+    if json:
+        print_json(routing | {"folder": str(folder)})
+        return
+    console = out()
+    colored = console.is_terminal and not console.no_color
+    print_table(*views(routing, width=console.width, colored=colored, site=site))
+    for warning in routing["warnings"]:
+        say(f"Warning: {warning['message']}")
+    say(f"{len(paths)} files in {folder}, among them routing.json and routing.html")

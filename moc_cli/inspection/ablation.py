@@ -1,0 +1,89 @@
+"""Which routes matter: the loss of the same rows with one site's routed controls made local.
+
+At that site α·g_t + (1−α)·Σ π_k·g_k becomes (α + (1−α)·Σ π_k)·g_t, everywhere else all stays; the
+sites after it decide anew on what reaches them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from moc_cli.data.encode import encode_train
+from moc_cli.data.examples import Example, PairExample
+from moc_cli.evaluation.classify import classify, pair_loss
+from moc_cli.evaluation.loss import lm_loss
+from moc_cli.inspection.record import Progress
+from moc_cli.nn.gate import Route
+from moc_cli.nn.mixture import Mixture, Site
+from moc_cli.trained import Trained
+
+
+@contextmanager
+def local_at(mixture: Mixture, index: int) -> Iterator[None]:
+    """Within it one site runs its own control in the place of the routed ones."""
+
+    def reroute(site: Site, route: Route) -> Route:
+        if site.index != index:
+            return route
+        return Route(torch.full_like(route.ids, site.local), route.weights)
+
+    before, mixture.reroute = mixture.reroute, reroute
+    try:
+        yield
+    finally:
+        mixture.reroute = before
+
+
+def ablate(
+    trained: Trained,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Return the mean change of a row's loss for each site, with its standard error over the rows.
+
+    A row's loss is the mean over the tokens of its answer, or its classification loss, in nats
+    (a regression: squared error). The same rows are compared, so that the error is of differences.
+    """
+    mixture = trained.adapted.mixture
+    assert mixture is not None
+    known = row_losses(trained, examples, batch_size)
+    found = []
+    for site in mixture.sites:
+        with local_at(mixture, site.index):
+            losses = row_losses(trained, examples, batch_size)
+        changes = [new - old for new, old in zip(losses, known, strict=True)]
+        mean = sum(changes) / len(changes)
+        found.append({"site": site.name, "loss_change": mean, "stderr": _stderr(changes, mean)})
+        if on_progress is not None:
+            on_progress(len(found), len(mixture.sites))
+    return found
+
+
+def row_losses(trained: Trained, examples: Sequence[Example], batch_size: int) -> list[float]:
+    """Return the loss of each row, without those whose answer was cut off."""
+    data = trained.recipe.data
+    adapted, tokenizer = trained.adapted, trained.tokenizer
+    if isinstance(examples[0], PairExample):
+        items = classify(
+            adapted,
+            tokenizer,
+            cast(Sequence[PairExample], examples),
+            batch_size=batch_size,
+            max_length=data.max_length,
+        )
+        return [pair_loss([item]) for item in items]
+    encoded = encode_train(examples, tokenizer, max_length=data.max_length, train_on_inputs=False)
+    rows = lm_loss(adapted, tokenizer, encoded, batch_size=batch_size).rows
+    return [loss / tokens for loss, tokens in rows if tokens]
+
+
+def _stderr(changes: Sequence[float], mean: float) -> float | None:
+    if len(changes) < 2:
+        return None
+    spread = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
+    return math.sqrt(spread / len(changes))

@@ -1,0 +1,70 @@
+"""How far apart two routings are: of two runs, or of two tasks.
+
+The distance of two sites' shares p and q is the square root of their Jensen-Shannon divergence to
+base 2: a metric, 0 for equal shares, 1 where no control is used by both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moc_cli.errors import RunError
+from moc_cli.inspection.statistics import share_rows
+from moc_cli.methods.recording import Layout, Record
+
+
+def distances(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon distance of each row of p and q (S, N): (S,), in [0, 1]."""
+    middle = (p + q) / 2
+    apart = (_relative(p, middle) + _relative(q, middle)) / 2
+    return apart.clamp(min=0, max=1).sqrt()
+
+
+def _relative(p: Tensor, q: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of rows to base 2; q is positive wherever p is."""
+    ratio = torch.where(p > 0, p / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
+    return (p * ratio.log2()).sum(dim=-1)
+
+
+def task_distances(tasks: Mapping[str, Record]) -> dict[str, Any]:
+    """Mean distance over the sites between every two tasks; no matrix for fewer than two."""
+    names = list(tasks)
+    if len(names) < 2:
+        return {"tasks": names, "matrix": []}
+    shares = [share_rows(tasks[name]) for name in names]
+    matrix = [[round(distances(p, q).mean().item(), 9) for q in shares] for p in shares]
+    return {"tasks": names, "matrix": matrix}
+
+
+def compared(name: str, ours: Record, theirs: Record) -> dict[str, Any]:
+    """Our shares minus those of the other run, and the distance of each site."""
+    p, q = share_rows(ours), share_rows(theirs)
+    return {
+        "run": name,
+        "difference": [[round(value, 9) for value in row] for row in (p - q).tolist()],
+        "distance": [round(value, 9) for value in distances(p, q).tolist()],
+    }
+
+
+def check_same_sites(ours: Layout, theirs: Layout, name: str) -> None:
+    """Raise RunError unless both runs have the same sites and pools."""
+    if ours.names == theirs.names and ours.pools == theirs.pools:
+        return
+    if ours.names == theirs.names:
+        what = f"pools {_pools(theirs)}, this run {_pools(ours)}"
+    else:
+        what = f"{_range(theirs)}, this run {_range(ours)}"
+    raise RunError(
+        f"--compare: {name} has {what}: their maps cannot be laid over each other",
+        "compare runs of models with as many layers, with the same method.sites and share_gate",
+    )
+
+
+def _range(layout: Layout) -> str:
+    return f"{len(layout.names)} sites ({layout.names[0]} to {layout.names[-1]})"
+
+
+def _pools(layout: Layout) -> str:
+    return " and ".join(layout.pools)

@@ -1,0 +1,82 @@
+"""Rows through the adapted model, under a recorder of what its gates do."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moc_cli.data.batches import collate
+from moc_cli.evaluation.forward import call, check_fits, evaluating, positions
+from moc_cli.evaluation.sizing import Shape, run_batches
+from moc_cli.evaluation.suite import Task
+from moc_cli.inspection.inputs import Prompts, encode_prompts
+from moc_cli.methods.recording import Record
+from moc_cli.report.progress import WorkProgress
+from moc_cli.trained import Trained
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the gates of one run did on each task, and on all of them together."""
+
+    tasks: dict[str, Record]
+    whole: Record
+
+
+def forward(trained: Trained, prompts: Prompts, items: Sequence[int], device: Any) -> None:
+    """Run the prompts with these numbers through the model, padded to the longest."""
+    kind = "causal" if trained.causal else "classification"
+    rows = [prompts.rows[item] for item in items]
+    side = "left" if trained.causal else "right"
+    batch = collate(rows, trained.tokenizer, side=side, kind=kind)  # type: ignore[arg-type]
+    del batch["labels"]
+    inputs: dict[str, Tensor] = {name: value.to(device) for name, value in batch.items()}
+    if trained.causal:
+        inputs |= {"position_ids": positions(inputs["attention_mask"])}
+        call(trained.adapted.model, **inputs, use_cache=False, logits_to_keep=1)
+    else:
+        trained.adapted.model(**inputs)
+
+
+def record(
+    trained: Trained, prompts: Prompts, *, batch_size: int, on_progress: Progress | None = None
+) -> Record:
+    """Record what the gates do on prompts: each row decides once at every site."""
+    model = trained.adapted.model
+    check_fits(model, max(prompts.lengths, default=0), "a prompt")
+    shapes = [Shape(length) for length in prompts.lengths]
+    recorder = trained.adapted.recorder()
+    assert recorder is not None
+    with evaluating(model) as device, recorder:
+
+        def work(items: list[int]) -> list[None]:
+            recorder.mark()
+            try:
+                forward(trained, prompts, items, device)
+            except (RuntimeError, MemoryError):  # too large a batch is halved and done again
+                recorder.rewind()
+                raise
+            return [None] * len(items)
+
+        run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    return recorder.record()
+
+
+def record_tasks(trained: Trained, tasks: Sequence[Task], *, batch_size: int, silent: bool) -> Seen:
+    """Record what the gates do on the prompts of each task."""
+    found: dict[str, Record] = {}
+    for task in tasks:
+        max_length = trained.recipe.data.max_length
+        prompts = encode_prompts(task.examples, trained.tokenizer, max_length)
+        with WorkProgress(f"route {task.name}", len(task.examples), silent=silent) as bar:
+            found[task.name] = record(
+                trained, prompts, batch_size=batch_size, on_progress=bar.observe
+            )
+    first, *others = found.values()
+    whole = first
+    for other in others:
+        whole = whole + other
+    return Seen(found, whole)

@@ -1,0 +1,106 @@
+"""What is probably wrong with a routing, and which key of the recipe changes it.
+
+untrained_gate  nothing ever gave the gate a gradient: λ = 0, and the task gives none at K = 1
+                with renormalised weights, nor at α = 1
+collapsed       nearly all choices go to a few controls of the pool
+local_only      nearly all sites choose their own control, so that no layer hears of another
+one_token       most choices are turned by one token of many
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moc_cli.recipe.methods import MocMethod
+
+COLLAPSED = 0.1  # effective number of controls, as a share of the pool's
+LOCAL_ONLY = 0.9  # share of local choices
+ONE_TOKEN = 0.5  # share of the decisions that one token turns
+
+Remark = dict[str, str]
+
+
+def remarks(routing: Mapping[str, Any], method: MocMethod) -> list[Remark]:
+    """Return the warnings that a routing.json deserves, the gravest first."""
+    found = [
+        _untrained(method),
+        *(_collapsed(routing, method, pool) for pool in _pools(routing)),
+        _local_only(routing, method),
+        _one_token(routing, method),
+    ]
+    return [remark for remark in found if remark is not None]
+
+
+def _pools(routing: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(site["pool"] for site in routing["sites"]))
+
+
+def _untrained(method: MocMethod) -> Remark | None:
+    by_task = method.alpha < 1 and not (
+        method.top_k == 1 and method.gate.estimator == "renormalized"
+    )
+    if method.balance.weight or by_task:
+        return None
+    if method.alpha == 1:
+        why = "alpha = 1 leaves no weight to routed controls"
+    else:
+        why = "at top_k = 1 renormalised weights are always 1, so the task gives no gradient"
+    return {
+        "name": "untrained_gate",
+        "message": f"the gate was never trained: balance.weight is 0, and {why}; its choices are "
+        "as they were drawn. Set method.balance.weight=0.01, or "
+        "method.gate.estimator=straight_through",
+        "key": "method.balance.weight",
+    }
+
+
+def _collapsed(routing: Mapping[str, Any], method: MocMethod, pool: str) -> Remark | None:
+    members = [i for i, site in enumerate(routing["sites"]) if site["pool"] == pool]
+    use = [routing["per_control"][i]["use"] for i in members]
+    effective = math.exp(-sum(share * math.log(share) for share in use if share > 0))
+    fewest = method.top_k  # each decision takes so many different ones
+    if len(members) <= 2 * fewest or effective > max(1.5 * fewest, COLLAPSED * len(members)):
+        return None
+    top = max(members, key=lambda i: routing["per_control"][i]["use"])
+    name, share = routing["per_control"][top]["name"], routing["per_control"][top]["use"]
+    where = "" if pool == "shared" else f" of the {pool} pool"
+    weight = method.balance.weight
+    advice = f"{3 * weight:.2g}" if weight else "0.01"
+    return {
+        "name": "collapsed",
+        "message": f"the gate{where} has collapsed: {100 * share:.0f} % of the choices go to "
+        f"{name}, and of {len(members)} controls {effective:.1f} are in effective use. Raise "
+        f"method.balance.weight, now {weight:g}, to {advice}",
+        "key": "method.balance.weight",
+    }
+
+
+def _local_only(routing: Mapping[str, Any], method: MocMethod) -> Remark | None:
+    share = routing["summary"]["local_share"]
+    smallest = min(sum(s["pool"] == pool for s in routing["sites"]) for pool in _pools(routing))
+    if share < LOCAL_ONLY or smallest <= method.top_k:
+        return None
+    return {
+        "name": "local_only",
+        "message": f"{100 * share:.0f} % of the choices are local: each block gets its own control "
+        "twice, and layers do not talk to each other. Set method.routing.exclude_local=true",
+        "key": "method.routing.exclude_local",
+    }
+
+
+def _one_token(routing: Mapping[str, Any], method: MocMethod) -> Remark | None:
+    shares = [site["one_token"] for site in routing["per_site"]]
+    known = [share for share in shares if share is not None]
+    share = sum(known) / len(known) if known else 0.0
+    if share <= ONE_TOKEN:
+        return None
+    if method.routing.vote == "mean":
+        advice = "Set method.routing.vote=mode, where every token counts the same"
+    else:
+        advice = "The tokens hardly agree; set method.routing.vote=mean"
+    return {
+        "name": "one_token",
+        "message": f"{100 * share:.0f} % of the choices are decided by one token: without it "
+        f"another control would win. {advice}",
+        "key": "method.routing.vote",
+    }

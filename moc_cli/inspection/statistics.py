@@ -1,0 +1,141 @@
+"""From the sums of a record to the matrices and numbers of routing.json.
+
+Matrices are S × S: row = site, column = control, both in the order of the sites; a site's row is 0
+outside its pool. Entropies are in nats.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moc_cli.methods.recording import ENTROPY, MARGIN, ONE_TOKEN, ROWS, SIZE, Record
+from moc_cli.nn.control import Control
+from moc_cli.nn.mixture import Mixture
+
+Matrix = list[list[float]]
+
+
+def matrices(record: Record) -> dict[str, Any]:
+    """Return share, counts, weight, probability (S, S) and the decisions of a site."""
+    layout = record.layout
+    size = len(layout.names)
+    found = {name: torch.zeros(size, size, dtype=torch.float64) for name in _MEANS}
+    counts = torch.zeros(size, size, dtype=torch.int64)
+    for site in range(size):
+        members, decisions = layout.members(site), max(record.decisions(site), 1)
+        counts[site, members] = record.counts(site).round().long()
+        found["share"][site, members] = record.counts(site) / (decisions * layout.top_k)
+        found["weight"][site, members] = record.weights(site) / decisions
+        found["probability"][site, members] = record.probabilities(site) / decisions
+    decisions = round(record.decisions(0))
+    tables = {name: _plain(table) for name, table in found.items()}
+    return {"decisions": decisions, "counts": counts.tolist()} | tables
+
+
+_MEANS = ("share", "weight", "probability")
+
+
+def _plain(table: Tensor) -> Matrix:
+    return [[round(value, 9) for value in row] for row in table.tolist()]
+
+
+def share_rows(record: Record) -> Tensor:
+    """The shares (S, S) of a record, in float64."""
+    return torch.tensor(matrices(record)["share"], dtype=torch.float64)
+
+
+def sites(mixture: Mixture) -> list[dict[str, Any]]:
+    """Name every site: its layer, its block and its pool."""
+    return [
+        {"name": site.name, "layer": site.layer, "block": site.block, "pool": site.pool}
+        for site in mixture.sites
+    ]
+
+
+def per_site(record: Record, level: str) -> list[dict[str, Any]]:
+    """Return each site's numbers; `one_token` is null where every token decides for itself."""
+    layout, rows = record.layout, []
+    for site, name in enumerate(layout.names):
+        members, counts = layout.members(site), record.counts(site)
+        decisions, seen = max(record.decisions(site), 1), max(record.total(site, ROWS), 1)
+        share = counts / counts.sum().clamp(min=1)
+        entropy = _entropy(share)
+        alone = None if level == "token" else record.total(site, ONE_TOKEN) / decisions
+        rows.append(
+            {
+                "name": name,
+                "local_share": share[members.index(site)].item(),
+                "gate_entropy": record.total(site, ENTROPY) / decisions,
+                "use_entropy": entropy,
+                "effective": math.exp(entropy),
+                "margin": record.total(site, MARGIN) / decisions,
+                "one_token": alone,
+                "relative_size": record.total(site, SIZE) / seen,
+                "top": layout.names[members[int(counts.argmax())]],
+            }
+        )
+    return rows
+
+
+def per_control(record: Record, mixture: Mixture) -> list[dict[str, Any]]:
+    """Return each control's share of its pool's choices, and its norm ‖B A‖·scale."""
+    use = record.use()["use"]
+    return [
+        {
+            "name": name,
+            "use": use[index],
+            "dead": use[index] == 0,
+            "norm": mixture.scale * control_norm(mixture.control(index)),
+        }
+        for index, name in enumerate(record.layout.names)
+    ]
+
+
+@torch.no_grad()
+def control_norm(control: Control) -> float:
+    """Frobenius norm of B A, as √tr(BᵀB · AAᵀ): two (r, r) products instead of a (d, d) one."""
+    a, b = control.A.double(), control.B.double()
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+
+
+def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
+    """Return the numbers of the whole model: means over pools, or shares of all choices."""
+    layout, use = record.layout, record.use()
+    pools = layout.pools.items()
+    entropies = [
+        _entropy(torch.tensor([use["use"][i] for i in members], dtype=torch.float64))
+        for _, members in pools
+    ]
+    seen = [record.decisions(site) for site in range(len(layout.names))]
+    gate = sum(record.total(site, ENTROPY) for site in range(len(layout.names)))
+    excluded = mixture.routing.exclude_local
+    chance = [0.0 if excluded else 1 / len(members) for _, members in pools]
+    return {
+        "local_share": use["local_share"],
+        "attn_to_ffn": _across(record, mixture, "attn", "ffn"),
+        "ffn_to_attn": _across(record, mixture, "ffn", "attn"),
+        "gate_entropy": gate / max(sum(seen), 1),
+        "use_entropy": sum(entropies) / len(entropies),
+        "effective": sum(map(math.exp, entropies)) / len(entropies),
+        "dead": [name for name, u in zip(layout.names, use["use"], strict=True) if u == 0],
+        "chance_local": sum(chance) / len(chance),
+    }
+
+
+def _across(record: Record, mixture: Mixture, block: str, other: str) -> float | None:
+    """Of the choices that `block` sites made, the share that went to `other` controls."""
+    total = across = 0.0
+    for site in mixture.sites:
+        members = record.layout.members(site.index)
+        theirs = [mixture.sites[m].block == other for m in members]
+        if site.block == block and any(theirs):
+            counts = record.counts(site.index)
+            total += counts.sum().item()
+            across += counts[torch.tensor(theirs)].sum().item()
+    return across / total if total else None
+
+
+def _entropy(share: Tensor) -> float:
+    return -torch.special.xlogy(share, share).sum().item() + 0.0
