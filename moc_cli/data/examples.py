@@ -113,8 +113,10 @@ def hold_out(examples: list[E], count: int, *, seed: int) -> tuple[list[E], list
     gone = set(held)
     rest = [example for example in examples if example not in gone]
     if len(held) < count or not rest:
+        different = len(set(examples))
+        alike = f", only {different} of them different" if different < len(examples) else ""
         raise DataError(
-            f"cannot hold out {count} of {len(examples)} training rows",
+            f"cannot hold out {count} of {len(examples)} training rows{alike}",
             "lower data.held_out or allow more training rows",
         )
     return rest, held

@@ -151,8 +151,8 @@ def _generate(
 
         def work(items: list[int]) -> list[str]:
             ids, mask = pad_left([prompts[item] for item in items], pad, device)
-            written = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
-            decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+            written = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+            decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
             return [str(text).strip() for text in decoded]
 
         return run_batches(model, shapes, work, size=size, on_progress=on_progress)

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from moc_cli.data.custom.rows import read_scored
 from moc_cli.data.suites import load_examples, scored_splits
 from moc_cli.evaluation.beside import Known
 from moc_cli.evaluation.report import Report
 from moc_cli.evaluation.results import Evaluation
 from moc_cli.evaluation.suite import Scoring, Task, entry, metric_entries, samples, score
+from moc_cli.recipe.schema import DataSection
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 
@@ -29,7 +31,7 @@ class Subject:
 @dataclass(frozen=True)
 class Plan:
     """Which rows are scored and how; `path` is the folder of rows, None the hub. With `base` the
-    base model is scored too, on the same rows.
+    base model is scored too, on the same rows. `own` is the section of a run on one's own rows.
     """
 
     suite: str
@@ -38,6 +40,7 @@ class Plan:
     limit: int | None
     how: Scoring
     base: bool = False
+    own: DataSection | None = None
 
     @property
     def label(self) -> str:
@@ -52,6 +55,9 @@ class Plan:
 
 def read_tasks(plan: Plan) -> list[Task]:
     """Read the rows of every task; all that is wrong with the rows is found here."""
+    if plan.own is not None:
+        rows: list[Any] = read_scored(plan.own, plan.path)
+        return [Task.draw(name, rows, plan.limit) for name in plan.tasks]
     found = []
     for name in plan.tasks:
         splits = scored_splits(plan.suite, name)

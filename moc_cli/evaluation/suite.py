@@ -7,16 +7,17 @@ from typing import Any, Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.examples import ChoiceExample, Example, PairExample, fingerprint, subset
-from moc_cli.evaluation import results
 from moc_cli.evaluation.classify import PairScore
+from moc_cli.evaluation.custom import evaluate_texts, sample_fields, sample_prompt
 from moc_cli.evaluation.forward import Progress
 from moc_cli.evaluation.generate import Answer
+from moc_cli.evaluation.loss import TextScore
 from moc_cli.evaluation.rank import ItemScore
 from moc_cli.evaluation.report import prompt_hash
 from moc_cli.evaluation.results import Evaluation, evaluate_choices, evaluate_pairs
 from moc_cli.evaluation.sizing import Asked
 
-Protocol = Literal["rank", "generate", "classify"]
+Protocol = Literal["rank", "generate", "classify", "texts"]
 DRAW = 0  # which rows a limit draws does not follow any seed: runs are compared on the same rows
 
 
@@ -63,6 +64,15 @@ def score(
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score a task's rows."""
+    if how.protocol == "texts":
+        return evaluate_texts(
+            adapted,
+            tokenizer,
+            task.examples,
+            batch_size=how.batch_size,
+            max_length=how.max_length,
+            on_progress=on_progress,
+        )
     if how.protocol == "classify":
         return evaluate_pairs(
             adapted,
@@ -77,7 +87,7 @@ def score(
         tokenizer,
         cast(list[ChoiceExample], task.examples),
         batch_size=how.batch_size,
-        protocol=cast(results.Protocol, how.protocol),
+        protocol=how.protocol,
         on_progress=on_progress,
     )
 
@@ -114,14 +124,20 @@ def samples(task: Task, found: Evaluation, base: Evaluation | None = None) -> li
     """Return the lines of samples.jsonl, the base model's item under `base`."""
     lines = [
         {"row": row, "prompt": prompt_hash(_prompt(example)), **_item(item)}
-        for row, example, item in zip(task.rows, task.examples, found.items, strict=True)
+        for row, example, item in zip(
+            task.rows, task.examples, cast(list[Any], found.items), strict=True
+        )
     ]
-    for line, item in zip(lines, base.items if base else (), strict=base is not None):
+    for line, item in zip(
+        lines, cast(list[Any], base.items if base else ()), strict=base is not None
+    ):
         line["base"] = _item(item)
     return lines
 
 
-def _item(item: ItemScore | Answer | PairScore) -> dict[str, Any]:
+def _item(item: ItemScore | Answer | PairScore | TextScore) -> dict[str, Any]:
+    if isinstance(item, TextScore):
+        return sample_fields(item)
     fields: dict[str, Any] = {"label": item.label, "prediction": item.prediction}
     if isinstance(item, Answer):
         return fields | {"correct": item.correct, "output": item.output, "answer": item.answer}
@@ -137,4 +153,6 @@ def _item(item: ItemScore | Answer | PairScore) -> dict[str, Any]:
 def _prompt(example: Example) -> str:
     if isinstance(example, ChoiceExample):
         return example.eval_prompt
+    if not isinstance(example, PairExample):
+        return sample_prompt(example)
     return example.text_a if example.text_b is None else f"{example.text_a}\n{example.text_b}"
