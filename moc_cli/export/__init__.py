@@ -2,7 +2,8 @@
 
 A format is a function `export(trained, folder, options) -> Exported` that fills an empty folder and
 has a fresh process read it back (see `parity`). The folder gets its name only afterwards; the
-session writes the model card and prints the sizes.
+session writes the model card and prints the sizes. A format's module may also have
+`refuse(recipe, options)`, which raises MocError for what can be known before weights are loaded.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,8 @@ class Exported:
 
     `files` are names relative to the folder; `parity` is what `parity.check` gave, with a format's
     own figures beside it; `notes` are sentences for the user and the card; `loading` is Python for
-    the card that ends with a `model`; `library` is the card's `library_name`.
+    the card that leaves the model in `model`, given the path in `folder`; `library` is the card's
+    `library_name`.
     """
 
     files: tuple[str, ...]

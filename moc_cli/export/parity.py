@@ -29,9 +29,9 @@ TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "Question: does water boil at a lower temperature on a high mountain? Answer:",
     "No.",
-    "A long time ago, in a small house by the sea, there lived an old woman who kept three cats.",
+    "A long time ago, in a small house by the sea, there lived a woman who kept three cats.",
     "def add(first, second): return first + second",
-    "The committee has not yet decided whether the motion, which was tabled last week, is in order.",
+    "The committee has not decided whether the motion, which was tabled last week, is in order.",
     "2 4 8 16 32",
     "Why?",
 )
@@ -109,17 +109,24 @@ def check(
     `load` is Python that finds the path in `folder` and leaves the model in `model`; `tolerance`
     is a share of the largest |logit|, by default that of `dtype`.
     """
-    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
     found = fresh_logits(folder, load, expected.inputs, device=device, environment=environment)
-    figures = compare(expected, found) | {"tolerance": allowed, "dtype": dtype}
-    if not figures["relative_difference"] <= allowed:
+    return judge(compare(expected, found), dtype, tolerance)
+
+
+def judge(
+    figures: dict[str, Any], dtype: str = "float32", tolerance: float | None = None
+) -> dict[str, Any]:
+    """Return the figures of `compare` with their tolerance; raises MocError beyond it."""
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    found = figures["relative_difference"]
+    if not found <= allowed:
         raise MocError(
             "the export does not give the run's logits when it is read back: they differ by "
-            f"{figures['max_difference']:.3g}, which is {figures['relative_difference']:.2g} of the "
-            f"largest; at most {allowed:g} is allowed in {dtype}",
+            f"{figures['max_difference']:.3g}, which is {found:.2g} of the largest; "
+            f"at most {allowed:g} is allowed in {dtype}",
             None if dtype == "float32" else "export with --dtype float32",
         )
-    return figures
+    return figures | {"tolerance": allowed, "dtype": dtype}
 
 
 def compare(expected: Reference, found: Tensor) -> dict[str, Any]:

@@ -175,6 +175,18 @@ class Adapted:
         with self._placed.disabled():
             yield
 
+    def merge(self) -> PreTrainedModel:
+        """Fold a low-rank method into the base's weights, for good, and give the model back.
+
+        Raises MocError where the method is none that weights alone can hold.
+        """
+        fold = getattr(self._placed, "merge", None)
+        if fold is None:
+            raise MocError("this method cannot be folded into the base's weights")
+        fold()
+        self._fresh.remove()
+        return self.model
+
     def detach(self) -> PreTrainedModel:
         """Take the method out; the base's parameters and flags are as before `attach`."""
         self._placed.detach()

@@ -111,6 +111,11 @@ class LowRank:
             self._tuner.merge_and_unload()
         vars(self._model).pop("peft_config", None)
 
+    def merge(self) -> None:
+        """Fold the method into the weights it adapts, for good."""
+        self._tuner.merge_and_unload(safe_merge=True)
+        vars(self._model).pop("peft_config", None)
+
     @contextmanager
     def _as_first(self) -> Iterator[None]:
         """Within it A, B and magnitudes are as `attach` left them, without dropout."""

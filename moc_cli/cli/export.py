@@ -1,0 +1,64 @@
+"""`moc export RUN --to FORMAT --output DIR`: carry what was learned to other places."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moc_cli.cli.options import JsonOption
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of `moc train`.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="controls (two files for load_controls), peft, standalone (a Hugging Face folder "
+            "that needs no moc), static (frozen routes), merged (lora, dora and pissa only).",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new folder; it appears when all is proven.")
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: the run's.")
+    ] = None,
+    calibration: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With static: rows a task to count routes on.")
+    ] = 64,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Also upload the folder to this (private) repository."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a run in a format that travels, and prove it in a fresh process."""
+    from moc_cli.errors import MocError
+    from moc_cli.export import DTYPES, Options
+    from moc_cli.recipe.suggest import choices
+
+    if dtype is not None and dtype not in DTYPES:
+        raise MocError(f"--dtype {dtype!r} is not a type{choices(dtype, DTYPES)}")
+    from moc_cli.export.session import export_run
+    from moc_cli.report.export_tables import export_table, parity_sentence
+    from moc_cli.report.output import print_json, print_table, say
+
+    chosen = next((name for name in DTYPES if name == dtype), None)
+    outcome = export_run(
+        run,
+        to,
+        output,
+        Options(dtype=chosen, calibration=calibration, silent=json),
+        device=device,
+        push_to_hub=push_to_hub,
+        say=say,
+    )
+    if json:
+        print_json(outcome)
+        return
+    print_table(export_table(outcome.folder, outcome.sizes))
+    say("\n".join([parity_sentence(outcome.parity), *outcome.notes]))
+    if outcome.url:
+        say(f"uploaded to {outcome.url}")

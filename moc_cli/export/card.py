@@ -1,0 +1,232 @@
+"""The model card: what the folder is, what it was made from, what it scored and how to load it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moc_cli import __version__
+from moc_cli.errors import RunError
+from moc_cli.export import Exported
+from moc_cli.models.load import BUILTIN
+from moc_cli.recipe.schema import Recipe
+from moc_cli.runs import RunFolder
+from moc_cli.trained import Trained
+
+PAPER = "https://arxiv.org/abs/2606.31397"
+_TITLE = {"causal": "text-generation", "classification": "text-classification"}
+
+
+def base_code(trained: Trained) -> str:
+    """Python that loads the bare base of a run into `model`, in its type and with its head."""
+    model, base = trained.recipe.model, trained.base
+    causal = base["kind"] == "causal"
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    lines = [f"from transformers import {auto}"]
+    name = json.dumps(model.model_name_or_path)
+    if model.model_name_or_path.startswith(BUILTIN):
+        lines.append("from moc_cli.models.load import resolve")
+        name = f"resolve({name})"
+    options: dict[str, Any] = {"dtype": "bfloat16" if trained.recipe.train.bf16 else "float32"}
+    options |= {key: base[key] for key in ("num_labels", "problem_type") if key in base}
+    options |= {"revision": model.revision} if model.revision else {}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    if model.trust_remote_code:
+        options["trust_remote_code"] = True
+    told = "".join(f", {key}={value!r}" for key, value in options.items())
+    return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{told})"])
+
+
+def make_card(trained: Trained, exported: Exported, to: str, sizes: dict[str, int]) -> str:
+    """Return README.md with the YAML front matter of the hub."""
+    recipe, folder = trained.recipe, trained.folder
+    parts = [
+        _front(trained, exported),
+        f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
+        _what(recipe, to),
+        _section("How to load", _loading(exported)),
+        _section("Base model", _base(trained)),
+        _section("Method", _method(recipe, _read(folder))),
+        _section("Data", _data(recipe, folder)),
+        _section("Scores", _scores(recipe, _read(folder)) + _evaluations(trained)),
+        _section("Routing", _routing(_read(folder).get("routing", {}))),
+        _section("Proof and sizes", _proof(exported, sizes)),
+        f"Written by moc {__version__}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front(trained: Trained, exported: Exported) -> str:
+    """The hub's metadata; a local folder is no base model that the hub knows."""
+    name = trained.recipe.model.model_name_or_path
+    method = trained.recipe.method.name
+    tags = ["moc", *(["mixture-of-control"] if method == "moc" else []), method]
+    lines = [f"library_name: {exported.library}"]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
+        lines.append(f"base_model: {json.dumps(name)}")
+    lines.append(f"pipeline_tag: {_TITLE[trained.base['kind']]}")
+    lines.append("tags:")
+    lines += [f"- {tag}" for tag in dict.fromkeys(tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(recipe: Recipe, to: str) -> str:
+    made = "Mixture-of-Control" if recipe.method.name == "moc" else recipe.method.name
+    tasks = ", ".join(recipe.data.tasks)
+    return f"{made} ([arXiv 2606.31397]({PAPER})), trained on {tasks}; format `{to}`."
+
+
+def _loading(exported: Exported) -> list[str]:
+    if not exported.loading:
+        return []
+    start = 'folder = "."  # where these files are'
+    return ["```python", start, *exported.loading.splitlines(), "```"]
+
+
+def _base(trained: Trained) -> list[str]:
+    model = trained.recipe.model
+    lines = [f"- name: `{_shown(model.model_name_or_path)}`"]
+    lines += [f"- revision: `{model.revision}`"] if model.revision else []
+    return [*lines, f"- sha256 over its weight files: `{trained.weights_hash}`"]
+
+
+def _method(recipe: Recipe, results: dict[str, Any]) -> list[str]:
+    told = json.dumps(recipe.method.model_dump(mode="json", exclude_none=True), indent=2)
+    lines = ["```json", *told.splitlines(), "```"]
+    counts = results.get("parameters")
+    if counts:
+        share, modules = 100 * counts["share"], counts["modules"]
+        lines += ["", f"{counts['adapter']:,} trained parameters, {share:.3f} % of the base's"]
+        lines[-1] += f"; {modules:,} more in whole modules (a head)." if modules else "."
+    return lines
+
+
+def _data(recipe: Recipe, folder: RunFolder) -> list[str]:
+    data, train = recipe.data, recipe.train
+    lines = [
+        f"- suite `{data.suite}`, tasks {', '.join(f'`{task}`' for task in data.tasks)}",
+        f"- rows cut at {data.max_length} tokens; loss on "
+        + ("prompt and answer" if data.train_on_inputs else "the answer alone")
+        + f" (`train_on_inputs: {str(data.train_on_inputs).lower()}`)",
+        f"- learning rate {train.learning_rate:g} ({train.lr_scheduler_type}), "
+        f"{train.per_device_train_batch_size} rows a micro-batch, "
+        f"{train.gradient_accumulation_steps} a step, seed {recipe.seed}",
+    ]
+    try:
+        known = folder.read_environment().get("data", {})
+    except RunError:
+        return lines
+    rows = [
+        f"| {name} | {entry.get('rows', '–')} | `{entry['sha256']}` |"
+        for name, entry in known.items()
+        if isinstance(entry, dict) and "sha256" in entry
+    ]
+    return [*lines, "", "| rows | number | sha256 |", "|---|---|---|", *rows] if rows else lines
+
+
+def _scores(recipe: Recipe, results: dict[str, Any]) -> list[str]:
+    """The run's own scores; what they depend on stands above them."""
+    if results.get("status") != "finished":
+        return ["The run was not finished when this was written."]
+    chosen = results.get("controls", {})
+    limit = recipe.eval.max_samples
+    head = (
+        f"At the end of training: protocol `{results['protocol']}`, "
+        + (f"the first {limit} rows a task" if limit else "all rows")
+        + f", controls of step {chosen.get('step')} ({chosen.get('chosen')}) of "
+        f"{results['steps']}, `train_on_inputs: {str(results['train_on_inputs']).lower()}`."
+    )
+    lines = [head, "", "| task | metric | untrained | trained | majority | n |"]
+    lines.append("|---|---|---|---|---|---|")
+    for task, entry in results["tasks"].items():
+        for one in [entry, *entry.get("also", [])]:
+            cells = [task, one["metric"], _share(one, "before"), _with_error(one)]
+            cells += [_share(one, "majority"), str(one["n"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _evaluations(trained: Trained) -> list[str]:
+    """Scores of `moc eval` on these very controls, each under its own conditions."""
+    lines: list[str] = []
+    for path in sorted((trained.folder.path / "eval").glob("*/results.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # an evaluation that was cut off says nothing about these controls
+        if found.get("controls_sha256") != trained.controls["payload_sha256"]:
+            continue
+        limit = f"{found['limit']} rows a task" if found.get("limit") else "all rows"
+        lines += ["", f"`moc eval`: protocol `{found['protocol']}`, {limit}.", ""]
+        lines += ["| task | metric | trained | majority | n |", "|---|---|---|---|---|"]
+        for task, one in found["tasks"].items():
+            cells = [task, one["metric"], _with_error(one), _share(one, "majority"), str(one["n"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _routing(routing: dict[str, Any]) -> list[str]:
+    pools = routing.get("pools", routing)
+    lines = []
+    for name, pool in pools.items():
+        if not isinstance(pool, dict) or "use" not in pool:
+            continue
+        ranked = sorted(zip(pool["use"], pool["controls"], strict=True), reverse=True)[:5]
+        most = ", ".join(f"{control} {100 * use:.1f} %" for use, control in ranked)
+        dead = ", ".join(pool["dead"]) or "none"
+        lines.append(
+            f"- pool `{name}`: {len(pool['controls'])} controls, {pool['decisions']:,} decisions "
+            f"in the final scoring; most used: {most}; never used: {dead}; a site chose its own "
+            f"control in {100 * pool['local_share']:.1f} %"
+        )
+    return lines
+
+
+def _proof(exported: Exported, sizes: dict[str, int]) -> list[str]:
+    figures = exported.parity
+    lines = []
+    if "max_difference" in figures:
+        told = (
+            "equal to the bit" if figures["bit_equal"] else f"|Δ| ≤ {figures['max_difference']:.3g}"
+        )
+        lines.append(
+            f"A fresh process read this folder: the logits of {figures['positions']} positions in "
+            f"{figures['rows']} padded rows are {told} to those of the run."
+        )
+    rounding = figures.get("rounding")
+    if rounding:
+        lines[-1] = lines[-1].removesuffix(".") + " with its controls rounded alike."
+        lines.append(
+            f"Rounding itself moved a logit by up to {rounding['max_difference']:.3g} "
+            f"({100 * rounding['relative_difference']:.2g} % of the largest); "
+            f"{100 * rounding['same_best']:.1f} % of the positions keep their best."
+        )
+    lines += [*exported.notes, "", "| file | bytes |", "|---|---|"]
+    return lines + [f"| {name} | {size:,} |" for name, size in sizes.items()]
+
+
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join([f"## {title}", "", *lines]) if lines else ""
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return folder.read_results()
+    except RunError:
+        return {}
+
+
+def _shown(name: str) -> str:
+    """A hub id as it is, of a folder only its name."""
+    local = name.startswith(("/", ".", "~")) or Path(name).exists()
+    return Path(name).name if local else name
+
+
+def _share(one: dict[str, Any], key: str) -> str:
+    value = one.get(key)
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _with_error(one: dict[str, Any]) -> str:
+    error = one.get("stderr")
+    return _share(one, "value") + (f" ± {100 * error:.1f}" if error is not None else "")

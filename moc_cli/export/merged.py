@@ -1,0 +1,67 @@
+"""`merged`: LoRA or DoRA folded into the base's weights, as a plain Hugging Face folder."""
+
+from pathlib import Path
+
+import torch
+
+from moc_cli.errors import MocError
+from moc_cli.export import Exported, Options
+from moc_cli.export.parity import check, reference
+from moc_cli.recipe.schema import Recipe
+from moc_cli.trained import Trained
+
+_AROUND = (
+    "a control runs beside a whole block, from the state that enters the block's norm to the "
+    "block's output, and no single weight inside the block does that"
+)
+_WHY = {
+    "moc": f"{_AROUND}; and its gate adds other controls for every row",
+    "control": _AROUND,
+    "molex": "its gate picks a second whole layer for every row, which no weight can do",
+}
+
+
+def refuse(recipe: Recipe, options: Options) -> None:
+    """Raise MocError for methods that weights alone cannot hold."""
+    name = recipe.method.name
+    if name in _WHY:
+        other = "controls" if name == "molex" else "standalone"
+        why = "the adapter for load_controls"
+        if other == "standalone":
+            why = "one Hugging Face folder that needs no moc"
+        raise MocError(
+            f"a run of {name} cannot be merged: {_WHY[name]}", f"take --to {other}: {why}"
+        )
+    if recipe.model.trust_remote_code:
+        raise MocError(
+            "merged writes weights and no code, and this base needs code from its own folder",
+            "take --to controls",
+        )
+
+
+def export(trained: Trained, folder: Path, options: Options) -> Exported:
+    """Merge in float32, round to the type asked for, and write model, tokenizer and settings.
+
+    Half of the tolerance question is the order of additions: W x + B (A x) and (W + B A) x agree
+    up to rounding, not to the bit.
+    """
+    model = trained.adapted.model
+    own = str(model.dtype).removeprefix("torch.")
+    dtype = options.dtype or own
+    expected = reference(trained)
+    model.float()
+    trained.adapted.merge()
+    model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    trained.tokenizer.save_pretrained(folder)
+    auto = "AutoModelForCausalLM" if trained.causal else "AutoModelForSequenceClassification"
+    attention = trained.recipe.model.attn_implementation
+    chosen = f", attn_implementation={attention!r}" if attention else ""
+    loading = (
+        f"from transformers import {auto}\n"
+        f'model = {auto}.from_pretrained(folder, dtype="{dtype}"{chosen})'
+    )
+    narrow = dtype if dtype != "float32" else own
+    parity = check(folder, loading, expected, dtype=narrow, device=trained.device.type)
+    files = tuple(sorted(path.name for path in folder.iterdir()))
+    return Exported(files, parity, (f"Weights merged in float32, kept in {dtype}.",), loading)

@@ -1,0 +1,112 @@
+"""`moc export` behind the door: check, load, write, prove, describe; then, if asked, upload."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import MocError, RunError
+from moc_cli.export import FORMATS, Options, find_format
+from moc_cli.export.card import make_card
+from moc_cli.files import write_folder_atomic, write_text_atomic
+from moc_cli.recipe.load import load_recipe
+from moc_cli.runs import RunFolder
+from moc_cli.trained import open_run
+
+Say = Callable[[str], None]
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An export that is done: where, how it compared, how many bytes each file has."""
+
+    run: str
+    to: str
+    folder: str
+    parity: dict[str, Any]
+    notes: tuple[str, ...]
+    sizes: dict[str, int]
+    facts: dict[str, Any]
+    url: str | None = None
+
+
+def export_run(
+    run: Path,
+    to: str,
+    output: Path,
+    options: Options,
+    *,
+    device: str | None = None,
+    push_to_hub: str | None = None,
+    say: Say = lambda text: None,
+) -> Outcome:
+    """Export a run into a new or empty folder, which appears only when it has been read back.
+
+    Raises MocError for what can be known before weights are loaded, for an export that does not
+    give the run's logits, and for an upload that fails (the folder is then complete).
+    """
+    write = find_format(to)
+    check_output(output)
+    if push_to_hub is not None:
+        check_online()
+    folder = RunFolder.open(run)
+    refuse = getattr(import_module(FORMATS[to].partition(":")[0]), "refuse", None)
+    if refuse is not None:
+        refuse(load_recipe(folder.recipe_file), options)
+    trained = open_run(run, device=device)
+    say(f"writing {output} and reading it back in another process")
+    with write_folder_atomic(output) as temporary:
+        exported = write(trained, temporary, options)
+        written = sizes_of(temporary)
+        absent = set(exported.files) - written.keys()
+        if absent:
+            raise RunError(f"the export lacks {', '.join(sorted(absent))}")
+        write_text_atomic(temporary / CARD, make_card(trained, exported, to, written))
+        sizes = sizes_of(temporary)
+    url = None if push_to_hub is None else push(output, push_to_hub)
+    return Outcome(
+        str(run), to, str(output), exported.parity, exported.notes, sizes, exported.facts, url
+    )
+
+
+def check_output(output: Path) -> None:
+    """Raise MocError unless the folder is new or empty."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise MocError(f"--output {output} is not a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise MocError(f"--output {output} is not empty", "give a new folder")
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """The bytes of every file below a folder, by its name relative to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def check_online() -> None:
+    """Raise MocError where the environment forbids to reach the hub."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise MocError(f"--push-to-hub cannot upload: {name} is set", f"unset {name}")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder to a model repository, made private if it is new; return its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of moc")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MocError(
+            f"{folder} is complete, but the upload to '{name}' failed: {reason}",
+            "see `hf auth whoami` and the network, then upload the folder: "
+            f"hf upload {name} {folder}",
+        ) from error
+    return str(address)
