@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moc_cli.report.tables import MISSING, hundredths
+from moc_cli.report.tables import MISSING, hundredths, score_text
 
 WORDS = ("task", "metric")
 
@@ -20,11 +20,12 @@ def evaluation_table(results: Mapping[str, Any]) -> Table:
     entries = results["tasks"].values()
     based = any("base" in entry for entry in entries)
     parsed = any("unparsed" in entry for entry in entries)
+    perplexed = any(one["metric"] == "perplexity" for entry in entries for one in _metrics(entry))
     columns = ["task", "metric", "value", "±"]
     columns += [*(["base"] if based else []), "majority", "items"]
     columns += [*(["unparsed"] if parsed else []), "seconds"]
     table = Table(
-        title="Scores, in %",
+        title="Scores, in %" + (", but for the perplexity" if perplexed else ""),
         title_justify="left",
         title_style="bold",
         caption=_caption(results),
@@ -50,10 +51,10 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Text]]:
             cells = {
                 "task": name,
                 "metric": one["metric"],
-                "value": hundredths(one["value"]),
-                "±": hundredths(one["stderr"]),
-                "base": hundredths(base.get(one["metric"])),
-                "majority": hundredths(one["majority"]),
+                "value": score_text(one["metric"], one["value"]),
+                "±": score_text(one["metric"], one["stderr"]),
+                "base": score_text(one["metric"], base.get(one["metric"])),
+                "majority": score_text(one["metric"], one["majority"]),
                 "items": items,
                 "unparsed": f"{one['unparsed']:,}" if "unparsed" in one else MISSING,
                 "seconds": f"{one['seconds']:,.0f}",

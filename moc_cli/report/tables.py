@@ -77,10 +77,11 @@ def results_rows(after: Sequence[Score], before: Sequence[Score] = ()) -> list[d
 
 
 def results_table(after: Sequence[Score], before: Sequence[Score] = ()) -> Table:
-    """Show every task's score in hundredths, after and before training."""
+    """Show every task's score in hundredths, a perplexity as it is, after and before training."""
     table = _table("Scores", "task", "metric", "before", "after", "± stderr", "majority", "rows")
     for row in results_rows(after, before):
-        numbers = [hundredths(row[key]) for key in ("before", "value", "stderr", "majority")]
+        shown = [row[key] for key in ("before", "value", "stderr", "majority")]
+        numbers = [score_text(row["metric"], value) for value in shown]
         numbers[1] = f"[bold]{numbers[1]}[/bold]"
         table.add_row(_plain(row["task"]), _plain(row["metric"]), *numbers, f"{row['n']:,}")
     return table
@@ -180,6 +181,13 @@ def bar(share: float, width: int) -> str:
 def hundredths(value: float | None) -> str:
     """Return a fraction as hundredths, 0.8312 as 83.1; a dash where there is none."""
     return MISSING if value is None or value != value else f"{100 * value:.1f}"
+
+
+def score_text(metric: str, value: float | None) -> str:
+    """Return a score, or its error, as tables show it: in hundredths, but for a perplexity."""
+    if metric == "perplexity" and value is not None:
+        return f"{value:,.2f}"
+    return hundredths(value)
 
 
 def size(count: float) -> str:
