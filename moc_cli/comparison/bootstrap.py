@@ -78,7 +78,8 @@ def _class_differences(
     cells = np.bincount((labels * size + first) * size + second, minlength=size**3)
     drawn = rng.multinomial(len(labels), cells / len(labels), size=resamples)
     tables = drawn.reshape(-1, size, size, size).astype(np.float64)
-    return score(tables.sum(2)) - score(tables.sum(3))
+    found: np.ndarray = score(tables.sum(2)) - score(tables.sum(3))
+    return found
 
 
 def _value_differences(

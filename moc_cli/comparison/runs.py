@@ -1,0 +1,161 @@
+"""What is known of a run: its recipe, results, evaluations and items, as far as its folder goes."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import RunError
+from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.schema import Recipe
+from moc_cli.runs import RunFolder
+
+FINAL = "final"  # the scores that training ended with; the others are called as in RUN/eval
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation of a run: what it was made under, and each task's entry of results.json.
+
+    `folder` holds samples.jsonl; None for training's own scores, which keep no items.
+    """
+
+    label: str
+    conditions: dict[str, Any]
+    tasks: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def items(self) -> int:
+        """How many items were scored, over all tasks."""
+        return sum(entry["n"] for entry in self.tasks.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run to compare; `results` is None until it has finished."""
+
+    name: str
+    folder: RunFolder
+    recipe: Recipe
+    results: dict[str, Any] | None
+    environment: dict[str, Any]
+    controls: dict[str, Any]
+    lines: list[dict[str, Any]]
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The folder, as the user wrote it."""
+        return str(self.folder.path)
+
+    @property
+    def step(self) -> int:
+        """The last logged step."""
+        return max((line["step"] for line in self.lines), default=0)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read every run.
+
+    Raises RunError when there are fewer than two, when one is named twice, and naming each folder
+    that is no run.
+    """
+    if len(paths) < 2:
+        raise RunError(
+            f"one run alone cannot be compared: {paths[0] if paths else 'none given'}",
+            "give two run folders or more: moc compare RUN RUN",
+        )
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if path.resolve() in seen:
+            raise RunError(
+                f"{path} and {seen[path.resolve()]} are the same run", "give each run once"
+            )
+        seen[path.resolve()] = path
+    folders, wrong = [], []
+    for path in paths:
+        try:
+            folders.append(_open(path))
+        except RunError as error:
+            wrong.append(error)
+    if wrong:
+        raise RunError("\n".join(error.message for error in wrong), wrong[0].hint)
+    return [_read(name, folder) for name, folder in zip(_short_names(paths), folders, strict=True)]
+
+
+def read_items(scores: Scores) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of samples.jsonl by task; raises RunError where they cannot be trusted."""
+    if scores.folder is None:
+        return {}
+    path = scores.folder / "samples.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+        known = json.loads((scores.folder / "results.json").read_text(encoding="utf-8"))
+        if known["samples_sha256"] != hashlib.sha256(text.encode()).hexdigest():
+            raise RunError(f"{path} is not what results.json beside it was made from")
+        items: dict[str, list[dict[str, Any]]] = {}
+        for line in text.splitlines():
+            item = json.loads(line)
+            items.setdefault(item["task"], []).append(item)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    return items
+
+
+def _open(path: Path) -> RunFolder:
+    seeds = path / "seeds.json"
+    if seeds.is_file():
+        raise RunError(
+            f"{path} holds one run for each of several seeds",
+            f"give one of them, as {path}/seed-<n>; {seeds} names the median run",
+        )
+    return RunFolder.open(path)
+
+
+def _read(name: str, folder: RunFolder) -> Run:
+    results = folder.read_results() if (folder.path / "results.json").is_file() else None
+    if results is not None and results.get("status") != "finished":
+        results = None
+    environment = folder.path / "environment.json"
+    controls = folder.read_controls()[0] if folder.controls.is_dir() else {}
+    scores = _evaluations(folder)
+    if results is not None:
+        recipe_side = {key: results.get(key) for key in ("protocol", "train_on_inputs")}
+        scores[FINAL] = Scores(FINAL, recipe_side, results["tasks"])
+    return Run(
+        name=name,
+        folder=folder,
+        recipe=load_recipe(folder.recipe_file),
+        results=results,
+        environment=folder.read_environment() if environment.is_file() else {},
+        controls=controls,
+        lines=folder.read_metrics(),
+        scores=scores,
+    )
+
+
+def _evaluations(folder: RunFolder) -> dict[str, Scores]:
+    """What `moc eval` has left in the run, by the names of its folders."""
+    found = {}
+    for path in sorted((folder.path / "eval").glob("*/results.json")):
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            tasks = known.pop("tasks")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise RunError(f"{path} cannot be read: {error}", "run moc eval again") from error
+        label = path.parent.name
+        found[label] = Scores(label, known, tasks, path.parent)
+    return found
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """As many last parts of the folders' paths as tell all of them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]

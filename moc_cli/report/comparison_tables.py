@@ -1,0 +1,170 @@
+"""Runs side by side, and several seeds of one recipe, as rich tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moc_cli.report.tables import MISSING, duration, hundredths, size
+
+LABEL = 24  # characters of the first column
+LEAST = 18  # characters that a run's column needs
+
+Row = tuple[str, list[str]]
+
+
+def comparison_tables(found: Mapping[str, Any], *, width: int = 100) -> list[Table]:
+    """Show what `moc compare --json` prints: runs, their scores, differences to the first.
+
+    Runs stand side by side, in as many tables as a terminal of this width needs.
+    """
+    runs = found["runs"]
+    across = max(1, (min(width, 100) - LABEL) // LEAST)
+    tables = []
+    for begin in range(0, len(runs), across):
+        some = runs[begin : begin + across]
+        part = "" if len(runs) <= across else f" {begin + 1} to {begin + len(some)} of {len(runs)}"
+        tables.append(_facts_table(some, f"Runs{part}"))
+        tables.append(_scores_table(some, found, f"Scores{part}, {_source(found['scores'])}"))
+    tables += [_difference_table(run["name"], found) for run in runs[1:]]
+    return [table for table in tables if table.row_count]
+
+
+def seeds_table(found: Mapping[str, Any]) -> Table:
+    """Show what `moc train --seeds --json` prints: every seed's scores, mean, spread, median."""
+    keys = [(task, metric) for task, metrics in found["tasks"].items() for metric in metrics]
+    table = _table(f"{len(found['seeds'])} seeds")
+    table.add_column("seed")
+    for task, metric in keys:
+        table.add_column(Text(f"{task}\n{metric}"), justify="right")
+    averaged = len({task for task, _ in keys}) > 1
+    if averaged:
+        table.add_column("average", justify="right")
+    for one in found["seeds"]:
+        cells = [hundredths(one["tasks"].get(task, {}).get(metric)) for task, metric in keys]
+        cells += [hundredths(one["average"])] if averaged else []
+        median = one["seed"] == found["median"]["seed"]
+        name = f"{one['seed']}  median" if median else str(one["seed"])
+        table.add_row(name, *cells, style="bold" if median else "")
+    table.add_section()
+    summaries = [found["tasks"][task][metric] for task, metric in keys]
+    summaries += [found["average"]] if averaged else []
+    table.add_row("mean ± std", *(_pair(one["mean"], one["std"]) for one in summaries))
+    if any(one["before"] is not None for one in summaries):
+        table.add_row("before training", *(hundredths(one["before"]) for one in summaries))
+    return table
+
+
+def _facts_table(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
+    kinds = {run["memory_kind"] for run in runs if run["memory_kind"]}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    rows: list[Row] = [
+        ("method", [run["method"] for run in runs]),
+        ("steps", [_steps(run) for run in runs]),
+        ("trained, % of base", [_percent(run["share"], 3) for run in runs]),
+        ("training time", [_or(duration, run["seconds"]) for run in runs]),
+        ("tokens/s", [_or("{:,.0f}".format, run["tokens_per_second"]) for run in runs]),
+        (kind or "peak memory", [_memory(run, kind is None) for run in runs]),
+    ]
+    pools = dict.fromkeys(pool for run in runs for pool in run["routing"])
+    for pool in pools:
+        states = [run["routing"].get(pool) for run in runs]
+        name = "" if len(pools) == 1 else f" ({pool})"
+        local = [_percent(state and state["local_share"], 1) for state in states]
+        dead = [f"{one['dead']} of {one['controls']}" if one else MISSING for one in states]
+        rows += [(f"routed to own, %{name}", local), (f"dead controls{name}", dead)]
+    return _beside(title, [run["name"] for run in runs], rows)
+
+
+def _scores_table(runs: Sequence[Mapping[str, Any]], found: Mapping[str, Any], title: str) -> Table:
+    keys = dict.fromkeys(
+        (task, metric) for run in runs for task, ms in run["tasks"].items() for metric in ms
+    )
+    rows: list[Row] = []
+    for task, metric in keys:
+        scores = [run["tasks"].get(task, {}).get(metric) for run in runs]
+        rows.append(
+            (
+                f"{task} {metric}",
+                [_pair(one["value"], one["stderr"]) if one else MISSING for one in scores],
+            )
+        )
+        best = {one["majority"] for one in scores if one and one["majority"] is not None}
+        if len(best) == 1:
+            rows.append(("  constant answer", [hundredths(best.copy().pop())] * len(runs)))
+    if len(found["averaged"]) > 1:
+        cells = [hundredths(run["average"]) for run in runs]
+        rows.append((f"average of {len(found['averaged'])}", cells))
+    return _beside(title, [run["name"] for run in runs], rows)
+
+
+def _difference_table(name: str, found: Mapping[str, Any]) -> Table:
+    """A run against the first; a difference whose interval leaves 0 out is bold."""
+    table = _table(f"{name} less {found['first']}")
+    table.add_column("", overflow="fold")
+    percent = f"{100 * found['confidence']:.0f} %"
+    for column in ("difference", f"{percent} interval", "items", "only it right", "only first"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in found["differences"]:
+        if one["run"] != name:
+            continue
+        known = one["low"] is not None
+        ends = f"{_signed(one['low'])} to {_signed(one['high'])}" if known else MISSING
+        apart = known and not one["low"] <= 0 <= one["high"]
+        table.add_row(
+            Text(f"{one['task']} {one['metric']}".rstrip()),
+            Text(_signed(one["value"]), "bold" if apart else ""),
+            ends,
+            f"{one['items']:,}" if one["items"] else MISSING,
+            _or("{:,}".format, one["only_this"]),
+            _or("{:,}".format, one["only_first"]),
+        )
+    return table
+
+
+def _beside(title: str, names: Sequence[str], rows: Sequence[Row]) -> Table:
+    table = _table(title)
+    table.add_column("", max_width=LABEL, overflow="fold")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold", min_width=8)
+    for label, cells in rows:
+        style = "dim" if label.startswith(" ") else ""
+        table.add_row(Text(label), *map(Text, cells), style=style)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+
+
+def _source(label: str) -> str:
+    return "at the end of training" if label == "final" else f"of moc eval ({label})"
+
+
+def _steps(run: Mapping[str, Any]) -> str:
+    done = f"{run['step']:,}"
+    return done if run["status"] == "finished" else f"{done}, {run['status']}"
+
+
+def _memory(run: Mapping[str, Any], with_kind: bool) -> str:
+    if run["peak_memory"] is None:
+        return MISSING
+    return size(run["peak_memory"]) + (f" ({run['memory_kind']})" if with_kind else "")
+
+
+def _percent(share: float | None, digits: int) -> str:
+    return MISSING if share is None else f"{100 * share:.{digits}f}"
+
+
+def _pair(value: float | None, spread: float | None) -> str:
+    return hundredths(value) + ("" if spread is None else f" ± {hundredths(spread)}")
+
+
+def _signed(value: float) -> str:
+    return "0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}"
+
+
+def _or(shown: Any, value: Any) -> str:
+    return MISSING if value is None else str(shown(value))
