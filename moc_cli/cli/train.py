@@ -135,6 +135,10 @@ def _show_preview(recipe: "Recipe", json: bool) -> None:
         f"{read.rows:,} rows, {read.truncated:,} of them cut to {recipe.data.max_length} tokens; "
         f"{read.steps:,} steps; {100 * read.padding_share:.1f} % padding\n"
     )
+    if read.dropped:
+        from moc_cli.training.words import dropped
+
+        console.print(f"Left out: {dropped(read.dropped)}\n")
     console.print(_row(read, colored=console.is_terminal and not console.no_color))
 
 

@@ -47,6 +47,11 @@ def protocol_of(data: DataSection, asked: str) -> str:
     return "texts" if data.suite == "custom" else asked
 
 
+def votes_of(data: DataSection) -> dict[str, str]:
+    """Return what results.json says of the tokens that voted when one's own texts were scored."""
+    return {"votes": VOTERS[data.format]} if data.format in VOTERS else {}
+
+
 def is_written(examples: Sequence[Example]) -> bool:
     """Whether examples are one's own texts, which `evaluate_texts` scores."""
     return bool(examples) and isinstance(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.custom.rows import read_scored
 from moc_cli.data.suites import load_examples, scored_splits
 from moc_cli.evaluation.beside import Known
+from moc_cli.evaluation.custom import votes_of
 from moc_cli.evaluation.report import Report
 from moc_cli.evaluation.results import Evaluation
 from moc_cli.evaluation.suite import Scoring, Task, entry, metric_entries, samples, score
@@ -50,7 +51,8 @@ class Plan:
     @property
     def conditions(self) -> dict[str, Any]:
         """What the numbers depend on, beside the subject and its rows."""
-        return {"suite": self.suite, "protocol": self.how.protocol, "limit": self.limit}
+        told = {"suite": self.suite, "protocol": self.how.protocol, "limit": self.limit}
+        return told | (votes_of(self.own) if self.own else {})
 
 
 def read_tasks(plan: Plan) -> list[Task]:

@@ -16,6 +16,7 @@ from moc_cli.data.examples import ChatExample, Example, fingerprint, hold_out, s
 from moc_cli.data.prompts import template_hash
 from moc_cli.data.suites import load_examples, scored_splits
 from moc_cli.errors import DataError
+from moc_cli.evaluation.custom import votes_of
 from moc_cli.recipe.schema import DataSection
 from moc_cli.training.contracts import Data
 from moc_cli.training.loss import Kind
@@ -40,11 +41,11 @@ class Rows:
     scored: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, data: DataSection) -> dict[str, Any]:
         """Return what results.json says of one's own rows."""
         if self.scored is None:
             return {}
-        return {"scored_split": self.scored, "dropped": self.dropped}
+        return {"scored_split": self.scored, "dropped": self.dropped} | votes_of(data)
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Return the number and hash of each part, and the hash of the prompts' template."""

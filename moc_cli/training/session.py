@@ -300,13 +300,13 @@ class Session:
         before: dict[str, dict[str, float]],
     ) -> dict[str, Any]:
         """Return what results.json holds, but for controls and routing."""
-        counters, counts = outcome.counters, self.adapted.counts()
+        recipe, counters, counts = self.recipe, outcome.counters, self.adapted.counts()
         return {
             "status": "finished",
             "tasks": task_entries(after, before),
             "average": average([evaluation.main for evaluation in after.values()]),
-            "protocol": protocol_of(self.recipe.data, self.recipe.eval.protocol),
-            "train_on_inputs": self.recipe.data.train_on_inputs,
+            "protocol": protocol_of(recipe.data, recipe.eval.protocol),
+            "train_on_inputs": recipe.data.train_on_inputs,
             "stopped": outcome.stopped,
             "steps": counters.step,
             "epochs": outcome.epochs,
@@ -323,7 +323,7 @@ class Session:
                 "share": counts.share,
             },
             "memory": outcome.memory,
-            **self.rows.facts(),
+            **self.rows.facts(recipe.data),
         }
 
     def explained(self, stop: Interrupted) -> Interrupted:

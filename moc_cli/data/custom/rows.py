@@ -54,7 +54,11 @@ def read_custom(data: DataSection) -> CustomRows:
     complaints.tell()
     train, validation = parts["train"], parts.get("validation", [])
     if "validation" not in parts and data.held_out:
+        whole = len(train)
         train, validation = hold_out(train, data.held_out, seed=DRAW)
+        copies = whole - len(train) - len(validation)
+        if copies:
+            dropped["train"]["a held-out row's copy"] = copies
     test = parts.get("test", validation)
     if not test:
         raise DataError(
