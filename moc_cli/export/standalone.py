@@ -16,13 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options
-from moc_cli.export.parity import check, reference
+from moc_cli.export import Exported, Options, parity
 from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.models.families import Family, Port
 from moc_cli.models.ports import find_layers, find_runner
 
 if TYPE_CHECKING:
+    from moc_cli.recipe.schema import Recipe
     from moc_cli.trained import Trained
 
 MODELING = "modeling_moc"
@@ -50,42 +50,36 @@ class {model}({bases}):
 def export(trained: "Trained", folder: Path, options: Options) -> Exported:
     """Write the run's model with its controls, and read it back where moc cannot be imported.
 
-    Raises MocError for methods without controls and for a base that is itself custom code.
+    Raises MocError for a base that is itself custom code.
     """
-    check_method(trained.recipe.method.name)
     model = trained.adapted.model
-    dtype = str(model.dtype).removeprefix("torch.")
-    if options.dtype not in (None, dtype):
-        raise MocError(
-            f"--dtype {options.dtype}: standalone keeps the base's own type, which is {dtype}",
-            f"leave --dtype out, and load with from_pretrained(..., dtype=torch.{options.dtype})",
-        )
-    expected = reference(trained)
+    expected = parity.reference(trained)
     write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.causal, folder)
-    loading = _loading(trained.causal, trained.recipe.model.attn_implementation)
+    load = _code(trained.causal, trained.recipe.model.attn_implementation, "folder")
     with TemporaryDirectory(prefix="moc-modules-") as modules:
-        parity = check(
+        figures = parity.check(
             folder,
-            f'sys.modules["moc_cli"] = None  # as where it is not installed\n{loading}',
+            f'sys.modules["moc_cli"] = None  # as where it is not installed\n{load}',
             expected,
-            dtype=dtype,
-            device=str(trained.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=trained.device.type,
             environment={"HF_MODULES_CACHE": modules},
         )
     return Exported(
         files=tuple(sorted(path.name for path in folder.iterdir())),
-        parity=parity,
+        parity=figures,
         notes=(
             f"{MODELING}.py needs torch and transformers alone; it was tried with transformers "
             f"{transformers.__version__}.",
             "For inference: in training mode it routes as in evaluation, and balances nothing.",
         ),
-        loading=loading,
+        loading=_code(trained.causal, trained.recipe.model.attn_implementation, '"FOLDER"'),
     )
 
 
-def check_method(name: str) -> None:
-    """Raise MocError for a method whose forward the modeling file does not know."""
+def check(recipe: "Recipe", options: Options) -> None:
+    """Raise MocError for a method whose forward the modeling file does not know, and for a type."""
+    name, dtype = recipe.method.name, "bfloat16" if recipe.train.bf16 else "float32"
     if name in ("lora", "dora"):
         raise MocError(
             f"standalone is for controls, and a run of {name} has none: it changes the base's "
@@ -96,6 +90,11 @@ def check_method(name: str) -> None:
         raise MocError(
             f"standalone is for moc and control; a run of {name} needs the tool itself",
             "take --to controls",
+        )
+    if options.dtype not in (None, dtype):
+        raise MocError(
+            f"--dtype {options.dtype}: standalone keeps the run's own type, which is {dtype}",
+            f"leave --dtype out, and load with from_pretrained(..., dtype=torch.{options.dtype})",
         )
 
 
@@ -181,7 +180,7 @@ def describe(model: PreTrainedModel, adapter: dict[str, Any]) -> dict[str, Any]:
 def _routing(method: dict[str, Any], blocks: list[str]) -> dict[str, Any]:
     """The part of the settings that only a gate reads; Control is K = 0."""
     if method["name"] == "control":
-        return {"top_k": 0, "pools": {block: block for block in blocks}}
+        return {"top_k": 0, "pools": {block: block for block in blocks}, "decode": "frozen"}
     gate, routing = method["gate"], method["routing"]
     shared = method["share_gate"] and len(blocks) > 1
     return {
@@ -202,10 +201,10 @@ def _name(model: nn.Module, part: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
-def _loading(causal: bool, attention: str | None) -> str:
+def _code(causal: bool, attention: str | None, folder: str) -> str:
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     chosen = f", attn_implementation={attention!r}" if attention else ""
     return (
-        f"from transformers import {auto}\n"
-        f"model = {auto}.from_pretrained(folder, trust_remote_code=True{chosen})"
+        f"from transformers import {auto}\n\n"
+        f"model = {auto}.from_pretrained({folder}, trust_remote_code=True{chosen})"
     )

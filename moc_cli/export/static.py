@@ -1,0 +1,256 @@
+"""`static`: routes frozen to each site's most used choice; what is left is an ungated control.
+
+Local and routed controls of a site become one pair of rank r·(K+1), in which α, 1−α, π and the
+scale are folded: an adapter of the method `control`. Routes are counted on training rows, so that
+the rows that are scored play no part in the choice.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from moc_cli.controls import CONFIG, PAYLOAD, write_adapter
+from moc_cli.data.examples import Example, subset
+from moc_cli.errors import MocError
+from moc_cli.export import Exported, Options, parity
+from moc_cli.export.card import base_code
+from moc_cli.methods.recording import Record
+from moc_cli.nn.gate import Route
+from moc_cli.nn.mixture import Mixture, Site
+from moc_cli.recipe.methods import ControlMethod
+from moc_cli.report.progress import WorkProgress
+from moc_cli.training.build import make_rows
+from moc_cli.training.rows import task_kind
+from moc_cli.training.scoring import Scorer
+
+if TYPE_CHECKING:
+    from moc_cli.evaluation.results import TaskResult
+    from moc_cli.recipe.schema import Recipe
+    from moc_cli.trained import Trained
+
+DRAW = 0  # which rows are drawn follows no seed: exports of several runs count on the same rows
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """One site's choice for good: the members of its pool and their weights, K each."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def check(recipe: "Recipe", options: Options) -> None:
+    """Raise MocError where there are no routes to freeze, and for a narrower type."""
+    method = recipe.method
+    if method.name != "moc" or not method.top_k:
+        raise MocError(
+            f"static freezes the routes of a gate, and a run of {method.name} has none"
+            + (" (top_k is 0)" if method.name == "moc" else ""),
+            "take --to merged" if method.name in ("lora", "dora") else "take --to controls",
+        )
+    if options.dtype not in (None, "float32"):
+        raise MocError(f"--dtype {options.dtype}: static writes float32", "leave --dtype out")
+
+
+def export(trained: "Trained", folder: Path, options: Options) -> Exported:
+    """Count routes, freeze them, write the pairs, and compare with the mixture so rerouted."""
+    mixture = trained.adapted.mixture
+    assert mixture is not None  # `check` refused what has none
+    calibration, scored = _rows(trained, options.calibration)
+    counted, _ = _score(trained, calibration, "counting routes", options.silent)
+    frozen = choose(mixture, counted)
+    other, before = _score(trained, scored, "scoring with its routes", options.silent)
+    with held(mixture, frozen):
+        _, after = _score(trained, scored, "scoring with frozen routes", options.silent)
+        expected = parity.reference(trained)
+    method = static_method(trained.recipe.method)
+    config = trained.adapted.adapter_config() | trained.base
+    config |= {"method": method.model_dump(mode="json"), "step": trained.controls.get("step")}
+    write_adapter(folder, config, save(fold(trained, frozen), {"format": "pt"}))
+    figures = parity.check(
+        folder,
+        _code(trained, "folder"),
+        expected,
+        dtype="bfloat16" if trained.recipe.train.bf16 else "float32",
+        device=trained.device.type,
+    )
+    facts = {
+        "agreement": {
+            "calibration": _share(mixture, counted, frozen, calibration),
+            "scored": _share(mixture, other, frozen, scored),
+        },
+        "scores": [_change(*pair) for pair in zip(before, after, strict=True)],
+        "routes": _names(mixture, frozen),
+    }
+    return Exported(
+        (CONFIG, PAYLOAD),
+        figures,
+        _notes(facts, method.rank),
+        _code(trained, '"FOLDER"'),
+        library="moc",
+        facts=facts,
+    )
+
+
+def choose(mixture: Mixture, record: Record) -> dict[int, Frozen]:
+    """Each site's K most used controls (ties: the larger weight, then the lower index).
+
+    Their weights are the mean of those that they got when they were chosen, with the sum 1 unless
+    the gate's estimator is `probability`. Raises MocError where a site decided nothing.
+    """
+    found = {}
+    for site in mixture.sites:
+        counts, weights = record.counts(site.index), record.weights(site.index)
+        if not counts.any():
+            raise MocError("no row of the calibration decides a route: none has a prompt")
+        order = sorted(range(len(counts)), key=lambda k: (-counts[k], -weights[k], k))
+        ids = order[: mixture.routing.top_k]
+        means = [(weights[k] / counts[k].clamp(min=1)).item() for k in ids]
+        total = 1.0 if mixture.routing.estimator == "probability" else sum(means)
+        found[site.index] = Frozen(tuple(ids), tuple(mean / total for mean in means))
+    return found
+
+
+@contextmanager
+def held(mixture: Mixture, frozen: dict[int, Frozen]) -> Iterator[None]:
+    """Within it every decision of a site is its frozen choice."""
+
+    def reroute(site: Site, route: Route) -> Route:
+        choice, size = frozen[site.index], (route.voters, 1)
+        ids = torch.tensor([choice.ids], device=route.ids.device).repeat(size)
+        weights = route.weights.new_tensor([choice.weights]).repeat(size)
+        return Route(ids, weights)
+
+    before, mixture.reroute = mixture.reroute, reroute
+    try:
+        yield
+    finally:
+        mixture.reroute = before
+
+
+def static_method(method: Any) -> ControlMethod:
+    """The `control` method that the frozen run is."""
+    return ControlMethod(
+        rank=method.rank * (method.top_k + 1), sites=method.sites, placement=method.placement
+    )
+
+
+def fold(trained: "Trained", frozen: dict[int, Frozen]) -> dict[str, Tensor]:
+    """The adapter's state: A (r(K+1), d), B (d, r(K+1)) with α, 1−α, π and the scale in it."""
+    mixture = trained.adapted.mixture
+    assert mixture is not None
+    alpha = mixture.routing.alpha
+    state = {k: v for k, v in trained.adapted.state().items() if k.startswith("modules.")}
+    for site in mixture.sites:
+        choice, pool = frozen[site.index], mixture.pools[site.pool]
+        parts = [(mixture.control(site.index), alpha)]
+        for k, weight in zip(choice.ids, choice.weights, strict=True):
+            parts.append((mixture.control(pool[k]), (1 - alpha) * weight))
+        key = f"controls.{site.layer}.{site.block}"
+        A = torch.cat([control.A for control, _ in parts])
+        B = torch.cat([mixture.scale * weight * control.B for control, weight in parts], dim=1)
+        state[f"{key}.A"] = A.detach().cpu().contiguous()
+        state[f"{key}.B"] = B.detach().cpu().contiguous()
+    return state
+
+
+def _rows(trained: "Trained", limit: int) -> tuple[dict[str, list[Example]], ...]:
+    """Up to `limit` rows a task: of the training part to count on, of the scored part to score."""
+    recipe, rows = make_rows(trained.recipe)
+    train = {
+        task: subset([row for row in rows.train if row.task == task], limit, seed=DRAW)
+        for task in recipe.data.tasks
+    }
+    scored = {name: subset(part, limit, seed=DRAW) for name, part in rows.tests.items()}
+    return (
+        {name: part for name, part in train.items() if part},
+        {name: part for name, part in scored.items() if part},
+    )
+
+
+def _score(
+    trained: "Trained", tasks: dict[str, list[Example]], what: str, silent: bool
+) -> tuple[Record, list["TaskResult"]]:
+    """Score each task; return what the gates decided on its rows, and the main results."""
+    data = trained.recipe.data
+    scorer = Scorer(
+        trained.adapted,
+        trained.tokenizer,
+        task_kind(data),
+        trained.recipe.eval.per_device_eval_batch_size,
+        data.max_length,
+    )
+    recorder = trained.adapted.recorder()
+    assert recorder is not None
+    results = []
+    with recorder:
+        for name, examples in tasks.items():
+            with WorkProgress(f"{what}: {name}", len(examples), silent=silent) as bar:
+                results.append(scorer.score(examples, bar.observe).main)
+    return recorder.record(), results
+
+
+def _share(
+    mixture: Mixture,
+    record: Record,
+    frozen: dict[int, Frozen],
+    rows: dict[str, Sequence[Example]],
+) -> dict[str, Any]:
+    """The share of all choices that are the frozen ones, over all sites; the lowest site's."""
+    same, made = [], []
+    for site in mixture.sites:
+        counts = record.counts(site.index)
+        same.append(counts[list(frozen[site.index].ids)].sum().item())
+        made.append(counts.sum().item())
+    shares = [part / whole if whole else 0.0 for part, whole in zip(same, made, strict=True)]
+    lowest = min(range(len(shares)), key=shares.__getitem__)
+    return {
+        "share": sum(same) / max(sum(made), 1),
+        "lowest": {"site": mixture.sites[lowest].name, "share": shares[lowest]},
+        "rows": sum(map(len, rows.values())),
+    }
+
+
+def _change(before: "TaskResult", after: "TaskResult") -> dict[str, Any]:
+    return {
+        "task": before.task,
+        "metric": before.metric,
+        "before": before.value,
+        "after": after.value,
+        "n": before.n,
+        "stderr": before.stderr,
+    }
+
+
+def _names(mixture: Mixture, frozen: dict[int, Frozen]) -> dict[str, list[str]]:
+    """Each site's frozen controls, by name."""
+    return {
+        site.name: [mixture.sites[mixture.pools[site.pool][k]].name for k in frozen[site.index].ids]
+        for site in mixture.sites
+    }
+
+
+def _notes(facts: dict[str, Any], rank: int) -> tuple[str, ...]:
+    counted, scored = facts["agreement"]["calibration"], facts["agreement"]["scored"]
+    lines = [
+        f"Routes agree with the frozen ones in {counted['share']:.1%} of the choices on "
+        f"{counted['rows']} training rows, and in {scored['share']:.1%} on {scored['rows']} "
+        f"scored rows (lowest site {scored['lowest']['site']}: {scored['lowest']['share']:.1%})."
+    ]
+    for score in facts["scores"]:
+        lines.append(
+            f"{score['task']}: {score['metric']} {score['before']:.4f} with its routes, "
+            f"{score['after']:.4f} frozen, on the same {score['n']} rows."
+        )
+    return (*lines, f"An ungated control of rank {rank} at each site; load it as any adapter.")
+
+
+def _code(trained: "Trained", folder: str) -> str:
+    lines = ["from moc_cli import load_controls", base_code(trained)]
+    return "\n".join([*lines, f"load_controls(model, {folder})"])
