@@ -64,7 +64,7 @@ def evaluate(
         typer.Option(
             metavar="DIR",
             help="Where results.json and samples.jsonl go; default: RUN/eval/<protocol>, or "
-            "outputs/eval/<model>/<suite>-<protocol>, with the limit.",
+            "runs/eval/<model>/<suite>-<protocol>, with the limit.",
         ),
     ] = None,
     json: JsonOption = False,

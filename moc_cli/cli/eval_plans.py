@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-OUTPUTS = Path("outputs") / "eval"  # of bare models
+OUTPUTS = Path("runs") / "eval"  # of bare models
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,30 @@ def run_asked(run: Path, request: Request) -> Asked:
 
 
 def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
+    from moc_cli.evaluation.custom import protocol_of
     from moc_cli.evaluation.session import Plan
     from moc_cli.evaluation.suite import Scoring
 
-    data, classified = recipe.data, recipe.data.suite == "glue"
-    wrong = _task_mistakes(data.suite, request.tasks)
-    if classified:
+    data = recipe.data
+    own = data if data.suite == "custom" else None
+    usual = protocol_of(data, recipe.eval.protocol)
+    if own:
+        wrong = [
+            f"--tasks: the run's own task is '{own.tasks[0]}', found '{name}'"
+            for name in request.tasks
+            if name not in own.tasks
+        ]
+    else:
+        wrong = _task_mistakes(data.suite, request.tasks)
+    if own and request.protocol:
+        wrong.append(f"--protocol {request.protocol} is for questions with options")
+    if usual == "classify":
         wrong += [
             f"--tasks: the run's classifier was trained on {data.tasks[0]}, not on {name}"
             for name in request.tasks
             if name not in data.tasks and not wrong
         ]
-        if request.protocol:
+        if request.protocol and not own:
             wrong.append(
                 f"--protocol {request.protocol} is for questions; {data.suite} is classified"
             )
@@ -115,7 +127,7 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
     if data.suite == "builtin" and request.path:
         wrong.append("--path: the builtin suite is inside this package")
     refuse(wrong)
-    protocol: Any = "classify" if classified else request.protocol or recipe.eval.protocol
+    protocol: Any = request.protocol or usual
     size = _batch_size(request.batch_size, recipe.eval.per_device_eval_batch_size)
     return Plan(
         suite=data.suite,
@@ -124,6 +136,7 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
         limit=request.limit,
         how=Scoring(protocol, size, data.max_length),
         base=request.base,
+        own=own,
     )
 
 
@@ -132,13 +145,15 @@ def _run_subject(run: Path, device: str | None) -> "Subject":
     from moc_cli.trained import open_run
 
     opened = open_run(run, device=device)
+    data = opened.recipe.data
+    prompted = opened.causal and data.format != "text"  # a plain text is learned as a whole
     facts = {
         "run": opened.name,
         "method": opened.recipe.method.name,
         "model": opened.recipe.model.model_name_or_path,
         "base_weights_sha256": opened.weights_hash,
         "controls_sha256": opened.controls["payload_sha256"],
-        "train_on_inputs": opened.recipe.data.train_on_inputs if opened.causal else None,
+        "train_on_inputs": data.train_on_inputs if prompted else None,
     }
     return Subject(opened.adapted, opened.tokenizer, facts | _where(opened))
 
