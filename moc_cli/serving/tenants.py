@@ -1,0 +1,144 @@
+"""Many tenants on one base: control sets come and go, and one batch may mix them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moc_cli.adapters import check_adapter, check_free
+from moc_cli.errors import MocError
+from moc_cli.methods.state import make_mixture
+from moc_cli.models.families import Family
+from moc_cli.models.passes import Passes
+from moc_cli.models.ports import find_layers, find_runner
+from moc_cli.recipe.methods import ControlMethod, MocMethod
+from moc_cli.recipe.suggest import choices
+from moc_cli.serving.crowd import ControlSet, Crowd, Place
+
+
+class Tenants:
+    """Control sets on one frozen model, each the adapter folder of a `moc` or `control` run.
+
+        tenants = Tenants(model)
+        tenants.add("law", "runs/law/controls")
+        tenants.add("code", "runs/code/controls")
+        with tenants.rows(["law", None, "code"]):
+            model.generate(**three_prompts)
+
+    A row without a set is the bare base, as is everything outside of `rows`. A generation keeps
+    the sets it began with: they can be removed or replaced while it runs, and its later steps need
+    no `rows`. Rows are routed apart, by their own sets. Not for training, nor for several threads.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_free(model)
+        self.model = model
+        self._sets: dict[str, ControlSet] = {}
+        self._crowd = Crowd()
+        self._family: Family | None = None
+        self._handles: list[RemovableHandle] = []
+        self._passes: Passes | None = None
+
+    def add(self, name: str, folder: str | Path, *, replace: bool = False) -> int:
+        """Read an adapter folder and keep it under a name; returns the bytes that it takes.
+
+        With `replace` a set of the same name gives way; generations that use it go on with it.
+        Raises MocError for a name that is taken, RunError as `load_controls` does, and where the
+        set cannot share a batch: another method, a trained head, a route for every token.
+        """
+        if name in self._sets and not replace:
+            raise MocError(f"there is a control set '{name}' already", "give replace=True")
+        found = check_adapter(self.model, folder)
+        method = _shareable(str(folder), found.config.method, tuple(found.config.modules))
+        mixture, family = make_mixture(self.model, method, found.seed)
+        if self._family is not None and family != self._family:
+            raise MocError(f"{folder} places its controls elsewhere than the sets that are here")
+        mixture.load_state_dict(load(found.adapter.payload()), strict=True)
+        mixture.requires_grad_(False).train(False)
+        if self._family is None:
+            self._place(family)
+        self._sets[name] = ControlSet(name, mixture)
+        return self._sets[name].bytes
+
+    def remove(self, name: str) -> None:
+        """Forget a set; generations that use it go on with it, new ones cannot begin."""
+        self._find(name)
+        del self._sets[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sets there are."""
+        return tuple(self._sets)
+
+    def memory(self) -> dict[str, int]:
+        """The bytes of each set's controls and gates."""
+        return {name: kept.bytes for name, kept in self._sets.items()}
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within it the rows of a batch use these sets, in their order; None: the bare base.
+
+        Beams and returned sequences of a row share its set. Raises MocError for an unknown name.
+        """
+        before = self._crowd.assigned
+        self._crowd.assigned = tuple(None if name is None else self._find(name) for name in names)
+        try:
+            yield
+        finally:
+            self._crowd.assigned = before
+
+    def detach(self) -> PreTrainedModel:
+        """Take every set and hook out: the model is as it came."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._passes is not None:
+            self._passes.remove()
+        self._passes = self._family = None
+        self._sets.clear()
+        return self.model
+
+    def _find(self, name: str) -> ControlSet:
+        if name not in self._sets:
+            known = choices(name, self._sets) if self._sets else "; there is none yet"
+            raise MocError(f"no control set '{name}'{known}")
+        return self._sets[name]
+
+    def _place(self, family: Family) -> None:
+        """Register the hooks, once, at every block where a set may have a control."""
+        self._family = family
+        for number, layer in enumerate(find_layers(self.model, family)):
+            for block in ("attn", "ffn"):
+                port, place = family.port(block), Place(self._crowd, number, block)
+                read, write = layer.get_submodule(port.read), layer.get_submodule(port.write)
+                self._handles += [
+                    read.register_forward_pre_hook(place.read, with_kwargs=True),
+                    write.register_forward_hook(place.write),
+                ]
+        self._passes = Passes(
+            self.model,
+            self._crowd,
+            causal=family.causal,
+            new_store=self._crowd.new_store,
+            runner=find_runner(self.model, family),
+        )
+
+
+def _shareable(folder: str, method: Any, modules: tuple[str, ...]) -> MocMethod | ControlMethod:
+    """Return the method; refuse what cannot share a forward with other sets."""
+    if not isinstance(method, MocMethod | ControlMethod):
+        raise MocError(
+            f"{folder} holds method '{method.name}'; tenants share a batch with moc and control"
+        )
+    if modules:
+        raise MocError(f"{folder} holds trained modules ({', '.join(modules)}); a batch has one")
+    if isinstance(method, MocMethod) and method.top_k:
+        if method.routing.level == "token":
+            raise MocError(f"{folder} routes every token apart (method.routing.level: token)")
+        if method.routing.decode == "running":
+            raise MocError(f"{folder} routes anew at every step (method.routing.decode: running)")
+    return method
