@@ -1,4 +1,6 @@
-"""Generation with controls against the bare base, pair by pair: `python tests/benchmarks/generation.py`.
+"""Generation with controls against the bare base, pair by pair.
+
+    python tests/benchmarks/generation.py
 
 Both models are in one process and take turns, so that a busy machine slows both. The ceiling is
 what the controls' extra bytes allow where a token costs the reading of all weights:
