@@ -1,6 +1,8 @@
 """`moc train RECIPE`: fine-tune, score before and after, and say what to try next."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import dumps as quote
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +35,15 @@ def train(
         Path | None,
         typer.Option(metavar="DIR", help="The run folder, instead of output.output_dir."),
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train N seeds, the recipe's and the next ones, each into DIR/seed-<n>; report "
+            "mean, spread and the median run.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything short of weights; show one row."),
@@ -51,6 +62,11 @@ def train(
     loaded = load_recipe(recipe, [*changes, *folder])
     if resume is not None and overwrite:
         raise MocError("--resume and --overwrite exclude each other", "give only one of them")
+    if seeds is not None and resume not in (None, "auto"):
+        raise MocError(
+            f"--resume {resume} is one run's checkpoint, and --seeds trains several",
+            "use --resume auto, or leave out --seeds",
+        )
     if dry_run:
         _show_preview(loaded, json)
         return
@@ -59,28 +75,69 @@ def train(
     words = [program(), "train", recipe]
     for change in changes:
         words += ["--set", change]
+    if seeds is not None:
+        words += ["--seeds", str(seeds)]
     call = Call(shlex.join(words), None if output_dir is None else str(output_dir))
-    _train(loaded, call, resume, overwrite, json)
+    if seeds is None:
+        _train(loaded, call, resume, overwrite, json)
+    else:
+        _train_seeds(loaded, seeds, call, resume is not None, overwrite, json)
 
 
 def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, json: bool) -> None:
     from moc_cli.report.output import print_json, say
-    from moc_cli.training.interrupt import Interrupted
     from moc_cli.training.session import Session
 
     session = Session(recipe, call=call, say=say, silent=json)
-    try:
+    with _telling_stops(json):
         finished = session.run(resume=resume, overwrite=overwrite)
+    if json:
+        print_json(finished.results)
+    else:
+        _show(finished, recipe, call)
+
+
+def _train_seeds(
+    recipe: "Recipe", count: int, call: "Call", resume: bool, overwrite: bool, json: bool
+) -> None:
+    from moc_cli.report.comparison_tables import seeds_table
+    from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.training.seeds import SUMMARY, train_seeds
+
+    with _telling_stops(json):
+        found = train_seeds(
+            recipe, count, call=call, say=say, silent=json, resume=resume, overwrite=overwrite
+        )
+    if json:
+        print_json(found)
+        return
+    print_table(seeds_table(found))
+    median = found["median"]
+    say(f"The median run by {median['by']} is seed {median['seed']}: {median['path']}")
+    say(f"Written: {Path(recipe.output.output_dir) / SUMMARY}")
+    say("\nTry next:")
+    lines = [f"eval {shlex.quote(median['path'])}   # score every item of the median run"]
+    if count > 1:
+        runs = shlex.join(one["path"] for one in found["seeds"])
+        lines.append(f"compare {runs}   # the seeds side by side")
+    for line in lines:
+        say(f"  {program()} {line}")
+
+
+@contextmanager
+def _telling_stops(json: bool) -> Iterator[None]:
+    """Tell of an interrupted training what was kept and how to go on, and end the command."""
+    from moc_cli.report.output import print_json, say
+    from moc_cli.training.interrupt import Interrupted
+
+    try:
+        yield
     except Interrupted as stop:
         if json:
             print_json({"status": "stopped", "message": stop.message, "hint": stop.hint})
         else:
             say(f"{stop.message}\n{stop.hint}")
         raise typer.Exit(stop.exit_code) from None
-    if json:
-        print_json(finished.results)
-    else:
-        _show(finished, recipe, call)
 
 
 def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:

@@ -2,7 +2,7 @@
 
 One resample draws n of the n items with replacement, the same ones for both runs, and takes the
 difference of the two scores on them. What is drawn is counts: metrics of classes need only how
-often each (label, first, second) came, metrics of values how often each item came. All of a chunk's
+often each (label, first, second) came, the others how often each item came. All of a chunk's
 resamples are computed at once.
 """
 
@@ -38,7 +38,8 @@ def differences(
     """Return second's score minus first's on each of the resamples (R,), as fractions.
 
     `labels`, `first` and `second` are (n,): labels and both runs' predictions. For accuracy only
-    whether a prediction equals its label matters.
+    whether a prediction equals its label matters. For a perplexity they are each text's number of
+    tokens, and the losses summed over them.
     """
     if metric == "accuracy":
         gained = (second == labels).astype(np.int64) - (first == labels).astype(np.int64)
@@ -47,6 +48,8 @@ def differences(
         return _class_differences(BY_CLASS[metric], labels, first, second, rng, resamples)
     if metric in BY_VALUE:
         return _value_differences(metric, labels, first, second, rng, resamples)
+    if metric == "perplexity":
+        return _perplexity_differences(labels, first, second, rng, resamples)
     raise ValueError(f"no bootstrap for the metric {metric!r}")
 
 
@@ -95,6 +98,20 @@ def _value_differences(
     for counts in _counts(len(labels), rng, resamples):
         truth, one, other = (column.deviations(counts) for column in columns)
         found.append(_correlation(counts, truth, other) - _correlation(counts, truth, one))
+    return np.concatenate(found)
+
+
+def _perplexity_differences(
+    tokens: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int,
+) -> np.ndarray:
+    found = []
+    for counts in _counts(len(tokens), rng, resamples):
+        seen = counts @ tokens
+        found.append(np.exp(counts @ second / seen) - np.exp(counts @ first / seen))
     return np.concatenate(found)
 
 

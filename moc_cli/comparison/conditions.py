@@ -72,16 +72,15 @@ def _scoring(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str 
         _differ(runs, "Protocol", condition("protocol"), "the scores are not comparable"),
         _differ(runs, "Limit", condition("limit"), "the scores are not of the same rows"),
     ]
-    if label == FINAL:
-        for task in tasks:
-            found.append(
-                _differ(
-                    runs,
-                    f"What was scored of {task}",
-                    partial(_fingerprint, part=f"test {task}"),
-                    "the scores are not of the same rows",
-                )
+    for task in tasks:
+        found.append(
+            _differ(
+                runs,
+                f"What was scored of {task}",
+                partial(_scored_rows, label=label, task=task),
+                "the scores are not of the same rows",
             )
+        )
     return found
 
 
@@ -127,6 +126,15 @@ def _fingerprint(run: Run, part: str) -> str | None:
 
 def _train_rows(run: Run) -> str | None:
     return _fingerprint(run, "train")
+
+
+def _scored_rows(run: Run, label: str, task: str) -> str | None:
+    if label == FINAL:
+        return _fingerprint(run, f"test {task}")
+    entry = run.scores[label].tasks.get(task) if label in run.scores else None
+    if entry is None or "rows_sha256" not in entry:
+        return None
+    return f"{entry['n']:,} rows ({entry['rows_sha256'][:8]})"
 
 
 def _inputs(run: Run) -> bool | None:

@@ -62,7 +62,8 @@ def pair(first: Sequence[Item], second: Sequence[Item]) -> Pairs:
         for item in second
         if (item["row"], item["prompt"]) in known
     ]
-    same = [(one, other) for one, other in matched if one["label"] == other["label"]]
+    # A text has no label of its own.
+    same = [(one, other) for one, other in matched if one.get("label") == other.get("label")]
     return Pairs(
         [one for one, _ in same],
         [other for _, other in same],
@@ -76,7 +77,7 @@ def difference(
 ) -> tuple[Difference, np.ndarray] | None:
     """Return the difference with its interval, and the resampled differences (R,).
 
-    None where there are no pairs, or where the metric is no function of labels and predictions.
+    None where there are no pairs, or where items do not hold what the metric is made from.
     """
     if not pairs.first:
         return None
@@ -84,15 +85,9 @@ def difference(
     if sides is None:
         return None
     labels, first, second = sides
-    score = METRICS["accuracy" if metric in BY_ITEM else metric]
-    resampled = differences(
-        "accuracy" if metric in BY_ITEM else metric,
-        labels,
-        first,
-        second,
-        rng=generator(task),
-        resamples=resamples,
-    )
+    kind = "accuracy" if metric in BY_ITEM else metric
+    score = METRICS.get(kind, _perplexity)
+    resampled = differences(kind, labels, first, second, rng=generator(task), resamples=resamples)
     low, high = interval(resampled)
     only_first, only_this = _alone(pairs)
     found = Difference(
@@ -132,6 +127,8 @@ def _sides(metric: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarra
             return None
         first, second = (np.array([item["correct"] for item in side], dtype=int) for side in sides)
         return np.ones(len(first), dtype=int), first, second
+    if metric == "perplexity":
+        return _losses(pairs)
     if metric not in BY_CLASS and metric not in BY_VALUE:
         return None
     kind = int if metric in BY_CLASS else float
@@ -140,10 +137,26 @@ def _sides(metric: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return labels, first, second
 
 
+def _losses(pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Tokens (n,) and both runs' summed losses; None where they count other tokens."""
+    sides = (pairs.first, pairs.second)
+    if not all("loss" in item for side in sides for item in side):
+        return None
+    tokens, others = (np.array([item["tokens"] for item in side], dtype=float) for side in sides)
+    if (tokens != others).any() or tokens.min() < 1:
+        return None
+    first, second = (np.array([item["loss"] for item in side], dtype=float) for side in sides)
+    return tokens, first, second
+
+
+def _perplexity(tokens: np.ndarray, losses: np.ndarray) -> float:
+    return float(np.exp(losses.sum() / tokens.sum()))
+
+
 def _alone(pairs: Pairs) -> tuple[int | None, int | None]:
     """How many items only the first run has right, and how many only the second."""
     both = list(zip(pairs.first, pairs.second, strict=True))
-    if not all("correct" in one and "correct" in other for one, other in both):
+    if not all("correct" in item for one in both for item in one):
         return None, None
     return (
         sum(one["correct"] and not other["correct"] for one, other in both),

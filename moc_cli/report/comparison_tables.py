@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moc_cli.report.tables import MISSING, duration, hundredths, size
+from moc_cli.report.tables import MISSING, duration, hundredths, score_text, size
 
 LABEL = 24  # characters of the first column
 LEAST = 18  # characters that a run's column needs
@@ -35,25 +35,25 @@ def comparison_tables(found: Mapping[str, Any], *, width: int = 100) -> list[Tab
 def seeds_table(found: Mapping[str, Any]) -> Table:
     """Show what `moc train --seeds --json` prints: every seed's scores, mean, spread, median."""
     keys = [(task, metric) for task, metrics in found["tasks"].items() for metric in metrics]
-    table = _table(f"{len(found['seeds'])} seeds")
-    table.add_column("seed")
+    table = _table(f"Scores of {len(found['seeds'])} seeds")
+    table.add_column("seed", no_wrap=True)
     for task, metric in keys:
-        table.add_column(Text(f"{task}\n{metric}"), justify="right")
-    averaged = len({task for task, _ in keys}) > 1
+        table.add_column(Text(f"{task}\n{metric}"), justify="right", overflow="fold")
+    averaged = len(found["tasks"]) > 1
     if averaged:
         table.add_column("average", justify="right")
     for one in found["seeds"]:
-        cells = [hundredths(one["tasks"].get(task, {}).get(metric)) for task, metric in keys]
+        cells = [score_text(metric, one["tasks"][task].get(metric)) for task, metric in keys]
         cells += [hundredths(one["average"])] if averaged else []
         median = one["seed"] == found["median"]["seed"]
-        name = f"{one['seed']}  median" if median else str(one["seed"])
+        name = f"{one['seed']} (median)" if median else str(one["seed"])
         table.add_row(name, *cells, style="bold" if median else "")
     table.add_section()
-    summaries = [found["tasks"][task][metric] for task, metric in keys]
-    summaries += [found["average"]] if averaged else []
-    table.add_row("mean ± std", *(_pair(one["mean"], one["std"]) for one in summaries))
-    if any(one["before"] is not None for one in summaries):
-        table.add_row("before training", *(hundredths(one["before"]) for one in summaries))
+    sums = [(metric, found["tasks"][task][metric]) for task, metric in keys]
+    sums += [("average", found["average"])] if averaged else []
+    table.add_row("mean ± std", *(_pair(name, one["mean"], one["std"]) for name, one in sums))
+    if any(one["before"] is not None for _, one in sums):
+        table.add_row("untrained", *(score_text(name, one["before"]) for name, one in sums))
     return table
 
 
@@ -88,12 +88,12 @@ def _scores_table(runs: Sequence[Mapping[str, Any]], found: Mapping[str, Any], t
         rows.append(
             (
                 f"{task} {metric}",
-                [_pair(one["value"], one["stderr"]) if one else MISSING for one in scores],
+                [_pair(metric, one["value"], one["stderr"]) if one else MISSING for one in scores],
             )
         )
         best = {one["majority"] for one in scores if one and one["majority"] is not None}
         if len(best) == 1:
-            rows.append(("  constant answer", [hundredths(best.copy().pop())] * len(runs)))
+            rows.append(("  constant answer", [score_text(metric, best.pop())] * len(runs)))
     if len(found["averaged"]) > 1:
         cells = [hundredths(run["average"]) for run in runs]
         rows.append((f"average of {len(found['averaged'])}", cells))
@@ -105,18 +105,24 @@ def _difference_table(name: str, found: Mapping[str, Any]) -> Table:
     table = _table(f"{name} less {found['first']}")
     table.add_column("", overflow="fold")
     percent = f"{100 * found['confidence']:.0f} %"
-    for column in ("difference", f"{percent} interval", "items", "only it right", "only first"):
+    for column in (
+        "difference",
+        f"{percent} interval",
+        "items",
+        "only it\nright",
+        "only first\nright",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for one in found["differences"]:
         if one["run"] != name:
             continue
         known = one["low"] is not None
-        ends = f"{_signed(one['low'])} to {_signed(one['high'])}" if known else MISSING
+        low, value, high = (_signed(one["metric"], one[key]) for key in ("low", "value", "high"))
         apart = known and not one["low"] <= 0 <= one["high"]
         table.add_row(
             Text(f"{one['task']} {one['metric']}".rstrip()),
-            Text(_signed(one["value"]), "bold" if apart else ""),
-            ends,
+            Text(value, "bold" if apart else ""),
+            f"{low} to {high}" if known else MISSING,
             f"{one['items']:,}" if one["items"] else MISSING,
             _or("{:,}".format, one["only_this"]),
             _or("{:,}".format, one["only_first"]),
@@ -158,12 +164,20 @@ def _percent(share: float | None, digits: int) -> str:
     return MISSING if share is None else f"{100 * share:.{digits}f}"
 
 
-def _pair(value: float | None, spread: float | None) -> str:
-    return hundredths(value) + ("" if spread is None else f" ± {hundredths(spread)}")
+def _pair(metric: str, value: float | None, spread: float | None) -> str:
+    return score_text(metric, value) + (
+        "" if spread is None else f" ± {score_text(metric, spread)}"
+    )
 
 
-def _signed(value: float) -> str:
-    return "0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}"
+def _signed(metric: str, value: float | None) -> str:
+    """A difference with its sign; one that rounds to nothing has none."""
+    if value is None:
+        return MISSING
+    text = score_text(metric, value)
+    if not text.strip("-0."):
+        return text.removeprefix("-")
+    return text if value < 0 else f"+{text}"
 
 
 def _or(shown: Any, value: Any) -> str:
