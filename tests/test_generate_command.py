@@ -340,6 +340,7 @@ def test_single_questions_stand_alone(adapted: Adapted) -> None:
     me = Writer(adapted, make_byte_tokenizer(), "commonsense", sampling=Sampling(4))
     alone = me.answer(me.turns("And?")).text
     assert talk(me, ["Say:", "And?"])[1].splitlines()[1] == alone
+    assert "/reset" not in talk(me, ["Say:", "x" * 600])[2][-1]
 
 
 def test_the_base_answers_the_same_conversation(adapted: Adapted) -> None:

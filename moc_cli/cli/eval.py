@@ -51,6 +51,22 @@ def evaluate(
             "that does not fit is halved.",
         ),
     ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Tasks of lm-evaluation-harness instead: pip install 'moc-cli[harness]'. Their "
+            "--limit takes the first rows.",
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --harness: a folder of task files of your own."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="With --harness: solved examples before a question."),
+    ] = None,
     base: Annotated[
         bool, typer.Option("--base", help="Score the base model on the same rows beside it.")
     ] = False,
@@ -76,6 +92,11 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     request = Request(model, names, suite, path, protocol, limit, batch_size, dtype, device, base)
     _check(request, run)
+    if harness is not None or tasks_path is not None or num_fewshot is not None:
+        from moc_cli.cli.eval_harness import Harness, score_harness
+
+        score_harness(run, request, Harness(harness, tasks_path, num_fewshot), output, json)
+        return
     asked = model_asked(request) if run is None else run_asked(run, request)
     _score(asked, output or asked.folder, json)
 

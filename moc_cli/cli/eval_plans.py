@@ -64,7 +64,7 @@ def _task_mistakes(suite: str, names: list[str]) -> list[str]:
     return wrong
 
 
-def _batch_size(typed: str | None, default: Any) -> Any:
+def batch_size(typed: str | None, default: Any) -> Any:
     chosen = default if typed is None else typed
     return chosen if chosen == "auto" else int(chosen)
 
@@ -90,7 +90,7 @@ def run_asked(run: Path, request: Request) -> Asked:
             before_training(folder, plan.how.protocol), earlier_evaluation(file, wanted)
         )
 
-    load = partial(_run_subject, run, request.device)
+    load = partial(run_subject, run, request.device)
     return Asked(plan, run / "eval" / plan.label, load, known)
 
 
@@ -128,7 +128,7 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
         wrong.append("--path: the builtin suite is inside this package")
     refuse(wrong)
     protocol: Any = request.protocol or usual
-    size = _batch_size(request.batch_size, recipe.eval.per_device_eval_batch_size)
+    size = batch_size(request.batch_size, recipe.eval.per_device_eval_batch_size)
     return Plan(
         suite=data.suite,
         tasks=request.tasks or list(data.tasks),
@@ -140,7 +140,7 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
     )
 
 
-def _run_subject(run: Path, device: str | None) -> "Subject":
+def run_subject(run: Path, device: str | None) -> "Subject":
     from moc_cli.evaluation.session import Subject
     from moc_cli.trained import open_run
 
@@ -173,9 +173,9 @@ def model_asked(request: Request) -> Asked:
 
     assert request.model is not None
     plan = _model_plan(request)
-    _check_language_model(request.model)
+    check_language_model(request.model)
     folder = _model_folder(request.model, plan)
-    return Asked(plan, folder, partial(_model_subject, request), lambda _: Known({}))
+    return Asked(plan, folder, partial(model_subject, request), lambda _: Known({}))
 
 
 def _model_plan(request: Request) -> "Plan":
@@ -208,11 +208,11 @@ def _model_plan(request: Request) -> "Plan":
         tasks=request.tasks or list(TASKS[suite]),
         path=request.path,
         limit=request.limit,
-        how=Scoring(protocol, _batch_size(request.batch_size, "auto"), 0),
+        how=Scoring(protocol, batch_size(request.batch_size, "auto"), 0),
     )
 
 
-def _check_language_model(name: str) -> None:
+def check_language_model(name: str) -> None:
     """Refuse a classifier or another encoder before its weights are read."""
     from moc_cli.models.families import FAMILIES
     from moc_cli.models.load import load_config
@@ -228,7 +228,7 @@ def _check_language_model(name: str) -> None:
         )
 
 
-def _model_subject(request: Request) -> "Subject":
+def model_subject(request: Request) -> "Subject":
     from moc_cli.evaluation.session import Subject
     from moc_cli.trained import open_base
 

@@ -95,7 +95,7 @@ def _check_run(run: Path | None) -> None:
     from moc_cli.runs import RunFolder
 
     recipe = load_recipe(RunFolder.open(run).recipe_file)
-    if recipe.data.suite == "glue":
+    if recipe.data.suite == "glue" or recipe.data.format in ("classification", "regression"):
         raise MocError(
             f"{run} is a classifier ({', '.join(recipe.data.tasks)}): it has no text to give",
             f"score it: moc eval {run}",
