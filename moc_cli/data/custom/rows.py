@@ -44,14 +44,17 @@ def read_custom(data: DataSection) -> CustomRows:
     tables = read_tables(data.path)
     kind, columns = find_columns(data, tables["train"])
     complaints = Complaints()
-    labels = None
+    labels, told = None, {}
     if kind == "classification":
-        labels = data.labels or _labels(tables["train"], columns["label"])
+        told = {} if data.labels else _labels(tables["train"], columns["label"])
+        labels = data.labels or list(told)
     build = builder(kind, columns, data.tasks[0], labels)
     parts, dropped = {}, {}
     for split, table in tables.items():
         parts[split], dropped[split] = complaints.gather(table, build)
     complaints.tell()
+    if told:
+        _check_labels(tables["train"], columns["label"], told)
     train, validation = parts["train"], parts.get("validation", [])
     if "validation" not in parts and data.held_out:
         whole = len(train)
@@ -66,8 +69,8 @@ def read_custom(data: DataSection) -> CustomRows:
             "give a validation or test file beside train, or data.held_out above 0",
         )
     scored = "test" if "test" in parts else "validation" if "validation" in parts else "held_out"
-    told = {split: reasons for split, reasons in dropped.items() if reasons}
-    return CustomRows(kind, labels, train, validation, test, scored, told)
+    dropped = {split: reasons for split, reasons in dropped.items() if reasons}
+    return CustomRows(kind, labels, train, validation, test, scored, dropped)
 
 
 def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
@@ -134,8 +137,10 @@ def counted(reasons: dict[str, int]) -> str:
     return ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
 
 
-def _labels(train: Table, column: str) -> list[Label]:
-    """Return the classes of the training rows, sorted; in a CSV, whole numbers as such."""
+def _labels(train: Table, column: str) -> dict[Label, int]:
+    """Return the classes of the training rows and the first row of each, sorted where that is
+    possible; in a CSV, whole numbers as such.
+    """
     found: dict[Label, int] = {}
     for number, fields in train.rows:
         if isinstance(fields, dict):
@@ -145,15 +150,20 @@ def _labels(train: Table, column: str) -> list[Label]:
                 continue  # told when the row is built
     if not train.typed and all(map(is_whole, found)):
         found = {int(label): number for label, number in found.items()}
+    kinds = {type(label) for label in found}
+    return found if len(kinds) > 1 else dict(sorted(found.items()))
+
+
+def _check_labels(train: Table, column: str, found: dict[Label, int]) -> None:
+    """Raise DataError where labels are texts and numbers, or all the same."""
     kinds = {type(label): (label, number) for label, number in found.items()}
     if len(kinds) > 1:
-        told = " and ".join(
-            f"{label!r} ({train.unit} {number})" for label, number in kinds.values()
+        told = [f"{label!r} ({train.unit} {number})" for label, number in kinds.values()]
+        raise DataError(
+            f"{train.name}: '{column}' holds texts and whole numbers: {' and '.join(told)}"
         )
-        raise DataError(f"{train.name}: '{column}' holds texts and whole numbers: {told}")
     if len(found) == 1:
         (only,) = found
         raise DataError(
             f"{train.name}: '{column}' is {only!r} in every row; two classes are needed"
         )
-    return sorted(found)

@@ -1,0 +1,503 @@
+"""A person's own rows: what is read from which file, and the sentence for every way to be wrong."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.custom.rows import CustomRows, read_custom, read_scored
+from moc_cli.data.examples import (
+    ChatExample,
+    InstructionExample,
+    PairExample,
+    TextExample,
+    fingerprint,
+)
+from moc_cli.errors import DataError
+from moc_cli.recipe.schema import DataSection
+
+
+def read(path: Path, **keys: object) -> CustomRows:
+    """Read rows as a recipe with these keys of `data` would; by default none are held out."""
+    return read_custom(section(path, **{"held_out": 1, **keys}))
+
+
+def section(path: Path, **keys: object) -> DataSection:
+    return DataSection.model_validate({"suite": "custom", "path": str(path), **keys})
+
+
+def lines(*rows: object) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def pairs(*labels: object) -> list[dict]:
+    return [{"text": f"row {n}", "label": label} for n, label in enumerate(labels)]
+
+
+def save_parquet(path: Path, rows: list[dict]) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+GOOD_CHAT = {
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+}
+
+
+def chat(*messages: object) -> dict:
+    return {"messages": list(messages)}
+
+
+def said(role: str, content: object) -> dict:
+    return {"role": role, "content": content}
+
+
+# Formats
+
+
+def test_the_columns_tell_the_format(tmp_path):
+    cases = {
+        "chat": [GOOD_CHAT, chat(said("user", "a"), said("assistant", "b"))],
+        "instruction": [{"instruction": "Say a", "output": "a"}, {"prompt": "b", "output": "b"}],
+        "text": [{"text": "one", "id": 1}, {"text": "two", "id": 2}],
+        "classification": pairs("b", "a", "b"),
+        "regression": pairs(1, 2.5, 3),
+    }
+    cases["instruction"] = [{"instruction": f"Say {n}", "output": "a"} for n in range(2)]
+    for name, rows in cases.items():
+        found = read(write(tmp_path / f"{name}.jsonl", lines(*rows)))
+        assert found.format == name
+        assert len(found.train) == len(rows) - 1
+    scores = read(write(tmp_path / "scores.jsonl", lines(*pairs(1, 2, 3))), format="regression")
+    assert {example.label for example in scores.train + scores.test} == {1.0, 2.0, 3.0}
+
+
+def test_every_file_gives_the_same_rows(tmp_path):
+    rows = [{"sentence": f'row "{n}", é', "stars": n % 3} for n in range(9)]
+    table = "".join(f'"row ""{n}"", é",{n % 3}\r\n' for n in range(9))
+    comma = f"sentence,stars\r\n{table}"
+
+    def separated(mark: str) -> str:
+        return comma.replace('é",', f'é"{mark}').replace("e,s", f"e{mark}s")
+
+    marked = "\ufeff" + lines(*rows).replace("\n", "\r\n")
+    files = [
+        write(tmp_path / "a.jsonl", lines(*rows)),
+        write(tmp_path / "a.jsonl.gz", gzip.compress(lines(*rows).encode())),
+        write(tmp_path / "crlf.jsonl", marked),
+        write(tmp_path / "a.json", json.dumps(rows)),
+        write(tmp_path / "a.csv", comma),
+        write(tmp_path / "bom.csv", "\ufeff" + comma),
+        write(tmp_path / "semicolon.csv", separated(";")),
+        write(tmp_path / "a.tsv", separated("\t")),
+        save_parquet(tmp_path / "a.parquet", rows),
+    ]
+    columns = {"label": "stars"}
+    found = [read(file, columns=columns) for file in files]
+    assert found[0].labels == [0, 1, 2]
+    assert found[0].train[0].text_a.endswith('", é')
+    for other in found[1:]:
+        assert (other.labels, other.train, other.test) == (
+            found[0].labels,
+            found[0].train,
+            found[0].test,
+        )
+
+
+def test_a_field_may_hold_line_breaks_and_rows_are_named_by_their_first_line(tmp_path):
+    text = 'text,label\n"two\nlines",a\nplain,b\n"more\n\nlines",b\nodd\n'
+    file = write(tmp_path / "a.csv", text)
+    with pytest.raises(DataError) as caught:
+        read(file)
+    assert caught.value.message == f"{file}, line 8: 1 fields, the header has 2"
+    found = read(write(file, text.replace("odd\n", "odd,a\n")))
+    assert {e.text_a for e in found.train + found.test} >= {"two\nlines", "more\n\nlines"}
+
+
+def test_labels_are_sorted_and_keep_their_kind(tmp_path):
+    assert read(write(tmp_path / "a.csv", "text,label\na,10\nb,9\nc,-1\n")).labels == [-1, 9, 10]
+    assert read(write(tmp_path / "b.csv", "text,label\na,10\nb,x\nc,9\n")).labels == [
+        "10",
+        "9",
+        "x",
+    ]
+    assert read(write(tmp_path / "c.jsonl", lines(*pairs("10", "9", "9")))).labels == ["10", "9"]
+    assert read(write(tmp_path / "d.jsonl", lines(*pairs(1.0, 0.0, 1)))).labels == [0, 1]
+    given = read(write(tmp_path / "e.csv", "text,label\na,1\nb,0\nc,1\n"), labels=[2, 1, 0])
+    assert given.labels == [2, 1, 0]
+    assert {(e.text_a, e.label) for e in given.train + given.test} == {("a", 1), ("b", 2), ("c", 1)}
+
+
+def test_instructions_take_an_input_where_there_is_one(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+        {"instruction": "Greet.", "input": "", "output": "Hi\n"},
+        {"instruction": "Greet again.", "input": None, "output": "Hi"},
+    ]
+    found = read(write(tmp_path / "a.jsonl", lines(*rows)))
+    whole = {example.train_text for example in found.train + found.test}
+    head = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    )
+    assert whole == {
+        f"{head}Add.\n\n### Input:\n1 + 1\n\n### Response:\n2",
+        f"{head}Greet.\n\n### Response:\nHi\n",
+        f"{head}Greet again.\n\n### Response:\nHi",
+    }
+    example = InstructionExample("t", instruction_prompt("a"), "b")
+    assert example.train_text[example.answer_start :] == "b"
+
+
+# Parts
+
+
+def test_a_folder_has_parts(tmp_path):
+    write(tmp_path / "train.csv", "text,label\na,x\nb,y\nc,x\n")
+    write(tmp_path / "dev.jsonl", lines({"text": "d", "label": "y"}))
+    found = read(tmp_path)
+    assert (len(found.train), found.scored) == (3, "validation")
+    assert found.validation == found.test == [PairExample("custom", "d", None, 1)]
+    save_parquet(tmp_path / "test.parquet", [{"text": "e", "label": "x"}])
+    found = read(tmp_path, tasks="mine")
+    assert (found.scored, found.test) == ("test", [PairExample("mine", "e", None, 0)])
+    assert [e.text_a for e in found.validation] == ["d"]
+
+
+def test_rows_are_held_out_where_there_is_no_validation_file(tmp_path):
+    write(tmp_path / "train.csv", "text\n" + "".join(f"row {n}\n" for n in range(10)) + "row 3\n")
+    found = read(tmp_path, held_out=4)
+    assert found.scored == "held_out"
+    assert found.test == found.validation
+    assert len(set(found.validation)) == 4
+    assert not set(found.validation) & set(found.train)
+    again = read(tmp_path, held_out=4)
+    assert (again.train, again.test) == (found.train, found.test)
+    copied = TextExample("custom", "row 3") in found.test
+    assert found.dropped == ({"train": {"a held-out row's copy": 1}} if copied else {})
+    write(tmp_path / "test.csv", "text\nnew\n")
+    assert [e.train_text for e in read(tmp_path, held_out=4).test] == ["new"]
+    assert len(read(tmp_path, held_out=0).train) == 11
+
+
+def test_a_run_is_scored_on_its_own_rows_or_on_those_of_another_file(tmp_path):
+    file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{n},{n % 2}\n" for n in range(9)))
+    data = section(file, held_out=3, format="classification", labels=[0, 1])
+    assert read_scored(data) == read_custom(data).test
+    other = write(tmp_path / "b.jsonl", lines(*pairs(1, 1)))
+    assert [example.label for example in read_scored(data, str(other))] == [1, 1]
+    write(other, lines(*pairs(1, 7)))
+    with pytest.raises(DataError, match=r"line 2: 'label' is 7, which is none of the labels"):
+        read_scored(data, str(other))
+
+
+def test_rows_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
+    rows = [{"instruction": f"do {n}", "output": "x"} for n in range(4)]
+    odd = [{"instruction": " ", "output": "x"}, {"instruction": "a", "output": "\n"}, ""]
+    found = read(write(tmp_path / "a.jsonl", lines(*rows, *odd, "", {**rows[0], "output": None})))
+    assert found.dropped == {
+        "train": {"a blank line": 2, "an empty instruction": 1, "an empty output": 2}
+    }
+    assert len(found.train) == 3
+    silent = chat(said("user", "Hi"), said("assistant", " "))
+    other = chat(said("user", "Ho"), said("assistant", "Hi"))
+    found = read(write(tmp_path / "b.jsonl", lines(GOOD_CHAT, silent, other)))
+    assert found.dropped == {"train": {"an empty answer": 1}}
+    with pytest.raises(DataError, match=r"no row has anything to learn \(2 with an empty text\)"):
+        read(write(tmp_path / "c.csv", "text,label\n,a\n ,b\n"))
+
+
+def test_fingerprints_are_of_the_content(tmp_path):
+    one = ChatExample("t", (("user", "a"), ("assistant", "b")), "x.jsonl, line 1")
+    moved = ChatExample("t", (("user", "a"), ("assistant", "b")), "y.jsonl, line 7")
+    other = ChatExample("t", (("user", "a"), ("assistant", "c")), "x.jsonl, line 1")
+    assert fingerprint([one]) == fingerprint([moved]) != fingerprint([other])
+    assert one == moved
+    assert len({one, moved}) == 1
+
+
+def test_bad_rows_are_named_all_at_once_and_counted_where_they_are_many(tmp_path):
+    write(tmp_path / "train.jsonl", lines(*pairs("a", 2.5, "b"), "{", *pairs(None)))
+    write(tmp_path / "test.csv", "text,label\nx,a\ny\nz,q\n")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, format="classification")
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.csv"
+    assert caught.value.message.splitlines() == [
+        f"{train}, line 2: 'label' is 2.5, not a class; data.format: regression learns numbers",
+        f"{train}, line 4: not JSON: Expecting property name enclosed in double quotes at "
+        "character 2",
+        f"{train}, line 5: 'label' is empty: a row needs its label",
+        f"{test}, line 3: 1 fields, the header has 2",
+        f"""{test}, line 4: 'label' is "q", which is none of the labels (labels: a, b)""",
+    ]
+    many = [{"text": "x", "label": "a"}, *({"text": n, "label": "b"} for n in range(50))]
+    file = write(tmp_path / "many.jsonl", lines(*many))
+    with pytest.raises(DataError) as caught:
+        read(file)
+    told = caught.value.message.splitlines()
+    assert told[0] == f"{file}, line 2: 'text' is 0, not a text"
+    assert told[-1] == "... and 30 more bad rows"
+    assert len(told) == 21
+    alike = [{"text": "x", "label": "a" if n % 2 else None} for n in range(100)]
+    with pytest.raises(DataError, match=r"lines 1, 3, 5, .*, 39, \.\.\. \(50 in all\): 'label' is"):
+        read(write(file, lines(*alike)))
+
+
+# Malformed files: name, content, and the sentence about it (F stands for the file)
+
+Content = str | bytes | Callable[[Path], object]
+MALFORMED: dict[str, tuple[str, Content, dict, str]] = {}
+
+
+def malformed(case: str, name: str, content: Content, sentence: str, **keys: object) -> None:
+    assert case not in MALFORMED
+    MALFORMED[case] = (name, content, keys, sentence)
+
+
+malformed("empty file", "a.csv", "", "F is empty")
+malformed("only blanks", "a.jsonl", "\n \n", "F is empty")
+malformed("only a header", "a.csv", "text,label\n", "F has no rows")
+malformed("an empty array", "a.json", "[]", "F has no rows")
+malformed("another kind of file", "a.txt", "x", "F is none of .jsonl, .json, .csv, .tsv, .parquet")
+malformed("no JSON", "a.jsonl", lines(*pairs("a", "b"), '{"text": "x"'), "F, line 3: not JSON: "
+          "Expecting ',' delimiter at character 13")  # fmt: skip
+malformed(
+    "a number a line", "a.jsonl", lines(*pairs("a", "b"), "17"), "F, line 3: not a JSON object"
+)
+malformed(
+    "an array in .jsonl",
+    "a.jsonl",
+    json.dumps(pairs("a", "b")),
+    "F is a JSON array, not an object a line",
+)
+malformed("lines in .json", "a.json", lines(*pairs("a", "b")), "F, line 2: not JSON: Extra data")
+malformed("an object in .json", "a.json", '{"data": []}', "F holds no JSON array of rows")
+malformed("a text among objects", "a.json", '[{"text": "a"}, "b"]', "F, row 2: not a JSON object")
+malformed(
+    "Latin-1 in JSON",
+    "a.jsonl",
+    lines(*pairs("a", "b")).encode() + '{"text": "é", "label": "a"}'.encode("latin-1"),
+    "F, line 3: not UTF-8 text",
+)
+malformed(
+    "Latin-1 in a CSV",
+    "a.csv",
+    "text,label\na,x\nb,y\ncafé,x\n".encode("latin-1"),
+    "F, line 4: 'text' is not UTF-8 text",
+)
+malformed(
+    "UTF-16", "a.csv", "text,label\na,x\n".encode("utf-16"), "F is UTF-16 text; save it as UTF-8"
+)
+malformed(
+    "half a character",
+    "a.jsonl",
+    lines(*pairs("a", "b"), '{"text": "\\ud83d", "label": "a"}'),
+    "F, line 3: 'text' is not UTF-8 text",
+)
+malformed(
+    "ragged lines",
+    "a.csv",
+    "text,label\na,x\nb,y,z\nc\nd,y\n",
+    "F, line 3: 3 fields, the header has 2\nF, line 4: 1 fields, the header has 2",
+)
+malformed(
+    "an open quote",
+    "a.csv",
+    'text,label\na,x\n"b,y\nc,x\n',
+    "F, line 3: quotes that do not match (unexpected end of data)",
+)
+malformed(
+    "a column twice",
+    "a.csv",
+    "text,label,text\na,x,b\n",
+    "F: the header names the column 'text' twice",
+)
+malformed(
+    "a misspelt column",
+    "a.csv",
+    "txt,lable\na,x\n",
+    "F: its columns ('txt', 'lable') fit no format (is it 'txt'? then data.columns.text=txt)",
+)
+malformed(
+    "a column named wrongly",
+    "a.csv",
+    "text,stars\na,1\n",
+    "data.columns.label: F has no column 'star'; did you mean 'stars'?",
+    columns={"label": "star"},
+)
+malformed(
+    "a format without its column",
+    "a.csv",
+    "text,lable\na,1\n",
+    "F: format 'regression' needs a column 'label' or 'labels' or 'score' (is it 'lable'? then "
+    "data.columns.label=lable)",
+    format="regression",
+)
+malformed(
+    "a column absent in a row",
+    "a.jsonl",
+    lines(*pairs("a", "b"), {"text": "c", "labl": "a"}),
+    "F, line 3: no 'label'; did you mean 'labl'?",
+)
+malformed(
+    "a number for a text",
+    "a.jsonl",
+    lines(*pairs("a", "b"), {"text": 7, "label": "a"}),
+    "F, line 3: 'text' is 7, not a text",
+)
+malformed(
+    "a label of NaN",
+    "a.jsonl",
+    lines(*pairs(0.5, 1.5), '{"text": "x", "label": NaN}'),
+    "F, line 3: 'label' is empty: a row needs its label",
+    format="regression",
+)
+malformed(
+    "a label that is no number",
+    "a.csv",
+    "text,label\na,1.5\nb,2.5\nc,three\nd,inf\n",
+    """F, line 4: 'label' is "three", not a number\nF, line 5: 'label' is "inf", not a number""",
+    format="regression",
+)
+malformed(
+    "a label that is true",
+    "a.jsonl",
+    lines(*pairs("a", "b", True)),
+    "F, line 3: 'label' is true, not a class (a text or a whole number)",
+)
+malformed(
+    "labels of two kinds",
+    "a.jsonl",
+    lines(*pairs("a", 1)),
+    "F: 'label' holds texts and whole numbers: 'a' (line 1) and 1 (line 2)",
+)
+malformed(
+    "one class",
+    "a.csv",
+    "text,label\na,x\nb,x\n",
+    "F: 'label' is 'x' in every row; two classes are needed",
+)
+malformed(
+    "many whole numbers",
+    "a.csv",
+    "text,label\n" + "".join(f"t,{n}\n" for n in range(60)),
+    "F: column 'label' holds 60 different whole numbers, which may be classes or amounts",
+)
+malformed(
+    "a label that is not listed",
+    "a.csv",
+    "text,label\na,good\nb,bad\nc,godo\n",
+    """F, line 4: 'label' is "godo", which is none of the labels; did you mean 'good'? """
+    "(labels: bad, good)",
+    labels=["bad", "good"],
+)
+malformed(
+    "an unknown role",
+    "a.jsonl",
+    lines(GOOD_CHAT, chat(said("human", "Hi"), said("assistant", "b"))),
+    """F, line 2: messages[0].role is "human"; allowed: system, user, assistant""",
+)
+malformed(
+    "no assistant turn",
+    "a.jsonl",
+    lines(GOOD_CHAT, chat(said("user", "Hi"))),
+    "F, line 2: 'messages' has no assistant turn to learn",
+)
+malformed(
+    "no list of messages",
+    "a.jsonl",
+    lines(GOOD_CHAT, {"messages": "Hi"}),
+    """F, line 2: 'messages' is "Hi", not a list of messages""",
+)
+malformed(
+    "a message without content",
+    "a.jsonl",
+    lines(GOOD_CHAT, chat({"role": "user", "contents": "Hi"})),
+    "F, line 2: messages[0] has no 'content'; did you mean 'contents'?",
+)
+malformed(
+    "content that is null",
+    "a.jsonl",
+    lines(GOOD_CHAT, chat(said("user", None), said("assistant", "b"))),
+    "F, line 2: messages[0].content is null, not a text",
+)
+malformed(
+    "a broken Parquet file",
+    "a.parquet",
+    b"PAR1 and then nothing",
+    "F cannot be read as Parquet: Parquet magic bytes not found in footer. Either the file is "
+    "corrupted or this is not a parquet file.",
+)
+malformed(
+    "a Parquet row",
+    "a.parquet",
+    lambda path: save_parquet(path, [*pairs("a", "b"), {"text": "x", "label": None}]),
+    "F, row 3: 'label' is empty: a row needs its label",
+)
+malformed(
+    "a broken archive",
+    "a.jsonl.gz",
+    gzip.compress(lines(*pairs("a", "b")).encode())[:-9],
+    "F cannot be read: Compressed file ended before the end-of-stream marker was reached",
+)
+malformed(
+    "too few rows",
+    "a.jsonl",
+    lines(*pairs("a", "b", "a")),
+    "cannot hold out 9 of 3 training rows",
+    held_out=9,
+)
+malformed(
+    "nothing to score",
+    "a.jsonl",
+    lines(*pairs("a", "b", "a")),
+    "F has rows to train on, but none to score",
+    held_out=0,
+)
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_file_gives_its_one_sentence(case, tmp_path):
+    name, content, keys, sentence = MALFORMED[case]
+    file = tmp_path / name
+    if callable(content):
+        content(file)
+    else:
+        write(file, content)
+    with pytest.raises(DataError) as caught:
+        read(file, **keys)
+    assert caught.value.message.replace(str(file), "F") == sentence
+
+
+def test_a_path_that_leads_nowhere_is_explained(tmp_path):
+    def told(path: object, **keys: object) -> str:
+        with pytest.raises(DataError) as caught:
+            read(path, **keys)
+        return f"{caught.value.message} | {caught.value.hint}".replace(str(tmp_path), "T")
+
+    write(tmp_path / "reviews.csv", "text,label\na,x\nb,y\n")
+    assert told(tmp_path / "review.csv") == (
+        "data.path: no file or folder T/review.csv; did you mean 'reviews.csv'? | None"
+    )
+    assert "no train file in T; it holds reviews.csv" in told(tmp_path)
+    write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path / "train.jsonl", lines(*pairs("x", "y")))
+    assert "T/train.csv and train.jsonl are both train | keep one of them" in told(tmp_path)
+    (tmp_path / "train.csv").unlink()
+    write(tmp_path / "test.csv", "")
+    write(tmp_path / "val.json", "{}")
+    assert "T/val.json holds no JSON array of rows\nT/test.csv is empty" in told(tmp_path)
+    away = told("nobody/nothing-at-all")
+    assert "no file or folder nobody/nothing-at-all, and it cannot be loaded from the" in away
+    assert "unset HF_HUB_OFFLINE" in away
