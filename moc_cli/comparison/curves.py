@@ -24,13 +24,16 @@ def draw_curves(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write loss.png and loss.svg; return where they are, nothing where no run has a loss yet."""
     if not any(_points(run, True)[0].size or _held_out(run, True)[0].size for run in runs):
         return []
+    from matplotlib import rc_context
+
     figure = _figure(runs)
     paths = []
     for suffix in ("png", "svg"):
         stream = io.BytesIO()
-        # Without a date the same runs give the same file.
+        # Without a date and random names the same runs give the same file.
         metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
+        with rc_context({"svg.hashsalt": "moc"}):
+            figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
         paths.append(folder / f"loss.{suffix}")
         write_bytes_atomic(paths[-1], stream.getvalue())
     return paths

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moc_cli.controls import read_config
 from moc_cli.errors import RunError
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
@@ -120,7 +121,7 @@ def _read(name: str, folder: RunFolder) -> Run:
     if results is not None and results.get("status") != "finished":
         results = None
     environment = folder.path / "environment.json"
-    controls = folder.read_controls()[0] if folder.controls.is_dir() else {}
+    controls = read_config(folder.controls) if folder.controls.is_dir() else {}
     scores = _evaluations(folder)
     if results is not None:
         recipe_side = {key: results.get(key) for key in ("protocol", "train_on_inputs")}
