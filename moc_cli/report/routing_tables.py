@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +16,7 @@ ROWS = 16  # of a table at most; all is in routing.json
 TOKENS = 60
 
 
-def summary_table(routing: Mapping[str, Any]) -> Table:
+def summary_table(routing: Mapping[str, Any]) -> RenderableType:
     """Show what holds for the whole model, beside what chance or an even use would give."""
     found = routing["summary"]
     pools = [site["pool"] for site in routing["sites"]]
@@ -34,46 +34,34 @@ def summary_table(routing: Mapping[str, Any]) -> Table:
         ("dead controls", str(len(dead)), "0"),
     ):
         table.add_row(name, value, chance)
-    if dead:
-        table.caption = _caption("never chosen: " + _some(dead, 12))
-        table.caption_justify = "left"
-    return table
+    return _noted(table, "never chosen: " + _some(dead, 12) if dead else None)
 
 
-def site_table(routing: Mapping[str, Any]) -> Table:
+def site_table(routing: Mapping[str, Any]) -> RenderableType:
     """Show the sites whose update weighs most beside their block's output, in their order."""
     rows = routing["per_site"]
     names = [site["name"] for site in routing["sites"]]
     chosen = sorted(range(len(rows)), key=lambda i: -rows[i]["relative_size"])[:ROWS]
-    table = _table(
-        "Sites",
-        "site",
-        "top control",
-        "its share",
-        "local",
-        "effective",
-        "gate entropy",
-        "lead",
-        "one token",
-        "update / block",
-    )
+    head = ("share %", "local %", "effective", "entropy", "lead", "one token %", "size %")
+    table = _table("Sites", "site", "top", *head, gap=0)
     for index in sorted(chosen):
         row = rows[index]
         table.add_row(
             row["name"],
             row["top"],
-            _percent(routing["share"][index][names.index(row["top"])]),
-            _percent(row["local_share"]),
+            hundredths(routing["share"][index][names.index(row["top"])]),
+            hundredths(row["local_share"]),
             f"{row['effective']:.1f}",
             f"{row['gate_entropy']:.3f}",
             f"{row['margin']:.4f}",
-            _percent(row["one_token"]),
-            _percent(row["relative_size"]),
+            hundredths(row["one_token"]),
+            hundredths(row["relative_size"]),
         )
-    return _capped(table, len(rows), "sites, those of the largest update")
+    note = "share: of top; lead: in mean probability; size: update / block's output"
+    return _capped(table, len(rows), "sites, those of the largest update", note=note)
 
 
-def control_table(routing: Mapping[str, Any]) -> Table:
+def control_table(routing: Mapping[str, Any]) -> RenderableType:
     """Show the controls that are chosen most."""
     rows = sorted(routing["per_control"], key=lambda row: -row["use"])
     names = [site["name"] for site in routing["sites"]]
@@ -90,28 +78,25 @@ def control_table(routing: Mapping[str, Any]) -> Table:
     return _capped(table, len(rows), "controls, the most chosen")
 
 
-def distance_table(routing: Mapping[str, Any]) -> Table:
+def distance_table(routing: Mapping[str, Any]) -> RenderableType:
     """Show how far apart the tasks' routes are: 0 the same, 1 nothing shared."""
     found = routing["task_distance"]
     names = found["tasks"][:8]
-    table = _table("Distance of the tasks' routes (0: the same, 1: none shared)", "task", *names)
+    table = _table("Distance of the tasks' routes", "task", *names)
     for name, row in zip(names, found["matrix"], strict=False):
         table.add_row(name, *(f"{value:.3f}" for value in row[:8]))
-    return _capped(table, len(found["tasks"]), "tasks", shown=8)
+    note = "0: the same, 1: none shared; Jensen-Shannon, mean over the sites"
+    return _capped(table, len(found["tasks"]), "tasks", shown=8, note=note)
 
 
-def comparison_table(routing: Mapping[str, Any]) -> Table:
+def comparison_table(routing: Mapping[str, Any]) -> RenderableType:
     """Show the sites that differ most from the other run's."""
     found = routing["compare"]
     names = [site["name"] for site in routing["sites"]]
     mean = sum(found["distance"]) / len(names)
+    name = printable(found["run"])
     table = _table(
-        f"Against {printable(found['run'])}: distance {mean:.3f} on average (0: the same, 1: none "
-        "shared)",
-        "site",
-        "distance",
-        "more here",
-        "less here",
+        f"Against {name}: distance {mean:.3f}", "site", "distance", "more here", "less here"
     )
     order = sorted(range(len(names)), key=lambda i: -found["distance"][i])
     for index in order[:ROWS]:
@@ -123,10 +108,11 @@ def comparison_table(routing: Mapping[str, Any]) -> Table:
             f"{names[up]} {100 * row[up]:+.1f}" if row[up] > 0 else MISSING,
             f"{names[down]} {100 * row[down]:+.1f}" if row[down] < 0 else MISSING,
         )
-    return _capped(table, len(names), "sites, the most different")
+    note = "distance: 0 the same, 1 none shared; more and less: in points of the site's choices"
+    return _capped(table, len(names), "sites, the most different", note=note)
 
 
-def ablation_table(routing: Mapping[str, Any]) -> Table:
+def ablation_table(routing: Mapping[str, Any]) -> RenderableType:
     """Show the sites at which the loss changes most when their routes are made local."""
     rows = sorted(routing["ablation"], key=lambda row: -abs(row["loss_change"]))
     table = _table(
@@ -155,7 +141,7 @@ def token_tables(
     return [_votes(routing, list(range(max(1, min(len(names), (width - 20) // longest)))))]
 
 
-def _votes_at(routing: Mapping[str, Any], index: int) -> Table:
+def _votes_at(routing: Mapping[str, Any], index: int) -> RenderableType:
     found, names = routing["tokens"], [entry["name"] for entry in routing["sites"]]
     choice = [names[control] for control in _choice(routing, index)]
     head = f"Votes at {names[index]}"
@@ -169,7 +155,7 @@ def _votes_at(routing: Mapping[str, Any], index: int) -> Table:
     return _capped(table, len(found["tokens"]), "tokens, the first", shown=TOKENS)
 
 
-def _votes(routing: Mapping[str, Any], shown: Sequence[int]) -> Table:
+def _votes(routing: Mapping[str, Any], shown: Sequence[int]) -> RenderableType:
     found, names = routing["tokens"], [entry["name"] for entry in routing["sites"]]
     table = _table("Each token's vote, by site", "token", *(names[index] for index in shown))
     for number, token in enumerate(found["tokens"][:TOKENS]):
@@ -188,9 +174,7 @@ def _votes(routing: Mapping[str, Any], shown: Sequence[int]) -> Table:
         notes.append(f"{len(shown)} of {len(names)} sites fit; --site {names[-1]} shows another")
     if len(found["tokens"]) > TOKENS:
         notes.append(f"the first {TOKENS} of {len(found['tokens'])} tokens")
-    table.caption = _caption("; ".join(notes)) if notes else None
-    table.caption_justify = "left"
-    return table
+    return _noted(table, "; ".join(notes) or None)
 
 
 def _choice(routing: Mapping[str, Any], index: int) -> list[int]:
@@ -222,20 +206,31 @@ def _token(token: str) -> Text:
     return Text(printable(token).replace("\n", "\\n").replace(" ", "·"))
 
 
-def _caption(text: str) -> Text:
-    return Text(text, "dim")
-
-
-def _capped(table: Table, total: int, what: str, shown: int = ROWS) -> Table:
+def _capped(
+    table: Table, total: int, what: str, *, shown: int = ROWS, note: str | None = None
+) -> RenderableType:
+    parts = [note] if note else []
     if total > shown:
-        table.caption = _caption(f"{shown} of {total} {what}; all are in routing.json")
-        table.caption_justify = "left"
-    return table
+        parts.append(f"{shown} of {total} {what}; all are in routing.json")
+    return _noted(table, "\n".join(parts) or None)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    words = {"what", "site", "control", "task", "token", "its vote", "most by site", "top control"}
+def _noted(table: Table, note: str | None) -> RenderableType:
+    """The table with a note below, which is not broken to the table's width."""
+    return table if note is None else Group(table, Text(note, "dim"), Text())
+
+
+def _table(title: str, *columns: str, gap: int = 2) -> Table:
+    """A table of `gap` more spaces between columns; words are left-justified, numbers right."""
+    table = Table(
+        title=Text(title, no_wrap=True, overflow="ignore"),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        padding=(0, gap, 0, 0),
+        pad_edge=False,
+    )
+    words = {"what", "site", "control", "task", "token", "its vote", "most by site", "top"}
     for name in columns:
-        table.add_column(name, justify="left" if name in words else "right")
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     return table
