@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
@@ -55,11 +56,11 @@ def export(trained: "Trained", folder: Path, options: Options) -> Exported:
     model = trained.adapted.model
     expected = parity.reference(trained)
     write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.causal, folder)
-    load = _code(trained.causal, trained.recipe.model.attn_implementation, "folder")
+    loading = _code(trained.causal, trained.recipe.model.attn_implementation)
     with TemporaryDirectory(prefix="moc-modules-") as modules:
         figures = parity.check(
             folder,
-            f'sys.modules["moc_cli"] = None  # as where it is not installed\n{load}',
+            f'sys.modules["moc_cli"] = None  # as where it is not installed\n{loading}',
             expected,
             dtype=str(model.dtype).removeprefix("torch."),
             device=trained.device.type,
@@ -73,7 +74,7 @@ def export(trained: "Trained", folder: Path, options: Options) -> Exported:
             f"{transformers.__version__}.",
             "For inference: in training mode it routes as in evaluation, and balances nothing.",
         ),
-        loading=_code(trained.causal, trained.recipe.model.attn_implementation, '"FOLDER"'),
+        loading=loading,
     )
 
 
@@ -116,7 +117,13 @@ def write(
                 "take --to controls",
             )
     model_type = model.config.model_type
-    model.save_pretrained(folder, save_original_format=False)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, save_original_format=False)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     names = {"config": f"Moc{config.__name__}", "model": f"Moc{base.__name__}"}
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     written = json.loads((folder / "config.json").read_text("utf-8"))
@@ -201,10 +208,11 @@ def _name(model: nn.Module, part: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
-def _code(causal: bool, attention: str | None, folder: str) -> str:
+def _code(causal: bool, attention: str | None) -> str:
+    """Python that loads the path in `folder` into `model`."""
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     chosen = f", attn_implementation={attention!r}" if attention else ""
     return (
         f"from transformers import {auto}\n\n"
-        f"model = {auto}.from_pretrained({folder}, trust_remote_code=True{chosen})"
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True{chosen})"
     )

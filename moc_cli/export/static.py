@@ -20,6 +20,7 @@ from moc_cli.data.examples import Example, subset
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
+from moc_cli.methods import Adapted
 from moc_cli.methods.recording import Record
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
@@ -72,10 +73,13 @@ def export(trained: "Trained", folder: Path, options: Options) -> Exported:
     method = static_method(trained.recipe.method)
     config = trained.adapted.adapter_config() | trained.base
     config |= {"method": method.model_dump(mode="json"), "step": trained.controls.get("step")}
-    write_adapter(folder, config, save(fold(trained, frozen), {"format": "pt"}))
+    write_adapter(folder, config, save(fold(trained.adapted, frozen), {"format": "pt"}))
+    loading = "\n".join(
+        ["from moc_cli import load_controls", base_code(trained), "load_controls(model, folder)"]
+    )
     figures = parity.check(
         folder,
-        _code(trained, "folder"),
+        loading,
         expected,
         dtype="bfloat16" if trained.recipe.train.bf16 else "float32",
         device=trained.device.type,
@@ -92,7 +96,7 @@ def export(trained: "Trained", folder: Path, options: Options) -> Exported:
         (CONFIG, PAYLOAD),
         figures,
         _notes(facts, method.rank),
-        _code(trained, '"FOLDER"'),
+        loading,
         library="moc",
         facts=facts,
     )
@@ -141,12 +145,12 @@ def static_method(method: Any) -> ControlMethod:
     )
 
 
-def fold(trained: "Trained", frozen: dict[int, Frozen]) -> dict[str, Tensor]:
+def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
     """The adapter's state: A (r(K+1), d), B (d, r(K+1)) with α, 1−α, π and the scale in it."""
-    mixture = trained.adapted.mixture
+    mixture = adapted.mixture
     assert mixture is not None
     alpha = mixture.routing.alpha
-    state = {k: v for k, v in trained.adapted.state().items() if k.startswith("modules.")}
+    state = {k: v for k, v in adapted.state().items() if k.startswith("modules.")}
     for site in mixture.sites:
         choice, pool = frozen[site.index], mixture.pools[site.pool]
         parts = [(mixture.control(site.index), alpha)]
@@ -249,8 +253,3 @@ def _notes(facts: dict[str, Any], rank: int) -> tuple[str, ...]:
             f"{score['after']:.4f} frozen, on the same {score['n']} rows."
         )
     return (*lines, f"An ungated control of rank {rank} at each site; load it as any adapter.")
-
-
-def _code(trained: "Trained", folder: str) -> str:
-    lines = ["from moc_cli import load_controls", base_code(trained)]
-    return "\n".join([*lines, f"load_controls(model, {folder})"])
