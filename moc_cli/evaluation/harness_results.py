@@ -101,6 +101,8 @@ def samples(logged: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str,
 
 def _responses(answers: list[Any]) -> dict[str, Any]:
     """Likelihoods of the answers and the distance of the two best, or the text."""
+    if all(isinstance(answer, float) for answer in answers):
+        return {"scores": answers}  # of whole texts
     if not all(isinstance(answer, tuple | list) and len(answer) == 2 for answer in answers):
         return {"output": [_plain(answer) for answer in answers]}
     scores = [float(answer[0]) for answer in answers]
