@@ -153,7 +153,7 @@ def test_the_failed_batch_is_let_go() -> None:
 # The estimate
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(0.5, 1), (1, 1), (5.2, 5), (31.5, 31), (999, 32)])
+@pytest.mark.parametrize(("rows", "expected"), [(0.5, 1), (1, 1), (5.2, 5), (12.5, 12), (999, 16)])
 def test_auto_is_what_half_of_the_free_memory_holds(
     monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer, rows: float, expected: int
 ) -> None:

@@ -74,7 +74,7 @@ def batch_size(typed: str | None, default: Any) -> Any:
 
 def run_asked(run: Path, request: Request) -> Asked:
     """Plan the scoring of a run; raises MocError for what does not go with its recipe."""
-    from moc_cli.evaluation.beside import before_training, earlier_evaluation, first_known
+    from moc_cli.evaluation.beside import Known, before_training, earlier_evaluation
     from moc_cli.recipe.load import load_recipe
     from moc_cli.runs import RunFolder
 
@@ -82,13 +82,12 @@ def run_asked(run: Path, request: Request) -> Asked:
     recipe = load_recipe(folder.recipe_file)
     plan = _run_plan(recipe, request)
 
-    def known(subject: "Subject") -> "Known":
+    def known(subject: "Subject") -> Known:
         shared = ("model", "base_weights_sha256", "dtype")
         wanted = {key: subject.facts[key] for key in shared} | plan.conditions | {"run": None}
         file = _model_folder(recipe.model.model_name_or_path, plan) / "results.json"
-        return first_known(
-            before_training(folder, plan.how.protocol), earlier_evaluation(file, wanted)
-        )
+        before = before_training(folder, plan.how.protocol)
+        return Known([*before.scores, *earlier_evaluation(file, wanted).scores])
 
     load = partial(run_subject, run, request.device)
     return Asked(plan, run / "eval" / plan.label, load, known)
@@ -175,7 +174,7 @@ def model_asked(request: Request) -> Asked:
     plan = _model_plan(request)
     check_language_model(request.model)
     folder = _model_folder(request.model, plan)
-    return Asked(plan, folder, partial(model_subject, request), lambda _: Known({}))
+    return Asked(plan, folder, partial(model_subject, request), lambda _: Known())
 
 
 def _model_plan(request: Request) -> "Plan":

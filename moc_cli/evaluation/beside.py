@@ -1,7 +1,7 @@
 """What is known already of the base model on the rows that are scored, to stand beside a score."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,32 @@ from moc_cli.runs import RunFolder
 
 
 @dataclass(frozen=True)
-class Known:
-    """Earlier scores of the base model: task -> (sha256 of its rows, metric -> value, source)."""
+class Earlier:
+    """An earlier score of the base model: its task, the sha256 of its rows, metric -> value, and
+    where it is from.
+    """
 
-    scores: Mapping[str, tuple[str, Mapping[str, float], str]]
+    task: str
+    rows: str
+    values: Mapping[str, float]
+    source: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """Earlier scores of the base model; of several on the same rows the first counts."""
+
+    scores: Sequence[Earlier] = ()
 
     def find(self, task: Task, found: Evaluation) -> dict[str, Any] | None:
         """Return the base model's values on exactly these rows, or None."""
-        rows, values, source = self.scores.get(task.name, ("", {}, ""))
-        told = [
-            {"metric": result.metric, "value": values[result.metric]}
-            for result in found.results
-            if result.metric in values
-        ]
-        if rows != task.fingerprint or len(told) < len(found.results):
-            return None
-        first, *others = told
-        return first | {"source": source} | ({"also": others} if others else {})
+        rows, metrics = task.fingerprint, [result.metric for result in found.results]
+        for score in self.scores:
+            same = (score.task, score.rows) == (task.name, rows)
+            if same and all(metric in score.values for metric in metrics):
+                first, *others = ({"metric": name, "value": score.values[name]} for name in metrics)
+                return first | {"source": score.source} | ({"also": others} if others else {})
+        return None
 
 
 def before_training(folder: RunFolder, protocol: str) -> Known:
@@ -37,15 +46,15 @@ def before_training(folder: RunFolder, protocol: str) -> Known:
     try:
         results, data = folder.read_results(), folder.read_environment()["data"]
     except (RunError, KeyError):
-        return Known({})
+        return Known()
     if results.get("protocol") != protocol:
-        return Known({})
+        return Known()
     hashes = {name: part.get("sha256", "") for name, part in data.items()}
     return Known(
-        {
-            task: (hashes.get(f"test {task}", ""), values, "before training")
+        [
+            Earlier(task, hashes.get(f"test {task}", ""), values, "before training")
             for task, values in folder.scores_before().items()
-        }
+        ]
     )
 
 
@@ -55,23 +64,15 @@ def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> Known:
     Raises FileError where the file cannot be read.
     """
     if not file.is_file():
-        return Known({})
+        return Known()
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {error}") from error
     if any(results.get(key) != value for key, value in conditions.items()):
-        return Known({})
-    scores = {}
+        return Known()
+    scores = []
     for task, entry in results["tasks"].items():
         values = {one["metric"]: one["value"] for one in [entry, *entry.get("also", [])]}
-        scores[task] = (entry["rows_sha256"], values, str(file.parent))
+        scores.append(Earlier(task, entry["rows_sha256"], values, str(file.parent)))
     return Known(scores)
-
-
-def first_known(*sources: Known) -> Known:
-    """Return what is known from any source; of a task that several know, the first counts."""
-    merged: dict[str, tuple[str, Mapping[str, float], str]] = {}
-    for source in reversed(sources):
-        merged |= source.scores
-    return Known(merged)

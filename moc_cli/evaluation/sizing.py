@@ -20,7 +20,7 @@ from moc_cli.report.output import say
 T = TypeVar("T")
 Asked = int | Literal["auto"]
 # Beyond these more rows make nothing faster: they are only padded to longer ones.
-MOST = {"cpu": 32, "cuda": 256}
+MOST = {"cpu": 16, "cuda": 256}
 _FULL = ("can't allocate memory", "not enough memory", "out of memory")  # what torch says of it
 
 

@@ -15,17 +15,18 @@ WORDS = ("task", "metric")
 def evaluation_table(results: Mapping[str, Any]) -> Table:
     """Show every task's scores in hundredths, the base model's beside them where it is known.
 
-    Numbers never wrap: where the columns do not fit, names do. What is nowhere known has no column.
+    Numbers never wrap: where the columns do not fit, names do. What is nowhere known has no column;
+    a metric that is everywhere the same stands in the title.
     """
     entries = results["tasks"].values()
     based = any("base" in entry for entry in entries)
     parsed = any("unparsed" in entry for entry in entries)
-    perplexed = any(one["metric"] == "perplexity" for entry in entries for one in _metrics(entry))
-    columns = ["task", "metric", "value", "±"]
+    metrics = {one["metric"] for entry in entries for one in _metrics(entry)}
+    columns = ["task", *(["metric"] if len(metrics) > 1 else []), "value", "±"]
     columns += [*(["base"] if based else []), "majority", "items"]
     columns += [*(["unparsed"] if parsed else []), "seconds"]
     table = Table(
-        title="Scores, in %" + (", but for the perplexity" if perplexed else ""),
+        title=_title(metrics),
         title_justify="left",
         title_style="bold",
         caption=_caption(results),
@@ -40,6 +41,13 @@ def evaluation_table(results: Mapping[str, Any]) -> Table:
     for row in _rows(results):
         table.add_row(*(row[name] for name in columns))
     return table
+
+
+def _title(metrics: set[str]) -> str:
+    if metrics == {"perplexity"}:
+        return "Scores: perplexity"
+    but = ", but for the perplexity" if "perplexity" in metrics else ""
+    return f"Scores: {next(iter(metrics))}, in %" if len(metrics) == 1 else f"Scores, in %{but}"
 
 
 def _rows(results: Mapping[str, Any]) -> list[dict[str, Text]]:
