@@ -1,8 +1,10 @@
 """Metrics against their definitions, worked out by hand, degenerate cases included."""
 
+import json
 import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from moc_cli.evaluation.metrics import (
     matthews_of,
     measure,
 )
+from moc_cli.training.rows import read_rows
 
 # 3 found of class 1, 1 found wrongly, 2 missed, 4 rightly left: out of 10.
 LABELS = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
@@ -154,9 +157,75 @@ def test_majority_of_choices_is_the_better_of_place_and_text() -> None:
     assert majority_choice(by_place) == 0.75
 
 
+def test_f1_is_of_class_1_alone() -> None:
+    """Of 10, class 1 is found thrice, wrongly once, missed twice; class 0 is another question."""
+    assert METRICS["f1"](LABELS, GUESSES) == pytest.approx(6 / 9)  # 2 * 3 / (2 * 3 + 1 + 2)
+    swapped = [1 - label for label in LABELS], [1 - guess for guess in GUESSES]
+    assert METRICS["f1"](*swapped) == pytest.approx(8 / 11)  # 2 * 4 / (2 * 4 + 2 + 1)
+
+
+def test_matthews_is_the_correlation_of_two_binary_columns() -> None:
+    """Worked out with fractions: (3*4 - 1*2) / sqrt(4 * 5 * 5 * 6), and that is Pearson's r."""
+    assert METRICS["matthews"](LABELS, GUESSES) == pytest.approx(10 / math.sqrt(600))
+    assert METRICS["pearson"](LABELS, GUESSES) == pytest.approx(10 / math.sqrt(600))
+
+
+def test_spearman_gives_ties_their_middle_rank() -> None:
+    """Labels 1 1 4 4 rank 1.5 1.5 3.5 3.5, guesses 5 6 6 6 rank 1 3 3 3.
+
+    Deviations from 2.5: -1 -1 1 1 and -1.5 .5 .5 .5. Their products sum to 1.5 - .5 + .5 + .5 = 2,
+    their squares to 4 and 3.
+    """
+    found = METRICS["spearman"]([1.0, 1.0, 4.0, 4.0], [5.0, 6.0, 6.0, 6.0])
+    assert found == pytest.approx(2 / math.sqrt(12))
+    # Ranks without ties: 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15).
+    assert METRICS["spearman"]([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+
+
+def test_pearson_sees_distances_and_neither_shift_nor_scale() -> None:
+    labels, guesses = [0.0, 2.5, 5.0], [1.0, 0.0, 2.0]
+    # Deviations -2.5 0 2.5 and 0 -1 1: 2.5 / sqrt(12.5 * 2).
+    assert METRICS["pearson"](labels, guesses) == pytest.approx(0.5)
+    assert METRICS["pearson"](labels, [100 + 7 * guess for guess in guesses]) == pytest.approx(0.5)
+
+
+def test_constant_predictions_say_what_they_are_worth() -> None:
+    """The five degenerate answers of GLUE: always 0, always 1, one score, labels all alike."""
+    assert METRICS["accuracy"](LABELS, [0] * 10) == 0.5
+    assert METRICS["accuracy"](LABELS, [1] * 10) == 0.5
+    assert METRICS["f1"](LABELS, [0] * 10) == 0
+    assert METRICS["f1"](LABELS, [1] * 10) == pytest.approx(10 / 15)  # 2 * 5 / (2 * 5 + 5 + 0)
+    assert METRICS["f1"]([0] * 10, LABELS) == 0
+    assert METRICS["matthews"](LABELS, [0] * 10) == METRICS["matthews"](LABELS, [1] * 10) == 0
+    for metric in ("pearson", "spearman"):
+        assert METRICS[metric]([0.0, 2.5, 5.0], [3.3] * 3) == 0
+        assert METRICS[metric]([2.5] * 3, [0.0, 2.5, 5.0]) == 0
+
+
+def test_three_classes_of_mnli() -> None:
+    labels, guesses = [0, 1, 2, 2], [0, 2, 2, 1]
+    assert METRICS["accuracy"](labels, guesses) == 0.5
+    assert majority("accuracy", labels) == 0.5
+
+
+def test_mnli_s_two_parts_are_scored_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "mnli"
+    folder.mkdir()
+    row = {"premise": "a", "hypothesis": "b", "label": 2}
+    for split, count in (("train", 1), ("validation_matched", 2), ("validation_mismatched", 3)):
+        (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * count)
+    rows = read_rows("glue", ["mnli"], path=str(tmp_path))
+    found = {name: len(examples) for name, examples in rows.tests.items()}
+    assert found == {"mnli": 2, "mnli (mismatched)": 3}
+
+
 def test_every_glue_task_names_known_metrics() -> None:
     main = {task: kind.metrics[0] for task, kind in glue.TASKS.items()}
     assert {metric for kind in glue.TASKS.values() for metric in kind.metrics} <= set(METRICS)
     assert main["cola"] == "matthews"
     assert main["stsb"] == "pearson"
     assert {main[task] for task in main if task not in ("cola", "stsb")} == {"accuracy"}
+    # Beside the main ones, those that the GLUE paper reports.
+    beside = {task: kind.metrics[1:] for task, kind in glue.TASKS.items() if kind.metrics[1:]}
+    assert beside == {"mrpc": ("f1",), "qqp": ("f1",), "stsb": ("spearman",)}
+    assert len(glue.TASKS["mnli"].validation) == 2

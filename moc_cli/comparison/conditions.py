@@ -17,9 +17,9 @@ SETTINGS = (
 def remarks(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str]:
     """Return a sentence for each condition that differs; `label` names the scores compared."""
     found = [
-        _differ(runs, "Base model", _base, "the runs do not start from the same weights"),
-        _differ(runs, "Tasks trained on", lambda run: ", ".join(run.recipe.data.tasks), ""),
-        _differ(runs, "Training rows", _train_rows, "the runs have not learned from the same data"),
+        _differ(runs, "base models", _base, "the runs do not start from the same weights"),
+        _differ(runs, "tasks to train on", lambda run: ", ".join(run.recipe.data.tasks), ""),
+        _differ(runs, "training rows", _train_rows, "the runs have not learned from the same data"),
         _differ(
             runs,
             "data.train_on_inputs",
@@ -27,13 +27,13 @@ def remarks(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str]:
             "losses are means over other tokens, and scores are known to move with it",
         ),
         _differ(runs, "data.max_length", lambda run: run.recipe.data.max_length, ""),
-        _differ(runs, "Rows a step", batch, "steps and losses of one step are not alike"),
-        _differ(runs, "Optimizer steps", _steps, "the runs have not learned for the same time"),
+        _differ(runs, "rows a step", batch, "steps and losses of one step are not alike"),
+        _differ(runs, "numbers of steps", _steps, "the runs have not learned for the same time"),
         *(_differ(runs, f"train.{key}", _setting(key), "") for key in SETTINGS),
-        _differ(runs, "Seed", lambda run: run.recipe.seed, "order and initialisation differ too"),
+        _differ(runs, "seeds", lambda run: run.recipe.seed, "order and initialisation differ"),
         *_scoring(runs, label, tasks),
-        _differ(runs, "Machine", _machine, "times and speeds are not comparable"),
-        _differ(runs, "Peak memory", _memory_kind, "it is not the same measure"),
+        _differ(runs, "machines", _machine, "times and speeds are not comparable"),
+        _differ(runs, "kinds of peak memory", _memory_kind, "it is not the same measure"),
     ]
     return [*filter(None, found), *_states(runs, label)]
 
@@ -47,7 +47,7 @@ def batch(run: Run) -> int:
 def _differ(
     runs: Sequence[Run], what: str, value: Callable[[Run], Any], meaning: str
 ) -> str | None:
-    """Return "What differs: a in x, b in y and z; meaning." where the runs' values differ.
+    """Return "Different what: a in x; b in y and z (meaning)." where the runs' values differ.
 
     A run whose value is None, because it has not come so far, is left out.
     """
@@ -59,7 +59,7 @@ def _differ(
     if len(groups) < 2:
         return None
     listed = "; ".join(f"{_shown(found)} in {_join(names)}" for found, names in groups.items())
-    return f"{what} differs: {listed}" + (f" ({meaning})." if meaning else ".")
+    return f"Different {what}: {listed}" + (f" ({meaning})." if meaning else ".")
 
 
 def _scoring(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str | None]:
@@ -69,14 +69,14 @@ def _scoring(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str 
         return lambda run: run.scores[label].conditions.get(key) if label in run.scores else None
 
     found: list[str | None] = [
-        _differ(runs, "Protocol", condition("protocol"), "the scores are not comparable"),
-        _differ(runs, "Limit", condition("limit"), "the scores are not of the same rows"),
+        _differ(runs, "protocols", condition("protocol"), "the scores are not comparable"),
+        _differ(runs, "limits", condition("limit"), "the scores are not of the same rows"),
     ]
     for task in tasks:
         found.append(
             _differ(
                 runs,
-                f"What was scored of {task}",
+                f"scored rows of {task}",
                 partial(_scored_rows, label=label, task=task),
                 "the scores are not of the same rows",
             )

@@ -40,8 +40,8 @@ def draw_curves(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the mean around each value (n,), of fewer values towards the ends."""
-    width = len(values) // SMOOTHED
+    """Return the mean around each value (n,), of fewer values towards the ends; few stay as is."""
+    width = len(values) // SMOOTHED if len(values) >= 2 * SMOOTHED else 0
     sums = np.concatenate([[0.0], np.cumsum(values)])
     here = np.arange(len(values))
     # As many to the left as to the right, so that a falling curve is not held up at its ends.

@@ -21,7 +21,8 @@ def comparison_tables(found: Mapping[str, Any], *, width: int = 100) -> list[Tab
     Runs stand side by side, in as many tables as a terminal of this width needs.
     """
     runs = found["runs"]
-    across = max(1, (min(width, 100) - LABEL) // LEAST)
+    most = max(1, (min(width, 100) - LABEL) // LEAST)
+    across = -(-len(runs) // -(-len(runs) // most))  # as evenly as that many tables allow
     tables = []
     for begin in range(0, len(runs), across):
         some = runs[begin : begin + across]
