@@ -219,9 +219,9 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
 
 
 def test_fingerprints_are_of_the_content(tmp_path):
-    one = ChatExample("t", (("user", "a"), ("assistant", "b")), "x.jsonl, line 1")
-    moved = ChatExample("t", (("user", "a"), ("assistant", "b")), "y.jsonl, line 7")
-    other = ChatExample("t", (("user", "a"), ("assistant", "c")), "x.jsonl, line 1")
+    one = ChatExample("t", (("user", "a"), ("assistant", "b")), ("x.jsonl", "line", 1))
+    moved = ChatExample("t", (("user", "a"), ("assistant", "b")), ("y.jsonl", "line", 7))
+    other = ChatExample("t", (("user", "a"), ("assistant", "c")), ("x.jsonl", "line", 1))
     assert fingerprint([one]) == fingerprint([moved]) != fingerprint([other])
     assert one == moved
     assert len({one, moved}) == 1

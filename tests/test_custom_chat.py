@@ -39,8 +39,8 @@ def tokenizer(template: str):
     return made
 
 
-def talk(*turns: tuple[str, str], where: str = "chat.jsonl, line 1") -> ChatExample:
-    return ChatExample("custom", turns, where)
+def talk(*turns: tuple[str, str], line: int = 1) -> ChatExample:
+    return ChatExample("custom", turns, ("chat.jsonl", "line", line))
 
 
 def learned(template: str, *turns: tuple[str, str]) -> str:
@@ -87,13 +87,12 @@ def test_labels_are_the_learned_tokens_and_what_comes_before_them_may_vote():
 
 def test_refused_chats_are_named_all_at_once():
     good, twice = talk(("user", "a"), ("assistant", "b")), (("user", "a"), ("user", "b"))
-    bad = [talk(*twice, ("assistant", "c"), where=f"chat.jsonl, line {n}") for n in range(2, 40)]
+    bad = [talk(*twice, ("assistant", "c"), line=n) for n in range(9, 1, -1)]
     with pytest.raises(DataError) as caught:
         chat_tokens([good, *bad], tokenizer(ALTERNATING))
-    told = caught.value.message.splitlines()
-    assert told[0] == "chat.jsonl, line 2: the chat template refuses it: roles must alternate"
-    assert told[-1] == "... and 18 more chats"
-    assert len(told) == 21
+    assert caught.value.message == (
+        "chat.jsonl, lines 2-9: the chat template refuses it: roles must alternate"
+    )
 
 
 def test_templates_that_do_not_tell_their_answers_are_refused():

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from moc_cli.errors import DataError
 
+Place = tuple[str, str, int]  # file or split, what its rows are called, the row's number
 ANSWER = "the correct answer is "
 
 
@@ -70,11 +71,11 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """The turns of a talk: (role, content). `where` names the row; it is no part of its content."""
+    """The turns of a talk: (role, content). `place` is where the row stands, no part of it."""
 
     task: str
     messages: tuple[tuple[str, str], ...]
-    where: str = field(default="", compare=False)
+    place: Place = field(default=("", "row", 0), compare=False)
 
 
 Example = ChoiceExample | PairExample | InstructionExample | TextExample | ChatExample

@@ -11,6 +11,7 @@ from moc_cli.data.examples import (
     Example,
     InstructionExample,
     PairExample,
+    Place,
     TextExample,
 )
 from moc_cli.data.prompts import HEADER
@@ -19,7 +20,7 @@ from moc_cli.recipe.schema import Format
 
 ROLES = ("system", "user", "assistant")
 Label = int | str
-Build = Callable[[Fields, str], Example]
+Build = Callable[[Fields, Place], Example]
 
 
 class NothingToLearn(Exception):
@@ -42,12 +43,12 @@ def builder(
 ) -> Build:
     """Return what makes an example of a row; it raises BadRow or NothingToLearn.
 
-    `columns` names the column of each key that the format reads. Its second argument says where
-    the row stands.
+    `columns` names the column of each key that the format reads. Its second argument is
+    the row's place.
     """
     places = label_places(labels or [])
 
-    def pair(fields: Fields, where: str) -> Example:
+    def pair(fields: Fields, place: Place) -> Example:
         first = _filled(fields, columns["text"], "an empty text")
         second = _text(fields, columns["text_pair"]) if "text_pair" in columns else None
         if kind == "regression":
@@ -57,16 +58,16 @@ def builder(
             raise BadRow(_unknown(columns["label"], label, labels or []))
         return PairExample(task, first, second, places[label])
 
-    def instruction(fields: Fields, where: str) -> Example:
+    def instruction(fields: Fields, place: Place) -> Example:
         asked = _filled(fields, columns["instruction"], "an empty instruction")
         given = _text(fields, columns["input"]) if "input" in columns else ""
         output = _filled(fields, columns["output"], "an empty output")
         return InstructionExample(task, instruction_prompt(asked, given), output)
 
-    def chat(fields: Fields, where: str) -> Example:
-        return ChatExample(task, _messages(fields, columns["messages"]), where)
+    def chat(fields: Fields, place: Place) -> Example:
+        return ChatExample(task, _messages(fields, columns["messages"]), place)
 
-    def text(fields: Fields, where: str) -> Example:
+    def text(fields: Fields, place: Place) -> Example:
         return TextExample(task, _filled(fields, columns["text"], "an empty text"))
 
     makers: dict[Format, Build] = {"instruction": instruction, "chat": chat, "text": text}

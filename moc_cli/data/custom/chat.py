@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moc_cli.data.custom.complaints import Complaints
 from moc_cli.data.examples import ChatExample
 from moc_cli.data.source import BadRow, first_line
 from moc_cli.errors import DataError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-LISTED = 20  # chats that a message names; the others are counted
 Span = tuple[int, int]
 
 
@@ -38,16 +38,13 @@ def chat_tokens(
             "take a model that was tuned for chats, or write the rows as instruction and output",
         ) from error
     read = _by_marks if _MARKED.search(template) else _by_prefixes
-    found, complaints = [], []
+    found, complaints = [], Complaints()
     for example in examples:
         try:
             found.append(read(_messages(example), tokenizer))
         except BadRow as error:
-            complaints.append(f"{example.where}: {error}")
-    if complaints:
-        more = len(complaints) - LISTED
-        rest = [f"... and {more:,} more chats"] if more > 0 else []
-        raise DataError("\n".join([*complaints[:LISTED], *rest]))
+            complaints.add(example.place, str(error))
+    complaints.tell()
     return found
 
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 
 from moc_cli.data.custom.build import Build, Label, NothingToLearn, builder, class_label
 from moc_cli.data.custom.columns import find_columns, is_whole
+from moc_cli.data.custom.complaints import Complaints
 from moc_cli.data.custom.tables import Table, read_tables
 from moc_cli.data.examples import Example, hold_out
-from moc_cli.data.source import BadRow, numbered
+from moc_cli.data.source import BadRow
 from moc_cli.errors import DataError
 from moc_cli.recipe.schema import DataSection, Format
 
 # Which rows are held out does not follow the recipe's seed: runs that differ in it are compared on
 # the same rows.
 DRAW = 0
-LISTED = 20  # kinds of bad rows that a message names; the others are counted
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_custom(data: DataSection) -> CustomRows:
     build = builder(kind, columns, data.tasks[0], labels)
     parts, dropped = {}, {}
     for split, table in tables.items():
-        parts[split], dropped[split] = complaints.gather(table, build)
+        parts[split], dropped[split] = _gather(table, build, complaints)
     complaints.tell()
     if told:
         _check_labels(tables["train"], columns["label"], told)
@@ -86,50 +86,30 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     table = tables[split]
     kind, columns = find_columns(data, table)
     complaints = Complaints()
-    found, _ = complaints.gather(table, builder(kind, columns, data.tasks[0], data.labels))
+    found, _ = _gather(table, builder(kind, columns, data.tasks[0], data.labels), complaints)
     complaints.tell()
     return found
 
 
-class Complaints:
-    """What is wrong with rows, gathered over all files before any of it is told."""
-
-    def __init__(self) -> None:
-        self._bad: dict[tuple[str, str, str], list[int]] = {}
-
-    def add(self, table: Table, number: int, why: str) -> None:
-        """Note a bad row."""
-        self._bad.setdefault((table.name, table.unit, why), []).append(number)
-
-    def gather(self, table: Table, build: Build) -> tuple[list[Example], dict[str, int]]:
-        """Build the rows of a table; note the bad ones, and count those with nothing to learn."""
-        built: list[Example] = []
-        dropped: Counter[str] = Counter({"a blank line": table.blank} if table.blank else {})
-        for number, fields in table.rows:
-            try:
-                if isinstance(fields, BadRow):
-                    raise fields
-                built.append(build(fields, f"{table.name}, {table.unit} {number}"))
-            except BadRow as error:
-                self.add(table, number, str(error))
-            except NothingToLearn as reason:
-                dropped[str(reason)] += 1
-        if not built and not self._bad:
-            raise DataError(f"{table.name}: no row has anything to learn ({counted(dropped)})")
-        return built, dict(dropped)
-
-    def tell(self) -> None:
-        """Raise DataError naming every bad row that was noted, if there are any."""
-        if not self._bad:
-            return
-        lines = [
-            f"{name}, {numbered(numbers, unit)}: {why}"
-            for (name, unit, why), numbers in list(self._bad.items())[:LISTED]
-        ]
-        rest = list(self._bad.values())[LISTED:]
-        if rest:
-            lines.append(f"... and {sum(map(len, rest)):,} more bad rows")
-        raise DataError("\n".join(lines))
+def _gather(
+    table: Table, build: Build, complaints: Complaints
+) -> tuple[list[Example], dict[str, int]]:
+    """Build the rows of a table; note the bad ones, and count those with nothing to learn."""
+    built: list[Example] = []
+    dropped: Counter[str] = Counter({"a blank line": table.blank} if table.blank else {})
+    for number, fields in table.rows:
+        place = (table.name, table.unit, number)
+        try:
+            if isinstance(fields, BadRow):
+                raise fields
+            built.append(build(fields, place))
+        except BadRow as error:
+            complaints.add(place, str(error))
+        except NothingToLearn as reason:
+            dropped[str(reason)] += 1
+    if not built and not complaints:
+        raise DataError(f"{table.name}: no row has anything to learn ({counted(dropped)})")
+    return built, dict(dropped)
 
 
 def counted(reasons: dict[str, int]) -> str:
