@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from moc_cli.files import write_bytes_atomic, write_text_atomic
 from moc_cli.inspection import html, maps, pictures_charts
-from moc_cli.inspection.pictures_style import style, to_png, to_svg
+from moc_cli.inspection.pictures_style import settle, style, to_png, to_svg
 
 DRAWERS = {
     "routing-map": maps.site_map,
@@ -42,4 +42,4 @@ def figures(routing: dict[str, Any]) -> dict[str, Figure]:
     """Return the pictures by name, for those that `routing` has data for."""
     with style():
         drawn = {name: drawer(routing) for name, drawer in DRAWERS.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+        return {name: settle(figure) for name, figure in drawn.items() if figure is not None}

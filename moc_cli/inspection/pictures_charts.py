@@ -26,6 +26,10 @@ from moc_cli.inspection.pictures_style import (
 )
 from moc_cli.inspection.pictures_words import caption, subtitle
 
+ABLATED = (
+    "Loss: over the tokens of the answer, or of the label, in nats. Above 0: the route helps. "
+    "Whiskers: one standard error over the rows."
+)
 WRITTEN = 10  # up to so many tasks have their distances written into the cells
 
 
@@ -165,7 +169,7 @@ def ablation(routing: dict[str, Any]) -> Figure | None:
     sheet = Sheet(
         "Which routes matter: the loss with the local control in their place",
         subtitle(routing),
-        caption(routing, "Above 0: the route helps. Whiskers: one standard error over the rows."),
+        caption(routing, ABLATED),
         height=2.9,
     )
     axes = sheet.figure.add_subplot()
@@ -179,8 +183,9 @@ def ablation(routing: dict[str, Any]) -> Figure | None:
     axes.axhline(0, color=EDGE, lw=0.6)
     axes.set_xlim(-0.8, len(names) - 0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("change of loss (nats)")
-    axes.legend(frameon=False, fontsize=7, loc="best")
+    axes.set_ylabel("change of a row's loss")
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
+    axes.legend(frameon=False, fontsize=7, **place)  # type: ignore[arg-type]
     if len(names) <= FEW:
         name_ticks(axes, names, along="x")
     else:

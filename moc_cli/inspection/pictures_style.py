@@ -24,6 +24,7 @@ WIDTH = 6.0  # inches: the text width of a page
 PNG_DPI = 200
 SVG_DPI = 300  # of the maps' cells inside an SVG; letters and lines are curves
 NEVER = "#eceef2"  # a control that was never chosen
+BLANK = (1.0, 1.0, 1.0, 0.0)
 PALE = "#e2edbf"  # towards which the smallest shares go
 INK, FAINT, EDGE = "#1d2330", "#5b6473", "#9aa1ad"
 BLOCK_COLOURS = {"attn": "#0072b2", "ffn": "#d55e00"}  # Okabe and Ito: safe for the colour-blind
@@ -75,17 +76,14 @@ def shares() -> Colormap:
     paler = np.clip(np.linspace(0.75, -1.0, 256), 0, 1)[:, None]
     steps = paler * np.array(to_rgb(PALE)) + (1 - paler) * steps
     colours = LinearSegmentedColormap.from_list("share", steps, N=512)
-    colours.set_under(NEVER)
-    colours.set_bad("white", alpha=0.0)
-    return colours
+    return colours.with_extremes(under=NEVER, bad=BLANK)
 
 
 def differences() -> Colormap:
     """Blue for less, red for more, light grey for the same; blank outside the pool."""
     ends = ["#08306b", "#2171b5", "#9ecae1", "#f1f1f1", "#f4a582", "#c8402f", "#67001f"]
     colours = LinearSegmentedColormap.from_list("difference", ends, N=511)
-    colours.set_bad("white", alpha=0.0)
-    return colours
+    return colours.with_extremes(bad=BLANK)
 
 
 @dataclass
@@ -104,7 +102,8 @@ class Sheet:
         below = MARGIN + len(lines) * 6.5 * LINE / 72
         above = MARGIN + 9.5 * LINE / 72 + 7 * LINE / 72
         height = self.height + above + below
-        self.figure = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
+        size = (WIDTH, height)
+        self.figure = Figure(size, dpi=PNG_DPI, facecolor="white", layout="constrained")
         FigureCanvasAgg(self.figure)
         engine = self.figure.get_layout_engine()
         assert engine is not None
@@ -232,6 +231,20 @@ def _ticks(axes: Axes, at: Sequence[float], names: list[str], along: str, *, tur
         axes.set_yticks(at, names)
     if turn:
         axes.tick_params(along, labelsize=6.5)
+
+
+def settle(figure: Figure) -> Figure:
+    """Lay the figure out once for all files; return it.
+
+    The solver's last digits differ from call to call, so the places are rounded: else the SVG's
+    identifiers, which are hashes of them, would differ too.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        place = axes.get_position(original=True).bounds
+        axes.set_position([round(number, 5) for number in place])  # type: ignore[arg-type]
+    return figure
 
 
 def to_png(figure: Figure) -> bytes:

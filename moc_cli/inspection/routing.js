@@ -23,26 +23,26 @@ function shape(tag, attributes, ...children) {
 }
 const known = (value) => typeof value === "number";
 const number = (value) => !known(value) ? "–" : value === 0 ? "0"
-  : Math.abs(value) < 0.0005 ? value.toExponential(1) : value.toFixed(3);
+  : Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 const percent = (value) => known(value) ? `${(100 * value).toFixed(1)} %` : "–";
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 // ---- colours: one list for light and one for dark, in step with the PNG and SVG pictures
-function colour(value, high, signed) {
+function colour(value, low, high, signed) {
   if (!known(value)) return "transparent";
   const list = LOOK[(signed ? "difference" : "share") + (darkness.matches ? "_dark" : "")];
   if (!signed && value <= 1e-12) return colourOf("--never");
-  const place = signed ? (value / high + 1) / 2 : value / high;
+  const place = signed ? (value / high + 1) / 2 : high > low ? (value - low) / (high - low) : 1;
   return list[clamp(Math.round(place * (list.length - 1)), 0, list.length - 1)];
 }
-function scale(host, high, signed, tell, words) {
+function scale(host, low, high, signed, tell, words, zero = "never") {
   const list = LOOK[(signed ? "difference" : "share") + (darkness.matches ? "_dark" : "")];
   const ramp = node("span", { className: "ramp" });
   ramp.style.background = `linear-gradient(to right, ${list.filter((_, i) => i % 8 === 0).join(",")})`;
   const key = node("span", { className: "key" });
   key.style.background = colourOf("--never");
-  host.replaceChildren(tell(signed ? -high : 0), ramp, tell(high), node("span", {}, words));
-  if (!signed) host.append(key, "0, never");
+  host.replaceChildren(tell(signed ? -high : low), ramp, tell(high), node("span", {}, words));
+  if (!signed && low === 0) host.append(key, zero);
 }
 
 // ---- a heat map with pointer, keyboard and tip; `spec` says what it shows, draw() may be called again
@@ -79,20 +79,26 @@ class Heat {
     Object.assign(this.canvas.style, { width: `${room}px`, height: `${height}px` });
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++) {
-      pen.fillStyle = colour(this.spec.value(row, column), this.spec.high(), this.spec.signed?.());
+      pen.fillStyle = colour(this.spec.value(row, column), this.spec.low?.() ?? 0, this.spec.high(), this.spec.signed?.());
       pen.fillRect(this.x(column), this.y(row), this.x(column + 1) - this.x(column), this.y(row + 1) - this.y(row));
     }
     Object.assign(pen, { font, fillStyle: colourOf("--faint"), textBaseline: "middle" });
     this.letters(pen, rowTicks, columnTicks, rows);
     for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++)
       if (this.spec.marked?.(row, column)) this.frame(pen, row, column, colourOf("--own"), 0.75);
+    const cut = this.spec.cut?.() ?? 0; // between the attention and the FFN part
+    if (cut) {
+      pen.fillStyle = colourOf("--ink");
+      pen.fillRect(this.x(cut), 0, 1, this.y(rows));
+      pen.fillRect(this.left, this.y(cut), this.x(columns) - this.left, 1);
+    }
     if (this.cell) this.frame(pen, ...this.cell, colourOf("--ink"), 2);
   }
   letters(pen, rowTicks, columnTicks, rows) {
     pen.textAlign = "right";
     let last = -Infinity;
     for (const tick of rowTicks) {
-      const y = (tick.at + 0.5) * this.tall;
+      const y = Math.max(6, (tick.at + 0.5) * this.tall);
       if (y - last < 13) continue;
       pen.fillText(tick.text, this.left - 6, y, 120);
       last = y;
@@ -156,12 +162,18 @@ const MEASURES = {
 const state = { task: "", measure: "share", grouped: false, order: SITES.map((_, index) => index) };
 const taken = () => state.task ? R.tasks[state.task] : R;
 const pooled = (row, column) => SITES[row].pool === SITES[column].pool;
-const peaks = {};
-function peak(measure) {
+// One scale for all tasks. A gate's probabilities lie close together, so theirs begins at the lowest.
+const ranges = {};
+function range(measure) {
+  if (ranges[measure]) return ranges[measure];
   const parts = measure === "difference" ? [R.compare] : [R, ...Object.values(R.tasks ?? {})];
-  peaks[measure] ??= parts.reduce((most, part) => part[measure].reduce((best, row) =>
-    row.reduce((high, value) => Math.max(high, Math.abs(value ?? 0)), best), most), 0) || 1;
-  return peaks[measure];
+  let low = Infinity, high = 0;
+  for (const part of parts) part[measure].forEach((row, at) => row.forEach((value, column) => {
+    if (!known(value) || !pooled(at, column)) return;
+    low = Math.min(low, value);
+    high = Math.max(high, Math.abs(value));
+  }));
+  return ranges[measure] = { low: measure === "probability" && low < high ? low : 0, high: high || 1 };
 }
 const shown = (row, column) => {
   const from = state.measure === "difference" ? R.compare : taken();
@@ -205,19 +217,22 @@ const map = new Heat(within("map"), {
   name: "Blocks by controls", square: true, size: () => ({ rows: COUNT, columns: COUNT }),
   ticks: () => ({ rowTicks: layerTicks(), columnTicks: layerTicks() }),
   value: (row, column) => shown(state.order[row], state.order[column]),
-  high: () => peak(state.measure), signed: () => state.measure === "difference",
+  low: () => range(state.measure).low, high: () => range(state.measure).high, signed: () => state.measure === "difference",
+  cut: () => state.grouped ? SITES.filter((site) => site.block !== "ffn").length : 0,
   marked: (row, column) => row === column, tell: tellCell, selected: tellBlock,
   pinned: (row, column) => keep(`${state.order[row]}.${state.order[column]}`),
 });
 painters.push(() => {
-  const signed = state.measure === "difference";
+  const signed = state.measure === "difference", { low, high } = range(state.measure);
   const [words, tell] = MEASURES[state.measure];
-  scale(map.host.parentNode.querySelector(".scale"), peak(state.measure), signed, tell, words);
+  scale(map.host.parentNode.querySelector(".scale"), low, high, signed, tell, words,
+    state.measure === "share" ? "never" : "0");
 });
 function keep(cell) {
   const parts = { task: state.task, measure: state.measure, cell };
-  location.hash = Object.entries(parts).filter(([, value]) => value)
-    .map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
+  const words = Object.entries(parts).filter(([, value]) => value)
+    .map(([name, value]) => `${name}=${encodeURIComponent(value)}`);
+  history.replaceState(null, "", `#${words.join("&")}`); // without an event: all is shown already
 }
 function choose() {
   const rank = (index) => (state.grouped ? SITES[index].block === "ffn" : 0);

@@ -52,13 +52,20 @@ function warnings() {
     node("strong", {}, `${warning.name.replaceAll("_", " ")}: `), warning.message,
     ...(warning.key ? [" Recipe key: ", node("code", {}, warning.key)] : [])));
 }
-// A chart's frame: pixels from values, with a few lines and numbers at the left.
+// Round numbers from low to high, three or more of them.
+function rounds(low, high) {
+  const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [5, 2.5, 2, 1].find((factor) => factor * power <= rough) * power, found = [];
+  for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at++)
+    found.push(Number((at * step).toPrecision(6)));
+  return found;
+}
+// A chart's frame: pixels from values, with lines at round numbers.
 function chart(host, low, high, height, tell) {
   const width = Math.max(300, host.clientWidth), left = 52, top = 8, bottom = height - 22;
   const y = (value) => bottom - (value - low) / (high - low) * (bottom - top);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  for (let part = 0; part <= 3; part++) {
-    const value = low + (high - low) * part / 3;
+  for (const value of rounds(low, high)) {
     svg.append(shape("path", { class: "axis", d: `M${left} ${y(value)}H${width}` }),
       shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, tell(value)));
   }
@@ -79,7 +86,7 @@ function overTraining() {
       shape("polyline", { class: "local", points: points.map(([a, b]) => `${a},${b}`).join(" ") }));
     for (const [a, b, entry] of points) svg.append(shape("circle", { class: "dot", cx: a, cy: b, r: 2.5 },
       shape("title", {}, `step ${entry.step}: ${percent(entry.local_share)}`)));
-    for (const step of new Set(ends)) svg.append(shape("text", { x: x(step), y: bottom + 16, "text-anchor": "middle" }, `step ${step}`));
+    for (const step of new Set(ends)) svg.append(shape("text", { x: x(step) + 14, y: bottom + 16, "text-anchor": "end" }, `step ${step}`));
     box.replaceChildren(svg);
   });
   const most = Math.max(...entries.flatMap((entry) => entry.use)) || 1;
@@ -92,20 +99,21 @@ function overTraining() {
     tell: (row, column) => [`${SITES[row].name} at step ${entries[column].step}`,
       [["use", percent(entries[column].use[row])], ["local share", percent(entries[column].local_share)]]],
   });
-  painters.push(() => scale(host.querySelector(".scale"), most, false, percent, "share of all choices"));
+  painters.push(() => scale(host.querySelector(".scale"), 0, most, false, percent, "share of all choices"));
 }
 function distances() {
   const names = R.task_distance?.tasks ?? [], matrix = R.task_distance?.matrix ?? [];
   if (names.length < 2) return;
   const host = within("distance"), high = Math.max(...matrix.flat().filter(known)) || 1;
   host.hidden = false;
+  host.querySelector("figure").style.maxWidth = `${Math.min(34, 10 + 4 * names.length)}rem`;
   const ticks = names.map((text, at) => ({ at, text }));
   new Heat(host.querySelector(".heat"), {
     name: "Tasks by tasks", square: true, size: () => ({ rows: names.length, columns: names.length }),
     ticks: () => ({ rowTicks: ticks, columnTicks: ticks }), value: (row, column) => matrix[row][column],
     high: () => high, tell: (row, column) => [`${names[row]} and ${names[column]}`, [["distance", number(matrix[row][column])]]],
   });
-  painters.push(() => scale(host.querySelector(".scale"), high, false, number, "distance"));
+  painters.push(() => scale(host.querySelector(".scale"), 0, high, false, number, "distance", "0"));
 }
 function ablation() {
   const entries = R.ablation ?? [];
@@ -128,6 +136,27 @@ function ablation() {
     box.replaceChildren(svg);
   });
 }
+// Each token of --text, with its own vote at one block, and what the block chose.
+function tokens() {
+  if (!R.tokens) return;
+  within("tokens").hidden = false;
+  const { tokens: letters, votes, probability, choice, margin } = R.tokens;
+  const pick = node("select", {}, ...SITES.map((site, at) => node("option", { value: at }, site.name)));
+  const told = node("p", { role: "status" }), list = node("ol", { className: "tokens" });
+  const show = () => {
+    const at = Number(pick.value), own = R.level === "token" ? choice[at].length / letters.length : 0;
+    const chosen = [...new Set(choice[at])].map((control) => SITES[control].name).join(", ");
+    const agreed = (token) => (own ? choice[at].slice(token * own, (token + 1) * own) : choice[at]).includes(votes[at][token]);
+    const count = letters.filter((_, token) => agreed(token)).length;
+    told.textContent = `Chosen: ${chosen}, by ${number(margin[at])} of probability. `
+      + `${count} of ${letters.length} tokens vote for what was chosen (outlined).`;
+    list.replaceChildren(...letters.map((text, token) => node("li", { className: agreed(token) ? "agreed" : "" },
+      node("code", {}, text), node("span", {}, SITES[votes[at][token]].name), node("span", {}, percent(probability[at][token])))));
+  };
+  pick.addEventListener("change", show);
+  within("tokens").append(node("form", {}, node("label", {}, "Block", pick)), told, list);
+  show();
+}
 
 if (R.compare) MEASURES.difference = [`difference from ${String(R.compare.run).split(/[\\/]/).at(-1)}`, number];
 const follow = choices();
@@ -137,6 +166,7 @@ tables();
 overTraining();
 distances();
 ablation();
+tokens();
 follow();
 darkness.addEventListener("change", () => painters.forEach((paint) => paint()));
 let width = innerWidth;
