@@ -2,7 +2,9 @@
 
 import json
 import math
-import socket
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from conftest import ROOT, VOCABULARY, make_byte_tokenizer, make_tiny_model
 from lm_eval.models.huggingface import HFLM
 from test_evaluation import MIXED, question
 from tiny import train_controls
@@ -460,15 +462,9 @@ def evaluate(
     return call
 
 
-def test_a_task_is_scored_and_written_down(
-    evaluate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is asked of the network; every item is kept, and the score is their mean."""
-    reached: list[object] = []
-    monkeypatch.setattr(socket.socket, "connect", lambda *address: reached.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *address: reached.append(address))
+def test_a_task_is_scored_and_written_down(evaluate: Callable, tmp_path: Path) -> None:
+    """Every item is kept, and the score is their mean."""
     out, _ = evaluate("--harness", "own_choice,own_text", "--batch-size", "3", "--json")
-    assert reached == []
     told = json.loads(out)
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert told["tasks"] == saved["tasks"]
@@ -492,6 +488,35 @@ def test_a_task_is_scored_and_written_down(
     total = sum(item["scores"][0] for item in lines if item["task"] == "own_text")
     assert text["value"] == pytest.approx(math.exp(-total / letters))
     assert saved["average"] is None  # of an accuracy and a perplexity
+
+
+QUIET = """
+import sys
+asked = []
+wanted = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+sys.addaudithook(lambda event, args: event in wanted and asked.append((event, args)))
+from moc_cli.cli import run
+code = run(sys.argv[1:])
+print("ANSWER", code, asked)
+"""
+
+
+def test_local_tasks_ask_nothing_of_the_network(
+    trained: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Though the hub is not switched off."""
+    online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    asked = ["eval", str(trained), "--device", "cpu", "--output", str(tmp_path / "out")]
+    asked += ["--harness", "own_choice,own_writing", "--tasks-path", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, *asked],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=online | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.stdout.splitlines()[-1] == "ANSWER 0 []"
 
 
 def test_a_limit_is_said_and_the_base_stands_beside(evaluate: Callable) -> None:

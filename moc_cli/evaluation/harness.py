@@ -221,5 +221,6 @@ def _stay_at_home() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # its variable was read long ago
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets would report every load of a file
     os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
