@@ -202,7 +202,11 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     state = load(found.adapter.payload())
     before = _copies(model, names)
     adapted = place(model, config.method, new_modules=names, seed=found.seed)
-    adapted.load_state(state)
+    try:
+        adapted.load_state(state)
+    except MocError:
+        adapted.detach()
+        raise
     told = found.adapter.config
     known = {key: told[key] for key in _KEPT if told.get(key) is not None}
     return Controls(adapted, _facts(model, found.base, found.seed) | known, before)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,21 @@ def payload_byte(folder: Path, rng: random.Random) -> None:
 
 
 def config_byte(folder: Path, rng: random.Random) -> None:
-    flip(folder / CONFIG, rng)
+    """Any byte; or a digit of a number, a letter of a word, a blank between them."""
+    path = folder / CONFIG
+    content = path.read_bytes()
+    kind = rng.choice([None, rb": -?\d[.\d]*", rb'": "[a-z]+"', rb"\n +"])
+    if kind is None:
+        flip(path, rng)
+        return
+    start, end = rng.choice([match.span() for match in re.finditer(kind, content)])
+    choices = {b"0": b"123456789", b"a": b"bcdefgh", b" ": b"\t\n\r"}
+    places = [i for i in range(start, end) if content[i : i + 1].isalnum() or kind == rb"\n +"]
+    place = rng.choice(places)
+    old = content[place : place + 1]
+    new = choices[b"0" if old.isdigit() else b"a" if old.isalpha() else b" "]
+    new = bytes([rng.choice([byte for byte in new if byte != old[0]])])
+    path.write_bytes(content[:place] + new + content[place + 1 :])
 
 
 def key(folder: Path, rng: random.Random) -> None:
@@ -200,7 +215,8 @@ def test_a_mutated_folder_is_refused_or_means_the_same(kind, model, good, tmp_pa
         assert not hasattr(model, "moc")
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(0 < len(text) < 1000 and "\n" not in text for text in said)
-    assert len(said) == EACH if kind != "config byte" else len(said) > EACH * 0.7
+    # Another blank between two words of the config means the same.
+    assert len(said) == EACH if kind != "config byte" else EACH * 0.6 < len(said) < EACH
     print(kind, len(said), "of", EACH, "refused")
     assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
