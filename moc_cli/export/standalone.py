@@ -141,7 +141,7 @@ def write(
     write_text_atomic(folder / f"{MODELING}.py", source)
     own = deepcopy(tokenizer)
     if causal:
-        own.padding_side = "left"  # as generation needs it
+        own.padding_side = own.init_kwargs["padding_side"] = "left"  # as generation needs it
         own.pad_token = own.pad_token or own.eos_token
     own.save_pretrained(folder)
 
