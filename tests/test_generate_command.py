@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moc_cli.cli import run
+from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.encode import prompt_tokens
 from moc_cli.data.suites import load_examples
 from moc_cli.errors import DataError, MocError
@@ -21,7 +22,7 @@ from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import load_tokenizer
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.serving.chat import Chat
-from moc_cli.serving.prompts import choose_frame, encode, read_prompts, split_prompts
+from moc_cli.serving.prompts import choose_frame, encode, read_prompts, split_prompts, trained_frame
 from moc_cli.serving.text import Pieces, Sampling, Writer, decode, harmless
 from moc_cli.trained import Bare
 
@@ -240,7 +241,7 @@ def test_a_commonsense_run_is_asked_as_in_its_evaluation() -> None:
     """To the token, on a row of the built-in task."""
     tokenizer = load_tokenizer("builtin:world-llama")
     example = load_examples("builtin", "world", "test")[0]
-    frame, _ = choose_frame("auto", "builtin", tokenizer)
+    frame, _ = choose_frame("auto", trained_frame("builtin", None), tokenizer)
     instruction = example.eval_prompt.split("### Instruction:\n")[1].split("\n\n" + " " * 16)[0]
     turns = writer(Bare(make_tiny_model("llama"))).turns("before", "then", instruction.strip())
     assert encode(tokenizer, frame, turns) == prompt_tokens(tokenizer, example)[0]
@@ -251,6 +252,10 @@ def test_the_frame_follows_the_run_and_the_tokenizer() -> None:
     templated.chat_template = MESSAGES
     assert choose_frame("auto", "commonsense", templated)[0] == "commonsense"
     assert choose_frame("auto", None, templated)[0] == "chat"
+    assert trained_frame("commonsense", None) == "commonsense"
+    formats = ("instruction", "chat", "text", None)
+    frames = [trained_frame("custom", format) for format in formats]
+    assert frames == ["instruction", "chat", "raw", None]
     assert choose_frame("auto", None, plain)[0] == "raw"
     assert choose_frame("raw", "commonsense", templated)[0] == "raw"
     with pytest.raises(MocError, match="no chat template"):
@@ -267,6 +272,7 @@ def test_conversations_in_each_frame() -> None:
     text = "[user]Hi[assistant]Hello[user]Who?[assistant]"
     assert tokenizer.decode(encode(tokenizer, "chat", turns)) == text
     assert tokenizer.decode(encode(tokenizer, "raw", turns)) == "Hi\nHello\nWho?"
+    assert tokenizer.decode(encode(tokenizer, "instruction", turns)) == instruction_prompt("Who?")
     told = Writer(None, tokenizer, "chat", system="Be brief").turns("Hi")
     with pytest.raises(MocError, match="refuses this conversation: no system"):
         encode(tokenizer, "chat", told)

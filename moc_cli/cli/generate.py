@@ -34,7 +34,8 @@ def generate(
     template: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="commonsense, chat or raw; auto: what the run was trained with."
+            metavar="NAME",
+            help="commonsense, instruction, chat or raw; auto: what the run was trained on.",
         ),
     ] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="The same as --template raw.")] = False,
@@ -75,8 +76,8 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     sampling.check()
-    opened, suite = _open(run, model, device)
-    frame, why = choose_frame("raw" if raw else template, suite, opened.tokenizer)
+    opened, trained = _open(run, model, device)
+    frame, why = choose_frame("raw" if raw else template, trained, opened.tokenizer)
     check_system(system, frame)
     say(f"template: {frame}, {why}")
     writer = Writer(opened.adapted, opened.tokenizer, frame, system, sampling)
@@ -133,12 +134,13 @@ def _stdin() -> str:
 
 
 def _open(run: Path | None, model: str | None, device: str | None) -> tuple[Any, str | None]:
-    """The run or the bare model, and the suite that it was trained on."""
+    """The run or the bare model, and the frame that it was trained in, if that is known."""
+    from moc_cli.serving.prompts import trained_frame
     from moc_cli.trained import open_base, open_run
 
     if run is not None:
         opened = open_run(run, device=device)
-        return opened, opened.recipe.data.suite
+        return opened, trained_frame(opened.recipe.data.suite, opened.recipe.data.format)
     assert model is not None
     return open_base(model, device=device or "auto"), None
 

@@ -1,12 +1,13 @@
 """A conversation on the terminal: what was said is given to the model again with every turn.
 
 Every turn is computed anew from the whole conversation, so that a route is voted by all of it. In
-the frame `commonsense`, which knows single questions only, every turn stands alone.
+the frames that know single questions only, every turn stands alone.
 """
 
 from collections.abc import Callable
 
 from moc_cli.errors import DataError
+from moc_cli.serving.prompts import SINGLE
 from moc_cli.serving.text import Answer, Writer
 
 HELP = "/reset forgets what was said, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
@@ -53,7 +54,7 @@ class Chat:
 
     def _turn(self, line: str) -> None:
         """Answer one line; a turn that fails or is stopped leaves no trace in the conversation."""
-        past = [] if self.writer.frame == "commonsense" else self.said
+        past = [] if self.writer.frame in SINGLE else self.said
         turns = self.writer.turns(*past, line)
         try:
             answer = self._answer("", turns, base=False)

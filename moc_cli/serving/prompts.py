@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from jinja2 import TemplateError
 
+from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.prompts import eval_prompt
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.suggest import choices
@@ -19,9 +20,10 @@ from moc_cli.recipe.suggest import choices
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Frame = Literal["commonsense", "chat", "raw"]
-TEMPLATES = ("auto", "commonsense", "chat", "raw")
-FRAMED_SUITES = ("commonsense", "builtin")  # trained on LLM-Adapters' prompts
+Frame = Literal["commonsense", "instruction", "chat", "raw"]
+TEMPLATES = ("auto", "commonsense", "instruction", "chat", "raw")
+SINGLE = ("commonsense", "instruction")  # frames in which every question stands alone
+_FORMATS: dict[str, Frame] = {"instruction": "instruction", "chat": "chat", "text": "raw"}
 SHOWN = 5  # bad lines named in an error
 
 
@@ -38,22 +40,25 @@ def check_frame(asked: str) -> None:
         raise MocError(f"--template is '{asked}'{choices(asked, TEMPLATES)}")
 
 
-def choose_frame(
-    asked: str, suite: str | None, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[Frame, str]:
-    """Return the frame asked for, and why; `auto` takes the one that a run of `suite` trained on.
+def trained_frame(suite: str, format: str | None) -> Frame | None:
+    """The frame that a run's rows were trained in, by its suite and the format of own rows."""
+    return _FORMATS.get(format or "") if suite == "custom" else "commonsense"
 
-    Without a suite that has a frame, the tokenizer's chat template is taken, or else none.
+
+def choose_frame(
+    asked: str, trained: Frame | None, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Frame, str]:
+    """Return the frame asked for, and why; `auto` takes the one that a run was trained in.
+
+    Where that is not known, the tokenizer's chat template is taken, or else none.
     """
     check_frame(asked)
+    if asked == "chat" and not tokenizer.chat_template:
+        raise MocError("this tokenizer has no chat template", "use --template raw or commonsense")
     if asked != "auto":
-        if asked == "chat" and not tokenizer.chat_template:
-            raise MocError(
-                "this tokenizer has no chat template", "use --template raw or commonsense"
-            )
         return cast(Frame, asked), "as asked"
-    if suite in FRAMED_SUITES:
-        return "commonsense", "what this run was trained on"
+    if trained is not None:
+        return trained, "what this run was trained on"
     if tokenizer.chat_template:
         return "chat", "the tokenizer's own"
     return "raw", "the tokenizer has no chat template"
@@ -84,6 +89,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", frame: Frame, turns: Sequence[T
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if frame == "commonsense":
         text = eval_prompt(turns[-1]["content"])
+    elif frame == "instruction":
+        text = instruction_prompt(turns[-1]["content"])
     else:
         text = "\n".join(turn["content"] for turn in turns)
     return list(tokenizer(text, verbose=False)["input_ids"])
