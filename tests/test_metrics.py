@@ -15,11 +15,13 @@ from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
 from moc_cli.evaluation.metrics import (
     METRICS,
+    Measure,
     f1_of,
     majority,
     majority_choice,
     matthews_of,
     measure,
+    perplexity,
 )
 from moc_cli.training.rows import read_rows
 
@@ -229,3 +231,26 @@ def test_every_glue_task_names_known_metrics() -> None:
     beside = {task: kind.metrics[1:] for task, kind in glue.TASKS.items() if kind.metrics[1:]}
     assert beside == {"mrpc": ("f1",), "qqp": ("f1",), "stsb": ("spearman",)}
     assert len(glue.TASKS["mnli"].validation) == 2
+
+
+# Perplexity
+
+
+def test_perplexity_is_that_of_all_tokens_with_the_error_of_drawn_texts() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 30, size=200)
+    losses = tokens * (1.5 + 0.4 * rng.standard_normal(200))
+    rows = list(zip(losses.tolist(), tokens.tolist(), strict=True))
+    found = perplexity(rows)
+    assert found.value == pytest.approx(math.exp(losses.sum() / tokens.sum()))
+    drawn = [
+        math.exp(losses[draw].sum() / tokens[draw].sum())
+        for draw in (rng.integers(0, 200, size=200) for _ in range(2000))
+    ]
+    assert found.stderr == pytest.approx(np.std(drawn, ddof=1), rel=0.1)
+    assert perplexity([*rows, (0.0, 0)]) == found  # a text cut before its answer
+
+
+def test_the_perplexity_of_one_text_has_no_error() -> None:
+    assert perplexity([(4.0, 2)]) == Measure(math.exp(2), None)
+    assert perplexity([(4.0, 2), (6.0, 3)]).stderr == pytest.approx(0)
