@@ -60,6 +60,7 @@ class Controls:
         self.adapted = adapted
         self._facts = facts
         self._before = before
+        self._ignored = self.model._keys_to_ignore_on_save
         self.model.save_pretrained = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}
         named = self.model.named_parameters(remove_duplicate=False)
@@ -114,8 +115,8 @@ class Controls:
 
     def detach(self) -> PreTrainedModel:
         """Take the controls out: the model is as before, to the bit; whole modules too."""
-        for name in ("save_pretrained", "_keys_to_ignore_on_save"):
-            self.model.__dict__.pop(name, None)
+        self.model.__dict__.pop("save_pretrained", None)
+        self.model._keys_to_ignore_on_save = self._ignored
         own = self.named_parameters()
         with torch.no_grad():
             for name, value in self._before.items():
