@@ -105,18 +105,17 @@ def task_distance(routing: dict[str, Any]) -> Figure | None:
     sheet = Sheet(
         "How far the routes of two tasks lie apart",
         subtitle(routing),
-        caption(routing, "0: both tasks' rows take the same routes. Mean over the blocks."),
-        height=4.4,
+        caption(routing, "0: the same routes; 1: none shared. Mean over the blocks."),
+        height=min(4.4, 2.1 + 0.3 * len(names)),
     )
     axes = sheet.figure.add_subplot()
-    highest = peak(matrix)
-    mesh = draw_map(axes, matrix, highest=highest)
+    mesh = draw_map(axes, matrix, highest=1.0)
     axes.set_aspect("equal")
     name_ticks(axes, names, along="x", room=1.1)
     name_ticks(axes, names, along="y", room=1.1)
     for row, column in np.ndindex(*matrix.shape) if len(names) <= WRITTEN else ():
         value = matrix[row, column]
-        colour = "white" if value > 0.45 * highest else INK
+        colour = "white" if value > 0.45 else INK
         place = {"ha": "center", "va": "center", "size": 6.5, "color": colour}
         axes.text(column, row, f"{value:.2f}", **place)  # type: ignore[arg-type]
     colour_bar(sheet, mesh, axes, "Jensen-Shannon distance")

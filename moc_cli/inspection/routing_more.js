@@ -104,7 +104,7 @@ function overTraining() {
 function distances() {
   const names = R.task_distance?.tasks ?? [], matrix = R.task_distance?.matrix ?? [];
   if (names.length < 2) return;
-  const host = within("distance"), high = Math.max(...matrix.flat().filter(known)) || 1;
+  const host = within("distance"), high = 1;
   host.hidden = false;
   host.querySelector("figure").style.maxWidth = `${Math.min(34, 10 + 4 * names.length)}rem`;
   const ticks = names.map((text, at) => ({ at, text }));
