@@ -161,6 +161,9 @@ class Recorder:
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self._slots = self._sums.split(self._sizes)
         self._marked = self._sums.clone()
+        starts = [sum(self._sizes[:site]) for site in range(len(self._sizes))]
+        self._starts = torch.tensor(starts, device=device)[:, None, None]
+        self._pending: list[Tensor] = []  # choices (V, K) of the first sites of a forward
         self._rows: Tensor | None = None  # of the decision just taken: which rows it counts
 
     def __enter__(self) -> Self:
@@ -177,6 +180,7 @@ class Recorder:
 
     def record(self, *, reset: bool = False) -> Record:
         """What was seen so far, of all processes where several train together."""
+        self._flush()
         joint = self._sums.clone()
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(joint)
@@ -186,10 +190,12 @@ class Recorder:
 
     def mark(self) -> None:
         """Remember the sums, for `rewind`."""
+        self._flush()
         self._marked.copy_(self._sums)
 
     def rewind(self) -> None:
         """Forget what was seen since `mark`."""
+        self._pending.clear()
         self._sums.copy_(self._marked)
 
     def resume(self, choices: Sequence[Sequence[int]]) -> None:
@@ -207,14 +213,35 @@ class Recorder:
         """Add one forward's decisions of a site; they stay on the device."""
         if self._training is not None and self._mixture.training != self._training:
             return
-        slot, counted = self._slots[site.index], decision.counted
-        ids = decision.route.ids
+        ids, counted = decision.route.ids, decision.counted
+        if counted is None and not self._detailed:
+            self._queue(site.index, ids)
+            return
+        slot, k = self._slots[site.index], ids.shape[1]
         mark = slot.new_ones(len(ids)) if counted is None else counted.to(slot.dtype)  # (V,)
-        k = ids.shape[1]
         slot.index_add_(0, ids.flatten(), mark if k == 1 else mark.repeat_interleave(k))
         if self._detailed:
             self._add_details(slot, decision, mark)
             self._rows = mark if decision.level == "sample" else None
+
+    def _queue(self, site: int, ids: Tensor) -> None:
+        """Count choices of which all count: those of all sites of a forward in one go."""
+        if site != len(self._pending):
+            self._flush()
+        if site == len(self._pending):
+            self._pending.append(ids)
+        else:
+            slot = self._slots[site]
+            slot.index_add_(0, ids.flatten(), slot.new_ones(ids.numel()))
+        if len(self._pending) == len(self._slots):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Add the choices that wait."""
+        if self._pending:
+            ids = torch.stack(self._pending) + self._starts[: len(self._pending)]  # (S, V, K)
+            self._sums.index_add_(0, ids.flatten(), self._sums.new_ones(ids.numel()))
+            self._pending.clear()
 
     def _add_details(self, slot: Tensor, decision: Decision, mark: Tensor) -> None:
         """Add weights, probabilities and what follows from them, of decisions with mark 1."""

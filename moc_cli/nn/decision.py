@@ -40,17 +40,15 @@ def newly_decided(
 ) -> Tensor | None:
     """Mark the decisions (V,) of a forward over (B, T) tokens that count; None: all of them.
 
-    A row without a voter decides nothing yet. Where the rows are `copies` of each of the user's,
-    as beams are, the first of each counts. `late` (B,): only these rows decide.
+    A batch always decides; a row without a voter decides nothing yet. Where the rows are `copies`
+    of each of the user's, as beams are, the first of each counts. `late` (B,): only these decide.
     """
-    if valid is None and late is None and (copies == 1 or level == "batch"):
+    if level == "batch" or (valid is None and late is None and copies == 1):
         return None
     device = next(mark.device for mark in (valid, late, torch.empty(0)) if mark is not None)
     tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     if late is not None:
         tokens = tokens & late[:, None]
-    if level == "batch":
-        return tokens.any().reshape(1)
     if copies > 1:
         own = torch.arange(shape[0], device=device) % copies == 0
         tokens = tokens & own[:, None]

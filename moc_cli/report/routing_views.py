@@ -97,12 +97,9 @@ def _joined(row: Sequence[float], joined: int) -> list[float]:
 
 def _title(routing: Mapping[str, Any], joined: int) -> Text:
     text = Text("Which control each site chooses", "bold")
-    text.append(
-        f"  {routing['decisions']:,} decisions a site; rows: sites, columns: controls by layer",
-        "not bold",
-    )
-    if joined > 1:
-        text.append(f"; {joined} controls a column", "not bold")
+    text.append(f"  {routing['decisions']:,} decisions a site", "not bold")
+    about = "rows: sites; columns: controls, numbered by layer"
+    text.append(f"\n{about}" + (f", {joined} a column" if joined > 1 else ""), "not bold dim")
     return text
 
 
@@ -122,13 +119,13 @@ def _axis(sites: Sequence[Mapping[str, Any]], joined: int, cell: int, label: int
 
 
 def _legend(colored: bool) -> Text:
-    text = Text("share of the site's choices: 0 ", "dim")
+    text = Text("share of choices: 0 ", "dim")
     for level in range(1, len(RAMP)):
         if colored:
             text.append("██", "rgb({},{},{}) not dim".format(*SCALE[level]))
         else:
             text.append(RAMP[level], "not dim")
-    return text.append(" 100 %   a site's own control lies on the diagonal")
+    return text.append(" 100 %; the diagonal: a site's own control")
 
 
 def _level(share: float) -> int:
