@@ -166,7 +166,7 @@ def test_every_candidate_has_its_items_route(routed: Adapted, byte_tokenizer: To
     with watching(routed) as seen:
         rank(routed, byte_tokenizer, items, batch_size=64)
     questions = [ranking._split(byte_tokenizer, example) for example in items]
-    questions.sort(key=lambda question: -len(question.prompt))
+    questions.sort(key=lambda question: -question.shape.tokens)
     rows = [
         row
         for row, question in enumerate(questions)

@@ -1,9 +1,9 @@
 """Multiple choice: the candidate of the highest log-likelihood after the prompt.
 
-A question is computed in up to three steps on one key-value cache:
+A question falls into three parts, computed in at most two steps on one key-value cache:
 
     prompt     the tokens that the prompt and all prompt+candidate texts share; only they vote
-    trunk      the tokens that all candidates share after that
+    trunk      the tokens that all candidates share after that, fed together with the prompt
     branches   what is left of each candidate; cache rows are repeated for those of several tokens
 
 A tokenizer may join the blanks that end the prompt with the candidate's first word. Texts are
@@ -68,9 +68,9 @@ class _Question:
     @property
     def shape(self) -> Shape:
         """What its computation takes: the prompt's cache, and a copy for each longer branch."""
-        more = self.length - len(self.prompt)
         copies = sum(len(branch) > 1 for branch in self.branches)
-        return Shape(len(self.prompt), more, max(1, copies), logits=more + 1)
+        fed, more = len(self.prompt) + len(self.trunk), max(map(len, self.branches))
+        return Shape(fed, more, max(1, copies), logits=max(len(self.trunk) + 1, more))
 
 
 def rank(
@@ -119,18 +119,25 @@ def _score(
     adapted: Scorable, questions: list[_Question], pad: int, device: torch.device
 ) -> list[list[float]]:
     """Log-probability of each candidate of each question."""
-    prompts, mask = pad_left([question.prompt for question in questions], pad, device)  # (B, P)
-    out = call(
-        adapted.model,
-        input_ids=prompts,
-        attention_mask=mask,
-        position_ids=positions(mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache, following = out.past_key_values, _log_probs(out.logits[:, -1])  # (B, V)
+    texts = [question.prompt + question.trunk for question in questions]
     trunks = [question.trunk for question in questions]
-    shared, following, mask = _follow(adapted, cache, mask, following, trunks, pad)
+    ids, mask = pad_left(texts, pad, device)  # (B, T)
+    prompts = torch.tensor([[len(question.prompt)] for question in questions], device=device)
+    longest = max(map(len, trunks))
+    with voting(adapted, mask * (mask.cumsum(-1) <= prompts)):
+        out = call(
+            adapted.model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=True,
+            logits_to_keep=longest + 1,
+        )
+    steps = _log_probs(out.logits[:, -longest - 1 :])  # (B, longest + 1, V)
+    cache, following = out.past_key_values, steps[:, -1]
+    ids, valid = pad_left(trunks, pad, device)  # (B, longest)
+    chosen = steps[:, :-1].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    shared = (chosen.double() * valid).sum(1).tolist()
     pairs = [(row, branch) for row, q in enumerate(questions) for branch in q.branches]
     scores = _branches(adapted, cache, mask, following, pairs, pad)
     found: list[list[float]] = [[] for _ in questions]
@@ -158,7 +165,7 @@ def _branches(
         rows = rows[longer]
         cache.batch_select_indices(rows)
         tokens = [pairs[number][1] for number in longer]
-        totals, _, _ = _follow(adapted, cache, mask[rows], following[rows], tokens, pad, last=False)
+        totals = _follow(adapted, cache, mask[rows], following[rows], tokens, pad)
         for number, total in zip(longer, totals, strict=True):
             scores[number] = total
     return scores
@@ -171,17 +178,12 @@ def _follow(
     following: Tensor,
     tokens: list[list[int]],
     pad: int,
-    last: bool = True,
-) -> tuple[list[float], Tensor, Tensor]:
-    """Feed each row its tokens: their log-probability, the next token's log-probs, the new mask.
+) -> list[float]:
+    """Feed each row its tokens, but for the last one: the log-probability of them all.
 
-    `following` (B, V) are the log-probabilities of the first token. Without `last` nothing comes
-    after the tokens, and the last one of each row is not fed.
+    `following` (B, V) are the log-probabilities of the first token.
     """
-    fed = tokens if last else [row[:-1] for row in tokens]
-    if not any(fed):
-        return _sum(following.unsqueeze(1), tokens), following, mask
-    ids, valid = pad_right(fed, pad, mask.device)  # (B, S)
+    ids, valid = pad_right([row[:-1] for row in tokens], pad, mask.device)  # (B, S)
     extended = torch.cat([mask, valid], dim=1)
     with voting(adapted, torch.zeros_like(valid)):  # a running route would count the candidates
         out = call(
@@ -192,9 +194,7 @@ def _follow(
             past_key_values=cache,
             use_cache=True,
         )
-    steps = torch.cat([following.unsqueeze(1), _log_probs(out.logits)], dim=1)  # (B, 1+S, V)
-    rows = torch.arange(len(fed), device=mask.device)
-    return _sum(steps, tokens), steps[rows, valid.sum(1)], extended
+    return _sum(torch.cat([following.unsqueeze(1), _log_probs(out.logits)], dim=1), tokens)
 
 
 def _sum(steps: Tensor, tokens: list[list[int]]) -> list[float]:
