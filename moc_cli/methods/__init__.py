@@ -17,20 +17,20 @@ def _state(model: PreTrainedModel, method: Any, seed: int) -> Placed:
     return StateMethod(model, method, seed)
 
 
-def _quiet_import() -> None:
+def quiet_import() -> None:
     """Say nothing of the 4-bit CPU kernel that peft's import of bitsandbytes may find missing."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _low_rank(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    _quiet_import()
+    quiet_import()
     from moc_cli.methods.low_rank import LowRank
 
     return LowRank(model, method, seed)
 
 
 def _molex(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    _quiet_import()
+    quiet_import()
     from moc_cli.methods.molex import Molex
 
     return Molex(model, method, seed)

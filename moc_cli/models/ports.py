@@ -37,16 +37,23 @@ class _Remember(torch.autograd.Function):
 
 
 class Host:
-    """A model with a mixture placed in it: hooks at every site, and around each forward."""
+    """A model with a mixture placed in it: hooks at every site, and around each forward.
 
-    def __init__(self, model: PreTrainedModel, mixture: Mixture, family: Family) -> None:
+    The mixture becomes the model's submodule `moc`, unless it is `held` elsewhere in the model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mixture: Mixture, family: Family, *, held: bool = False
+    ) -> None:
         self.model = model
         self.mixture = mixture
         layers = find_layers(model, family)
         places = [
             (site, family.port(site.block), layers[site.layer]) for site in mixture.sites
         ]  # all paths are resolved by find_layers before the first hook is registered
-        model.add_module("moc", mixture)
+        self._held = held
+        if not held:
+            model.add_module("moc", mixture)
         self._handles = []
         for site, port, layer in places:
             read, write = layer.get_submodule(port.read), layer.get_submodule(port.write)
@@ -69,7 +76,8 @@ class Host:
             handle.remove()
         self._handles.clear()
         self.passes.remove()
-        del self.model.moc
+        if not self._held:
+            del self.model.moc
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""

@@ -1,0 +1,111 @@
+"""`peft`: a folder for `PeftModel.from_pretrained(base, folder)`.
+
+For moc and control the process has to `import moc_cli.peft` first; lora and dora are peft's own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from moc_cli.controls import CONFIG, PAYLOAD
+from moc_cli.errors import MocError
+from moc_cli.export import Exported, Options
+from moc_cli.export.card import base_code
+from moc_cli.export.parity import check, reference
+from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
+from moc_cli.methods import quiet_import
+from moc_cli.recipe.adapter import drawn_from_the_base
+from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
+from moc_cli.recipe.schema import Recipe
+from moc_cli.trained import Trained
+
+_PREFIX = "base_model.model."
+_TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+def refuse(recipe: Recipe, options: Options) -> None:
+    """Raise MocError for what peft cannot hold or would not read back as it is."""
+    if isinstance(recipe.method, MolexMethod):
+        raise MocError(
+            "molex runs a second layer at every depth, which peft has no place for",
+            "export with --to controls",
+        )
+    if drawn_from_the_base(recipe.method):
+        raise MocError(
+            f"method.init {recipe.method.init} rewrites the base's weights, "  # type: ignore[union-attr]
+            "which peft would do again, and not to the bit",
+            "export with --to merged or --to controls",
+        )
+    if options.dtype not in (None, "float32"):
+        raise MocError(f"--dtype {options.dtype}: peft trains on in float32", "use --to controls")
+
+
+def export(trained: Trained, folder: Path, options: Options) -> Exported:
+    """Write config and payload under peft's keys; a fresh process must give our logits."""
+    refuse(trained.recipe, options)
+    state = {_key(name): value for name, value in trained.adapted.state().items()}
+    own = isinstance(trained.recipe.method, MocMethod | ControlMethod)
+    config = _moc(trained, state) if own else _low_rank(trained)
+    write_bytes_atomic(folder / PAYLOAD, save(state, {"format": "pt"}))
+    write_json_atomic(folder / CONFIG, config)
+    lines = [base_code(trained), "from peft import PeftModel"]
+    if own:
+        lines.insert(1, "import moc_cli.peft  # makes the method known to peft")
+    loading = "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
+    tolerance = 0.0 if own else None
+    read = check(
+        folder, loading, reference(trained), device=trained.device.type, tolerance=tolerance
+    )
+    notes = ("peft must be of a version that moc was tested with.",) if own else ()
+    return Exported((CONFIG, PAYLOAD), read, notes, loading, library="peft")
+
+
+def _key(name: str) -> str:
+    """A parameter's name in peft's file: without the adapter's name."""
+    if name.startswith(_PREFIX):
+        return name
+    if name.startswith("modules."):
+        return _PREFIX + name.removeprefix("modules.")
+    return f"{_PREFIX}moc.moc_mixtures.{name}"
+
+
+def _moc(trained: Trained, state: dict[str, Tensor]) -> dict[str, Any]:
+    quiet_import()
+    from moc_cli.peft import NAME, MocConfig, state_hash
+
+    config = MocConfig(
+        method=trained.recipe.method.model_dump(mode="json"),
+        seed=trained.recipe.seed,
+        modules_to_save=trained.controls["modules"] or None,
+        base_weights_sha256=trained.weights_hash,
+        base_fingerprint=trained.base["base_fingerprint"],
+        state_sha256=state_hash(state),
+        inference_mode=True,
+    )
+    return (
+        _told(trained)
+        | {key: value for key, value in to_plain(config.to_dict()).items() if key not in _SHARED}
+        | {"peft_type": NAME}
+    )
+
+
+_SHARED = ("base_model_name_or_path", "revision", "task_type")
+
+
+def _low_rank(trained: Trained) -> dict[str, Any]:
+    fields = trained.adapted.adapter_config()
+    return {key: value for key, value in fields.items() if key not in ("method", "modules")} | {
+        **_told(trained),
+        "modules_to_save": fields["modules"] or None,
+        "inference_mode": True,
+    }
+
+
+def _told(trained: Trained) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": trained.recipe.model.model_name_or_path,
+        "revision": trained.recipe.model.revision,
+        "task_type": _TASKS[trained.base["kind"]],
+    }
