@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -12,7 +13,7 @@ from moc_cli.report.tables import MISSING, hundredths, score_text
 WORDS = ("task", "metric")
 
 
-def evaluation_table(results: Mapping[str, Any]) -> Table:
+def evaluation_table(results: Mapping[str, Any]) -> Group:
     """Show every task's scores in hundredths, the base model's beside them where it is known.
 
     Numbers never wrap: where the columns do not fit, names do. What is nowhere known has no column;
@@ -29,8 +30,6 @@ def evaluation_table(results: Mapping[str, Any]) -> Table:
         title=_title(metrics),
         title_justify="left",
         title_style="bold",
-        caption=_caption(results),
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -40,7 +39,7 @@ def evaluation_table(results: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="left" if word else "right", no_wrap=not word)
     for row in _rows(results):
         table.add_row(*(row[name] for name in columns))
-    return table
+    return Group(table, _caption(results))  # a table's own caption would wrap at its width
 
 
 def _title(metrics: set[str]) -> str:
