@@ -96,7 +96,7 @@ def _check_base(model: PreTrainedModel, config: AdapterConfig, base: dict[str, s
     """Raise RunError unless the model is the one that the controls were trained on."""
     expected = config.base_fingerprint
     same = same_base(base, expected.model_dump()) if expected else None
-    name = model.name_or_path
+    name = model.name_or_path or ""
     if same is None and config.base_weights_sha256:
         found = known_hash(name)
         same = None if found is None else found == config.base_weights_sha256

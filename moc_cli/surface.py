@@ -61,7 +61,7 @@ class Controls:
         self._facts = facts
         self._before = before
         self._ignored = self.model._keys_to_ignore_on_save
-        self.model.save_pretrained = self._save_pretrained
+        vars(self.model)["save_pretrained"] = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}
         named = self.model.named_parameters(remove_duplicate=False)
         self._names = [name for name, parameter in named if id(parameter) in trained]

@@ -42,14 +42,13 @@ def refuse(recipe: Recipe, options: Options) -> None:
 def export(trained: Trained, folder: Path, options: Options) -> Exported:
     """Merge in float32, round to the type asked for, and write model, tokenizer and settings.
 
-    Half of the tolerance question is the order of additions: W x + B (A x) and (W + B A) x agree
-    up to rounding, not to the bit.
+    W x + B (A x) and (W + B A) x agree up to rounding, not to the bit, hence the tolerance.
     """
     model = trained.adapted.model
     own = str(model.dtype).removeprefix("torch.")
     dtype = options.dtype or own
     expected = reference(trained)
-    model.float()
+    model.to(dtype=torch.float32)
     trained.adapted.merge()
     model.to(getattr(torch, dtype))
     model.save_pretrained(folder)
