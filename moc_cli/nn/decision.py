@@ -77,5 +77,4 @@ def one_token_decides(decision: Decision, k: int, vote: Vote) -> Tensor | None:
     without = decide(rest, k, vote, "renormalized").ids.sort(dim=-1).values
     chosen = decision.route.ids.sort(dim=-1).values
     turned = without.unflatten(0, p.shape[:2]) != chosen[:, None]  # (V, S, K)
-    turned = turned.any(dim=-1) & (weight[..., 0] > 0)
-    return turned.any(dim=1) | (ballot.voters[:, 0] <= 1)
+    return turned.flatten(1).any(dim=1) | (ballot.voters[:, 0] <= 1)

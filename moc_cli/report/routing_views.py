@@ -3,6 +3,7 @@
 Everything is drawn from the dict of routing.json.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ def _level(share: float) -> int:
     """The step of the scale; any share above 0 is seen."""
     if share <= 0:
         return 0
-    return max(1, round((len(RAMP) - 1) * min(share, 1.0) ** 0.5))
+    return max(1, round((len(RAMP) - 1) * math.sqrt(min(share, 1.0))))
 
 
 def _color(share: float) -> str:
