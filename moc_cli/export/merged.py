@@ -48,7 +48,7 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
     own = str(model.dtype).removeprefix("torch.")
     dtype = options.dtype or own
     expected = reference(trained)
-    model.to(dtype=torch.float32)
+    model.to(dtype=torch.float32)  # type: ignore[call-arg]
     trained.adapted.merge()
     model.to(getattr(torch, dtype))
     model.save_pretrained(folder)
