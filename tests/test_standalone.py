@@ -79,7 +79,7 @@ def answer(place, folder, beams):
         words = tokenizer(["tale", "a small tale"], padding=True)["input_ids"]
         found["words"] = torch.tensor(words)
         save_file(found, place / f"{folder.stem}.{turn}")
-        again = folder.with_suffix(".again")
+        again = folder.with_suffix(".again" if turn == "loaded" else ".kept")
         model.save_pretrained(again)
         tokenizer.save_pretrained(again)
         shutil.rmtree(folder)
@@ -333,7 +333,7 @@ class TestFolder:
         root, _ = place
         types = {"bf16": set(), "bf16_head": set()}
         for name, found in types.items():
-            with safe_open(root / f"{name}.again" / "model.safetensors", "pt") as file:
+            with safe_open(root / f"{name}.kept" / "model.safetensors", "pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     exact = key.startswith(("moc.", "classifier."))
                     found.add((exact, file.get_slice(key).get_dtype()))
