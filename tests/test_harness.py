@@ -16,6 +16,7 @@ from conftest import ROOT, VOCABULARY, make_byte_tokenizer, make_tiny_model
 from lm_eval.models.huggingface import HFLM
 from test_evaluation import MIXED, question
 from tiny import train_controls
+from tokenizers import processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -289,19 +290,29 @@ def test_contexts_and_answers_are_split_as_lm_eval_does() -> None:
         assert tokenizer.decode(before) == context.rstrip()
         assert tokenizer.decode(before + after) == context + answer
     first = tokenizer.bos_token_id
+    begun = make_byte_tokenizer()
+    begun.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", first)]
+    )
+    with_first = HarnessModel(me.adapted, begun)
+    letters = tokenizer("abc")["input_ids"]
+    assert with_first.split("a", "bc") == ([first, letters[0]], letters[1:])
+    assert with_first.split("<s>a", "bc") == ([first, letters[0]], letters[1:])
     assert me.split("", "abc") == ([first], tokenizer("abc")["input_ids"])
     assert me.split("", "<s>abc") == ([first], tokenizer("abc")["input_ids"])
 
 
 def test_long_contexts_lose_their_beginning(routed: Adapted) -> None:
-    """The model has 512 positions, and the last token of an answer needs none."""
+    """A model of 512 positions is made one of 12; the last token of an answer needs none."""
     me = asked(routed)
-    context, answer = "y" * 30 + "x" * 505, "abcdefgh"
+    me.max_length = 12
+    context, answer = "The quick brown fox jumps", "abcdefgh"
     ids = me.tokenizer(context + answer)["input_ids"]
-    ((total, _),) = me.loglikelihood(requests((context, answer)))
+    (found,) = me.loglikelihood(requests((context, answer)))
     assert me.cut == 1
-    expected, _ = by_full_forward(routed, ids[30:-8], ids[-8:])
-    assert total == pytest.approx(expected, abs=CLOSE)
+    expected, _ = by_full_forward(routed, ids[-8 - 5 : -8], ids[-8:])
+    assert found[0] == pytest.approx(expected, abs=CLOSE)
+    me.max_length = 512
     with pytest.raises(DataError, match="an answer has 513 tokens, the model takes 512"):
         me.loglikelihood(requests(("a", "b" * 513)))
     with pytest.raises(DataError, match="no token to score"):
@@ -349,15 +360,21 @@ def test_texts_end_at_the_first_stop(routed: Adapted) -> None:
     assert sum(a != b for a, b in zip(found, texts, strict=True)) >= 2
 
 
-def test_a_stop_ends_the_work(routed: Adapted) -> None:
-    """A row that has met its stop is not computed to the limit."""
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stop_ends_the_work(routed: Adapted, length: int) -> None:
+    """A row that has met its stop, of one token or several, is not computed to the limit."""
     me = asked(routed)
-    (text,) = me.generate_until(requests((CONTEXTS[0], {"until": [], "max_gen_toks": 30})))
-    letter = next(char for char in text if char.isascii())
+    whole = {"until": [], "max_gen_toks": 30, "do_sample": False}
+    texts = me.generate_until(requests(*((context, whole) for context in CONTEXTS[:8])))
+    context, stop = next(
+        (context, text[place : place + length])
+        for context, text in zip(CONTEXTS, texts, strict=False)
+        for place in range(10)
+        if text[place : place + length].isascii()
+    )
     with watching(routed) as seen:
-        stop = {"until": [letter], "max_gen_toks": 30}
-        assert me.generate_until(requests((CONTEXTS[0], stop))) == [until(text, [letter])]
-    assert len(seen) < 20
+        me.generate_until(requests((context, whole | {"until": [stop]})))
+    assert len(seen) < 25
 
 
 def test_options_are_kept_apart(routed: Adapted) -> None:
