@@ -1,19 +1,25 @@
 """`moc`: fine-tune transformers with Mixture-of-Control (arXiv 2606.31397).
 
-In Python: `from moc_cli import attach, load_controls`, see `moc_cli.surface`. They are looked up
-when first used, so that `import moc_cli` alone loads no torch.
+In Python: `from moc_cli import attach, load_controls, Tenants`, see `moc_cli.surface` and
+`moc_cli.serving.tenants`. They are looked up when first used, so that `import moc_cli` alone loads
+no torch.
 """
 
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-_SURFACE = ("Controls", "attach", "load_controls")
+_SURFACE = {
+    "Controls": "moc_cli.surface",
+    "Tenants": "moc_cli.serving.tenants",
+    "attach": "moc_cli.surface",
+    "load_controls": "moc_cli.surface",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _SURFACE:
-        return getattr(import_module("moc_cli.surface"), name)
+        return getattr(import_module(_SURFACE[name]), name)
     raise AttributeError(f"module 'moc_cli' has no attribute {name!r}")
 
 
