@@ -10,7 +10,7 @@ import typer
 
 # Looking for pydantic's plugins reads the metadata of every installed package at each start.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-# Reading even a local file, `datasets` would count a download at a server; the hub's clients tell it
+# Even for a local file `datasets` would count a download at a server, and the hub's clients tell
 # what they run in. Nothing here asks for either.
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
