@@ -37,7 +37,7 @@ check: .venv/tested
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
