@@ -11,9 +11,8 @@ from torch import Tensor
 
 from moc_cli.controls import CONFIG, PAYLOAD
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options
+from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
-from moc_cli.export.parity import check, reference
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
 from moc_cli.methods import quiet_import
 from moc_cli.recipe.adapter import drawn_from_the_base
@@ -25,7 +24,7 @@ _PREFIX = "base_model.model."
 _TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
-def refuse(recipe: Recipe, options: Options) -> None:
+def check(recipe: Recipe, options: Options) -> None:
     """Raise MocError for what peft cannot hold or would not read back as it is."""
     if isinstance(recipe.method, MolexMethod):
         raise MocError(
@@ -44,7 +43,6 @@ def refuse(recipe: Recipe, options: Options) -> None:
 
 def export(trained: Trained, folder: Path, options: Options) -> Exported:
     """Write config and payload under peft's keys; a fresh process must give our logits."""
-    refuse(trained.recipe, options)
     state = {_key(name): value for name, value in trained.adapted.state().items()}
     own = isinstance(trained.recipe.method, MocMethod | ControlMethod)
     config = _moc(trained, state) if own else _low_rank(trained)
@@ -55,9 +53,8 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
         lines.insert(1, "import moc_cli.peft  # makes the method known to peft")
     loading = "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
     tolerance = 0.0 if own else None
-    read = check(
-        folder, loading, reference(trained), device=trained.device.type, tolerance=tolerance
-    )
+    ours = parity.reference(trained)
+    read = parity.check(folder, loading, ours, device=trained.device.type, tolerance=tolerance)
     notes = ("peft must be of a version that moc was tested with.",) if own else ()
     return Exported((CONFIG, PAYLOAD), read, notes, loading, library="peft")
 
