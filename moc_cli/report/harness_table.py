@@ -1,7 +1,7 @@
 """What lm-evaluation-harness found, as a table: its own metrics, in its own units."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -29,7 +29,7 @@ def harness_table(results: Mapping[str, Any]) -> Table:
     )
     for name in columns:
         word = name in WORDS
-        side = "left" if word else "right"
+        side: Literal["left", "right"] = "left" if word else "right"
         table.add_column(name, justify=side, no_wrap=not word, overflow="fold")
     for name, entry in _ordered(results["tasks"]):
         for row in _rows(name, entry):
