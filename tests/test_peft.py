@@ -10,7 +10,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import DECODERS, make_batch, make_tiny, train_controls
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import moc_cli.peft
 from moc_cli.errors import MocError, RunError
@@ -260,3 +266,33 @@ def test_the_other_way_round_the_surface_refuses_a_model_in_peft(tmp_path: Path)
     del other
     with pytest.raises(MocError, match="holds controls or adapters already"):
         load_controls(model.base_model.model, tmp_path)
+
+
+def test_lm_eval_reads_the_folder_in_a_process_that_imported_us(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """lm_eval's own class gives a text's tokens without a mask, so that at batch 1 all vote."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = wrapped()
+    model.save_pretrained(tmp_path / "adapter")
+    make().save_pretrained(tmp_path / "base")
+    language_model = HFLM(
+        pretrained=str(tmp_path / "base"),
+        peft=str(tmp_path / "adapter"),
+        tokenizer=byte_tokenizer,
+        device="cpu",
+        dtype="float32",
+        batch_size=1,
+    )
+    assert isinstance(language_model.model, PeftModel)
+    context, answer = "the cat sat on", " the mat"
+    request = Instance("loglikelihood", {}, (context, answer), 0)
+    ((found, _),) = language_model.loglikelihood([request], disable_tqdm=True)
+    ids = language_model.tok_encode(context + answer)
+    start = len(language_model.tok_encode(context))
+    with torch.no_grad():
+        steps = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    expected = sum(steps[place - 1, ids[place]].item() for place in range(start, len(ids)))
+    assert found == pytest.approx(expected, abs=1e-4)

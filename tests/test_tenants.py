@@ -286,3 +286,4 @@ def test_the_memory_of_a_set_is_that_of_its_file(folders: dict) -> None:
     for name, size in tenants.memory().items():
         file = (folders["llama"][name] / "adapter_model.safetensors").stat().st_size
         assert 0 < file - size < 8192  # the file's header
+        assert f"{name}  {size / 1e6:,.1f} MB" in str(tenants).splitlines()

@@ -78,6 +78,11 @@ class Tenants:
         """The bytes of each set's controls and gates."""
         return {name: kept.bytes for name, kept in self._sets.items()}
 
+    def __str__(self) -> str:
+        """A line for each set: its name and the memory that it takes."""
+        lines = [f"{name}  {size / 1e6:,.1f} MB" for name, size in self.memory().items()]
+        return "\n".join(lines) or "no control set"
+
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Within it the rows of a batch use these sets, in their order; None: the bare base.
