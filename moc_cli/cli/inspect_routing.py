@@ -55,6 +55,9 @@ def inspect_routing(
 
     if site is not None and text is None:
         raise MocError("--site picks a site of --text", "give a text too")
+    for each in (run, compare):
+        if each is not None:
+            _refuse_without_gate(each)
     from moc_cli.inspection.session import Asked, Inspection, write
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing_views import views
@@ -85,3 +88,22 @@ def inspect_routing(
     for warning in routing["warnings"]:
         say(f"Warning: {warning['message']}")
     say(f"{len(paths)} files in {folder}, among them routing.json and routing.html")
+
+
+def _refuse_without_gate(path: Path) -> None:
+    """Raise MocError for a run whose method has nothing to inspect, before torch is imported."""
+    from moc_cli.errors import MocError
+    from moc_cli.recipe.load import load_recipe
+    from moc_cli.runs import RunFolder
+
+    name = load_recipe(RunFolder.open(path).recipe_file).method.name
+    if name != "moc":
+        why = {
+            "control": "its controls are all local",
+            "molex": "it routes between whole layers, not between controls",
+        }.get(name, "it has no gate")
+        raise MocError(
+            f"{path} was trained with method {name}: {why}, so there is no routing of controls to "
+            "inspect",
+            "give a run of method moc",
+        )
