@@ -3,7 +3,7 @@
 A format is a function `export(trained, folder, options) -> Exported` that fills an empty folder and
 has a fresh process read it back (see `parity`). The folder gets its name only afterwards; the
 session writes the model card and prints the sizes. A format's module may also have
-`refuse(recipe, options)`, which raises MocError for what can be known before weights are loaded.
+`check(recipe, options)`, which raises MocError for what can be known before weights are loaded.
 """
 
 from collections.abc import Callable

@@ -11,9 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moc_cli.controls import CONFIG, PAYLOAD, write_adapter
-from moc_cli.export import Exported, Options
+from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
-from moc_cli.export.parity import check, compare, judge, reference
 from moc_cli.trained import Trained
 
 _KEPT = ("gates.", "modules.")
@@ -32,17 +31,17 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
         trained.adapted.adapter_config() | trained.base | {"step": trained.controls.get("step")}
     )
     write_adapter(folder, config, save(state, {"format": "pt"}))
-    exact = reference(trained)
+    exact = parity.reference(trained)
     trained.adapted.load_state(state)
-    ours = reference(trained)
+    ours = parity.reference(trained)
     trained.adapted.load_state(whole)
     lines = ["from moc_cli import load_controls", base_code(trained)]
     loading = "\n".join([*lines, "load_controls(model, folder)"])
-    read = check(folder, loading, ours, device=trained.device.type, tolerance=0)
+    read = parity.check(folder, loading, ours, device=trained.device.type, tolerance=0)
     figures = read | {"dtype": dtype}
     notes: tuple[str, ...] = ()
     if dtype != "float32":
-        figures["rounding"] = judge(compare(exact, ours.logits), dtype)
+        figures["rounding"] = parity.judge(parity.compare(exact, ours.logits), dtype)
         notes = (f"Controls in {dtype}; gates, vectors and whole modules in float32.",)
     return Exported((CONFIG, PAYLOAD), figures, notes, loading, library="moc")
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options
-from moc_cli.export.parity import check, reference
+from moc_cli.export import Exported, Options, parity
 from moc_cli.recipe.schema import Recipe
 from moc_cli.trained import Trained
 
@@ -21,7 +20,7 @@ _WHY = {
 }
 
 
-def refuse(recipe: Recipe, options: Options) -> None:
+def check(recipe: Recipe, options: Options) -> None:
     """Raise MocError for methods that weights alone cannot hold."""
     name = recipe.method.name
     if name in _WHY:
@@ -47,7 +46,7 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
     model = trained.adapted.model
     own = str(model.dtype).removeprefix("torch.")
     dtype = options.dtype or own
-    expected = reference(trained)
+    expected = parity.reference(trained)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]
     trained.adapted.merge()
     model.to(getattr(torch, dtype))
@@ -61,6 +60,6 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
         f'model = {auto}.from_pretrained(folder, dtype="{dtype}"{chosen})'
     )
     narrow = dtype if dtype != "float32" else own
-    parity = check(folder, loading, expected, dtype=narrow, device=trained.device.type)
+    figures = parity.check(folder, loading, expected, dtype=narrow, device=trained.device.type)
     files = tuple(sorted(path.name for path in folder.iterdir()))
-    return Exported(files, parity, (f"Weights merged in float32, kept in {dtype}.",), loading)
+    return Exported(files, figures, (f"Weights merged in float32, kept in {dtype}.",), loading)

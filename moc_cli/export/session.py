@@ -53,7 +53,7 @@ def export_run(
     if push_to_hub is not None:
         check_online()
     folder = RunFolder.open(run)
-    refuse = getattr(import_module(FORMATS[to].partition(":")[0]), "refuse", None)
+    refuse = getattr(import_module(FORMATS[to].partition(":")[0]), "check", None)
     if refuse is not None:
         refuse(load_recipe(folder.recipe_file), options)
     trained = open_run(run, device=device)
