@@ -55,7 +55,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="Tasks of lm-evaluation-harness instead: pip install 'moc-cli[harness]'. Their "
+            help="Tasks of lm-evaluation-harness instead: pip install 'moc-cli\\[harness]'. Their "
             "--limit takes the first rows.",
         ),
     ] = None,
