@@ -1,6 +1,7 @@
 """Controls placed in real model classes: laws that hold for every family and every way to run."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -9,11 +10,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import DECODERS, FAMILIES, make_batch, make_tiny, train_controls
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from moc_cli.errors import MocError
 from moc_cli.methods import attach
-from moc_cli.recipe.methods import ControlMethod, MocMethod
+from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod, MolexMethod
 
 
 def moc(**changes) -> MocMethod:
@@ -147,6 +148,101 @@ def test_repeated_and_selected_cache_rows_take_their_routes_along():
         copied.reorder_cache(torch.tensor([1, 0]))
         assert torch.equal(copied._moc_routes.routes[0].ids, stored[[0, 3]])
         assert torch.equal(cache._moc_routes.routes[0].ids, stored[[3, 0]])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_an_emptied_cache_is_as_any_other(kind):
+    model = make("llama").model
+    config = model.config
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, 16)
+    inputs = make_batch(rows=2, side="left")
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        for _ in range(2):
+            cache.crop(-9) if kind == "dynamic" else cache.reset()
+        assert cache.get_seq_length() == 0
+        cache.reorder_cache(torch.tensor([1, 0]))
+        found = model(**inputs, past_key_values=cache).logits
+        assert torch.allclose(found, model(**inputs, use_cache=False).logits, atol=1e-5)
+
+
+def step(model, cache, inputs, new=1):
+    """The logits of `new` more tokens after a prompt in a cache."""
+    rows = len(inputs["input_ids"])
+    tail = torch.ones(rows, cache.get_seq_length() + new - inputs["attention_mask"].shape[1])
+    mask = torch.cat([inputs["attention_mask"], tail.long()], dim=1)
+    ids = torch.arange(7, 7 + new).expand(rows, new)
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+
+
+def test_a_cache_that_other_controls_began_gets_routes_of_the_present_ones():
+    adapted, inputs = make("llama", moc(top_k=2)), make_batch(rows=3, side="left")
+    cache = DynamicCache(config=adapted.model.config)
+    with torch.no_grad():
+        adapted.model(**inputs, past_key_values=cache)
+        step(adapted.model, cache, inputs)  # banks of the first controls
+        model = adapted.detach()
+        other = attach(model, moc(top_k=1, rank=3, share_gate=False), seed=2)
+        train_controls(other.named_trainables(), 9)
+        caches = [cache, copy.deepcopy(cache)]
+        for name in ("_moc_routes", "_moc_owner"):
+            vars(caches[1]).pop(name)
+        for new in (2, 1):
+            found, expected = (step(model, one, inputs, new) for one in caches)
+            assert torch.equal(found, expected)
+        assert cache._moc_routes.routes[0].ids.shape == (3, 1)
+
+
+def test_gradients_pass_through_cached_steps():
+    adapted, inputs = make("llama", moc(top_k=2)), make_batch(rows=2, side="left")
+    cache = DynamicCache(config=adapted.model.config)
+    with torch.no_grad():
+        adapted.model(**inputs, past_key_values=cache)
+        step(adapted.model, cache, inputs)
+    own = adapted.named_trainables()
+    caches = [cache, copy.deepcopy(cache)]
+    with torch.no_grad():
+        copied = step(adapted.model, caches[1], inputs)
+    found = step(adapted.model, cache, inputs)
+    assert torch.allclose(found, copied, atol=1e-5)
+    found.square().sum().backward()
+    for block in ("attn", "ffn"):
+        for layer in range(2):
+            assert own[f"controls.{layer}.{block}.A"].grad.abs().sum() > 0
+
+
+def test_a_pickled_model_keeps_its_controls():
+    adapted, inputs = make("llama"), make_batch(rows=2, side="left")
+    adapted.model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "do_sample": False}
+    with torch.no_grad():
+        again = pickle.loads(pickle.dumps(adapted.model))
+        expected = adapted.model(**inputs).logits
+        written = adapted.model.generate(**inputs, **options)
+        for parameter in adapted.named_trainables().values():
+            parameter.zero_()
+        assert torch.equal(again(**inputs).logits, expected)
+        assert torch.equal(again.generate(**inputs, **options), written)
+
+
+@pytest.mark.parametrize(
+    "method", [moc(), ControlMethod(rank=2), LoraMethod(rank=2), MolexMethod(rank=2)]
+)
+def test_disabled_within_disabled_stays_off_to_the_outer_end(method):
+    bare = make_tiny("llama")
+    adapted, inputs = make("llama", method), make_batch(rows=2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_trainables().items():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        on, off = adapted.model(**inputs).logits, bare(**inputs).logits
+        assert not torch.equal(on, off)
+        with adapted.disabled():
+            with adapted.disabled():
+                assert torch.equal(adapted.model(**inputs).logits, off)
+            assert torch.equal(adapted.model(**inputs).logits, off)
+        assert torch.equal(adapted.model(**inputs).logits, on)
+    assert all(parameter.requires_grad for parameter in adapted.named_trainables().values())
 
 
 def test_chosen_voters_replace_the_mask():

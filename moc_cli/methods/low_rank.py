@@ -94,6 +94,9 @@ class LowRank:
             with self._as_first():
                 yield
             return
+        if any(layer.disable_adapters for layer in self._layers.values()):  # within another
+            yield
+            return
         trained = [(p, p.requires_grad) for p in self.named_parameters().values()]
         self._tuner.disable_adapter_layers()
         try:

@@ -69,8 +69,8 @@ class Molex:
     def disabled(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self.low_rank.disabled())
+            stack.callback(setattr, self.mixture, "active", self.mixture.active)
             self.mixture.active = False
-            stack.callback(setattr, self.mixture, "active", True)
             yield
 
     def detach(self) -> None:

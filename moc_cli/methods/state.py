@@ -59,11 +59,11 @@ class StateMethod:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        self.mixture.active = False
+        before, self.mixture.active = self.mixture.active, False
         try:
             yield
         finally:
-            self.mixture.active = True
+            self.mixture.active = before
 
     def detach(self) -> None:
         self.host.remove()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
+from itertools import count
 from types import MethodType
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from transformers import Cache, PreTrainedModel
 from moc_cli.nn.mixture import Pass
 
 _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
+_OWNER = "_moc_owner"  # and whose they are
+_OWNERS = count()
 
 
 class Store(Protocol):
@@ -81,6 +84,7 @@ class Passes:
         self.running = running
         self.voters: Tensor | None = None
         self._new_store = new_store
+        self._number = next(_OWNERS)
         runner = model.base_model if runner is None else runner
         self._names = list(signature(runner.forward).parameters)
         self._handles = [
@@ -130,7 +134,7 @@ class Passes:
         tokens = given["inputs_embeds"] if tokens is None else tokens
         length = tokens.shape[1]
         cache = given.get("past_key_values")
-        known = getattr(cache, _STORE, None)
+        known = self._kept(cache)
         if known is not None and known.settled and not self.mixture.training:
             self.mixture.current = Pass(store=known, shape=tuple(tokens.shape[:2]))
             return
@@ -141,13 +145,13 @@ class Passes:
         store = late = None
         copies, again = self._copies(tokens.shape[0])
         if self.causal and not self.mixture.training:
-            store = getattr(cache, _STORE, None)
+            store = known
             if store is None or past == 0:
                 valid = self._prompt_only(valid, tokens)
                 store = self._new_store()
                 store.waiting = _marked(None if valid is None else ~valid.any(dim=1))
                 if cache is not None:
-                    follow(cache, store)
+                    follow(cache, store, self._number)
             elif store.waiting is not None:
                 seen = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
                 late = _marked(store.waiting & seen)
@@ -155,6 +159,13 @@ class Passes:
         repeat = again and past == 0 and not self.running
         shape = tuple(tokens.shape[:2])
         self.mixture.current = Pass(valid, store, late, shape, past, copies, repeat)
+
+    def _kept(self, cache: Cache | None) -> Store | None:
+        """What the cache's generation remembers, unless it began with controls that are gone."""
+        if getattr(cache, _OWNER, None) != self._number:
+            return None
+        store: Store | None = getattr(cache, _STORE, None)
+        return store
 
     def _copies(self, rows: int) -> tuple[int, bool]:
         """How many rows of a generation's forward stand for one of its prompt, as beams do, and
@@ -194,8 +205,8 @@ class Passes:
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and current.store is not None:
-            if not hasattr(cache, _STORE):
-                follow(cache, current.store)
+            if self._kept(cache) is None:
+                follow(cache, current.store, self._number)
             current.store.settle()
 
 
@@ -224,22 +235,26 @@ def valid_tokens(mask: Any, length: int, past: int) -> Tensor | None:
     return allowed[:, 0, rows, first + rows]
 
 
-def follow(cache: Cache, store: Store) -> None:
+def follow(cache: Cache, store: Store, owner: int) -> None:
     """Tie a store to its cache: wherever the cache's rows are reordered, the routes' are too."""
     setattr(cache, _STORE, store)
-    cache.reorder_cache = MethodType(_reorder, cache)
-    for name, call in (("batch_repeat_interleave", _repeat), ("batch_select_indices", _select)):
+    setattr(cache, _OWNER, owner)
+    for name, call in _FOLLOWED.items():
+        if name == "activate_past_recording" and not hasattr(store, name):
+            continue
         if hasattr(type(cache), name):
             setattr(cache, name, MethodType(call, cache))
-    cache.reset = MethodType(_reset, cache)
-    cache.crop = MethodType(_crop, cache)
-    if hasattr(store, "activate_past_recording"):
-        cache.activate_past_recording = MethodType(_record, cache)
+
+
+def _forget(cache: Cache) -> None:
+    """Untie the store: the cache is as any other again, and what comes next is a new prompt."""
+    for name in (_STORE, _OWNER, *_FOLLOWED):
+        vars(cache).pop(name, None)
 
 
 def _reset(cache: Cache) -> None:
-    type(cache).reset(cache)
-    delattr(cache, _STORE)
+    _forget(cache)
+    cache.reset()
 
 
 def _reorder(cache: Cache, beam_idx: Tensor) -> None:
@@ -258,7 +273,7 @@ def _crop(cache: Cache, tokens_to_remove: int) -> None:
     if hasattr(store, "crop"):
         store.crop(tokens_to_remove)
     if not cache.get_seq_length():
-        delattr(cache, _STORE)  # what comes next is another prompt
+        _forget(cache)
 
 
 def _record(cache: Cache) -> None:
@@ -269,3 +284,13 @@ def _record(cache: Cache) -> None:
 def _select(cache: Cache, indices: Tensor) -> None:
     type(cache).batch_select_indices(cache, indices)
     getattr(cache, _STORE).rows(lambda kept: kept[indices])
+
+
+_FOLLOWED = {
+    "reorder_cache": _reorder,
+    "batch_repeat_interleave": _repeat,
+    "batch_select_indices": _select,
+    "reset": _reset,
+    "crop": _crop,
+    "activate_past_recording": _record,
+}

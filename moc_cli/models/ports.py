@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moc_cli.errors import FamilyError
 from moc_cli.models.families import Family
 from moc_cli.models.passes import Passes
-from moc_cli.nn.mixture import Mixture, Pass, RouteStore
+from moc_cli.nn.mixture import Mixture, Pass
 
 
 class _Remember(torch.autograd.Function):
@@ -65,7 +65,7 @@ class Host:
             model,
             mixture,
             causal=family.causal,
-            new_store=lambda: RouteStore(gated=mixture.routing.top_k > 0),
+            new_store=mixture.new_store,
             running=mixture.routing.decode == "running",
             runner=find_runner(model, family),
         )

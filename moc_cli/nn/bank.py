@@ -17,7 +17,8 @@ class Bank:
 
     `A` (R, d) and `B` (d, R) are in the type of x. `weights` (V, R), in float32 or wider, hold α,
     (1−α)·π and the scale, 0 where a row does not use a control; None: they are the same for every
-    row and multiplied into `B`.
+    row and multiplied into `B`. All are copies: a step of training in mid-generation shows from the
+    next generation on.
     """
 
     A: Tensor

@@ -199,6 +199,10 @@ class Mixture(nn.Module):
         site = self.sites[index]
         return self.controls[site.layer][site.block]
 
+    def new_store(self) -> RouteStore:
+        """Begin a generation."""
+        return RouteStore(gated=self.routing.top_k > 0)
+
     def update(self, site: Site, x: Tensor) -> Tensor:
         """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
         if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
@@ -226,10 +230,13 @@ class Mixture(nn.Module):
     def bank(self, site: Site, x: Tensor) -> Bank | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.
 
-        None elsewhere: in training, in a prefill, and where each token is routed anew.
+        None elsewhere: in training, in a prefill, and where each token is routed anew; nor where
+        the controls want gradients, which copies made in an earlier step would not pass on.
         """
         store = self.current.store
         if store is None or not store.settled or x.shape[1] > 1 or self.training:
+            return None
+        if torch.is_grad_enabled() and self.control(site.index).A.requires_grad:
             return None
         known = store.banks.get(site.index)
         if known is None:
