@@ -220,6 +220,69 @@ def test_interleaved_generations_and_copied_caches_keep_their_sets(folders: dict
             assert torch.allclose(out.logits[:, -1], logits[:, 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_prompt_in_chunks_equals_each_set_alone(chunk: int, folders: dict) -> None:
+    """Token by token too, where a short row has nothing but padding for some steps."""
+    inputs, names = make_batch(), shuffled()
+    tenants = serve(make("llama"), folders["llama"])
+    places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def run(model: PreTrainedModel) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for start in range(0, 12, chunk):
+                end = start + chunk
+                out = model(
+                    input_ids=inputs["input_ids"][:, start:end],
+                    attention_mask=inputs["attention_mask"][:, :end],
+                    position_ids=places[:, start:end],
+                    past_key_values=cache,
+                )
+            mask = torch.cat([inputs["attention_mask"], torch.ones(ROWS, 1).long()], dim=1)
+            new = model(
+                input_ids=torch.full((ROWS, 1), 11),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+                past_key_values=cache,
+            )
+        return torch.cat([out.logits[:, -1:], new.logits], dim=1)
+
+    with tenants.rows(names):
+        found = run(tenants.model)
+    for name in dict.fromkeys(names):
+        model = make("llama")
+        if name is not None:
+            load_controls(model, folders["llama"][name])
+        own = [number for number, other in enumerate(names) if other == name]
+        assert torch.allclose(found[own], run(model)[own], atol=1e-4), name
+
+
+@pytest.mark.parametrize("names", [[None] * 4, ["law", None, None, "code"]])
+def test_bare_rows_may_be_selected_and_repeated(names: list, folders: dict) -> None:
+    tenants = serve(make("llama"), folders["llama"])
+    ids = make_batch()["input_ids"][:4].clamp(min=5)
+    later = torch.full((4, 1), 11)
+    with torch.no_grad():
+        for early in (False, True):  # whether a step has been taken, and its banks stacked
+            caches = [DynamicCache(config=tenants.model.config) for _ in range(2)]
+            for cache, given in zip(caches, (names, [None] * 2), strict=True):
+                with tenants.rows(given):
+                    prompt = ids if given is names else ids[1:3]
+                    tenants.model(input_ids=prompt, past_key_values=cache)
+                    if early:
+                        tenants.model(input_ids=later[: len(prompt)], past_key_values=cache)
+            caches[0].batch_select_indices(torch.tensor([1, 2]))
+            for new in (1, 2):
+                expected = tenants.model(
+                    input_ids=later[:2].repeat(1, new), past_key_values=caches[1]
+                )
+                caches[0].batch_repeat_interleave(2)
+                again = later[:2].repeat(1, new).repeat_interleave(2**new, dim=0)
+                found = tenants.model(input_ids=again, past_key_values=caches[0])
+                wanted = expected.logits.repeat_interleave(2**new, dim=0)
+                assert torch.allclose(found.logits, wanted, atol=1e-5)
+
+
 def test_compiled_steps_on_a_static_cache_mix_sets_and_are_traced_whole(folders: dict) -> None:
     inputs, names = make_batch(), shuffled()
     tenants = serve(make("llama"), folders["llama"])

@@ -62,6 +62,8 @@ class CrowdStore:
     def settle(self) -> None:
         """Called after each forward that fills the cache."""
         self.settled = self.waiting is None and self.groups is not None
+        if not self.settled:
+            return  # a group's store knows nothing of rows that wait
         for group in self.groups or ():
             if group.store is not None:
                 group.store.settle()
@@ -71,7 +73,7 @@ class CrowdStore:
         if self.waiting is not None:
             self.waiting = change(self.waiting)
         if not self.groups:
-            return
+            return  # bare rows alone: there is nothing to follow, nor to hold against their number
         device = self.groups[0].rows.device
         old = change(torch.arange(self.size, device=device))  # where each new row comes from
         kept = []
@@ -86,6 +88,8 @@ class CrowdStore:
                     group.store.rows(lambda values, chosen=chosen: values[chosen])
                 kept.append(Group(group.member, rows, group.store))
         self.groups, self.size = kept, len(old)
+        if not kept:
+            self.banks.clear()
         self.banks = {
             place: None if bank is None else bank.rows(change) for place, bank in self.banks.items()
         }
@@ -182,7 +186,7 @@ class Crowd:
             store.groups = _group(store.assigned, x, self._current.copies, stored=True)
             store.size = x.shape[0]
         if store is not None:
-            if store.size != x.shape[0]:
+            if store.groups and store.size != x.shape[0]:
                 raise MocError(
                     f"the cache belongs to {store.size} rows, but the input has {x.shape[0]}"
                 )
@@ -192,7 +196,7 @@ class Crowd:
     @torch.compiler.disable  # reads the routes from the device, once a generation
     def _stack(self, store: CrowdStore, place: Place, x: Tensor) -> Bank | None:
         """One bank of all sets: a row's weights are 0 for the controls of other sets."""
-        if x.shape[0] != store.size:
+        if store.groups and x.shape[0] != store.size:
             raise MocError(
                 f"the cache belongs to {store.size} rows, but the input has {x.shape[0]}"
             )
