@@ -99,7 +99,9 @@ class Holder(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no ty
         self.merged_adapters = []
 
     def add(self, name: str, mixture: Mixture, family: Any) -> None:
-        """Keep a set; it does nothing until it is made active."""
+        """Keep a set, in place of one of the same name; it acts once it is made active."""
+        if self._placed == name:
+            self._show(None)
         self.moc_mixtures[name] = mixture
         self._families[name] = family
 
@@ -114,7 +116,7 @@ class Holder(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no ty
         super().set_adapter(names, inference_mode=inference_mode)
         self._show(names[0] if names else None)
         for mixture in self.moc_mixtures.values():
-            mixture.active = True
+            mixture.active = not self.disable_adapters
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active set act, or nothing."""
@@ -167,6 +169,10 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         if holder is None:
             holder = Holder(model)
             model.add_module(HOLDER, holder)
+        elif not isinstance(holder, Holder):
+            raise MocError(
+                "the model holds controls of moc_cli.attach already", "detach them first"
+            )
         holder.add(adapter_name, mixture, family)
         self.targeted_module_names = [HOLDER]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -104,6 +104,38 @@ def test_sets_are_added_switched_and_deleted(tmp_path: Path) -> None:
         first.base_model.set_adapter(["default", "other"])
 
 
+def test_disabled_adapters_stay_off_when_sets_change() -> None:
+    bare, model = logits(make()), wrapped()
+    model.add_adapter("other", MocConfig(method=METHODS["control"], task_type="CAUSAL_LM"))
+    train_controls(dict(model.base_model.model.moc.moc_mixtures["other"].named_parameters()))
+    with model.disable_adapter():
+        model.set_adapter("other")
+        assert torch.equal(logits(model), bare)
+        model.delete_adapter("other")
+        assert model.active_adapters == ["default"]
+        assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), logits(wrapped()))
+
+
+def test_a_set_of_the_same_name_takes_the_place_of_the_first() -> None:
+    """As where a notebook calls get_peft_model twice on one base."""
+    first = wrapped()
+    config = MocConfig(method=METHODS["control"], task_type="CAUSAL_LM")
+    second = get_peft_model(first.base_model.model, config).eval()
+    assert torch.equal(logits(second), logits(make()))
+    ids = inputs()["input_ids"]
+    second.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: p.grad for name, p in second.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in trained.values())
+    assert any(grad.abs().sum() > 0 for grad in trained.values())
+
+
+def test_a_model_with_controls_of_the_surface_is_refused() -> None:
+    attach(model := make(), "control", rank=2)
+    with pytest.raises(MocError, match="holds controls of moc_cli.attach already"):
+        get_peft_model(model, MocConfig(method=METHODS["moc"], task_type="CAUSAL_LM"))
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "payload", "base"])
 def test_loading_is_strict(change: str, tmp_path: Path) -> None:
     model = wrapped()
