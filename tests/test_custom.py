@@ -330,6 +330,13 @@ malformed(
     "F: its columns ('txt', 'lable') fit no format (is it 'txt'? then data.columns.text=txt)",
 )
 malformed(
+    "an output without its instruction",
+    "a.csv",
+    "conversatio,promt,output\na,b,x\n",
+    "F: its columns ('conversatio', 'promt', 'output') fit no format (is it 'promt'? then "
+    "data.columns.instruction=promt)",
+)
+malformed(
     "a column named wrongly",
     "a.csv",
     "text,stars\na,1\n",

@@ -83,7 +83,9 @@ def _guess(found: Mapping[str, str], data: DataSection, train: Table) -> Format:
         return "instruction"
     if "text" not in found:
         there = train.columns
-        near = next((w for w in (_near(key, there) for key in ("text", "messages")) if w), "")
+        half = {"output": "instruction", "instruction": "output"}  # one half asks for the other
+        sought = [half[key] for key in half if key in found] or ["text", "messages"]
+        near = next((w for w in (_near(key, there) for key in sought) if w), "")
         columns = ", ".join(map(repr, there)) or "none"
         raise DataError(f"{train.name}: its columns ({columns}) fit no format{near}", _FORMATS)
     if "label" in found:
