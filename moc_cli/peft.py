@@ -22,6 +22,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
+from peft.utils.other import set_additional_trainable_modules
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
@@ -176,7 +177,18 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         holder.add(adapter_name, mixture, family)
         self.targeted_module_names = [HOLDER]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        heads = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
+        flags = [(parameter, parameter.requires_grad) for parameter in heads.values()]
         self._mark_only_adapters_as_trainable(model)
+        for parameter, flag in flags:  # the heads of other sets are as they were
+            parameter.requires_grad_(flag)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=self.get_model_config(self),
+            adapter_name=adapter_name,
+            activate_adapter=adapter_name in self.active_adapters,
+        )
         if config.inference_mode:
             mixture.requires_grad_(False)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import DECODERS, make_batch, make_tiny, train_controls
+from tiny import DECODERS, make_batch, make_tiny, tiny_config, train_controls
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
@@ -134,6 +135,41 @@ def test_a_model_with_controls_of_the_surface_is_refused() -> None:
     attach(model := make(), "control", rank=2)
     with pytest.raises(MocError, match="holds controls of moc_cli.attach already"):
         get_peft_model(model, MocConfig(method=METHODS["moc"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_every_set_has_a_head_of_its_own(task: str | None, tmp_path: Path) -> None:
+    def classifier() -> PreTrainedModel:
+        torch.manual_seed(0)
+        made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            tiny_config("llama", num_labels=3)
+        )
+        return made.eval()
+
+    def config() -> MocConfig:
+        return MocConfig(method=METHODS["moc"], task_type=task, modules_to_save=["score"])
+
+    def trained(model: PeftModel) -> list[str]:
+        return [n for n, p in model.named_parameters() if p.requires_grad and "score" in n]
+
+    model = get_peft_model(classifier(), config())
+    model.add_adapter("other", config())
+    model.eval()
+    assert [".default." in name for name in trained(model)] == [True]
+    expected = {}
+    for number, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        assert [f".{name}." in found for found in trained(model)] == [True]
+        with torch.no_grad():
+            model.base_model.model.score.modules_to_save[name].weight.mul_(2 + number)
+        expected[name] = logits(model)
+    assert not torch.equal(expected["default"], expected["other"])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path).eval()
+    again.load_adapter(tmp_path / "other", "other")
+    for name in ("other", "default"):
+        again.set_adapter(name)
+        assert torch.equal(logits(again.eval()), expected[name])
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "payload", "base"])
