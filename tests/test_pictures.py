@@ -98,6 +98,15 @@ def test_pictures_that_have_no_data_are_left_out() -> None:
     assert set(figures(routing)) == ALWAYS
 
 
+def test_pictures_of_an_earlier_inspection_do_not_stay(tmp_path: Path) -> None:
+    routing = routing_of(12, TASKS[:1])
+    (tmp_path / "mine.png").write_bytes(b"kept")
+    draw(routing | {"ablation": ablated(routing)}, tmp_path)
+    assert (tmp_path / "routing-ablation.png").is_file()
+    paths = draw(routing, tmp_path)
+    assert set(tmp_path.iterdir()) == {*paths, tmp_path / "mine.png"}
+
+
 def test_the_same_routing_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the user's matplotlibrc, the clock or the object's ids are."""
     routing = whole(12)

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moc_cli.errors import FileError
 from moc_cli.files import write_bytes_atomic, write_text_atomic
 from moc_cli.inspection import html, maps, pictures_charts
 from moc_cli.inspection.pictures_style import settle, style, to_png, to_svg
@@ -24,7 +25,9 @@ DRAWERS = {
 def draw(routing: dict[str, Any], folder: Path) -> list[Path]:
     """Write every picture that `routing` has data for, and routing.html; return their paths.
 
-    Each picture is written as PNG and SVG. Raises FileError when the disk refuses.
+    Each picture is written as PNG and SVG; those of an earlier inspection that this one has no
+    data for go, as they would show another run's or text's routes. Raises FileError when the disk
+    refuses.
     """
     paths = []
     with style():
@@ -35,7 +38,18 @@ def draw(routing: dict[str, Any], folder: Path) -> list[Path]:
                 paths.append(path)
     page = Path(folder, "routing.html")
     write_text_atomic(page, html.page(routing))
+    for name in DRAWERS:
+        for old in (Path(folder, f"{name}.png"), Path(folder, f"{name}.svg")):
+            if old not in paths:
+                _remove(old)
     return [*paths, page]
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot remove {path}: {error.strerror or error}") from error
 
 
 def figures(routing: dict[str, Any]) -> dict[str, Figure]:

@@ -37,7 +37,7 @@ def parity_sentence(parity: Mapping[str, Any]) -> str:
         "equal to the bit"
         if parity["bit_equal"]
         else f"within {parity['max_difference']:.3g} ({parity['relative_difference']:.2g} of the "
-        f"largest; allowed {parity['tolerance']:g})"
+        f"largest; {parity['tolerance']:g} of it allowed)"
     )
     text = f"read back by a fresh process: logits of {parity['positions']} positions {told}"
     rounding = parity.get("rounding")
