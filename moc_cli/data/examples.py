@@ -118,6 +118,6 @@ def hold_out(examples: list[E], count: int, *, seed: int) -> tuple[list[E], list
         alike = f", only {different} of them different" if different < len(examples) else ""
         raise DataError(
             f"cannot hold out {count} of {len(examples)} training rows{alike}",
-            "lower data.held_out or allow more training rows",
+            "give a smaller number, as --set data.held_out=8, or allow more training rows",
         )
     return rest, held

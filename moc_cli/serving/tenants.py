@@ -31,8 +31,8 @@ class Tenants:
 
     A row without a set is the bare base, as is everything outside of `rows`. A generation keeps
     the sets it began with: they can be removed or replaced while it runs, and its later steps need
-    no `rows`. Rows are routed apart, by their own sets. Not for training, nor for several threads. Move
-    the model to its device before the first `add`: sets are made where it lies.
+    no `rows`. Rows are routed apart, by their own sets. Not for training, nor for several threads.
+    Move the model to its device before the first `add`: sets are made where it lies.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
