@@ -37,7 +37,7 @@ check: .venv/tested
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
