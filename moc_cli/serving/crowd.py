@@ -174,7 +174,7 @@ class Crowd:
             if everyone:
                 return part
             update = torch.zeros_like(x) if update is None else update
-            update = update.index_copy(0, group.rows, part)
+            update.index_copy_(0, group.rows, part)
         return update
 
     def _divide(self, x: Tensor) -> None:
