@@ -41,9 +41,9 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> Fitting:
     check_free(model)
     _check_bounds(adapter, config)
     names = tuple(config.modules)
-    check_modules(model, names)
     base = fingerprint(model, names)
     _check_base(model, config, base)
+    check_modules(model, names)
     if config.seed is None and drawn_from_the_base(config.method):
         raise RunError(
             f"{adapter.folder} does not say from which seed its method was placed",

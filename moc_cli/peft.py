@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig
@@ -198,7 +198,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
-    def _check_merge_allowed(self) -> None:
+    def _check_merge_allowed(self) -> NoReturn:
         raise NotImplementedError(
             "controls act on the state beside a whole block and are chosen by the input: there is "
             "no weight to fold them into"
@@ -211,7 +211,6 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refused: there is no weight to merge into."""
         self._check_merge_allowed()
-        raise AssertionError
 
     def unload(self) -> nn.Module:
         """Take every set out; the base model is as it came."""

@@ -149,7 +149,8 @@ def pair_tokenizer() -> PreTrainedTokenizerFast:
     return make_pair_tokenizer()
 
 
-def _absent(reason: str) -> NoReturn:
+def absent(reason: str) -> NoReturn:
+    """Skip the test, or fail it where CI is set."""
     if os.environ.get("CI"):
         pytest.fail(f"CI must have it: {reason}", pytrace=False)
     pytest.skip(reason)
@@ -160,7 +161,7 @@ def real_data() -> Path:
     """The folder of real benchmark rows beside the repository."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        _absent("no real benchmark rows at ../shared/data")
+        absent("no real benchmark rows at ../shared/data")
     return folder
 
 
@@ -171,7 +172,7 @@ def real_weights() -> Callable[[str], Path]:
     def find(name: str) -> Path:
         folder = Path(os.environ.get("MOC_WEIGHTS") or ROOT / ".weights") / name
         if not (folder / "config.json").is_file():
-            _absent(f"no weights at {folder}; get them: python tests/weights.py .weights")
+            absent(f"no weights at {folder}; get them: python tests/weights.py .weights")
         return folder
 
     return find

@@ -80,6 +80,7 @@ def routing_of(
             "ffn_to_attn": 0.75,
             "gate_entropy": 1.0,
             "use_entropy": 0.5,
+            "margin": 0.25,
             "effective": 1.6487,
             "dead": [name for index, name in enumerate(names) if use[index] == 0],
             "chance_local": 1 / sites,

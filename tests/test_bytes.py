@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, _absent
+from conftest import ROOT, absent
 
 from moc_cli.data import commonsense
 
@@ -50,7 +50,7 @@ UNAVAILABLE = {
 def raw() -> Path:
     folder = Path(os.environ.get("MOC_WEIGHTS") or ROOT / ".weights") / "olmo"
     if not folder.is_dir():
-        _absent(f"no raw rows at {folder}; get them: python tests/weights.py .weights")
+        absent(f"no raw rows at {folder}; get them: python tests/weights.py .weights")
     return folder
 
 

@@ -90,7 +90,7 @@ def test_other_rows_have_no_known_base(trained: Path, tmp_path: Path, answer) ->
 def test_a_bare_model_stands_beside_its_runs(trained: Path, tmp_path: Path, answer) -> None:
     """Scored by itself, scored with --base, and found again: the same numbers."""
     bare = answer("--model", "builtin:world-llama", "--limit", 30)
-    assert bare["folder"] == "runs/eval/builtin:world-llama/builtin-rank-limit-30"
+    assert bare["folder"] == "runs/eval/builtin--world-llama/builtin-rank-limit-30"
     task = bare["tasks"]["world"]
     beside = answer(trained, "--limit", 30, "--base", "--output", "a")["tasks"]["world"]
     assert beside["base"].pop("source") == "scored beside it"

@@ -1,12 +1,11 @@
 """Batch, order, padding and answers change no prediction, and only prompts decide routes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from kept_routes import watching
 from test_evaluation import MIXED, question
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -49,26 +48,6 @@ def alone(routed: Adapted) -> list[ItemScore]:
     """Every item in a batch of its own."""
     torch.set_num_threads(1)
     return rank(routed, make_byte_tokenizer(), ITEMS, batch_size=1)
-
-
-Routes = list[dict[int, Tensor]]  # of each forward: site -> (B, K) controls
-
-
-@contextmanager
-def watching(found: Adapted) -> Iterator[Routes]:
-    """Collect the routes that every forward within it has at its end."""
-    mixture = found.model.moc
-    seen: Routes = []
-
-    def note(*_: object) -> None:
-        routes = mixture.current.store.routes
-        seen.append({site: route.ids.clone() for site, route in routes.items()})
-
-    handle = found.model.base_model.register_forward_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def compare(name: str, one: Found, other: Found) -> None:

@@ -1,6 +1,7 @@
 """`moc export`: controls and merged, proven in a fresh process; the card; the upload; refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -214,7 +215,7 @@ def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, c
     assert f"{100 * results['tasks']['world']['value']:.1f}" in text
     for words in (
         "protocol `rank`",
-        "the first 8 rows",
+        "8 drawn rows a task",
         "step 6 (last)",
         "`train_on_inputs: false`",
     ):
@@ -226,6 +227,21 @@ def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, c
     names: dict = {}
     exec(code, names)
     assert hasattr(names["model"], "moc")
+
+
+def test_the_card_shows_the_base_beside_what_was_evaluated(moc, tmp_path, capsys):
+    from moc_cli.export import Exported
+    from moc_cli.export.card import make_card
+
+    folder = tmp_path / "run"
+    shutil.copytree(moc, folder)
+    capsys.readouterr()
+    assert run(["eval", str(folder), "--limit", "7", "--base", "--json"]) == 0
+    task = json.loads(capsys.readouterr().out)["tasks"]["world"]
+    card = make_card(open_run(folder), Exported((), {}), "controls", {})
+    part = card.split("`moc eval`: protocol `rank`, 7 drawn rows a task.")[1]
+    base, value = 100 * task["base"]["value"], 100 * task["value"]
+    assert f"| world | accuracy | {base:.1f} | {value:.1f} ±" in part
 
 
 def test_the_card_names_a_base_of_the_hub(moc):
@@ -242,8 +258,6 @@ def test_the_card_names_a_base_of_the_hub(moc):
 
 
 def test_a_damaged_or_mismatched_run_is_refused(moc, tmp_path, capsys):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(moc, folder)
     text = (folder / "recipe.yaml").read_text()

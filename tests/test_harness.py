@@ -5,14 +5,14 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, VOCABULARY, make_byte_tokenizer, make_tiny_model
+from kept_routes import watching
 from lm_eval.models.huggingface import HFLM
 from test_evaluation import MIXED, question
 from tiny import train_controls
@@ -81,26 +81,6 @@ def by_full_forward(
         sum(log_probs[place - 1, ids[place]].item() for place in places),
         all(int(log_probs[place - 1].argmax()) == ids[place] for place in places),
     )
-
-
-Routes = list[dict[int, Tensor]]  # of each forward: site -> (B, K) controls
-
-
-@contextmanager
-def watching(found: Adapted) -> Iterator[Routes]:
-    """Collect the routes that every forward within it has at its end."""
-    mixture = found.model.moc
-    seen: Routes = []
-
-    def note(*_: object) -> None:
-        routes = mixture.current.store.routes
-        seen.append({site: route.ids.clone() for site, route in routes.items()})
-
-    handle = found.model.base_model.register_forward_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 # Likelihoods

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from conftest import ROOT, make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from scipy.spatial.distance import jensenshannon
 from test_train_command import choice_rows, pair_rows, write_rows
 
@@ -18,8 +19,10 @@ from moc_cli.evaluation.classify import classify, pair_loss
 from moc_cli.evaluation.rank import rank
 from moc_cli.inspection.ablation import ablate, local_at, row_losses
 from moc_cli.inspection.differences import distances
+from moc_cli.inspection.remarks import remarks
 from moc_cli.inspection.statistics import control_norm
 from moc_cli.nn.control import Control
+from moc_cli.recipe.methods import MocMethod
 from moc_cli.trained import open_run
 
 RECIPE = """
@@ -145,6 +148,32 @@ def test_the_record_is_of_the_votes_that_scoring_takes(decoder, tmp_path, capsys
     assert found["counts"] == record.choices()
     means = [(record.probabilities(s) / record.decisions(s)).tolist() for s in range(6)]
     assert np.allclose(found["probability"], means, atol=1e-6)
+
+
+def keys_of(value) -> set[str]:
+    """The names of all keys within a value of JSON."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set()
+
+
+def test_the_readme_names_every_key(decoder, tmp_path, capsys):
+    """All keys of routing.json stand in the README's table, and no others."""
+    looks = [
+        inspect(capsys, decoder, "--ablate", "--compare", decoder, "--output", tmp_path / "a"),
+        inspect(capsys, decoder, "--text", "A cup", "--output", tmp_path / "b"),
+    ]
+    warning = remarks(looks[0], MocMethod(balance={"weight": 0.0}))
+    found = keys_of(warning)
+    for look in looks:
+        tasks = look.pop("tasks") or {}
+        del look["method"], look["folder"]
+        found |= {"tasks", "method"} | keys_of(look) | keys_of(list(tasks.values()))
+    section = (ROOT / "README.md").read_text().split("What `routing.json`")[1]
+    words = set(re.findall(r"`([a-z_]+)`", section.split("What was not asked for")[0]))
+    assert words - {"scored", "sample", "token"} == found
 
 
 def test_history_is_what_training_logged(decoder, tmp_path, capsys):

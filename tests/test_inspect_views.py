@@ -38,7 +38,10 @@ def routing(layers: int, blocks=("attn", "ffn"), **more) -> dict:
         ],
         "per_control": [{"name": n, "use": 1 / size, "dead": False, "norm": 1.0} for n in names],
         "summary": {
-            **{key: numbers[key] for key in ("local_share", "gate_entropy", "use_entropy")},
+            **{
+                key: numbers[key]
+                for key in ("local_share", "gate_entropy", "use_entropy", "margin")
+            },
             "effective": 4.5,
             "attn_to_ffn": 0.4,
             "ffn_to_attn": None,

@@ -14,6 +14,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from browser import EXECUTABLE, Browser
+from conftest import absent
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -329,7 +330,13 @@ def test_numbers_that_json_cannot_spell_become_null() -> None:
     assert data_in(html.page(routing))["per_site"][3]["relative_size"] is None
 
 
-in_a_browser = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium on this machine")
+@pytest.fixture
+def chromium() -> None:
+    if EXECUTABLE is None:
+        absent("no Chromium on this machine; Debian's package is called chromium")
+
+
+in_a_browser = pytest.mark.usefixtures("chromium")
 TIP = "document.querySelector('#map .tip').innerText.split('\\n').join(' ')"
 PLACE = """(() => { const box = document.querySelector('#map canvas').getBoundingClientRect();
   return [box.x + map.left, box.y, map.wide, map.tall]; })()"""

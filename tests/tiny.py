@@ -100,7 +100,8 @@ def make_tiny(
 ) -> PreTrainedModel:
     """A tiny language model (decoders) or classifier (encoders), without dropout, in eval mode.
 
-    Norms and biases, which start as ones and zeros, are random too.
+    Norms and biases, which start as ones and zeros, are random too, and so is the padding's
+    embedding: padding that took part in anything would show.
     """
     auto = AutoModelForSequenceClassification if family in ENCODERS else AutoModelForCausalLM
     config = tiny_config(family, **changes)
@@ -113,6 +114,8 @@ def make_tiny(
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
+            words = model.get_input_embeddings().weight
+            words[config.get_text_config().pad_token_id] = words.std() * torch.randn_like(words[0])
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -1,5 +1,6 @@
 """What `moc eval` was asked to do, made from its options and, for a run, from the run's recipe."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -246,4 +247,5 @@ def model_subject(request: Request) -> "Subject":
 
 def _model_folder(model: str, plan: "Plan") -> Path:
     """Where a bare model's results go by default, and where a run looks for them."""
-    return OUTPUTS / model.strip("/").replace("/", "--") / f"{plan.suite}-{plan.label}"
+    name = re.sub("[/:]", "--", model.strip("/"))
+    return OUTPUTS / name / f"{plan.suite}-{plan.label}"

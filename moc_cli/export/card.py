@@ -132,7 +132,7 @@ def _scores(recipe: Recipe, results: dict[str, Any]) -> list[str]:
     limit = recipe.eval.max_samples
     head = (
         f"At the end of training: protocol `{results['protocol']}`, "
-        + (f"the first {limit} rows a task" if limit else "all rows")
+        + (f"{limit} drawn rows a task" if limit else "all rows")
         + f", controls of step {chosen.get('step')} ({chosen.get('chosen')}) of "
         f"{results['steps']}, `train_on_inputs: {str(results['train_on_inputs']).lower()}`."
     )
@@ -156,11 +156,12 @@ def _evaluations(trained: Trained) -> list[str]:
             continue  # an evaluation that was cut off says nothing about these controls
         if found.get("controls_sha256") != trained.controls["payload_sha256"]:
             continue
-        limit = f"{found['limit']} rows a task" if found.get("limit") else "all rows"
+        limit = f"{found['limit']} drawn rows a task" if found.get("limit") else "all rows"
         lines += ["", f"`moc eval`: protocol `{found['protocol']}`, {limit}.", ""]
-        lines += ["| task | metric | trained | majority | n |", "|---|---|---|---|---|"]
+        lines += ["| task | metric | base | trained | majority | n |", "|---|---|---|---|---|---|"]
         for task, one in found["tasks"].items():
-            cells = [task, one["metric"], _with_error(one), _share(one, "majority"), str(one["n"])]
+            cells = [task, one["metric"], _share(one.get("base", {}), "value"), _with_error(one)]
+            cells += [_share(one, "majority"), str(one["n"])]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

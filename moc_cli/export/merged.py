@@ -6,6 +6,7 @@ import torch
 
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
+from moc_cli.models.load import without_bars
 from moc_cli.recipe.schema import Recipe
 from moc_cli.trained import Trained
 
@@ -50,7 +51,8 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
     model.to(dtype=torch.float32)  # type: ignore[call-arg]
     trained.adapted.merge()
     model.to(getattr(torch, dtype))
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
     auto = "AutoModelForCausalLM" if trained.causal else "AutoModelForSequenceClassification"
     attention = trained.recipe.model.attn_implementation

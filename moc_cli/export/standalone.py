@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.models.families import Family, Port
+from moc_cli.models.load import without_bars
 from moc_cli.models.ports import find_layers, find_runner
 
 if TYPE_CHECKING:
@@ -117,13 +117,8 @@ def write(
                 "take --to controls",
             )
     model_type = model.config.model_type
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         model.save_pretrained(folder, save_original_format=False)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     names = {"config": f"Moc{config.__name__}", "model": f"Moc{base.__name__}"}
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     written = json.loads((folder / "config.json").read_text("utf-8"))

@@ -39,7 +39,7 @@ function summary() {
   const facts = [["local share", percent(all.local_share)], ["local share by chance", percent(all.chance_local)],
     ["attention → FFN", percent(all.attn_to_ffn)], ["FFN → attention", percent(all.ffn_to_attn)],
     ["effective controls", number(all.effective)], ["entropy of use (nats)", number(all.use_entropy)],
-    ["entropy of gate (nats)", number(all.gate_entropy)]];
+    ["entropy of gate (nats)", number(all.gate_entropy)], ["lead of the chosen", number(all.margin)]];
   const dead = all.dead.length ? `${all.dead.length}: ${all.dead.join(", ")}` : "none";
   within("summary").append(...facts.map(([name, value]) =>
     node("div", {}, node("dt", {}, name), node("dd", {}, value))),

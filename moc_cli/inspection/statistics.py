@@ -109,7 +109,10 @@ def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
         for _, members in pools
     ]
     seen = [record.decisions(site) for site in range(len(layout.names))]
-    gate = sum(record.total(site, ENTROPY) for site in range(len(layout.names)))
+    gate, lead = (
+        sum(record.total(site, what) for site in range(len(layout.names)))
+        for what in (ENTROPY, MARGIN)
+    )
     excluded = mixture.routing.exclude_local
     chance = [0.0 if excluded else 1 / len(members) for _, members in pools]
     return {
@@ -118,6 +121,7 @@ def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
         "ffn_to_attn": _across(record, mixture, "ffn", "attn"),
         "gate_entropy": gate / max(sum(seen), 1),
         "use_entropy": sum(entropies) / len(entropies),
+        "margin": lead / max(sum(seen), 1),
         "effective": sum(map(math.exp, entropies)) / len(entropies),
         "dead": [name for name, u in zip(layout.names, use["use"], strict=True) if u == 0],
         "chance_local": sum(chance) / len(chance),

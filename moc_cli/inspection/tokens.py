@@ -19,6 +19,8 @@ class Votes:
     At level `token` each token has a choice of its own; elsewhere all share one.
     """
 
+    measures = False
+
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
         self.tokens: dict[int, Tensor] = {}
@@ -36,9 +38,6 @@ class Votes:
         self.tokens[site.index] = decision.probabilities[0].detach().float().cpu()
         self.choices[site.index] = members[ids].tolist()
         self.margins[site.index] = (chosen - rest).mean().item()
-
-    def added(self, site: Any, output: Tensor, update: Tensor) -> None:
-        """What is added does not matter here."""
 
 
 def text_votes(trained: Trained, text: str) -> tuple[Prompts, dict[str, Any]]:

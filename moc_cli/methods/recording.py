@@ -11,7 +11,6 @@ of a prompt the first.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
@@ -155,7 +154,7 @@ class Recorder:
         self._mixture = mixture
         self._layout = layout
         self._vote: Vote = vote
-        self._detailed = detailed
+        self.measures = detailed
         self._training = training
         self._sizes = [3 * len(layout.members(site)) + 5 for site in range(len(layout.names))]
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
@@ -170,12 +169,7 @@ class Recorder:
         self._mixture.watchers.append(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._mixture.watchers.remove(self)
 
     def record(self, *, reset: bool = False) -> Record:
@@ -208,19 +202,22 @@ class Recorder:
         for slot, counts in zip(self._slots, choices, strict=True):
             slot[: len(counts)] = slot.new_tensor(counts)
 
-    @torch.no_grad()
     def decided(self, site: Any, decision: Decision) -> None:
         """Add one forward's decisions of a site; they stay on the device."""
         if self._training is not None and self._mixture.training != self._training:
             return
+        if self.measures or decision.counted is not None:
+            self._add(site, decision)
+        else:
+            self._queue(site.index, decision.route.ids)
+
+    @torch.no_grad()
+    def _add(self, site: Any, decision: Decision) -> None:
         ids, counted = decision.route.ids, decision.counted
-        if counted is None and not self._detailed:
-            self._queue(site.index, ids)
-            return
         slot, k = self._slots[site.index], ids.shape[1]
         mark = slot.new_ones(len(ids)) if counted is None else counted.to(slot.dtype)  # (V,)
         slot.index_add_(0, ids.flatten(), mark if k == 1 else mark.repeat_interleave(k))
-        if self._detailed:
+        if self.measures:
             self._add_details(slot, decision, mark)
             self._rows = mark if decision.level == "sample" else None
 
@@ -265,7 +262,7 @@ class Recorder:
 
         Only where the site has just decided; tokens that do not vote are left out.
         """
-        if not self._detailed or site.choice is None:
+        if site.choice is None:
             return
         if self._training is not None and self._mixture.training != self._training:
             return

@@ -223,13 +223,23 @@ def _hash_file(path: Path) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar and no report of missing keys: what is fresh is returned, and shown once."""
-    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bar of transformers, whose lines would stand among ours."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

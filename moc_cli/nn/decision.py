@@ -9,9 +9,9 @@ from torch import Tensor
 from moc_cli.nn.gate import Ballot, Level, Route, Vote, decide, own_picks
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Decision:
-    """V decisions among N controls, and how they came about.
+    """V decisions among N controls, and how they came about; its tensors may carry a graph.
 
     `ballot` holds what the voters said. `counted` (V,) marks the decisions that are new and whose
     row is the user's own: not padding alone, not a beam's copy, not a repetition; None: all are.
@@ -28,11 +28,15 @@ class Decision:
 
 
 class Watcher(Protocol):
-    """Sees each decision once, never the recomputed ones of a backward pass."""
+    """Sees each decision once, never the recomputed ones of a backward pass.
+
+    `measures`: it also has `added(site, output, update)`, and sees there what a block put out
+    (B, T, d) and what the site adds to it.
+    """
+
+    measures: bool
 
     def decided(self, site: Any, decision: Decision) -> None: ...
-    def added(self, site: Any, output: Tensor, update: Tensor) -> None:
-        """See what the block put out (B, T, d) and what the site adds to it."""
 
 
 def newly_decided(

@@ -136,7 +136,8 @@ class Site:
             return output
         update = self.mixture.update(self, state)
         for watcher in self.mixture.watching():
-            watcher.added(self, output[0] if isinstance(output, tuple) else output, update)
+            if watcher.measures:
+                watcher.added(self, output[0] if isinstance(output, tuple) else output, update)
         if isinstance(output, tuple):
             return (output[0] + update, *output[1:])
         return output + update
@@ -292,7 +293,7 @@ class Mixture(nn.Module):
         for watcher in self.watching():
             alone = None if kept is None else late  # of kept routes, only late rows' are new
             counted = newly_decided(x.shape[:2], valid, alone, level, self.current.copies)
-            watcher.decided(site, Decision(level, route.detach(), ballot, counted, p, valid))
+            watcher.decided(site, Decision(level, route, ballot, counted, p, valid))
         if self.reroute is not None:
             route = self.reroute(site, route)
         site.choice = route.ids

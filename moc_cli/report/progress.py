@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from moc_cli.report.tables import duration, size
@@ -47,12 +46,7 @@ class _Line:
             self._start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
 

@@ -29,6 +29,7 @@ def summary_table(routing: Mapping[str, Any]) -> RenderableType:
         ("attention → FFN", _percent(found["attn_to_ffn"]), _even(routing, "attn", "ffn")),
         ("FFN → attention", _percent(found["ffn_to_attn"]), _even(routing, "ffn", "attn")),
         ("entropy of the gate, nats", f"{found['gate_entropy']:.3f}", f"{math.log(size):.3f}"),
+        ("lead of the chosen, in probability", f"{found['margin']:.4f}", "0"),
         ("entropy of use, nats", f"{found['use_entropy']:.3f}", f"{math.log(size):.3f}"),
         ("effective controls", f"{found['effective']:.1f}", f"{size:g}"),
         ("dead controls", str(len(dead)), "0"),

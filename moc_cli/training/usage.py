@@ -1,6 +1,5 @@
 """The use of controls while a run trains: counted in every step, written with every log line."""
 
-from types import TracebackType
 from typing import Any, Self
 
 from moc_cli.methods.recording import Recorder
@@ -19,14 +18,9 @@ class Usage:
             self._recorder.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._recorder is not None:
-            self._recorder.__exit__(kind, error, trace)
+            self._recorder.__exit__(*error)
 
     def line(self) -> dict[str, Any]:
         """What a log line says of the choices since the last one, which are forgotten then."""

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import torch
+from spread import ratio_interval
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moc_cli.methods import attach
@@ -68,7 +69,6 @@ def main() -> None:
             for _ in range(given.pairs)
         ]
     ratios = np.array([base / ours for base, ours in pairs])
-    half = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
     weights = sum(p.numel() * p.element_size() for p in bare.parameters())
     cache = host.generate(
         input_ids=ids, max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0
@@ -88,9 +88,7 @@ def main() -> None:
                 "tokens_per_second": given.rows
                 * given.tokens
                 / float(np.median([p[1] for p in pairs])),
-                "ratio_mean": ratios.mean(),
-                "ratio_median": float(np.median(ratios)),
-                "ratio_95": [ratios.mean() - half, ratios.mean() + half],
+                "ratio": ratio_interval(ratios),
                 "ceiling": ceiling,
                 "share_of_ceiling": float(np.median(ratios)) / ceiling,
             },

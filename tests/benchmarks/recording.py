@@ -1,46 +1,46 @@
-"""What counting routes costs a training step, pair by pair: `python tests/benchmarks/recording.py`.
+"""What counting routes costs a training step: `python tests/benchmarks/recording.py`.
 
-One process trains the quickstart's model twice from the same state; each pair of blocks of steps
-is run with and without the count, in alternating order, so that a busy machine slows both. Printed
-is the mean ratio of the times with its 95 % interval; the bound is the upper end.
+One model trains in one process, and takes each step's rows three times, in changing order: with the
+count, without it, and without it once more. The first two give the ratio; the last two, which do
+the same, show what the machine's own unrest makes of a ratio of 1. A pair is the sum of some steps
+and of the log line that ends them; timed is the process's CPU time, on one thread.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, permutations
 from pathlib import Path
 
 import numpy as np
 import torch
+from spread import ratio_interval
 
 from moc_cli.data.encode import encode_train
-from moc_cli.data.suites import load_examples
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import _Loop
-from moc_cli.training.rows import training_data
+from moc_cli.training.rows import task_kind, training_data
 from moc_cli.training.usage import Usage
 
-T_95 = {9: 2.262, 11: 2.201, 14: 2.145, 19: 2.093, 24: 2.064, 29: 2.045, 39: 2.023}
+ARMS = ("counted", "plain", "plain again")
 
 
-def make(recipe: Recipe, folder: Path, *, counted: bool) -> _Loop:
+def make(recipe: Recipe, folder: Path) -> _Loop:
     """A training that is ready for its first step."""
     accelerator = build.make_accelerator(recipe.launch, (), folder)
+    recipe, rows = build.make_rows(recipe)
     data = recipe.data
-    rows = [
-        row
-        for task in data.tasks
-        for row in load_examples(data.suite, task, "train", path=data.path)
-    ]
     tokenizer = build.make_tokenizer(recipe.model)
     adapted = build.build(recipe, accelerator.device).adapted
     encoded = encode_train(
-        rows,
+        rows.train,
         tokenizer,
         max_length=data.max_length,
         train_on_inputs=data.train_on_inputs,
@@ -48,64 +48,66 @@ def make(recipe: Recipe, folder: Path, *, counted: bool) -> _Loop:
     given = training_data(
         encoded,
         tokenizer,
-        kind="causal",
+        kind=task_kind(data),
         batch_size=recipe.train.per_device_train_batch_size,
         seed=recipe.seed,
         group_by_length=recipe.train.group_by_length,
     )
-    log = MetricsLog(folder / "metrics.jsonl")
-    folder.mkdir()
-    settings = build.make_settings(recipe)
-    checkpoints = Checkpoints(folder / "checkpoints", None)
-    loop = _Loop(adapted, given, settings, accelerator, checkpoints, log)
-    if not counted:
-        loop.usage = Usage(None)
+    log, checkpoints = MetricsLog(folder / "metrics.jsonl"), Checkpoints(folder, None)
+    loop = _Loop(adapted, given, build.make_settings(recipe), accelerator, checkpoints, log)
     loop.scorer = None
-    loop.usage.__enter__()
     loop.begin(None)
     return loop
 
 
-def seconds(loop: _Loop, steps: int) -> float:
-    """Time of some steps, their log line included."""
-    begin = time.process_time()
-    for _ in range(steps):
-        loop.train_step()
-    loop.write_line()
-    return time.process_time() - begin
+def block(loop: _Loop, usages: dict[str, Usage], steps: int, orders: Iterator) -> dict[str, float]:
+    """Time of some steps and their log line under each usage, which take turns at every step."""
+    times = dict.fromkeys(usages, 0.0)
+    for step in range(1, steps + 1):
+        counters = replace(loop.counters)
+        for arm in next(orders):
+            loop.counters, loop.usage = replace(counters), usages[arm]
+            loop.plan, loop.marked = loop.data.batches.epoch(counters.epoch), counters
+            with loop.usage:
+                begin = time.process_time()
+                loop.train_step()
+                if step == steps:
+                    loop.write_line()
+                times[arm] += time.process_time() - begin
+    return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("--pairs", type=int, choices=[n + 1 for n in T_95], default=20)
-    parser.add_argument("--steps", type=int, default=10, help="a block, and a log line")
+    parser.add_argument("--pairs", type=int, default=40, help="at least 10")
+    parser.add_argument("--steps", type=int, default=10, help="of one pair, with one log line")
     parser.add_argument("--set", action="append", default=[], help="change the recipe")
     given = parser.parse_args()
-    recipe = load_recipe(given.recipe, ["train.max_steps=100000", *given.set])
+    if given.pairs < 10:
+        parser.error("--pairs must be at least 10")
     torch.set_num_threads(1)
+    recipe = load_recipe(given.recipe, ["train.max_steps=100000", *given.set])
+    orders = cycle(permutations(ARMS))
     with tempfile.TemporaryDirectory() as name:
-        loops = [make(recipe, Path(name, str(c)), counted=c) for c in (False, True)]
-        for loop in loops:
-            seconds(loop, 3)
-        ratios = []
-        for pair in range(given.pairs):
-            times = [0.0, 0.0]
-            for which in (0, 1) if pair % 2 else (1, 0):
-                times[which] = seconds(loops[which], given.steps)
-            ratios.append(times[1] / times[0])
-        logs = [Path(name, str(counted), "metrics.jsonl") for counted in (False, True)]
-        lines = [log.read_text().splitlines() for log in logs]
-    ratio = np.array(ratios)
-    half = T_95[len(ratio) - 1] * ratio.std(ddof=1) / len(ratio) ** 0.5
+        loop = make(recipe, Path(name))
+        usages = {arm: Usage(None) for arm in ARMS} | {"counted": loop.usage}
+        block(loop, usages, 3, orders)
+        times = [block(loop, usages, given.steps, orders) for _ in range(given.pairs)]
+        lines = Path(name, "metrics.jsonl").read_text().splitlines()
+    counted, plain, again = (np.array([one[arm] for one in times]) for arm in ARMS)
     print(
         json.dumps(
             vars(given)
             | {
-                "lines with a count": [sum("routing" in line for line in part) for part in lines],
-                "mean ratio": round(float(ratio.mean()), 4),
-                "upper 95 % bound": round(float(ratio.mean() + half), 4),
-                "ratios": [round(float(r), 4) for r in ratio],
+                "torch": torch.__version__,
+                "log lines, of them with a count": [
+                    len(lines),
+                    sum("routing" in line for line in lines),
+                ],
+                "seconds a step": round(float(plain.mean()) / given.steps, 5),
+                "counted / plain": ratio_interval(counted / plain),
+                "plain again / plain": ratio_interval(again / plain),
             },
             indent=1,
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from spread import ratio_interval
 from transformers import AutoModelForCausalLM
 
 from moc_cli.serving.tenants import Tenants
@@ -69,14 +70,11 @@ def main() -> None:
     seconds(one), seconds(mixed)
     pairs = [(seconds(one), seconds(mixed)) for _ in range(given.pairs)]
     ratios = np.array([single / several for single, several in pairs])
-    half = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
     found = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "bytes_per_set": tenants.memory()[tenants.names[0]],
-        "ratio_median": float(np.median(ratios)),
-        "ratio_mean": float(ratios.mean()),
-        "ratio_95": [float(ratios.mean() - half), float(ratios.mean() + half)],
+        "ratio": ratio_interval(ratios),
     }
     print(json.dumps(vars(given) | found, indent=1))
 
