@@ -42,8 +42,10 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> Fitting:
     _check_bounds(adapter, config)
     names = tuple(config.modules)
     base = fingerprint(model, names)
-    _check_base(model, config, base)
+    if not dict(model.named_modules()).keys() >= set(names):
+        _check_base(model, config, base)  # another base is why a module is missing
     check_modules(model, names)
+    _check_base(model, config, base)
     if config.seed is None and drawn_from_the_base(config.method):
         raise RunError(
             f"{adapter.folder} does not say from which seed its method was placed",

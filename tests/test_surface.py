@@ -137,6 +137,13 @@ def test_another_base_is_refused(saved):
             load_controls(other, saved)
 
 
+def test_a_base_without_the_trained_head_is_another_base(tmp_path):
+    head = {"modules": ("classifier",)}
+    attach(make_tiny("bert"), "moc", rank=4, gate=GATE, **head).save(tmp_path / "head")
+    with pytest.raises(RunError, match="other weights than the base"):
+        load_controls(make_tiny("llama"), tmp_path / "head")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_in_half_precision_is_known_again(saved, dtype):
     load_controls(make_tiny("llama").to(dtype), saved).detach()

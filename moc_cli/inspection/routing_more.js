@@ -27,7 +27,7 @@ function tables() {
   table(within("sites"), [["block", "name"], ["local share", "local_share", percent],
     ["most chosen", "top"], ["effective controls", "effective", number],
     ["entropy of use", "use_entropy", number], ["entropy of gate", "gate_entropy", number],
-    ["margin", "margin", number], ["update ÷ output", "relative_size", number],
+    ["lead", "margin", number], ["update ÷ output", "relative_size", number],
     ...(R.compare ? [["distance", "distance", number]] : []),
     ...(R.ablation ? [["loss change", "change", number]] : [])], sites);
   const controls = R.per_control.map((entry) => ({ ...entry, mark: entry.dead ? "dead" : "" }));
