@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from conftest import share_of_the_cores
 from safetensors.torch import load_file
 
 from moc_cli.cli import run
@@ -26,7 +27,7 @@ Z_95 = 1.645
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list:
-    torch.set_num_threads(2)
+    torch.set_num_threads(share_of_the_cores())
     folders = [tmp_path_factory.mktemp("runs") / f"seed-{seed}" for seed in SEEDS]
     for seed, folder in zip(SEEDS, folders, strict=True):
         changes = ["--set", f"seed={seed}", "--output-dir", str(folder)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import share_of_the_cores
 from safetensors.torch import load_file
 
 from moc_cli.cli import run
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(autouse=True)
-def two_threads(seeded):
-    torch.set_num_threads(2)
+def all_my_cores(seeded):
+    torch.set_num_threads(share_of_the_cores())
 
 
 def train(recipe: str, folder: Path, **changes) -> Path:
