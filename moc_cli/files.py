@@ -37,7 +37,8 @@ def file_atomic(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, target)
             _flush(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
@@ -82,6 +83,19 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _put_back(replaced, target)
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise FileError unless `path` is a folder to write to, or can become one; nothing is made.
+
+    Asked before long work, whose results would otherwise have no place.
+    """
+    folder = Path(path)
+    place = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    if not place.is_dir():
+        raise FileError(f"cannot write to {path}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise FileError(f"cannot write to {path}: no permission to write in {place}")
 
 
 def clear_leftovers(folder: str | Path, name: str | None = None) -> None:

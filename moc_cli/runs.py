@@ -20,7 +20,13 @@ from typing import Any
 
 from moc_cli.controls import read_adapter, write_adapter
 from moc_cli.errors import RunError
-from moc_cli.files import clear_leftovers, write_folder_atomic, write_json_atomic, write_text_atomic
+from moc_cli.files import (
+    check_folder,
+    clear_leftovers,
+    write_folder_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 LOCK = ".lock"
 # In the order in which an overwrite drops them: what marks a run folder goes last.
@@ -105,6 +111,7 @@ class RunFolder:
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RunError(f"{run.path} is a file; output.output_dir must be a folder")
+        check_folder(run.path)
         if run.path.is_dir():
             run._acquire()
             try:

@@ -194,6 +194,10 @@ WRONG = {
         ["--tasks: builtin has no task 'piqa'; it is one of commonsense's"],
     ),
     "an encoder": (["--model", "{bert}"], ["--model: '{bert}' is no language model but bert"]),
+    "a file in the way": (
+        ["{run}", "--output", "{run}/recipe.yaml"],
+        ["cannot write to {run}/recipe.yaml: {run}/recipe.yaml is not a folder"],
+    ),
     "no rows": (
         ["--model", "builtin:world-llama", "--suite", "commonsense", "--path", "{run}/none"],
         ["data.path: no folder {run}/none"],

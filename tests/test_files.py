@@ -26,6 +26,29 @@ def stop_half_way(path: Path) -> None:
     raise ZeroDivisionError
 
 
+def test_a_place_without_room_for_a_folder_is_told(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to("nowhere")
+    for path in ("file", "file/a/b", "lost", "lost/a"):
+        with pytest.raises(FileError, match=f"{path.split('/')[0]} is not a folder"):
+            files.check_folder(tmp_path / path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError, match="cannot write to file/a: .*file is not a folder"):
+        files.check_folder("file/a")
+    for path in (".", "new/a/b", tmp_path):
+        files.check_folder(path)
+    assert names(tmp_path) == ["file", "lost"]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(FileError, match="no permission to write in"):
+        files.check_folder("new")
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="cannot write .*file/a"):
+        files.write_text_atomic(tmp_path / "file" / "a", "text")
+
+
 def test_text_is_written_whole_and_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     files.write_text_atomic(path, "ä\r\nb\n")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +218,15 @@ def test_one_text_is_told_token_by_token(decoder, tmp_path, capsys):
     assert "Votes at 1.ffn: chosen" in capsys.readouterr().out
 
 
+def test_one_text_leaves_what_was_found_on_rows(decoder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(decoder, copy)
+    assert inspect(capsys, copy, "--limit", 2)["folder"] == str(copy / "routing")
+    before = (copy / "routing" / "routing.json").read_bytes()
+    assert inspect(capsys, copy, "--text", "abc")["folder"] == str(copy / "routing" / "text")
+    assert (copy / "routing" / "routing.json").read_bytes() == before
+
+
 def test_the_votes_of_a_text_are_the_gates_own(decoder, tmp_path, capsys):
     found = inspect(capsys, decoder, "--text", "abc", "--output", tmp_path)
     opened = open_run(decoder)
@@ -259,6 +269,8 @@ def test_what_cannot_be_inspected_is_said(decoder, encoder, tmp_path, capsys):
     assert "has no split" in refuse(capsys, decoder, "--split", "validation")
     assert "one text" in refuse(capsys, decoder, "--text", "a", "--ablate")
     assert "not a run folder" in refuse(capsys, tmp_path)
+    inside = decoder / "recipe.yaml" / "x"
+    assert f"{inside.parent} is not a folder" in refuse(capsys, decoder, "--output", inside)
     assert not (decoder / "routing").exists()
 
 

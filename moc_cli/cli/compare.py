@@ -36,12 +36,13 @@ def compare(
     from moc_cli.comparison.compare import compare as compared
     from moc_cli.comparison.curves import draw_curves
     from moc_cli.comparison.runs import read_runs
-    from moc_cli.files import write_json_atomic
+    from moc_cli.files import check_folder, write_json_atomic
     from moc_cli.report.output import out, print_json, print_table, say
 
     read = read_runs(runs)
-    found = compared(read, program=program(), tasks=_names(tasks), label=scores)
     where = output or Path("runs") / "compare" / _folder([run.name for run in read])
+    check_folder(where)
+    found = compared(read, program=program(), tasks=_names(tasks), label=scores)
     pictures = draw_curves(read, where)
     whole = found.to_json() | {"pictures": pictures}
     write_json_atomic(where / "comparison.json", whole)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moc_cli.cli.eval_plans import (
-    OUTPUTS,
     Request,
     batch_size,
     check_language_model,
+    model_home,
     model_subject,
     refuse,
     run_subject,
@@ -40,17 +40,18 @@ def score_harness(
     check_installed()
     from moc_cli.evaluation.harness import load_tasks
     from moc_cli.evaluation.harness import run as score
+    from moc_cli.files import check_folder
     from moc_cli.report.harness_table import harness_table
     from moc_cli.report.output import print_json, print_table, say
 
     plan = _plan(names, request, asked)
-    tasks = load_tasks(plan)
     if run is not None:
         load, home = partial(run_subject, run, request.device), run / "eval"
     else:
-        model = request.model or ""
-        load, home = partial(model_subject, request), OUTPUTS / model.strip("/").replace("/", "--")
+        load, home = partial(model_subject, request), model_home(request.model or "")
     folder = output or home / plan.label
+    check_folder(folder)
+    tasks = load_tasks(plan)
     report = score(load(), plan, tasks, folder, silent=json)
     if json:
         print_json(report.to_json() | {"folder": str(folder)})

@@ -247,5 +247,9 @@ def model_subject(request: Request) -> "Subject":
 
 def _model_folder(model: str, plan: "Plan") -> Path:
     """Where a bare model's results go by default, and where a run looks for them."""
-    name = re.sub("[/:]", "--", model.strip("/"))
-    return OUTPUTS / name / f"{plan.suite}-{plan.label}"
+    return model_home(model) / f"{plan.suite}-{plan.label}"
+
+
+def model_home(model: str) -> Path:
+    """Where all results of a bare model go by default."""
+    return OUTPUTS / re.sub("[/:]", "--", model.strip("/"))

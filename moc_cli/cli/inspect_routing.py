@@ -39,7 +39,10 @@ def inspect_routing(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the files go; default: RUN/routing."),
+        typer.Option(
+            metavar="DIR",
+            help="Where the files go; default: RUN/routing, of a text RUN/routing/text.",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Rows a batch; default: the recipe's.")
@@ -58,6 +61,10 @@ def inspect_routing(
     for each in (run, compare):
         if each is not None:
             _refuse_without_gate(each)
+    from moc_cli.files import check_folder
+
+    folder = output or (run / "routing" if text is None else run / "routing" / "text")
+    check_folder(folder)
     from moc_cli.inspection.session import Asked, Inspection, write
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing_views import views
@@ -77,7 +84,6 @@ def inspect_routing(
     routing = Inspection(asked, silent=json).run()
     from moc_cli.inspection.pictures import draw
 
-    folder = output or run / "routing"
     paths = write(routing, folder, draw)
     if json:
         print_json(routing | {"folder": str(folder)})

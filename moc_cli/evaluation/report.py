@@ -44,7 +44,6 @@ class Report:
         self._lines[task] = "".join(
             json.dumps({"task": task} | sample, ensure_ascii=False) + "\n" for sample in samples
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(self._lines[name] for name in self.tasks)
         write_text_atomic(self.samples_file, text)
         digest = hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 from moc_cli.errors import MocError, RunError
 from moc_cli.export import FORMATS, Options, find_format
 from moc_cli.export.card import make_card
-from moc_cli.files import write_folder_atomic, write_text_atomic
+from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
 from moc_cli.recipe.load import load_recipe
 from moc_cli.runs import RunFolder
 from moc_cli.trained import open_run
@@ -78,6 +78,7 @@ def check_output(output: Path) -> None:
         raise MocError(f"--output {output} is not a folder")
     if output.is_dir() and any(output.iterdir()):
         raise MocError(f"--output {output} is not empty", "give a new folder")
+    check_folder(output)
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
