@@ -34,6 +34,11 @@ KNOWN = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
     *("eval", "routing", "trackers", "recipe.yaml", LOCK),
 )
+# What the results.json of a finished run holds at least.
+FINISHED = (
+    *("tasks", "protocol", "train_on_inputs"),
+    *("steps", "stopped", "tokens", "seconds", "memory"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,16 @@ class RunFolder:
         write_json_atomic(self.path / "results.json", results)
 
     def read_results(self) -> dict[str, Any]:
-        """Return results.json; RunError when there is none."""
-        return self._read_json(self.path / "results.json")
+        """Return results.json; RunError when there is none, or one that lacks what it must hold."""
+        path = self.path / "results.json"
+        results = self._read_json(path)
+        if results.get("status") == "finished":
+            lacking = [key for key in FINISHED if key not in results]
+            lacking += [k for k in ("tasks", "memory") if not isinstance(results.get(k, {}), dict)]
+            if lacking:
+                what = ", ".join(lacking)
+                raise RunError(f"{path} cannot be read: a finished run's, but it lacks {what}")
+        return results
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Write environment.json."""
@@ -204,11 +217,21 @@ class RunFolder:
         return self._read_json(self.path / "environment.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the whole lines of metrics.jsonl; a last one cut by a kill is left out."""
+        """Return the whole lines of metrics.jsonl; a last one cut by a kill is left out.
+
+        Raises RunError for any other line that cannot be read.
+        """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        found = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise RunError(f"{self.metrics}:{number}: not a JSON object") from error
+        return found
 
     # Claiming
 

@@ -16,8 +16,11 @@ from moc_cli.models.load import load_model, load_tokenizer
 from moc_cli.recipe.adapter import parse_adapter
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.suggest import choices
 from moc_cli.runs import RunFolder
 from moc_cli.training import build
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def open_run(path: str | Path, *, device: str | None = None) -> Trained:
     they were trained on.
     """
     folder = RunFolder.open(path)
+    if device is not None:
+        check_device(device)
     recipe = load_recipe(folder.recipe_file, [f"launch.device={device}"] if device else [])
     controls, payload = folder.read_controls()
     chosen = build.make_accelerator(recipe.launch, (), folder.path).device
@@ -93,6 +98,14 @@ def open_run(path: str | Path, *, device: str | None = None) -> Trained:
         chosen,
         build.base_facts(recipe, built),
     )
+
+
+def check_device(device: str) -> None:
+    """Raise MocError for an option `--device` that is none, or that is not there."""
+    if device not in DEVICES:
+        raise MocError(f"--device: found '{device}'{choices(device, DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MocError("--device is cuda, but torch sees no GPU", "use --device cpu or auto")
 
 
 def check_base(controls: dict[str, Any], weights_hash: str, name: str) -> None:
@@ -126,8 +139,7 @@ def open_base(
     trust_remote_code: bool = False,
 ) -> Base:
     """Load a bare language model: a hub id, a folder, or `builtin:<name>`."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MocError("--device is cuda, but torch sees no GPU", "use --device cpu or auto")
+    check_device(device)
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_model(

@@ -267,11 +267,26 @@ def test_what_cannot_be_inspected_is_said(decoder, encoder, tmp_path, capsys):
     assert "give a text too" in refuse(capsys, decoder, "--site", "1.ffn")
     assert "did you mean 'ARC-Easy'" in refuse(capsys, decoder, "--tasks", "arc-easy")
     assert "has no split" in refuse(capsys, decoder, "--split", "validation")
+    assert "named twice" in refuse(capsys, decoder, "--tasks", "ARC-Easy,ARC-Easy")
+    assert "--text is empty" in refuse(capsys, decoder, "--text", " ")
+    assert "--device: found 'tpu'; did you mean" in refuse(capsys, decoder, "--device", "tpu")
     assert "one text" in refuse(capsys, decoder, "--text", "a", "--ablate")
     assert "not a run folder" in refuse(capsys, tmp_path)
     inside = decoder / "recipe.yaml" / "x"
     assert f"{inside.parent} is not a folder" in refuse(capsys, decoder, "--output", inside)
     assert not (decoder / "routing").exists()
+
+
+def test_a_damaged_history_is_told(decoder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(decoder, copy)
+    for routing in ('{"use": 3}', "{}", "7", '{"use": ["x"], "local_share": 0}'):
+        (copy / "metrics.jsonl").write_text(f'{{"step": 1, "routing": {routing}}}\n')
+        assert "a line's 'routing' is damaged" in refuse(capsys, copy)
+    uses = ('{"use": [1], "local_share": 0}', '{"use": [1, 0], "local_share": 0}')
+    lines = [f'{{"step": 1, "routing": {routing}}}\n' for routing in uses]
+    (copy / "metrics.jsonl").write_text("".join(lines))
+    assert "different numbers of controls" in refuse(capsys, copy)
 
 
 def test_another_split_is_read(decoder, tmp_path, capsys):

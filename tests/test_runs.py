@@ -145,6 +145,19 @@ def test_reading_says_what_is_missing(tmp_path):
     assert run.read_metrics() == []
 
 
+def test_damaged_results_and_metrics_are_told(tmp_path):
+    make_run(tmp_path)
+    run = RunFolder.open(tmp_path)
+    run.write_results({"status": "finished", "tasks": [], "steps": 1})
+    lacks = "lacks protocol, train_on_inputs, stopped, tokens, seconds, memory, tasks"
+    with pytest.raises(RunError, match=lacks):
+        run.read_results()
+    for line in (b"{bad", b"[1]", b"3", b"\xff"):
+        run.metrics.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+        with pytest.raises(RunError, match="metrics.jsonl:2: not a JSON object"):
+            run.read_metrics()
+
+
 def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     lines = [json.dumps({"step": step}) for step in (1, 2)]

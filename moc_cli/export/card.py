@@ -211,10 +211,7 @@ def _section(title: str, lines: list[str]) -> str:
 
 
 def _read(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return folder.read_results()
-    except RunError:
-        return {}
+    return folder.read_results() if (folder.path / "results.json").is_file() else {}
 
 
 def _shown(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load
 
-from moc_cli.errors import MocError
+from moc_cli.errors import MocError, RunError
 from moc_cli.evaluation.suite import Task
 from moc_cli.files import to_plain, write_text_atomic
 from moc_cli.inspection import statistics
@@ -54,6 +54,7 @@ class Inspection:
     def __init__(self, asked: Asked, *, silent: bool) -> None:
         self.asked, self.silent = asked, silent
         self.recipe, self.layout = _checked(asked.run)
+        self.history = history(RunFolder.open(asked.run))
         if asked.compare is not None:
             _, other = _checked(asked.compare)
             check_same_sites(self.layout, other, str(asked.compare))
@@ -64,9 +65,13 @@ class Inspection:
                 f"--site: no site '{asked.site}'{choices(asked.site, self.layout.names)}"
             )
         names = asked.tasks or list(self.recipe.data.tasks)
+        if len(set(names)) < len(names):
+            raise MocError("--tasks: a task is named twice")
         self.tasks: list[Task] = []
         if asked.text is None:
             self.tasks = read_rows(self.recipe.data, names, asked.split, asked.limit)
+        elif not asked.text.strip():
+            raise MocError("--text is empty", "give a text, or leave it out to look at rows")
         elif asked.tasks or asked.split or asked.ablate:
             raise MocError(
                 "--text looks at one text, without an answer: --tasks, --split and --ablate need "
@@ -130,7 +135,7 @@ class Inspection:
             "per_site": statistics.per_site(seen.whole, level),
             "per_control": statistics.per_control(seen.whole, mixture),
             "summary": statistics.summary(seen.whole, mixture),
-            "history": history(trained.folder),
+            "history": self.history,
             "task_distance": task_distances(seen.tasks),
             "compare": None,
             "ablation": None,
@@ -140,12 +145,22 @@ class Inspection:
 
 
 def history(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the use of controls over training steps; [] where the run did not record it."""
-    return [
-        {"step": line["step"], **line["routing"]}
-        for line in folder.read_metrics()
-        if "routing" in line
-    ]
+    """Return the use of controls over training steps; [] where the run did not record it.
+
+    Raises RunError where a line holds something else.
+    """
+    found = []
+    for line in folder.read_metrics():
+        if "routing" in line:
+            try:
+                use = [float(share) for share in line["routing"]["use"]]
+                local = float(line["routing"]["local_share"])
+                found.append({"step": int(line["step"]), "use": use, "local_share": local})
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{folder.metrics}: a line's 'routing' is damaged") from error
+    if len({len(entry["use"]) for entry in found}) > 1:
+        raise RunError(f"{folder.metrics}: lines tell of different numbers of controls")
+    return found
 
 
 def write(routing: dict[str, Any], folder: Path, draw: Callable[..., list[Path]]) -> list[Path]:
