@@ -199,7 +199,8 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         return peft_config
 
     def _check_merge_allowed(self) -> NoReturn:
-        raise NotImplementedError(
+        """Never: peft asks for a ValueError where a method cannot be merged."""
+        raise ValueError(
             "controls act on the state beside a whole block and are chosen by the input: there is "
             "no weight to fold them into"
         )

@@ -226,7 +226,7 @@ def test_the_hash_and_the_fingerprint_let_the_right_ones_through(tmp_path: Path)
 
 def test_merging_is_refused_with_the_reason() -> None:
     for call in (lambda m: m.merge_and_unload(), lambda m: m.merge_adapter()):
-        with pytest.raises(NotImplementedError, match="no weight to fold them into"):
+        with pytest.raises(ValueError, match="no weight to fold them into"):
             call(wrapped())
 
 

@@ -1,15 +1,18 @@
 """`moc eval RUN` and `moc eval --model ID`: score a run, or the bare model that it started from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moc_cli.cli.eval_plans import DTYPES, Asked, Request, model_asked, refuse, run_asked
 from moc_cli.cli.options import JsonOption
 from moc_cli.errors import MocError
 
+if TYPE_CHECKING:
+    from moc_cli.cli.eval_plans import Asked, Request
+
 PROTOCOLS = ("rank", "generate")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate(
@@ -89,6 +92,8 @@ def evaluate(
 
     Every task is written down as soon as it is scored; Ctrl-C keeps those.
     """
+    from moc_cli.cli.eval_plans import Request, model_asked, run_asked
+
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     request = Request(model, names, suite, path, protocol, limit, batch_size, dtype, device, base)
     _check(request, run)
@@ -101,8 +106,9 @@ def evaluate(
     _score(asked, output or asked.folder, json)
 
 
-def _check(request: Request, run: Path | None) -> None:
+def _check(request: "Request", run: Path | None) -> None:
     """Refuse what is wrong whatever the run holds; all of it at once."""
+    from moc_cli.cli.eval_plans import refuse
     from moc_cli.recipe.suggest import choices
 
     if (run is None) == (request.model is None):
@@ -131,7 +137,7 @@ def _check(request: Request, run: Path | None) -> None:
     refuse(wrong)
 
 
-def _score(asked: Asked, folder: Path, json: bool) -> None:
+def _score(asked: "Asked", folder: Path, json: bool) -> None:
     """Read the rows, load the model, score, and show. What is wrong with rows is told first."""
     from moc_cli.evaluation.session import read_tasks, run
     from moc_cli.files import check_folder

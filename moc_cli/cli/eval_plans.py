@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from moc_cli.evaluation.session import Plan, Subject
     from moc_cli.recipe.schema import Recipe
 
-DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = Path("runs") / "eval"  # of bare models
 
 
