@@ -29,7 +29,7 @@ quickstart: install
 	$(BIN)/moc train quickstart --overwrite
 
 weights: .venv/installed
-	$(BIN)/python tests/weights.py .weights
+	$(BIN)/python tests/support/weights.py .weights
 
 check: .venv/tested
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """`moc`: fine-tune transformers with Mixture-of-Control (arXiv 2606.31397).
 
-In Python: `from moc_cli import attach, load_controls, Tenants`, see `moc_cli.surface` and
+In Python: `from moc_cli import attach, load_controls, Tenants`, see `moc_cli.api` and
 `moc_cli.serving.tenants`. They are looked up when first used, so that `import moc_cli` alone loads
 no torch.
 """
@@ -10,10 +10,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 _SURFACE = {
-    "Controls": "moc_cli.surface",
+    "Controls": "moc_cli.api",
     "Tenants": "moc_cli.serving.tenants",
-    "attach": "moc_cli.surface",
-    "load_controls": "moc_cli.surface",
+    "attach": "moc_cli.api",
+    "load_controls": "moc_cli.api",
 }
 
 

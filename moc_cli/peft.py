@@ -26,12 +26,12 @@ from peft.utils.other import set_additional_trainable_modules
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
+from moc_cli.adapter.config import make_method
 from moc_cli.errors import MocError, RunError
-from moc_cli.methods.state import make_mixture
+from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint, same_base
-from moc_cli.models.ports import Host
+from moc_cli.models.hooks import Host
 from moc_cli.nn.mixture import Mixture
-from moc_cli.recipe.adapter import make_method
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
 NAME = "MOC"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moc_cli.controls import read_adapter, write_adapter
+from moc_cli.adapter.folder import read_adapter, write_adapter
 from moc_cli.errors import RunError
 from moc_cli.files import (
     check_folder,

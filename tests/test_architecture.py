@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.machine import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moc_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
@@ -21,20 +21,22 @@ FLOORS = [
     {"recipe", "report", "nn", "builtin"},
     {"models"},
     {"methods"},
-    {"controls"},
-    {"runs", "data", "adapters"},
+    {"adapter"},
+    {"runs", "data"},
+    {"scoring"},
     {"evaluation"},
     {"training"},
-    {"trained"},
+    {"load_run"},
     {"peft"},
     {"inspection", "export", "comparison", "serving"},
-    {"surface"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "numpy", "sklearn", "scipy"}
-LIGHT = {"errors", "files", "recipe", "report", "cli", "controls", "runs", "__init__", "__main__"}
+LIGHT = {"errors", "files", "recipe", "report", "cli", "runs", "__init__", "__main__"}
+LIGHT_FILES = {"adapter/folder.py", "adapter/config.py", "adapter/__init__.py"}
 LONGEST = 350  # lines; at 300 a file is worth another look
 
 
@@ -79,7 +81,7 @@ def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_light_rooms_import_nothing_heavy_at_their_start(path: Path) -> None:
-    if room(path) in LIGHT:
+    if room(path) in LIGHT or path.relative_to(PACKAGE).as_posix() in LIGHT_FILES:
         assert not {name.split(".")[0] for name in imports(path, at_start=True)} & HEAVY
 
 
@@ -89,7 +91,7 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     own, name = room(path), path.relative_to(PACKAGE).as_posix()
     assert "peft" not in outside or name in ("methods/low_rank.py", "peft.py")
     assert "typer" not in outside or own == "cli"
-    assert "pydantic" not in outside or own == "recipe"
+    assert "pydantic" not in outside or own == "recipe" or name == "adapter/config.py"
     assert "rich" not in outside or own in ("report", "cli")
     assert "datasets" not in outside or own == "data"
     assert "accelerate" not in outside or own == "training"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moc_cli.errors import MocError
 
 if TYPE_CHECKING:
-    from moc_cli.evaluation.beside import Known
+    from moc_cli.evaluation.base_scores import Known
     from moc_cli.evaluation.session import Plan, Subject
     from moc_cli.recipe.schema import Recipe
 
@@ -53,7 +53,7 @@ def refuse(wrong: list[str], hint: str | None = "moc eval --help") -> None:
 def _task_mistakes(suite: str, names: list[str]) -> list[str]:
     """What is wrong with task names, with the suite that has them or the nearest name."""
     from moc_cli.recipe.suggest import choices
-    from moc_cli.recipe.suites import TASKS
+    from moc_cli.recipe.tasks import TASKS
 
     wrong = []
     for name in names:
@@ -74,7 +74,7 @@ def batch_size(typed: str | None, default: Any) -> Any:
 
 def run_asked(run: Path, request: Request) -> Asked:
     """Plan the scoring of a run; raises MocError for what does not go with its recipe."""
-    from moc_cli.evaluation.beside import Known, before_training, earlier_evaluation
+    from moc_cli.evaluation.base_scores import Known, before_training, earlier_evaluation
     from moc_cli.recipe.load import load_recipe
     from moc_cli.runs import RunFolder
 
@@ -141,7 +141,7 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
 
 def run_subject(run: Path, device: str | None) -> "Subject":
     from moc_cli.evaluation.session import Subject
-    from moc_cli.trained import open_run
+    from moc_cli.load_run import open_run
 
     opened = open_run(run, device=device)
     data = opened.recipe.data
@@ -168,7 +168,7 @@ def _where(opened: Any) -> dict[str, str]:
 
 def model_asked(request: Request) -> Asked:
     """Plan the scoring of a bare language model; raises MocError where it is none."""
-    from moc_cli.evaluation.beside import Known
+    from moc_cli.evaluation.base_scores import Known
 
     assert request.model is not None
     plan = _model_plan(request)
@@ -181,7 +181,7 @@ def _model_plan(request: Request) -> "Plan":
     from moc_cli.evaluation.session import Plan
     from moc_cli.evaluation.suite import Scoring
     from moc_cli.recipe.suggest import choices
-    from moc_cli.recipe.suites import TASKS
+    from moc_cli.recipe.tasks import TASKS
 
     model = request.model or ""
     suite = request.suite or ("builtin" if model.startswith("builtin:") else "commonsense")
@@ -229,7 +229,7 @@ def check_language_model(name: str) -> None:
 
 def model_subject(request: Request) -> "Subject":
     from moc_cli.evaluation.session import Subject
-    from moc_cli.trained import open_base
+    from moc_cli.load_run import open_base
 
     assert request.model is not None
     opened = open_base(

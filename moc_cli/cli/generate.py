@@ -135,8 +135,8 @@ def _stdin() -> str:
 
 def _open(run: Path | None, model: str | None, device: str | None) -> tuple[Any, str | None]:
     """The run or the bare model, and the frame that it was trained in, if that is known."""
+    from moc_cli.load_run import open_base, open_run
     from moc_cli.serving.prompts import trained_frame
-    from moc_cli.trained import open_base, open_run
 
     if run is not None:
         opened = open_run(run, device=device)

@@ -14,7 +14,7 @@ from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, program
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
     from moc_cli.runs import Call
-    from moc_cli.training.preview import Reading
+    from moc_cli.training.dry_run import Reading
     from moc_cli.training.session import Finished
 
 
@@ -174,7 +174,7 @@ def _show_preview(recipe: "Recipe", json: bool) -> None:
     """Print what a run would do."""
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.tables import parameter_table
-    from moc_cli.training.preview import preview
+    from moc_cli.training.dry_run import preview
 
     found = preview(recipe)
     if json:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from moc_cli.evaluation.metrics import f1_of, matthews_of
+from moc_cli.scoring.metrics import f1_of, matthews_of
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

@@ -14,7 +14,7 @@ from moc_cli.comparison.bootstrap import (
     generator,
     interval,
 )
-from moc_cli.evaluation.metrics import METRICS
+from moc_cli.scoring.metrics import METRICS
 
 BY_ITEM = ("accuracy", "exact_match")  # means of how many items are right
 

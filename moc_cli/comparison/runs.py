@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moc_cli.controls import read_config
+from moc_cli.adapter.folder import read_config
 from moc_cli.errors import RunError
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe

@@ -5,27 +5,14 @@ The instructions are those of LLM-Adapters, byte for byte, whichever of the two 
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from moc_cli.data.examples import ANSWER, ChoiceExample
 from moc_cli.data.prompts import eval_prompt, train_prompt
-from moc_cli.data.source import BadRow, Fields, HubSplit, take
+from moc_cli.data.source import BadRow, Fields, take
+from moc_cli.recipe.tasks import TASKS
 
-PARQUET = "refs/convert/parquet"  # for sets whose main branch is a script, which is run no more
 QUESTION = "Please choose the correct answer to the question: "
 _FORMAT = re.compile(r"Answer format: (\S+)$")
-
-
-@dataclass(frozen=True)
-class ChoiceTask:
-    """A task: its splits on the hub, its option words (`stem`1, `stem`2, ... or true and false),
-    and how a raw row becomes (instruction, option words, number of the right one).
-    """
-
-    train: HubSplit
-    test: HubSplit
-    stem: str
-    build: Callable[[Fields], tuple[str, list[str], int]]
 
 
 def _boolq(row: Fields) -> tuple[str, list[str], int]:
@@ -108,48 +95,22 @@ def _position(row: Fields, name: str, names: Sequence[str]) -> int:
     return list(names).index(label)
 
 
-def _splits(
-    repo: str,
-    config: str | None,
-    test: str,
-    *,
-    train_configs: tuple[str, ...] = (),
-    revision: str | None = None,
-) -> tuple[HubSplit, HubSplit]:
-    train = HubSplit(repo, train_configs or (config,), "train", revision)
-    return train, HubSplit(repo, (config,), test, revision)
-
-
-WINOGRANDE_SIZES = tuple(f"winogrande_{size}" for size in ("xs", "s", "m", "l", "xl", "debiased"))
-TASKS: dict[str, ChoiceTask] = {
-    "boolq": ChoiceTask(*_splits("google/boolq", None, "validation"), "", _boolq),
-    "piqa": ChoiceTask(
-        *_splits("ybisk/piqa", None, "validation", revision=PARQUET), "solution", _piqa
-    ),
-    "social_i_qa": ChoiceTask(
-        *_splits("allenai/social_i_qa", None, "validation", revision=PARQUET),
-        "answer",
-        _social_i_qa,
-    ),
-    "hellaswag": ChoiceTask(*_splits("Rowan/hellaswag", None, "validation"), "ending", _hellaswag),
-    "winogrande": ChoiceTask(
-        *_splits(
-            "allenai/winogrande", "winogrande_xl", "validation", train_configs=WINOGRANDE_SIZES
-        ),
-        "option",
-        _winogrande,
-    ),
-    "ARC-Easy": ChoiceTask(*_splits("allenai/ai2_arc", "ARC-Easy", "test"), "answer", _arc),
-    "ARC-Challenge": ChoiceTask(
-        *_splits("allenai/ai2_arc", "ARC-Challenge", "test"), "answer", _arc
-    ),
-    "openbookqa": ChoiceTask(*_splits("allenai/openbookqa", "main", "test"), "answer", _openbookqa),
+# How a raw row of the hub becomes (instruction, option words, number of the right one).
+BUILD: dict[str, Callable[[Fields], tuple[str, list[str], int]]] = {
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "social_i_qa": _social_i_qa,
+    "hellaswag": _hellaswag,
+    "winogrande": _winogrande,
+    "ARC-Easy": _arc,
+    "ARC-Challenge": _arc,
+    "openbookqa": _openbookqa,
 }
 
 
 def from_hub(task: str, row: Fields) -> ChoiceExample:
     """The example of a raw row of the hub; raises BadRow."""
-    instruction, words, label = TASKS[task].build(row)
+    instruction, words, label = BUILD[task](row)
     return make_example(task, instruction, words, label)
 
 
@@ -162,8 +123,9 @@ def from_fields(task: str, row: Fields) -> ChoiceExample:
     if not found:
         raise BadRow("'instruction' does not end in 'Answer format: ' and the options")
     words = found[1].split("/")
-    stem = TASKS[task].stem
-    expected = [f"{stem}{n}" for n in range(1, len(words) + 1)] if stem else ["true", "false"]
+    known = TASKS["commonsense"][task].answers
+    stem = known[0].rstrip("1")  # a row may have more or fewer options than most
+    expected = [f"{stem}{n}" for n in range(1, len(words) + 1)] if stem != known[0] else [*known]
     if words != expected:
         raise BadRow(f"the options are '{found[1]}', not like '{'/'.join(expected)}'")
     return answered(task, row, words)

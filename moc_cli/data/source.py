@@ -4,12 +4,12 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moc_cli.errors import DataError
 from moc_cli.recipe.suggest import nearest
+from moc_cli.recipe.tasks import HubSplit
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
 _LISTED = 20  # rows or ranges of rows that one sentence names
@@ -19,16 +19,6 @@ Fields = dict[str, Any]
 
 class BadRow(Exception):
     """A row cannot be used; the message says why, without naming the row."""
-
-
-@dataclass(frozen=True)
-class HubSplit:
-    """Where one split lies on the hub; several configs are read one after another."""
-
-    repo: str
-    configs: tuple[str | None, ...]
-    split: str
-    revision: str | None = None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,13 +10,7 @@ from moc_cli.data import commonsense, glue
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.source import build_rows, did_you_mean, read_hub, read_local
 from moc_cli.errors import DataError
-
-SUITES: dict[str, tuple[str, ...]] = {
-    "commonsense": tuple(commonsense.TASKS),
-    "glue": tuple(glue.TASKS),
-    "builtin": ("world",),
-    "custom": (),
-}
+from moc_cli.recipe.tasks import TASKS
 
 
 @overload
@@ -45,45 +39,41 @@ def load_examples(
         build_pair = partial(glue.from_row, task)
         if path is not None:
             return read_local(path, task, split, build_pair)
-        return read_hub(glue.hub_split(task, split), build_pair)
+        return read_hub(TASKS[suite][task].hub[split], build_pair)
     if suite == "builtin":
         return _builtin(task, split)
     if path is not None:
         return read_local(path, task, split, partial(commonsense.from_fields, task))
-    kind = commonsense.TASKS[task]
-    source = kind.train if split == "train" else kind.test
-    return read_hub(source, partial(commonsense.from_hub, task))
+    return read_hub(TASKS[suite][task].hub[split], partial(commonsense.from_hub, task))
 
 
 def check_task(suite: str, task: str) -> None:
     """Raise DataError where the suite or its task is unknown, with the nearest name."""
-    if suite not in SUITES:
+    if suite not in TASKS:
         raise DataError(
-            f"no suite '{suite}'{did_you_mean(suite, SUITES)}", f"suites: {', '.join(SUITES)}"
+            f"no suite '{suite}'{did_you_mean(suite, TASKS)}", f"suites: {', '.join(TASKS)}"
         )
-    if task not in SUITES[suite]:
+    if task not in TASKS[suite]:
         raise DataError(
-            f"{suite} has no task '{task}'{did_you_mean(task, SUITES[suite])}",
-            f"tasks of {suite}: {', '.join(SUITES[suite])}",
+            f"{suite} has no task '{task}'{did_you_mean(task, TASKS[suite])}",
+            f"tasks of {suite}: {', '.join(TASKS[suite])}",
         )
 
 
 def splits(suite: str, task: str) -> tuple[str, ...]:
     """The splits of a task that have labels."""
-    if suite == "glue":
-        return ("train", *glue.TASKS[task].validation)
-    return ("train", "test") if suite == "commonsense" else ("train", "validation", "test")
+    return TASKS[suite][task].splits
 
 
 def scored_splits(suite: str, task: str) -> tuple[str, ...]:
     """The splits whose scores are reported; several for MNLI."""
-    return glue.TASKS[task].validation if suite == "glue" else ("test",)
+    return TASKS[suite][task].scored
 
 
 def _split(suite: str, task: str, split: str) -> str:
     known = splits(suite, task)
     if suite == "glue" and split == "validation":
-        return glue.TASKS[task].validation[0]
+        return TASKS[suite][task].scored[0]
     if split in known:
         return split
     reasons = {

@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.batches import pad_token_id
 from moc_cli.data.encode import Encoded, encode_train
 from moc_cli.data.examples import ChatExample, Example, InstructionExample, TextExample
-from moc_cli.evaluation import metrics
-from moc_cli.evaluation.forward import Progress, Scorable, check_fits, evaluating, pad_left
-from moc_cli.evaluation.generate import settings
-from moc_cli.evaluation.loss import TextScore, lm_loss
-from moc_cli.evaluation.results import Evaluation, TaskResult
-from moc_cli.evaluation.sizing import Asked, BatchSize, Shape, run_batches
 from moc_cli.recipe.schema import DataSection
+from moc_cli.scoring import metrics
+from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad_left
+from moc_cli.scoring.generate import settings
+from moc_cli.scoring.loss import TextScore, lm_loss
+from moc_cli.scoring.results import Evaluation, TaskResult
 
 VOTERS = {
     "instruction": "the prompt",

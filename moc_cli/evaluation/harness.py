@@ -24,8 +24,8 @@ from moc_cli.errors import DataError, MocError
 from moc_cli.evaluation.harness_model import HarnessModel
 from moc_cli.evaluation.harness_results import HarnessReport, entries, samples
 from moc_cli.evaluation.session import Subject
-from moc_cli.evaluation.sizing import Asked
 from moc_cli.report.progress import WorkProgress
+from moc_cli.scoring.batch_size import Asked
 
 BOOTSTRAP = 1000  # draws behind the standard error of a metric that is no plain mean
 INSTALL = "pip install 'moc-cli[harness]'"

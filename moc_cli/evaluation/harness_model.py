@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError
-from moc_cli.evaluation.forward import (
+from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.forward import (
     Scorable,
     call,
     check_finite,
@@ -28,8 +29,7 @@ from moc_cli.evaluation.forward import (
     positions,
     voting,
 )
-from moc_cli.evaluation.generate import settings
-from moc_cli.evaluation.sizing import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.generate import settings
 
 Tokens = list[int]
 Observe = Callable[[str, int, int], None]  # kind of request, done, in all

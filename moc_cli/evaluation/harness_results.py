@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.evaluation.report import Report
+from moc_cli.evaluation.results_folder import Report
 
 
 class HarnessReport(Report):

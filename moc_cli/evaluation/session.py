@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.custom.rows import read_scored
 from moc_cli.data.suites import load_examples, scored_splits
-from moc_cli.evaluation.beside import Known
+from moc_cli.evaluation.base_scores import Known
 from moc_cli.evaluation.custom import votes_of
-from moc_cli.evaluation.report import Report
-from moc_cli.evaluation.results import Evaluation
+from moc_cli.evaluation.results_folder import Report
 from moc_cli.evaluation.suite import Scoring, Task, entry, metric_entries, samples, score
 from moc_cli.recipe.schema import DataSection
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
+from moc_cli.scoring.results import Evaluation
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from typing import Any, Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.examples import ChoiceExample, Example, PairExample, fingerprint, subset
-from moc_cli.evaluation.classify import PairScore
 from moc_cli.evaluation.custom import evaluate_texts, sample_fields, sample_prompt
-from moc_cli.evaluation.forward import Progress
-from moc_cli.evaluation.generate import Answer
-from moc_cli.evaluation.loss import TextScore
-from moc_cli.evaluation.rank import ItemScore
-from moc_cli.evaluation.report import prompt_hash
-from moc_cli.evaluation.results import Evaluation, evaluate_choices, evaluate_pairs
-from moc_cli.evaluation.sizing import Asked
+from moc_cli.evaluation.results_folder import prompt_hash
+from moc_cli.scoring.batch_size import Asked
+from moc_cli.scoring.classify import PairScore
+from moc_cli.scoring.forward import Progress
+from moc_cli.scoring.generate import Answer
+from moc_cli.scoring.loss import TextScore
+from moc_cli.scoring.rank import ItemScore
+from moc_cli.scoring.results import Evaluation, evaluate_choices, evaluate_pairs
 
 Protocol = Literal["rank", "generate", "classify", "texts"]
 DRAW = 0  # which rows a limit draws does not follow any seed: runs are compared on the same rows

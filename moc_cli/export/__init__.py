@@ -16,7 +16,7 @@ from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
 
 if TYPE_CHECKING:
-    from moc_cli.trained import Trained
+    from moc_cli.load_run import Trained
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")

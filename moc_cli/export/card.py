@@ -7,10 +7,10 @@ from typing import Any
 from moc_cli import __version__
 from moc_cli.errors import RunError
 from moc_cli.export import Exported
+from moc_cli.load_run import Trained
 from moc_cli.models.load import BUILTIN
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import RunFolder
-from moc_cli.trained import Trained
 
 PAPER = "https://arxiv.org/abs/2606.31397"
 _TITLE = {"causal": "text-generation", "classification": "text-classification"}

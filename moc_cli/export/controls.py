@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from moc_cli.controls import CONFIG, PAYLOAD, write_adapter
+from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
-from moc_cli.trained import Trained
+from moc_cli.load_run import Trained
 
 _KEPT = ("gates.", "modules.")
 

@@ -6,9 +6,9 @@ import torch
 
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
+from moc_cli.load_run import Trained
 from moc_cli.models.load import without_bars
 from moc_cli.recipe.schema import Recipe
-from moc_cli.trained import Trained
 
 _AROUND = (
     "a control runs beside a whole block, from the state that enters the block's norm to the "

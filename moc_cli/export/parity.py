@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moc_cli.errors import MocError
-from moc_cli.evaluation.forward import evaluating
-from moc_cli.trained import Trained
+from moc_cli.load_run import Trained
+from moc_cli.scoring.forward import evaluating
 
 # Largest |Δlogit| that is let pass, as a share of the largest |logit|, by the type of the file.
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}

@@ -9,16 +9,16 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from moc_cli.controls import CONFIG, PAYLOAD
+from moc_cli.adapter.config import drawn_from_the_base
+from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
+from moc_cli.load_run import Trained
 from moc_cli.methods import quiet_import
-from moc_cli.recipe.adapter import drawn_from_the_base
 from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
 from moc_cli.recipe.schema import Recipe
-from moc_cli.trained import Trained
 
 _PREFIX = "base_model.model."
 _TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}

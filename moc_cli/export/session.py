@@ -11,9 +11,9 @@ from moc_cli.errors import MocError, RunError
 from moc_cli.export import FORMATS, Options, find_format
 from moc_cli.export.card import make_card
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
+from moc_cli.load_run import open_run
 from moc_cli.recipe.load import load_recipe
 from moc_cli.runs import RunFolder
-from moc_cli.trained import open_run
 
 Say = Callable[[str], None]
 CARD = "README.md"

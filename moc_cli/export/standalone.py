@@ -19,12 +19,12 @@ from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.models.families import Family, Port
+from moc_cli.models.hooks import find_layers, find_runner
 from moc_cli.models.load import without_bars
-from moc_cli.models.ports import find_layers, find_runner
 
 if TYPE_CHECKING:
+    from moc_cli.load_run import Trained
     from moc_cli.recipe.schema import Recipe
-    from moc_cli.trained import Trained
 
 MODELING = "modeling_moc"
 _IMPORT = "from transformers import Cache\n"

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from moc_cli.controls import CONFIG, PAYLOAD, write_adapter
+from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.data.examples import Example, subset
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
 from moc_cli.methods import Adapted
-from moc_cli.methods.recording import Record
+from moc_cli.methods.route_counts import Record
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
 from moc_cli.recipe.methods import ControlMethod
@@ -31,9 +31,9 @@ from moc_cli.training.rows import task_kind
 from moc_cli.training.scoring import Scorer
 
 if TYPE_CHECKING:
-    from moc_cli.evaluation.results import TaskResult
+    from moc_cli.load_run import Trained
     from moc_cli.recipe.schema import Recipe
-    from moc_cli.trained import Trained
+    from moc_cli.scoring.results import TaskResult
 
 DRAW = 0  # which rows are drawn follows no seed: exports of several runs count on the same rows
 

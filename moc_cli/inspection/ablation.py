@@ -13,12 +13,12 @@ import torch
 
 from moc_cli.data.encode import encode_train
 from moc_cli.data.examples import Example, PairExample
-from moc_cli.evaluation.classify import classify, pair_loss
-from moc_cli.evaluation.loss import lm_loss
 from moc_cli.inspection.record import Progress
+from moc_cli.load_run import Trained
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
-from moc_cli.trained import Trained
+from moc_cli.scoring.classify import classify, pair_loss
+from moc_cli.scoring.loss import lm_loss
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moc_cli.errors import RunError
 from moc_cli.inspection.statistics import share_rows
-from moc_cli.methods.recording import Layout, Record
+from moc_cli.methods.route_counts import Layout, Record
 
 
 def distances(p: Tensor, q: Tensor) -> Tensor:

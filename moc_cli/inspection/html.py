@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 
 from moc_cli.files import to_plain
+from moc_cli.inspection.captions import source, subtitle
 from moc_cli.inspection.pictures_style import differences, shares
-from moc_cli.inspection.pictures_words import source, subtitle
 
 STEPS = 129  # colours of a scale; odd, so that a difference of 0 has its own
 SCRIPTS = ("routing.js", "routing_more.js")

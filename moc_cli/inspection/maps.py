@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moc_cli.inspection.captions import caption, subtitle
 from moc_cli.inspection.pictures_style import (
     BLOCK_COLOURS,
     BLOCK_WORDS,
@@ -24,7 +25,6 @@ from moc_cli.inspection.pictures_style import (
     mark_cells,
     name_ticks,
 )
-from moc_cli.inspection.pictures_words import caption, subtitle
 
 SHARE = "share of a block's choices"
 OWN = "Outlined: a block's own control. Grey: never chosen."

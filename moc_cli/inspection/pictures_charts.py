@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from moc_cli.inspection.captions import caption, subtitle
 from moc_cli.inspection.maps import FEW, OWN, Sites, peak
 from moc_cli.inspection.pictures_style import (
     BLOCK_COLOURS,
@@ -24,7 +25,6 @@ from moc_cli.inspection.pictures_style import (
     name_ticks,
     shares,
 )
-from moc_cli.inspection.pictures_words import caption, subtitle
 
 ABLATED = (
     "Loss: over the tokens of the answer, or of the label, in nats. Above 0: the route helps. "

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from moc_cli.data.batches import collate
-from moc_cli.evaluation.forward import call, check_fits, evaluating, positions
-from moc_cli.evaluation.sizing import Shape, run_batches
 from moc_cli.evaluation.suite import Task
 from moc_cli.inspection.inputs import Prompts, encode_prompts
-from moc_cli.methods.recording import Record
+from moc_cli.load_run import Trained
+from moc_cli.methods.route_counts import Record
 from moc_cli.report.progress import WorkProgress
-from moc_cli.trained import Trained
+from moc_cli.scoring.batch_size import Shape, run_batches
+from moc_cli.scoring.forward import call, check_fits, evaluating, positions
 
 Progress = Callable[[int, int], None]
 

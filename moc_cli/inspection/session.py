@@ -19,15 +19,15 @@ from moc_cli.inspection.ablation import ablate
 from moc_cli.inspection.differences import check_same_sites, compared, task_distances
 from moc_cli.inspection.inputs import read_rows
 from moc_cli.inspection.record import Seen, record, record_tasks
-from moc_cli.inspection.remarks import remarks
 from moc_cli.inspection.tokens import text_votes
-from moc_cli.methods.recording import Layout
+from moc_cli.inspection.warnings import remarks
+from moc_cli.load_run import Trained, open_run
+from moc_cli.methods.route_counts import Layout
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
-from moc_cli.trained import Trained, open_run
 
 FORMAT = 1
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moc_cli.methods.recording import ENTROPY, MARGIN, ONE_TOKEN, ROWS, SIZE, Record
+from moc_cli.methods.route_counts import ENTROPY, MARGIN, ONE_TOKEN, ROWS, SIZE, Record
 from moc_cli.nn.control import Control
 from moc_cli.nn.mixture import Mixture
 

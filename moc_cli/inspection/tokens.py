@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moc_cli.evaluation.forward import evaluating
 from moc_cli.inspection.inputs import Prompts, encode_text
 from moc_cli.inspection.record import forward
-from moc_cli.nn.decision import Decision
+from moc_cli.load_run import Trained
 from moc_cli.nn.mixture import Mixture
-from moc_cli.trained import Trained
+from moc_cli.nn.watch import Decision
+from moc_cli.scoring.forward import evaluating
 
 
 class Votes:

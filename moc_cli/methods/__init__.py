@@ -12,7 +12,7 @@ __all__ = ["Adapted", "Counts", "attach"]
 
 
 def _state(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    from moc_cli.methods.state import StateMethod
+    from moc_cli.methods.controls import StateMethod
 
     return StateMethod(model, method, seed)
 

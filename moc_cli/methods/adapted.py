@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
-from moc_cli.methods.recording import Recorder
+from moc_cli.methods.route_counts import Recorder
 from moc_cli.nn.mixture import Mixture
 
 

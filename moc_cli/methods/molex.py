@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError
 from moc_cli.methods.low_rank import LowRank
-from moc_cli.methods.recording import Recorder, layout_of
+from moc_cli.methods.route_counts import Recorder, layout_of
 from moc_cli.models.families import FAMILIES, Family
-from moc_cli.models.ports import find_layers
-from moc_cli.models.second_pass import SecondPass
+from moc_cli.models.hooks import find_layers
+from moc_cli.models.layer_mixing import SecondPass
 from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.recipe.methods import MolexMethod
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moc_cli.errors import MocError
 from moc_cli.models.families import FAMILIES
-from moc_cli.models.ports import find_list
+from moc_cli.models.hooks import find_list
 
 _SPLIT = (
     "self_attn.q_proj",

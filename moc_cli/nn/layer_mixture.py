@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moc_cli.nn.decision import Decision, Watcher, newly_decided
 from moc_cli.nn.gate import (
     Ballot,
     CosineGate,
@@ -21,6 +20,7 @@ from moc_cli.nn.gate import (
     probabilities,
 )
 from moc_cli.nn.mixture import Pass
+from moc_cli.nn.watch import Decision, Watcher, newly_decided
 
 POOL = "shared"
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moc_cli.nn.bank import Bank, members, stack
 from moc_cli.nn.control import Control, mixed_update
-from moc_cli.nn.decision import Decision, Watcher, newly_decided
 from moc_cli.nn.gate import (
     Ballot,
     CosineGate,
@@ -23,6 +21,8 @@ from moc_cli.nn.gate import (
     poll,
     probabilities,
 )
+from moc_cli.nn.stacked import Bank, members, stack
+from moc_cli.nn.watch import Decision, Watcher, newly_decided
 
 
 @dataclass(frozen=True)

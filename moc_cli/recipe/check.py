@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from moc_cli.recipe.messages import locate, sentence
 from moc_cli.recipe.methods import METHODS
 from moc_cli.recipe.reader import Path
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import nearest
-from moc_cli.recipe.words import locate, sentence
 
 _LATER = {"rules_later": True}
 

@@ -10,10 +10,10 @@ from moc_cli.errors import Problem, RecipeError
 from moc_cli.recipe.catalog import find_recipe, shown
 from moc_cli.recipe.check import check
 from moc_cli.recipe.draft import Draft, Origin, apply_overrides
+from moc_cli.recipe.messages import PER_TASK
 from moc_cli.recipe.per_task import choose, split_per_task
 from moc_cli.recipe.reader import read_yaml
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.words import PER_TASK
 
 _METHOD_HINT = "--set method=<name> takes a method with its own defaults."
 

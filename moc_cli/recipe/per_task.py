@@ -10,10 +10,10 @@ recipe has no such section. Entries of other tasks are checked, not used.
 from typing import Any
 
 from moc_cli.recipe.draft import Draft, Origin
+from moc_cli.recipe.messages import PER_TASK, found
 from moc_cli.recipe.reader import Path
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.suites import CUSTOM_TASK, TASKS
-from moc_cli.recipe.words import PER_TASK, found
+from moc_cli.recipe.tasks import CUSTOM_TASK, TASKS
 
 SECTIONS = ("train", "eval")
 
@@ -53,7 +53,7 @@ def _known_tasks(draft: Draft) -> tuple[str, ...]:
     suite = data.get("suite") if isinstance(data, dict) else None
     if suite == "custom":
         return tuple(filter(None, [_selected(draft)]))
-    return TASKS.get(suite, ()) if isinstance(suite, str) else ()
+    return tuple(TASKS.get(suite, ())) if isinstance(suite, str) else ()
 
 
 def _selected(draft: Draft) -> str | None:

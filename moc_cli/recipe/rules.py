@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.suites import (
+from moc_cli.recipe.tasks import (
     BUILTIN_MODELS,
-    FORMAT_COLUMNS,
+    FORMATS,
     TASKS,
-    format_metrics,
     is_benchmark_task,
-    task_metrics,
+    watched_metrics,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _custom(recipe: "Recipe") -> Iterator[BrokenRule]:
     if data.path is None:
         message = "suite 'custom' needs the path of your rows: a file, a folder or a hub id"
         yield BrokenRule("data.path", message, ("data.suite", "data.path"))
-    used = FORMAT_COLUMNS[data.format] if data.format else tuple(type(data.columns).model_fields)
+    used = FORMATS[data.format].columns if data.format else tuple(type(data.columns).model_fields)
     for key in (key for key in named if key not in used):
         message = f"format '{data.format}' reads no such column; it reads {', '.join(used)}"
         where = f"data.columns.{key}"
@@ -156,7 +155,7 @@ def _evaluation(recipe: "Recipe") -> Iterator[BrokenRule]:
     metric, read = scoring.metric_for_best_model, "eval.metric_for_best_model"
     custom = data.suite == "custom"
     for task in data.tasks if metric is not None else ():
-        allowed = format_metrics(data.format) if custom else task_metrics(task)
+        allowed = watched_metrics(data.suite, task, data.format)
         if metric not in allowed:
             what = f"format '{data.format}'" if custom and data.format else f"task '{task}'"
             yield BrokenRule(

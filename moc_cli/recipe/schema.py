@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_v
 from pydantic_core import PydanticCustomError
 
 from moc_cli.recipe.methods import MethodSection
-from moc_cli.recipe.suites import CUSTOM_TASK
+from moc_cli.recipe.tasks import CUSTOM_TASK
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,

@@ -9,15 +9,15 @@ from safetensors.torch import load
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from moc_cli.adapters import check_adapter, check_free
+from moc_cli.adapter.check import check_adapter, check_free
 from moc_cli.errors import MocError
-from moc_cli.methods.state import make_mixture
+from moc_cli.methods.controls import make_mixture
 from moc_cli.models.families import Family
-from moc_cli.models.passes import Passes
-from moc_cli.models.ports import find_layers, find_runner
+from moc_cli.models.generation import Passes
+from moc_cli.models.hooks import find_layers, find_runner
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 from moc_cli.recipe.suggest import choices
-from moc_cli.serving.crowd import ControlSet, Crowd, Place
+from moc_cli.serving.mixed_batch import ControlSet, Crowd, Place
 
 
 class Tenants:

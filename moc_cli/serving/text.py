@@ -16,8 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError, MocError
-from moc_cli.evaluation.forward import evaluating
 from moc_cli.report.output import printable
+from moc_cli.scoring.forward import evaluating
 from moc_cli.serving.prompts import Frame, Turn, encode
 
 OnText = Callable[[str], None]

@@ -15,7 +15,7 @@ from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import build_meta, load_model, load_tokenizer
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import LaunchSection, ModelSection, Recipe
-from moc_cli.recipe.suites import format_metrics, task_metrics
+from moc_cli.recipe.tasks import watched_metrics
 from moc_cli.training.contracts import Settings
 from moc_cli.training.log import Track
 from moc_cli.training.rows import Rows, model_arguments, read_own, read_rows, task_kind
@@ -159,7 +159,7 @@ def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
     data = recipe.data
-    known = format_metrics(data.format) if data.suite == "custom" else task_metrics(data.tasks[0])
+    known = watched_metrics(data.suite, data.tasks[0], data.format)
     metric = scoring.metric_for_best_model or known[0]
     return Settings(
         seed=recipe.seed,

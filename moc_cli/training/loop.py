@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moc_cli.errors import MocError
 from moc_cli.training import loss, memory, optim, rng
+from moc_cli.training.best import judge, out_of_patience
 from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
 from moc_cli.training.contracts import (
     Data,
@@ -28,7 +29,6 @@ from moc_cli.training.contracts import (
     warmup_steps,
 )
 from moc_cli.training.interrupt import Interrupt, Interrupted
-from moc_cli.training.judge import judge, out_of_patience
 from moc_cli.training.log import MEASURED, MetricsLog
 from moc_cli.training.usage import Usage
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data import glue
 from moc_cli.data.batches import Batches, Side, collate
 from moc_cli.data.custom.build import template_hash as custom_template_hash
 from moc_cli.data.custom.chat import chat_tokens
@@ -18,6 +17,7 @@ from moc_cli.data.suites import load_examples, scored_splits
 from moc_cli.errors import DataError
 from moc_cli.evaluation.custom import votes_of
 from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.tasks import TASKS, kind_of
 from moc_cli.training.contracts import Data
 from moc_cli.training.loss import Kind
 
@@ -120,13 +120,10 @@ def task_kind(data: DataSection) -> Kind:
 
     Raises DataError where one's own rows have to be read first to know it.
     """
-    if data.suite == "custom":
-        if data.format is None:
-            raise DataError("data.format is told by the rows, and they are not read yet")
-        return data.format if data.format in ("classification", "regression") else "causal"
-    if data.suite != "glue":
-        return "causal"
-    return "regression" if glue.TASKS[data.tasks[0]].regression else "classification"
+    kind = kind_of(data.suite, data.tasks[0], data.format)
+    if kind is None:
+        raise DataError("data.format is told by the rows, and they are not read yet")
+    return kind if kind in ("classification", "regression") else "causal"
 
 
 def model_arguments(data: DataSection) -> dict[str, Any]:
@@ -141,7 +138,7 @@ def model_arguments(data: DataSection) -> dict[str, Any]:
             raise DataError("data.labels are told by the rows, and they are not read yet")
         labels = len(data.labels)
     else:
-        labels = glue.TASKS[data.tasks[0]].num_labels
+        labels = TASKS[data.suite][data.tasks[0]].num_labels
     problem = "single_label_classification"
     return {"kind": "classification", "num_labels": labels, "problem_type": problem}
 

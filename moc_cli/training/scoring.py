@@ -8,18 +8,18 @@ from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.encode import encode_train
 from moc_cli.data.examples import ChoiceExample, Example, PairExample
-from moc_cli.evaluation import metrics
-from moc_cli.evaluation.classify import classify, pair_loss, pair_metrics
 from moc_cli.evaluation.custom import evaluate_texts, is_written, watch_texts
-from moc_cli.evaluation.loss import lm_loss
-from moc_cli.evaluation.rank import rank
-from moc_cli.evaluation.results import (
+from moc_cli.scoring import metrics
+from moc_cli.scoring.batch_size import Asked
+from moc_cli.scoring.classify import classify, pair_loss, pair_metrics
+from moc_cli.scoring.loss import lm_loss
+from moc_cli.scoring.rank import rank
+from moc_cli.scoring.results import (
     Evaluation,
     Protocol,
     evaluate_choices,
     evaluate_pairs,
 )
-from moc_cli.evaluation.sizing import Asked
 from moc_cli.training.loss import Kind
 
 Progress = Callable[[int, int], None]

@@ -21,8 +21,8 @@ from moc_cli.files import write_json_atomic
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import Call, RunFolder
-from moc_cli.training.identity import check_recipe
 from moc_cli.training.interrupt import Interrupted
+from moc_cli.training.resume import check_recipe
 from moc_cli.training.session import Session
 
 LAST_SEED = 2**32 - 1

@@ -17,21 +17,21 @@ from safetensors.torch import save
 from moc_cli.data.encode import encode_train
 from moc_cli.errors import FileError
 from moc_cli.evaluation.custom import protocol_of
-from moc_cli.evaluation.results import Evaluation, TaskResult, average
 from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import TrainProgress, WorkProgress
 from moc_cli.runs import Call, RunFolder
+from moc_cli.scoring.results import Evaluation, TaskResult, average
 from moc_cli.training import build, words
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.contracts import Outcome, StepReport, total_steps
 from moc_cli.training.environment import describe_environment
-from moc_cli.training.identity import check_facts, check_recipe, make_identity
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog, require_trackers
 from moc_cli.training.loop import fit
 from moc_cli.training.memory import peak_kind
+from moc_cli.training.resume import check_facts, check_recipe, make_identity
 from moc_cli.training.rows import check_chats, task_kind, training_data
 from moc_cli.training.scoring import Scorer, task_entries, value_entries
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from moc_cli.methods.recording import Recorder
+from moc_cli.methods.route_counts import Recorder
 
 Choices = list[list[int]]  # of each site: how often it chose each control
 

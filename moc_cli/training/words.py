@@ -9,9 +9,9 @@ from moc_cli.data.custom.rows import counted
 from moc_cli.data.encode import Encoded
 from moc_cli.methods import Counts
 from moc_cli.report.tables import duration
+from moc_cli.training.best import LOWER_IS_BETTER
 from moc_cli.training.build import Built
 from moc_cli.training.environment import describe_device
-from moc_cli.training.judge import LOWER_IS_BETTER
 from moc_cli.training.rows import Rows
 
 

@@ -15,9 +15,9 @@ import torch
 
 from moc_cli.data.examples import subset
 from moc_cli.data.suites import load_examples
-from moc_cli.evaluation.generate import generate
-from moc_cli.evaluation.rank import rank
-from moc_cli.trained import open_run
+from moc_cli.load_run import open_run
+from moc_cli.scoring.generate import generate
+from moc_cli.scoring.rank import rank
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import torch
 from spread import ratio_interval
 from transformers import AutoModelForCausalLM
 
+from moc_cli.api import attach
 from moc_cli.serving.tenants import Tenants
-from moc_cli.surface import attach
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moc_cli.data.custom.complaints import Complaints
+from moc_cli.data.custom.bad_rows import Complaints
 from moc_cli.data.examples import ChatExample
 from moc_cli.data.source import BadRow, first_line
 from moc_cli.errors import DataError

@@ -10,7 +10,7 @@ from moc_cli.data.source import did_you_mean
 from moc_cli.errors import DataError
 from moc_cli.recipe.schema import DataSection, Format
 from moc_cli.recipe.suggest import nearest
-from moc_cli.recipe.suites import FORMAT_COLUMNS
+from moc_cli.recipe.tasks import FORMATS
 
 USUAL = {
     "text": ("text", "sentence", "sentence1"),
@@ -49,7 +49,7 @@ def find_columns(data: DataSection, train: Table) -> tuple[Format, dict[str, str
     usual = {key: next((n for n in names if n in there), None) for key, names in USUAL.items()}
     found = {key: name for key, name in (usual | named).items() if name is not None}
     kind = data.format or _guess(found, data, train)
-    used = FORMAT_COLUMNS[kind]
+    used = FORMATS[kind].columns
     missing = [key for key in used if key not in found and key not in OPTIONAL]
     if missing:
         told = "; ".join(_missing(key, there) for key in missing)

@@ -3,9 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from moc_cli.data.custom.bad_rows import Complaints
 from moc_cli.data.custom.build import Build, Label, NothingToLearn, builder, class_label
 from moc_cli.data.custom.columns import find_columns, is_whole
-from moc_cli.data.custom.complaints import Complaints
 from moc_cli.data.custom.tables import Table, read_tables
 from moc_cli.data.examples import Example, hold_out
 from moc_cli.data.source import BadRow

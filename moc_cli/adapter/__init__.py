@@ -1,0 +1,1 @@
+"""An adapter folder: read, checked against a model, written."""

@@ -1,0 +1,144 @@
+"""An adapter folder against a model in memory: whether it fits, before anything is allocated."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moc_cli.adapter.config import AdapterConfig, drawn_from_the_base, parse_adapter
+from moc_cli.adapter.folder import Adapter, check_entries, read_adapter
+from moc_cli.errors import MocError, RunError
+from moc_cli.files import to_plain
+from moc_cli.methods import attach
+from moc_cli.models.fingerprint import fingerprint, same_base
+from moc_cli.models.load import known_hash
+
+# Of peft's fields in the config of lora and dora those that decide what peft would make of them.
+_PEFT = ("peft_type", "r", "lora_alpha", "use_dora", "target_modules")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """An adapter that fits a model: what to place, with which seed, and the base's fingerprint."""
+
+    adapter: Adapter
+    config: AdapterConfig
+    seed: int
+    base: dict[str, str]
+
+
+def check_adapter(model: PreTrainedModel, folder: str | Path) -> Fitting:
+    """Read a folder's config and header and compare them with the model, which stays as it is.
+
+    Raises RunError with the reason where the controls cannot be those of this model.
+    """
+    adapter = read_adapter(folder)
+    config, peft = parse_adapter(adapter.config, f"{adapter.folder}: adapter_config.json")
+    check_free(model)
+    _check_bounds(adapter, config)
+    names = tuple(config.modules)
+    base = fingerprint(model, names)
+    if not dict(model.named_modules()).keys() >= set(names):
+        _check_base(model, config, base)  # another base is why a module is missing
+    check_modules(model, names)
+    _check_base(model, config, base)
+    if config.seed is None and drawn_from_the_base(config.method):
+        raise RunError(
+            f"{adapter.folder} does not say from which seed its method was placed",
+            "write it anew: moc export RUN --to controls --output DIR",
+        )
+    _check_fit(model, adapter, config, peft)
+    return Fitting(adapter, config, 42 if config.seed is None else config.seed, base)
+
+
+def check_free(model: PreTrainedModel) -> None:
+    """Raise MocError where something is placed in the model already."""
+    if hasattr(model, "moc") or "peft_config" in vars(model):
+        raise MocError("this model holds controls or adapters already", "detach them first")
+
+
+def check_modules(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """Refuse modules that are not there, that hold the layers, or that share their weights."""
+    known = dict(model.named_modules())
+    for name in names:
+        module = known.get(name)
+        if not name or module is None:
+            raise RunError(f"modules: {type(model).__name__} has no module '{name[:80]}'")
+        if any(isinstance(part, nn.ModuleList) for part in module.modules()):
+            raise RunError(f"modules: '{name}' holds the model's layers, which stay frozen")
+        own = {id(parameter) for parameter in module.parameters()}
+        shared = [
+            key
+            for key, parameter in model.named_parameters(remove_duplicate=False)
+            if id(parameter) in own and not key.startswith(f"{name}.")
+        ]
+        if shared:
+            raise RunError(f"modules: '{name}' shares its weights with '{shared[0]}'")
+
+
+def _check_bounds(adapter: Adapter, config: AdapterConfig) -> None:
+    """Refuse widths that the payload cannot hold, before any shape is made from them."""
+    method = config.method
+    gate = getattr(method, "gate", None)
+    widths = {"rank": method.rank, "gate.projection_dim": getattr(gate, "projection_dim", 0)}
+    used = getattr(method, "top_k", 1) > 0 and getattr(gate, "kind", "") == "cosine"
+    for key, width in widths.items():
+        if width > adapter.numbers and (key == "rank" or used):
+            raise RunError(
+                f"{adapter.folder} says method.{key} = {str(width)[:20]}, but its payload holds "
+                f"only {adapter.numbers} numbers"
+            )
+
+
+def _check_base(model: PreTrainedModel, config: AdapterConfig, base: dict[str, str]) -> None:
+    """Raise RunError unless the model is the one that the controls were trained on."""
+    expected = config.base_fingerprint
+    same = same_base(base, expected.model_dump()) if expected else None
+    name = model.name_or_path or ""
+    if same is None and config.base_weights_sha256:
+        found = known_hash(name)
+        same = None if found is None else found == config.base_weights_sha256
+    trained = f"the controls were trained on '{config.base_model_name_or_path}'"
+    if same is None:
+        raise RunError(
+            f"it cannot be told whether '{name}' is the base: {trained}, and neither its files nor "
+            "a fingerprint in this type of numbers can be compared",
+            "load the base in float32 or bfloat16, or from its folder",
+        )
+    if not same:
+        raise RunError(
+            f"'{name or type(model).__name__}' has other weights than the base: {trained}",
+            "give the same base model, or train anew on this one",
+        )
+
+
+def _check_fit(
+    model: PreTrainedModel, adapter: Adapter, config: AdapterConfig, peft: dict[str, Any]
+) -> None:
+    """Place the method in the model's shapes alone and compare names, shapes and places."""
+    shapes = attach(_shapes_of(model), config.method, new_modules=tuple(config.modules))
+    expected = {name: tuple(p.shape) for name, p in shapes.named_trainables().items()}
+    check_entries(adapter.entries, expected, str(adapter.folder))
+    told = to_plain(shapes.adapter_config())
+    if adapter.config.get("placement") != told.get("placement"):
+        raise RunError(f"{adapter.folder} says other places than its method takes in this model")
+    unknown = sorted(peft.keys() - told.keys())
+    other = [key for key in _PEFT if key in peft and peft[key] != told[key]]
+    if unknown or other:
+        what = f"unknown key '{unknown[0][:80]}'" if unknown else f"{other[0]} and method disagree"
+        raise RunError(f"{adapter.folder}: adapter_config.json: {what}")
+
+
+def _shapes_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model on the meta device: shapes without numbers."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,102 @@
+"""adapter_config.json: what an adapter folder says of itself, as a closed schema.
+
+Format 2 also carries a hash of the config itself, the seed, a fingerprint of the base in memory and
+the kind of model; format 1 lacks them and is still read.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from moc_cli.errors import RecipeError, RunError
+from moc_cli.recipe.check import check
+from moc_cli.recipe.messages import sentence
+from moc_cli.recipe.methods import DoraMethod, LoraMethod, MethodConfig, MethodSection, Placement
+from moc_cli.recipe.types import Count, Positive, Section, Seed, Text
+
+Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[Text, Field(max_length=1000)]
+
+
+class LayerPlace(Section):
+    """Where MoLEx mixes: the list of layers alone."""
+
+    layers: Text = Field(description="path of the list of layers inside the base model")
+    causal: bool = Field(description="true for decoders, false for encoders")
+
+
+class Fingerprints(Section):
+    """Hashes of samples of the base's parameters, rounded to each of two types."""
+
+    bfloat16: Sha | None = Field(default=None, description="of the samples in bfloat16")
+    float16: Sha | None = Field(default=None, description="of the samples in float16")
+
+
+class AdapterConfig(Section):
+    """Everything an adapter folder says; peft's own fields of lora and dora stand beside it."""
+
+    format: Literal[1, 2] = Field(description="version of this file")
+    method: MethodSection = Field(description="what was trained")
+    placement: Placement | LayerPlace | None = Field(default=None, description="where it sits")
+    modules: list[Name] = Field(default=[], description="modules saved whole, as a classifier")
+    base_model_name_or_path: Name = Field(description="the base, as it was named in training")
+    revision: Name | None = Field(default=None, description="the base's revision on the hub")
+    base_weights_sha256: Sha | None = Field(description="over the base's weight files, if known")
+    base_fingerprint: Fingerprints | None = Field(default=None, description="of the base in memory")
+    kind: Literal["causal", "classification"] | None = Field(default=None, description="model head")
+    num_labels: Positive | None = Field(default=None, description="classes")
+    problem_type: Name | None = Field(default=None, description="as transformers names it")
+    seed: Seed | None = Field(default=None, description="seed with which the method was placed")
+    step: Count | None = Field(default=None, description="training step of the payload")
+    payload_sha256: Sha = Field(description="of the payload file")
+    config_sha256: Sha | None = Field(default=None, description="of everything else in this file")
+
+
+def parse_adapter(raw: dict[str, Any], where: str) -> tuple[AdapterConfig, dict[str, Any]]:
+    """Return the checked config, and peft's fields beside it; raises RunError naming `where`."""
+    own = {key: value for key, value in raw.items() if key in AdapterConfig.model_fields}
+    beside = {key: value for key, value in raw.items() if key not in own}
+    method = raw.get("method")
+    name = method.get("name") if isinstance(method, dict) else method
+    if name not in ("lora", "dora"):
+        own, beside = raw, {}
+    try:
+        return AdapterConfig.model_validate(own), beside
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        shown = "; ".join(dict.fromkeys(_sentence(one) for one in details[:3]))
+        raise RunError(f"{where} is not one that this version reads: {shown}") from error
+
+
+def _sentence(detail: Any) -> str:
+    if detail["loc"][:1] == ("method",):
+        path, text = sentence(detail)
+        return f"{'.'.join(path)}: {text}"
+    key = ".".join(str(part) for part in detail["loc"])[:80]
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    return f"{key}: {detail['msg']}"
+
+
+def make_method(name: str, options: dict[str, Any]) -> MethodConfig:
+    """Return a method's section from keyword options, defaults filled in.
+
+    Raises RecipeError with every mistake in them: unknown keys, wrong types, wrong combinations.
+    """
+    raw = {
+        "model": {"model_name_or_path": "?"},
+        "method": {"name": name, **options},
+        "data": {"suite": "builtin", "tasks": ["world"]},
+        "output": {"output_dir": "?"},
+    }
+    recipe, findings = check(raw)
+    if recipe is None:
+        raise RecipeError("\n".join(f"{'.'.join(one.path)}: {one.message}" for one in findings))
+    return recipe.method
+
+
+def drawn_from_the_base(method: MethodConfig) -> bool:
+    """Whether placing the method rewrites the base from a seed (PiSSA and OLoRA do)."""
+    return isinstance(method, LoraMethod | DoraMethod) and method.init.startswith(
+        ("pissa", "olora")
+    )

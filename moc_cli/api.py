@@ -1,0 +1,236 @@
+"""The Python surface: controls in a model of one's own, trained by any loop, saved, loaded.
+
+The model stays the user's `PreTrainedModel`; what is trained are parameters of it like all others,
+so that an optimizer or the Trainer of transformers finds them. Example, from start to end:
+
+    >>> from pathlib import Path
+    >>> from tempfile import mkdtemp
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from moc_cli import attach, load_controls
+    >>> from moc_cli.models.load import resolve
+    >>> model = AutoModelForCausalLM.from_pretrained(resolve("builtin:world-llama"))
+    >>> controls = attach(model, "moc", rank=8)
+    >>> optimizer = torch.optim.AdamW(controls.parameters(), lr=1e-3)
+    >>> ids = torch.tensor([[5, 6, 7, 8]])
+    >>> model.train()(input_ids=ids, labels=ids).loss.backward()
+    >>> optimizer.step()
+    >>> folder = Path(mkdtemp()) / "controls"
+    >>> controls.save(folder)
+    >>> trained = model.eval()(ids).logits
+    >>> with controls.disabled():
+    ...     base = model(ids).logits
+    >>> model = controls.detach()
+    >>> torch.equal(model(ids).logits, base)
+    True
+    >>> controls = load_controls(model, folder)
+    >>> torch.equal(model(ids).logits, trained)
+    True
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moc_cli.adapter.check import check_adapter, check_free, check_modules
+from moc_cli.adapter.config import make_method
+from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
+from moc_cli.errors import MocError
+from moc_cli.files import write_bytes_atomic, write_folder_atomic
+from moc_cli.methods import Adapted, Counts
+from moc_cli.methods import attach as place
+from moc_cli.models.fingerprint import fingerprint
+
+
+class Controls:
+    """A method in a user's model, made by `attach` or `load_controls`.
+
+    While they are in it, `model.save_pretrained(folder)` writes the controls and not the base, so
+    that the checkpoints of the Trainer are small; each is a folder that `load_controls` reads, with
+    a `model.safetensors` of the trained parameters alone, from which the Trainer resumes.
+    """
+
+    def __init__(self, adapted: Adapted, facts: dict[str, Any], before: dict[str, Tensor]) -> None:
+        self.adapted = adapted
+        self._facts = facts
+        self._before = before
+        self._ignored = self.model._keys_to_ignore_on_save
+        vars(self.model)["save_pretrained"] = self._save_pretrained
+        trained = {id(parameter) for parameter in self.parameters()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self._names = [name for name, parameter in named if id(parameter) in trained]
+        # What the Trainer may miss in a checkpoint without a warning.
+        frozen = self.model.state_dict().keys() - set(self._names)
+        self.model._keys_to_ignore_on_save = sorted(frozen)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that they are in."""
+        return self.adapted.model
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained; everything else in the model is frozen."""
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, under the keys of the adapter file."""
+        return self.adapted.named_trainables()
+
+    def counts(self) -> Counts:
+        """Numbers of parameters: the method's own, whole modules, and the base."""
+        return self.adapted.counts()
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Multiply the balance loss by this: 1 / the number of micro-batches of a step.
+
+        The balance loss joins the objective in the backward pass, on top of any loss.
+        """
+        self.adapted.set_loss_scale(scale)
+
+    def balance_loss(self) -> float | None:
+        """The last training forward's weighted balance loss; None where there is no gate."""
+        return self.adapted.balance_loss()
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within `with controls.disabled():` the method adds nothing; whole modules stay."""
+        return self.adapted.disabled()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter's two files into a folder that is new, empty, or an adapter's.
+
+        Raises MocError where it holds anything else, FileError where the disk refuses.
+        """
+        target = Path(folder)
+        own = {CONFIG, PAYLOAD}
+        if target.exists() and (not target.is_dir() or {p.name for p in target.iterdir()} - own):
+            raise MocError(f"{target} is not an adapter's folder; it is left alone")
+        with write_folder_atomic(target) as temporary:
+            self._write(temporary)
+
+    def detach(self) -> PreTrainedModel:
+        """Take the controls out: the model is as before, to the bit; whole modules too."""
+        self.model.__dict__.pop("save_pretrained", None)
+        self.model._keys_to_ignore_on_save = self._ignored
+        own = self.named_parameters()
+        with torch.no_grad():
+            for name, value in self._before.items():
+                own[name].copy_(value)
+        return self.adapted.detach()
+
+    def _write(self, folder: Path) -> None:
+        config = self.adapted.adapter_config() | self._facts
+        write_adapter(folder, config, save(self.adapted.state(), {"format": "pt"}))
+
+    def _save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **others: Any,
+    ) -> None:
+        """In place of the model's own: see the class."""
+        if push_to_hub:
+            raise MocError("save the controls, then upload the folder", "moc export RUN --help")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder)
+        found = self.model.state_dict() if state_dict is None else state_dict
+        trained = {name: found[name].detach().contiguous() for name in self._names}
+        write_bytes_atomic(folder / "model.safetensors", save(trained, {"format": "pt"}))
+
+
+def attach(
+    model: PreTrainedModel,
+    method: str = "moc",
+    *,
+    modules: Sequence[str] = (),
+    seed: int = 42,
+    **options: Any,
+) -> Controls:
+    """Freeze a model and place fresh controls in it; the model's output is as before.
+
+    `method` and `options` are the keys of a recipe's `method` section, `modules` names modules of
+    the model that are trained and saved whole, as a new classifier:
+
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from moc_cli import attach
+        >>> shape = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4)
+        >>> model = BertForSequenceClassification(BertConfig(**shape, num_hidden_layers=2))
+        >>> gate = {"projection_dim": 16}
+        >>> controls = attach(model, "moc", rank=4, top_k=2, gate=gate, modules=["classifier"])
+        >>> controls.counts().adapter, controls.counts().modules
+        (1601, 66)
+
+    Raises RecipeError with all mistakes in the options; FamilyError where the model's layers are
+    not known (give `placement`); MocError where it holds controls already.
+    """
+    section = make_method(method, options)
+    check_free(model)
+    names = tuple(modules)
+    check_modules(model, names)
+    base = fingerprint(model, names)
+    before = _copies(model, names)
+    adapted = place(model, section, new_modules=names, seed=seed)
+    return Controls(adapted, _facts(model, base, seed), before)
+
+
+def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
+    """Put the controls of an adapter folder in a model, strictly; nothing else is changed.
+
+    Refused with the reason, and with the model unchanged: files that are missing, damaged or links
+    out of the folder; unknown keys in the config; another base than the one trained on (told by
+    the parameters in memory, see `moc_cli.models.fingerprint`, or for files of format 1 by the
+    hash of the weight files); missing, unexpected or wrongly shaped parameters; a payload that
+    fails its hash. Sizes are compared before anything is allocated.
+
+    The folder is a run's `controls`, what `moc export --to controls` wrote, or what `save` did:
+
+        controls = load_controls(model, "runs/mine/controls")
+
+    Raises RunError.
+    """
+    found = check_adapter(model, folder)
+    config, names = found.config, tuple(found.config.modules)
+    state = load(found.adapter.payload())
+    before = _copies(model, names)
+    adapted = place(model, config.method, new_modules=names, seed=found.seed)
+    try:
+        adapted.load_state(state)
+    except MocError:
+        adapted.detach()
+        raise
+    told = found.adapter.config
+    known = {key: told[key] for key in _KEPT if told.get(key) is not None}
+    return Controls(adapted, _facts(model, found.base, found.seed) | known, before)
+
+
+# What a loaded adapter hands on when it is saved again.
+_KEPT = ("base_model_name_or_path", "revision", "base_weights_sha256", "kind", "num_labels")
+
+
+def _facts(model: PreTrainedModel, base: dict[str, str], seed: int) -> dict[str, Any]:
+    """What the config says about the base, as far as a model in memory knows it."""
+    return {
+        "base_model_name_or_path": model.name_or_path or type(model).__name__,
+        "base_weights_sha256": None,
+        "base_fingerprint": base,
+        "seed": seed,
+    }
+
+
+def _copies(model: PreTrainedModel, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """What whole modules hold now, under the keys of the adapter file."""
+    return {
+        f"modules.{name}.{key}": parameter.detach().clone()
+        for name in names
+        for key, parameter in model.get_submodule(name).named_parameters()
+    }

@@ -1,0 +1,78 @@
+"""What is known already of the base model on the rows that are scored, to stand beside a score."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import FileError, RunError
+from moc_cli.evaluation.suite import Task
+from moc_cli.runs import RunFolder
+from moc_cli.scoring.results import Evaluation
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier score of the base model: its task, the sha256 of its rows, metric -> value, and
+    where it is from.
+    """
+
+    task: str
+    rows: str
+    values: Mapping[str, float]
+    source: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """Earlier scores of the base model; of several on the same rows the first counts."""
+
+    scores: Sequence[Earlier] = ()
+
+    def find(self, task: Task, found: Evaluation) -> dict[str, Any] | None:
+        """Return the base model's values on exactly these rows, or None."""
+        rows, metrics = task.fingerprint, [result.metric for result in found.results]
+        for score in self.scores:
+            same = (score.task, score.rows) == (task.name, rows)
+            if same and all(metric in score.values for metric in metrics):
+                first, *others = ({"metric": name, "value": score.values[name]} for name in metrics)
+                return first | {"source": score.source} | ({"also": others} if others else {})
+        return None
+
+
+def before_training(folder: RunFolder, protocol: str) -> Known:
+    """Return the scores that `moc train` took before training, by the same protocol."""
+    try:
+        results, data = folder.read_results(), folder.read_environment()["data"]
+    except (RunError, KeyError):
+        return Known()
+    if results.get("protocol") != protocol:
+        return Known()
+    hashes = {name: part.get("sha256", "") for name, part in data.items()}
+    return Known(
+        [
+            Earlier(task, hashes.get(f"test {task}", ""), values, "before training")
+            for task, values in folder.scores_before().items()
+        ]
+    )
+
+
+def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> Known:
+    """Return the scores in the results.json of a bare model, if it has these conditions.
+
+    Raises FileError where the file cannot be read.
+    """
+    if not file.is_file():
+        return Known()
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file} cannot be read: {error}") from error
+    if any(results.get(key) != value for key, value in conditions.items()):
+        return Known()
+    scores = []
+    for task, entry in results["tasks"].items():
+        values = {one["metric"]: one["value"] for one in [entry, *entry.get("also", [])]}
+        scores.append(Earlier(task, entry["rows_sha256"], values, str(file.parent)))
+    return Known(scores)

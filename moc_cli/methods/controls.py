@@ -1,0 +1,142 @@
+"""The state-based methods: Mixture-of-Control (`moc`) and Parallel Control (`control`)."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moc_cli.errors import FamilyError, MocError
+from moc_cli.methods.route_counts import Recorder, layout_of
+from moc_cli.models.families import Family, Port, find_family
+from moc_cli.models.hooks import Host, describe_layers, find_layers
+from moc_cli.nn.mixture import Mixture, Routing
+from moc_cli.recipe.methods import ControlMethod, MocMethod
+
+
+class StateMethod:
+    """A mixture in its host."""
+
+    def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
+        self._method = method
+        self.mixture, family = make_mixture(model, method, seed)
+        self._family = family
+        self.host = Host(model, self.mixture, family)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.mixture.named_parameters())
+
+    def config(self) -> dict[str, Any]:
+        ports = {block: vars(self._family.port(block)) for block in ("attn", "ffn")}
+        return {
+            "method": self._method.model_dump(mode="json"),
+            "placement": {"layers": self._family.layers, **ports, "causal": self._family.causal},
+        }
+
+    def set_loss_scale(self, scale: float) -> None:
+        self.mixture.loss_scale = scale
+
+    def balance_loss(self) -> float | None:
+        return self.mixture.balance()
+
+    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder | None:
+        mixture = self.mixture
+        if not mixture.routing.top_k:
+            return None
+        return Recorder(
+            mixture,
+            layout_of(mixture, mixture.routing.top_k),
+            next(mixture.parameters()).device,
+            vote=mixture.routing.vote,
+            detailed=detailed,
+            training=training,
+        )
+
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
+        return self.host.voting(mask)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        before, self.mixture.active = self.mixture.active, False
+        try:
+            yield
+        finally:
+            self.mixture.active = before
+
+    def detach(self) -> None:
+        self.host.remove()
+
+
+def make_mixture(
+    model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int
+) -> tuple[Mixture, Family]:
+    """The controls and gates that fit a model, on its device, and where they belong in it."""
+    family = _family(model, method)
+    routing = _routing(method)
+    blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
+    layers = find_layers(model, family)
+    _check(model, routing, blocks, len(layers))
+    first = next(layers.parameters())
+    mixture = Mixture(
+        len(layers),
+        model.config.get_text_config().hidden_size,
+        blocks,
+        method.rank,
+        method.scale,
+        routing,
+        generator=torch.Generator().manual_seed(seed),
+        device="meta" if first.device.type == "meta" else "cpu",
+    ).to(first.device)
+    mixture.train(model.training)
+    return mixture, family
+
+
+def _routing(method: MocMethod | ControlMethod) -> Routing:
+    """The recipe's section as flat numbers; Control is K = 0."""
+    if isinstance(method, ControlMethod):
+        return Routing(top_k=0)
+    return Routing(
+        top_k=method.top_k,
+        alpha=method.alpha,
+        share_gate=method.share_gate,
+        gate=method.gate.kind,
+        projection_dim=method.gate.projection_dim,
+        estimator=method.gate.estimator,
+        level=method.routing.level,
+        vote=method.routing.vote,
+        exclude_local=method.routing.exclude_local,
+        decode=method.routing.decode,
+        balance_weight=method.balance.weight,
+        balance_f=method.balance.f,
+        balance_reduce=method.balance.reduce,
+    )
+
+
+def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family:
+    place = method.placement
+    if place is None:
+        return find_family(model.config.model_type, describe_layers(model))
+    return Family(
+        layers=place.layers,
+        attn=Port(place.attn.read, place.attn.write),
+        ffn=Port(place.ffn.read, place.ffn.write),
+        causal=place.causal,
+    )
+
+
+def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:
+    """Refuse what cannot work before anything is placed."""
+    pool = layers * (len(blocks) if routing.share_gate else 1)
+    allowed = pool - routing.exclude_local
+    if routing.top_k > allowed:
+        why = f"{pool} controls" + (" less the local one" if routing.exclude_local else "")
+        raise MocError(
+            f"method.top_k: {routing.top_k} routed controls of a pool of {why}; at most {allowed}"
+        )
+    if getattr(model.config, "chunk_size_feed_forward", 0):
+        raise FamilyError(
+            f"chunk_size_feed_forward = {model.config.chunk_size_feed_forward}: the FFN would see "
+            "parts of a row, and each part would vote alone; set it to 0"
+        )

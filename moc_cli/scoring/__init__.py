@@ -1,0 +1,1 @@
+"""Scores of examples: likelihoods, generated answers, classes, metrics."""

@@ -1,0 +1,83 @@
+"""Classification and regression: the class of the highest logit, or the one output."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import Side, collate
+from moc_cli.data.encode import encode_pairs
+from moc_cli.data.examples import PairExample
+from moc_cli.recipe.tasks import TASKS
+from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.forward import (
+    Progress,
+    Scorable,
+    check_finite,
+    check_fits,
+    evaluating,
+)
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """One sentence or pair: its label, the prediction of the same kind, and the raw outputs."""
+
+    label: int | float
+    prediction: int | float
+    scores: tuple[float, ...]
+
+
+def classify(
+    adapted: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[PairExample],
+    *,
+    batch_size: Asked | BatchSize,
+    max_length: int,
+    side: Side = "right",
+    on_progress: Progress | None = None,
+) -> list[PairScore]:
+    """Score every example, in their order; of equal logits the first class wins.
+
+    A model with one output is a regression. Texts are cut to `max_length` tokens as in training.
+    """
+    model = adapted.model
+    encoded = encode_pairs(examples, tokenizer, max_length=max_length)
+    check_fits(model, max(encoded.lengths, default=0), "a text, cut to data.max_length,")
+    shapes = [Shape(length) for length in encoded.lengths]
+    with evaluating(model) as device:
+
+        def work(items: list[int]) -> list[list[float]]:
+            rows = [encoded.rows[item] for item in items]
+            batch = collate(rows, tokenizer, side=side, kind="classification")
+            del batch["labels"]
+            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+            return list(logits.float().tolist())
+
+        outputs = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    return [_judge(example, found) for example, found in zip(examples, outputs, strict=True)]
+
+
+def pair_metrics(example: PairExample) -> tuple[str, ...]:
+    """Return the metrics of an example's task: a benchmark's own, else those of its labels."""
+    if example.task in TASKS["glue"]:
+        return TASKS["glue"][example.task].metrics
+    return ("pearson", "spearman") if isinstance(example.label, float) else ("accuracy",)
+
+
+def pair_loss(scores: Sequence[PairScore]) -> float:
+    """The mean loss of scored examples: cross-entropy, or squared error of a regression."""
+    outputs = torch.tensor([score.scores for score in scores], dtype=torch.float64)
+    if outputs.shape[1] == 1:
+        labels = torch.tensor([score.label for score in scores], dtype=torch.float64)
+        return mse_loss(outputs[:, 0], labels).item()
+    return cross_entropy(outputs, torch.tensor([int(score.label) for score in scores])).item()
+
+
+def _judge(example: PairExample, outputs: list[float]) -> PairScore:
+    check_finite(outputs)
+    prediction = outputs[0] if len(outputs) == 1 else outputs.index(max(outputs))
+    return PairScore(example.label, prediction, tuple(outputs))

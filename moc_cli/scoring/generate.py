@@ -1,0 +1,106 @@
+"""Multiple choice as LLM-Adapters scores it: write an answer, then look for an option word in it.
+
+Four beams, no sampling, 32 new tokens, prompts padded on the left. A text without any option word
+is wrong, and counted apart.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moc_cli.data.batches import pad_token_id
+from moc_cli.data.examples import ANSWER, ChoiceExample
+from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.extract import extract, response
+from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad_left
+
+BEAMS = 4
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question: the right option, the one that was answered (None: no option of this row),
+    the text, and the option word found in it (None: there is none).
+    """
+
+    label: int
+    prediction: int | None
+    output: str
+    answer: str | None
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answered option is the right one."""
+        return self.prediction == self.label
+
+
+def generate(
+    adapted: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[ChoiceExample],
+    *,
+    batch_size: Asked | BatchSize,
+    on_progress: Progress | None = None,
+) -> list[Answer]:
+    """Answer every question, in the order of the examples.
+
+    Prompts are never cut: raises DataError where one leaves the model no room for 32 tokens more.
+    """
+    model: Any = adapted.model
+    texts = [example.eval_prompt for example in examples]
+    prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
+    for example, prompt in zip(examples, prompts, strict=True):
+        check_fits(model, len(prompt) + NEW_TOKENS, f"{example.task}: a question with its answer")
+    shapes = [Shape(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
+    pad = pad_token_id(tokenizer)
+    with evaluating(model) as device, settings(model, tokenizer):
+
+        def work(items: list[int]) -> list[str]:
+            ids, mask = pad_left([prompts[item] for item in items], pad, device)
+            written = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
+            return list(tokenizer.batch_decode(written, skip_special_tokens=True))
+
+        texts = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
+
+
+def _judge(example: ChoiceExample, text: str) -> Answer:
+    words = [candidate.removeprefix(ANSWER) for candidate in example.candidates]
+    output = response(text)
+    answer = extract(example.task, output, words)
+    prediction = words.index(answer) if answer in words else None
+    return Answer(example.label, prediction, output, answer)
+
+
+@contextmanager
+def settings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    beams: int = BEAMS,
+    new_tokens: int = NEW_TOKENS,
+) -> Iterator[None]:
+    """Within it the model generates without sampling, whatever its checkpoint prefers; by default
+    as LLM-Adapters does.
+
+    transformers takes every setting that a call leaves open from the model's own ones, such as a
+    penalty for repetitions; only its end tokens are kept, beside the one that training appends.
+    """
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad_token_id(tokenizer),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,104 @@
+"""The loss of a language model on held-out rows, on the labels it would be trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import collate
+from moc_cli.data.encode import IGNORED, Encoded
+from moc_cli.errors import DataError
+from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.forward import (
+    Progress,
+    Scorable,
+    call,
+    check_finite,
+    check_fits,
+    evaluating,
+    positions,
+    voting,
+)
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean cross-entropy in nats over the labelled tokens of all rows, each counting once."""
+
+    loss: float
+    tokens: int
+    rows: tuple[tuple[float, int], ...] = ()  # of each row: summed loss, labelled tokens
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """One text: the summed loss of its `tokens` learned tokens, in nats; where an output was
+    generated, that one as `prediction` and the right one as `label`.
+    """
+
+    loss: float
+    tokens: int
+    label: str | None = None
+    prediction: str | None = None
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether the generated output is the right one; None where none was generated."""
+        return None if self.label is None else self.prediction == self.label
+
+
+def lm_loss(
+    adapted: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    *,
+    batch_size: Asked | BatchSize,
+    on_progress: Progress | None = None,
+) -> HeldOutLoss:
+    """Compute the loss of encoded rows; only tokens of their prompts vote on routes.
+
+    Raises DataError where no token is labelled.
+    """
+    model = adapted.model
+    check_fits(model, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
+    shapes = [Shape(length, logits=length) for length in encoded.lengths]
+    with evaluating(model) as device:
+
+        def work(items: list[int]) -> list[tuple[float, int]]:
+            rows = [encoded.rows[item] for item in items]
+            batch = collate(rows, tokenizer, side="left", kind="causal")
+            batch = {name: value.to(device) for name, value in batch.items()}
+            mask, targets = batch["attention_mask"], batch["labels"][:, 1:]
+            voters = _voters(mask, [encoded.prompt_lengths[item] for item in items])
+            with voting(adapted, voters):
+                out = call(
+                    model,
+                    input_ids=batch["input_ids"],
+                    attention_mask=mask,
+                    position_ids=positions(mask),
+                    use_cache=False,
+                )
+            logits = out.logits[:, :-1].float().flatten(0, 1)
+            losses = cross_entropy(
+                logits, targets.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            summed = losses.view_as(targets).double().sum(1)
+            return list(zip(summed.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
+
+        found = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+    total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
+    if tokens == 0:
+        raise DataError(
+            "no held-out row has a labelled token",
+            "raise data.max_length so that the answers are not cut off",
+        )
+    check_finite([total])
+    return HeldOutLoss(total / tokens, tokens, tuple(found))
+
+
+def _voters(mask: Tensor, prompt_lengths: list[int]) -> Tensor:
+    """Mask (B, T) of the prompts' tokens: valid, and before the row's answer."""
+    limit = torch.tensor(prompt_lengths, device=mask.device).unsqueeze(1)
+    return mask * (mask.cumsum(-1) <= limit)

@@ -1,0 +1,366 @@
+"""The peft surface: the same numbers as our own, switched, saved, refused and trained by peft."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from support.tiny import DECODERS, make_batch, make_tiny, tiny_config, train_controls
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+import moc_cli.peft
+from moc_cli.api import attach, load_controls
+from moc_cli.errors import MocError, RunError
+from moc_cli.peft import MocConfig
+
+METHODS = {
+    "moc": {"name": "moc", "rank": 4, "top_k": 2, "alpha": 0.6, "gate": {"projection_dim": 8}},
+    "control": {"name": "control", "rank": 3},
+}
+ROWS, NEW = 6, 5
+BEAMS = {"max_new_tokens": NEW, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+
+
+def make(family: str = "llama") -> PreTrainedModel:
+    model = make_tiny(family).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def wrapped(family: str = "llama", method: str = "moc", seed: int = 5) -> PeftModel:
+    """A model with controls by peft, with numbers as if trained."""
+    config = MocConfig(method=METHODS[method], task_type="CAUSAL_LM", seed=seed)
+    model = get_peft_model(make(family), config)
+    named = dict(model.base_model.model.moc.moc_mixtures["default"].named_parameters())
+    train_controls(named, seed)
+    return model.eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return make_batch(ROWS, "left")
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs()).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", DECODERS)
+def test_peft_gives_what_our_own_surface_gives(family: str, method: str, tmp_path: Path) -> None:
+    peft_model = wrapped(family, method)
+    options = dict(METHODS[method])
+    controls = attach(make(family), options.pop("name"), seed=5, **options)
+    train_controls(controls.named_parameters())
+    assert torch.equal(logits(peft_model), logits(controls.model))
+    ours = controls.model.generate(**inputs(), **BEAMS)
+    assert torch.equal(peft_model.generate(**inputs(), **BEAMS), ours)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(make(family), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(peft_model))
+    assert torch.equal(again.generate(**inputs(), **BEAMS), ours)
+
+
+def test_fresh_controls_and_disabled_ones_are_the_bare_base() -> None:
+    bare = logits(make())
+    fresh = get_peft_model(make(), MocConfig(method=METHODS["moc"], task_type="CAUSAL_LM"))
+    assert torch.equal(logits(fresh.eval()), bare)
+    model = wrapped()
+    adapted = logits(model)
+    assert not torch.equal(adapted, bare)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), adapted)
+    assert torch.equal(logits(model.unload()), bare)
+
+
+def test_sets_are_added_switched_and_deleted(tmp_path: Path) -> None:
+    first, second = wrapped(seed=5), wrapped(method="control", seed=6)
+    expected = {"default": logits(first), "other": logits(second)}
+    second.save_pretrained(tmp_path / "second")
+    first.load_adapter(tmp_path / "second", "other")
+    assert torch.equal(logits(first), expected["default"])
+    for name in ("other", "default", "other"):
+        first.set_adapter(name)
+        assert torch.equal(logits(first), expected[name])
+        trained = [n for n, p in first.named_parameters() if p.requires_grad]
+        assert trained
+        assert all(f".{name}." in n for n in trained)
+    first.delete_adapter("other")
+    assert first.active_adapters == ["default"]
+    assert torch.equal(logits(first), expected["default"])
+    assert not [name for name, _ in first.named_parameters() if ".other." in name]
+    with pytest.raises(MocError, match="one set of controls acts at a time"):
+        first.base_model.set_adapter(["default", "other"])
+
+
+def test_disabled_adapters_stay_off_when_sets_change() -> None:
+    bare, model = logits(make()), wrapped()
+    model.add_adapter("other", MocConfig(method=METHODS["control"], task_type="CAUSAL_LM"))
+    train_controls(dict(model.base_model.model.moc.moc_mixtures["other"].named_parameters()))
+    with model.disable_adapter():
+        model.set_adapter("other")
+        assert torch.equal(logits(model), bare)
+        model.delete_adapter("other")
+        assert model.active_adapters == ["default"]
+        assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), logits(wrapped()))
+
+
+def test_a_set_of_the_same_name_takes_the_place_of_the_first() -> None:
+    """As where a notebook calls get_peft_model twice on one base."""
+    first = wrapped()
+    config = MocConfig(method=METHODS["control"], task_type="CAUSAL_LM")
+    second = get_peft_model(first.base_model.model, config).eval()
+    assert torch.equal(logits(second), logits(make()))
+    ids = inputs()["input_ids"]
+    second.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: p.grad for name, p in second.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in trained.values())
+    assert any(grad.abs().sum() > 0 for grad in trained.values())
+
+
+def test_a_model_with_controls_of_the_surface_is_refused() -> None:
+    attach(model := make(), "control", rank=2)
+    with pytest.raises(MocError, match="holds controls of moc_cli.attach already"):
+        get_peft_model(model, MocConfig(method=METHODS["moc"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_every_set_has_a_head_of_its_own(task: str | None, tmp_path: Path) -> None:
+    def classifier() -> PreTrainedModel:
+        torch.manual_seed(0)
+        made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            tiny_config("llama", num_labels=3)
+        )
+        return made.eval()
+
+    def config() -> MocConfig:
+        return MocConfig(method=METHODS["moc"], task_type=task, modules_to_save=["score"])
+
+    def trained(model: PeftModel) -> list[str]:
+        return [n for n, p in model.named_parameters() if p.requires_grad and "score" in n]
+
+    model = get_peft_model(classifier(), config())
+    model.add_adapter("other", config())
+    model.eval()
+    assert [".default." in name for name in trained(model)] == [True]
+    expected = {}
+    for number, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        assert [f".{name}." in found for found in trained(model)] == [True]
+        with torch.no_grad():
+            model.base_model.model.score.modules_to_save[name].weight.mul_(2 + number)
+        expected[name] = logits(model)
+    assert not torch.equal(expected["default"], expected["other"])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path).eval()
+    again.load_adapter(tmp_path / "other", "other")
+    for name in ("other", "default"):
+        again.set_adapter(name)
+        assert torch.equal(logits(again.eval()), expected[name])
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "payload", "base"])
+def test_loading_is_strict(change: str, tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    file, described = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    state, config = load_file(file), json.loads(described.read_text())
+    assert config["state_sha256"] is None
+    config["state_sha256"] = moc_cli.peft.state_hash(state)
+    name = sorted(state)[0]
+    base = make()
+    if change == "payload":
+        state[name].view(-1)[3] += 1e-6
+    elif change == "base":
+        config["base_fingerprint"] = moc_cli.peft.fingerprint(base)
+        base.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+    else:
+        config["state_sha256"] = None
+        value = state.pop(name)
+        if change == "unexpected":
+            state |= {name: value, f"{name}.more": value.clone()}
+        elif change == "shape":
+            state[name] = value[:, :-1].contiguous()
+    save_file(state, file)
+    described.write_text(json.dumps(config))
+    words = {
+        "missing": f"missing '.*{sorted(state)[0][-4:]}" if change != "missing" else "missing '",
+        "unexpected": "unexpected '.*more'",
+        "shape": r"has shape \(4, 31\), expected \(4, 32\)",
+        "payload": "does not match its hash",
+        "base": "other weights than the base",
+    }
+    with pytest.raises(RunError, match=words[change]):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_the_hash_and_the_fingerprint_let_the_right_ones_through(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    described = tmp_path / "adapter_config.json"
+    config = json.loads(described.read_text())
+    config["state_sha256"] = moc_cli.peft.state_hash(
+        load_file(tmp_path / "adapter_model.safetensors")
+    )
+    config["base_fingerprint"] = moc_cli.peft.fingerprint(make())
+    described.write_text(json.dumps(config))
+    found = PeftModel.from_pretrained(make(), tmp_path, adapter_name="mine").eval()
+    assert torch.equal(logits(found), logits(model))
+    found.load_adapter(tmp_path, "again")  # the base now holds a set, and is still the base
+    found.set_adapter("again")
+    assert torch.equal(logits(found), logits(model))
+
+
+def test_merging_is_refused_with_the_reason() -> None:
+    for call in (lambda m: m.merge_and_unload(), lambda m: m.merge_adapter()):
+        with pytest.raises(ValueError, match="no weight to fold them into"):
+            call(wrapped())
+
+
+def test_transformers_loads_the_folder_by_itself(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path / "adapter")
+    make().save_pretrained(tmp_path / "base")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    found.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(found), logits(model))
+
+
+def test_the_trainer_trains_saves_small_checkpoints_and_resumes(tmp_path: Path) -> None:
+    rows = [{"input_ids": ids, "labels": ids} for ids in inputs()["input_ids"].clamp(min=5)]
+
+    def train(folder: Path, steps: int, resume: bool = False) -> PeftModel:
+        model = get_peft_model(make(), MocConfig(method=METHODS["moc"], task_type="CAUSAL_LM"))
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            seed=3,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train(
+            resume_from_checkpoint=resume or None
+        )
+        return model.eval()
+
+    whole = train(tmp_path / "whole", 4)
+    train(tmp_path / "parts", 2)
+    resumed = train(tmp_path / "parts", 4, resume=True)
+    assert not torch.equal(logits(whole), logits(make()))
+    assert torch.allclose(logits(resumed), logits(whole), atol=1e-6)
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(".moc_mixtures." in name for name in saved)
+    assert any(".gates." in name for name in saved)
+    read = PeftModel.from_pretrained(make(), tmp_path / "whole" / "checkpoint-4").eval()
+    assert torch.equal(logits(read), logits(whole))
+
+
+def test_gradients_are_ours_with_activation_checkpointing_too() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = wrapped().train()
+        model.base_model.set_loss_scale(0.5)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        ids = inputs()["input_ids"].clamp(min=5)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    options = dict(METHODS["moc"])
+    controls = attach(make(), options.pop("name"), seed=5, **options)
+    train_controls(controls.named_parameters())
+    controls.set_loss_scale(0.5)
+    controls.model.train()(input_ids=ids, labels=ids).loss.backward()
+    own = {name: parameter.grad for name, parameter in controls.named_parameters().items()}
+    for one in found:
+        assert len(one) == len(own)
+        for name, grad in one.items():
+            assert torch.allclose(grad, own[name.partition(".default.")[2]], atol=1e-6), name
+
+
+def test_an_untested_version_of_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moc_cli.peft, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(moc_cli.peft, "PEFT_TYPE_TO_CONFIG_MAPPING", {})
+    with pytest.raises(MocError, match=r"peft 0\.99\.0 is not a version that moc was tested with"):
+        moc_cli.peft.register()
+
+
+def test_the_folder_needs_the_import_and_says_so_without(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path / "adapter")
+    make().save_pretrained(tmp_path / "base")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM; from peft import PeftModel; "
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "PeftModel.from_pretrained(base, sys.argv[2]); print('read')"
+    )
+    for first, ends in (("import moc_cli.peft; ", 0), ("", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", first + code, tmp_path / "base", tmp_path / "adapter"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == ends, done.stderr
+        assert ("MOC" in done.stderr) == bool(ends)
+
+
+def test_a_bad_method_is_told_as_in_a_recipe() -> None:
+    with pytest.raises(MocError, match="rank"):
+        MocConfig(method={"name": "moc", "rnk": 4})
+    with pytest.raises(MocError, match="has a config of its own in peft"):
+        MocConfig(method={"name": "lora"})
+
+
+def test_the_other_way_round_the_surface_refuses_a_model_in_peft(tmp_path: Path) -> None:
+    model = wrapped()
+    attach(other := make(), "control", rank=2).save(tmp_path)
+    del other
+    with pytest.raises(MocError, match="holds controls or adapters already"):
+        load_controls(model.base_model.model, tmp_path)
+
+
+def test_lm_eval_reads_the_folder_in_a_process_that_imported_us(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """lm_eval's own class gives a text's tokens without a mask, so that at batch 1 all vote."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = wrapped()
+    model.save_pretrained(tmp_path / "adapter")
+    make().save_pretrained(tmp_path / "base")
+    language_model = HFLM(
+        pretrained=str(tmp_path / "base"),
+        peft=str(tmp_path / "adapter"),
+        tokenizer=byte_tokenizer,
+        device="cpu",
+        dtype="float32",
+        batch_size=1,
+    )
+    assert isinstance(language_model.model, PeftModel)
+    context, answer = "the cat sat on", " the mat"
+    request = Instance("loglikelihood", {}, (context, answer), 0)
+    ((found, _),) = language_model.loglikelihood([request], disable_tqdm=True)
+    ids = language_model.tok_encode(context + answer)
+    start = len(language_model.tok_encode(context))
+    with torch.no_grad():
+        steps = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    expected = sum(steps[place - 1, ids[place]].item() for place in range(start, len(ids)))
+    assert found == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,231 @@
+"""The door: help, sentences instead of tracebacks, exit codes, JSON, and how quickly it answers."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+from support.machine import ROOT
+
+from moc_cli import __version__, cli
+from moc_cli.errors import MocError
+
+MOC = [sys.executable, "-m", "moc_cli"]
+TYPO = "method: {rnak: 4}\nmodel: {model_name_or_path: '[red]m'}\ntrian: 1\n"
+
+
+@pytest.fixture
+def typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder holding `typo.yaml`, with markup in a value."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typo.yaml").write_text(TYPO)
+    return tmp_path
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "train" in text
+    assert "recipes" in text
+    assert cli.run(["train", "--help"]) == 0
+    assert "--set" in capsys.readouterr().out
+
+
+def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run([]) == 2
+    captured = capsys.readouterr()
+    assert "Commands" in captured.out
+    assert captured.err == ""
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"moc {__version__}\n"
+
+
+@pytest.mark.usefixtures("typo")
+def test_a_broken_recipe_is_sentences_on_stderr(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["train", "typo.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    told = captured.err.splitlines()
+    assert [line.split(": ")[:2] for line in told] == [
+        ["typo.yaml", "data"],
+        ["typo.yaml", "output"],
+        ["typo.yaml:1", "method.name"],
+        ["typo.yaml:3", "trian"],
+        ["Error", "4 mistakes in the recipe"],
+    ]
+
+
+@pytest.mark.usefixtures("typo")
+def test_a_broken_recipe_is_json_on_request(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["train", "typo.yaml", "--json"]) == 2
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert captured.err == ""
+    assert answer["hint"] is None
+    assert answer["error"].count("\n") == 3
+    assert answer["problems"][-1]["place"] == "typo.yaml:3"
+    assert answer["problems"][-1]["key"] == "trian"
+    assert answer["problems"][-1]["message"].startswith("unknown key; did you mean 'train'?")
+
+
+@pytest.mark.usefixtures("typo")
+def test_a_single_mistake_and_its_hint(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["train", "tpyo.yaml"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("Error: tpyo.yaml: no such file")
+    assert "did you mean 'typo.yaml'?" in told[0]
+    assert told[1].startswith("Hint: moc recipes list")
+
+
+def test_a_users_text_is_no_markup(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "[bold red]x[/] \x1b]0;owned\x07" + "y" * 60
+    assert cli.run(["recipes", "show", name]) == 2
+    text = capsys.readouterr().err
+    assert "[bold red]x[/]" in text
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "y" * 60 in text  # not wrapped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["trian"], "No such command 'trian'", "moc --help"),
+        (["train", "--foo"], "No such option: --foo", "moc train --help"),
+        (["train"], "Missing argument 'RECIPE'", "moc train --help"),
+        (["recipes", "shwo"], "No such command 'shwo'", "moc recipes --help"),
+    ],
+)
+def test_wrong_usage_is_a_sentence(
+    arguments: list[str], error: str, hint: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.run(arguments) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(f"Error: {error}")
+    assert told[1] == f"Hint: {hint}"
+    assert cli.run([*arguments, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["hint"] == hint
+
+
+def test_exit_codes_and_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A user's mistake is 2, Ctrl-C 130; a bug keeps its traceback."""
+
+    def failing(error: BaseException) -> object:
+        def app(**_: object) -> None:
+            raise error
+
+        return app
+
+    monkeypatch.setattr(cli, "app", failing(MocError("[b]wrong", "do right")))
+    assert cli.run([]) == 2
+    assert capsys.readouterr().err == "Error: [b]wrong\nHint: do right\n"
+    monkeypatch.setattr(cli, "app", failing(KeyboardInterrupt()))
+    assert cli.run([]) == 130
+    monkeypatch.setattr(cli, "app", failing(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        cli.run([])
+
+
+def test_list_show_and_schema(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["recipes", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    quick = next(entry for entry in listed if entry["name"] == "quickstart")
+    text = Path(quick["path"]).read_text(encoding="utf-8")
+    assert cli.run(["recipes", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(entry["name"] in shown for entry in listed)
+    assert cli.run(["recipes", "show", "quickstart"]) == 0
+    assert capsys.readouterr().out == text
+    assert cli.run(["recipes", "show", "quickstart", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["suite"] == "builtin"
+    assert cli.run(["recipes", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["seed"]["default"] == 42
+
+
+@pytest.mark.usefixtures("typo")
+def test_copy_never_overwrites_unasked(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["recipes", "copy", "glue/minilm/moc"]) == 0
+    assert "Next: moc train glue-minilm-moc.yaml" in capsys.readouterr().err
+    copied = Path("glue-minilm-moc.yaml")
+    assert copied.read_text() == (ROOT / "recipes/glue/minilm/moc.yaml").read_text()
+    copied.write_text("mine")
+    assert cli.run(["recipes", "copy", "glue/minilm/moc"]) == 2
+    assert "exists already\nHint: Add --force" in capsys.readouterr().err
+    assert copied.read_text() == "mine"
+    assert cli.run(["recipes", "copy", "glue/minilm/moc", "--force"]) == 0
+    assert copied.read_text() != "mine"
+    Path("mine").mkdir()
+    assert cli.run(["recipes", "copy", "quickstart", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == "mine/quickstart.yaml"
+    assert cli.run(["recipes", "copy", "quikstart"]) == 2
+    assert "did you mean 'quickstart'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["recipes schema", "recipes show quickstart"])
+def test_a_reader_that_leaves_early_is_no_traceback(command: str) -> None:
+    """The first is more than a pipe or a buffer holds, the second less."""
+    process = subprocess.Popen(
+        [*MOC, *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, told = process.communicate()
+    assert told == b""
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    """The signal arrives while the recipe is being read, from a pipe that stays open."""
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen([*MOC, "train", pipe], stderr=subprocess.PIPE, cwd=ROOT)
+    with pipe.open("w"):  # opens when the other side does
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert told == b""
+    assert process.returncode == 130
+
+
+def test_an_encoding_without_bars_is_no_traceback() -> None:
+    done = subprocess.run(
+        [*MOC, "recipes", "list"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert b"quickstart" in done.stdout
+
+
+def cpu_seconds(command: list[str], folder: Path) -> float:
+    """Return the processor time of one run of `command`, user and system."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=False, cwd=folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def test_help_and_a_recipe_error_take_at_most_twice_the_imports(typo: Path) -> None:
+    """The median of ratios measured side by side: the machine's speed drifts between runs, and the
+    least of each would compare moments of different speed.
+    """
+    imports = [sys.executable, "-c", "import typer, rich, pydantic, yaml"]
+    for command in ([*MOC, "--help"], [*MOC, "train", "typo.yaml"]):
+        ratios = []
+        for _ in range(21):
+            before = cpu_seconds(imports, typo)
+            taken = cpu_seconds(command, typo)
+            ratios.append(2 * taken / (before + cpu_seconds(imports, typo)))
+        assert median(ratios) <= 2, (command, ratios)

@@ -1,0 +1,371 @@
+"""`moc eval` through the door: what it writes, what it shows, and what it refuses."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.models import make_pair_tokenizer, make_tiny_model
+
+from moc_cli.cli import run
+from moc_cli.data.commonsense import make_example
+from moc_cli.evaluation import session
+from moc_cli.evaluation.base_scores import Earlier, Known
+from moc_cli.evaluation.results_folder import Report, prompt_hash
+from moc_cli.evaluation.session import Plan, Subject, read_tasks
+from moc_cli.evaluation.suite import Scoring, Task
+from moc_cli.models import load
+from moc_cli.report.evaluation_tables import evaluation_table
+
+LIMIT = 24
+SMALL = ("train.max_steps=3", f"eval.max_samples={LIMIT}", "launch.num_threads=1")
+
+
+def train(folder: Path, *changes: str) -> Path:
+    options = [word for change in (*SMALL, *changes) for word in ("--set", change)]
+    assert run(["train", "quickstart", "--json", "--output-dir", str(folder), *options]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, scored on 24 rows; its evaluations go elsewhere."""
+    return train(tmp_path_factory.mktemp("runs") / "ranked")
+
+
+Answer = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch) -> Answer:
+    """`answer("RUN", ...)`: what `moc eval ... --json` prints, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*words: object, code: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        assert run(["eval", *map(str, words), "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, answer) -> None:
+    """The limit draws the rows of the final score, so base and value are those of the run."""
+    own = json.loads((trained / "results.json").read_text())["tasks"]["world"]
+    found = answer(trained, "--limit", LIMIT, "--output", tmp_path / "out")
+    task = found["tasks"]["world"]
+    assert (task["value"], task["stderr"], task["n"]) == (own["value"], own["stderr"], LIMIT)
+    base = {"metric": "accuracy", "value": own["before"], "source": "before training"}
+    assert task["base"] == base
+    assert (found["average"], found["average_of_base"]) == (own["value"], own["before"])
+    assert (found["protocol"], found["limit"], found["limited"]) == ("rank", LIMIT, True)
+    assert (task["rows"], task["limited"], task["halved"]) == (432, True, 0)
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {key: written[key] for key in found if key != "folder"} == {
+        key: value for key, value in found.items() if key != "folder"
+    }
+    lines = samples(tmp_path / "out")
+    assert len(lines) == LIMIT
+    assert sum(line["correct"] for line in lines) == round(own["value"] * LIMIT)
+    for line in lines:
+        best, second = sorted(line["scores"])[:-3:-1]
+        assert line["margin"] == pytest.approx(best - second)
+        assert line["prediction"] == line["scores"].index(best)
+
+
+def test_other_rows_have_no_known_base(trained: Path, tmp_path: Path, answer) -> None:
+    found = answer(trained, "--limit", LIMIT - 1, "--output", tmp_path / "out")
+    assert "base" not in found["tasks"]["world"]
+    assert found["average_of_base"] is None
+
+
+def test_a_bare_model_stands_beside_its_runs(trained: Path, tmp_path: Path, answer) -> None:
+    """Scored by itself, scored with --base, and found again: the same numbers."""
+    bare = answer("--model", "builtin:world-llama", "--limit", 30)
+    assert bare["folder"] == "runs/eval/builtin--world-llama/builtin-rank-limit-30"
+    task = bare["tasks"]["world"]
+    beside = answer(trained, "--limit", 30, "--base", "--output", "a")["tasks"]["world"]
+    assert beside["base"].pop("source") == "scored beside it"
+    times = ("seconds", "base")
+    for key in beside["base"].keys() - set(times):
+        assert beside["base"][key] == task[key]
+    found = answer(trained, "--limit", 30, "--output", "b")["tasks"]["world"]
+    assert found["base"]["value"] == task["value"]
+    assert found["base"]["source"] == bare["folder"]
+    lines = samples(tmp_path / "a")
+    for line, other in zip(lines, samples(tmp_path / bare["folder"]), strict=True):
+        assert line["prompt"] == other["prompt"]
+        assert line["base"]["scores"] == pytest.approx(other["scores"], abs=1e-4)
+    assert any(line["base"]["scores"] != line["scores"] for line in lines)
+
+
+def test_answers_are_generated_in_training_and_after(tmp_path: Path, answer) -> None:
+    """The recipe's protocol is that of the final score and the default of `moc eval`."""
+    folder = train(tmp_path / "run", "eval.protocol=generate", "eval.max_samples=6")
+    own = json.loads((folder / "results.json").read_text())
+    assert own["protocol"] == "generate"
+    found = answer(folder, "--limit", 6)
+    task = found["tasks"]["world"]
+    assert found["folder"] == str(folder / "eval" / "generate-limit-6")
+    assert found["protocol"] == "generate"
+    assert (task["value"], task["unparsed"]) == (
+        own["tasks"]["world"]["value"],
+        own["tasks"]["world"]["unparsed"],
+    )
+    assert task["base"]["value"] == own["tasks"]["world"]["before"]
+    lines = samples(Path(found["folder"]))
+    assert sum(line["answer"] is None for line in lines) == task["unparsed"]
+    for line in lines:
+        assert line["correct"] == (line["prediction"] == line["label"])
+        assert (line["prediction"] is None) == (line["answer"] is None)
+        assert line["answer"] is None or line["answer"] in line["output"]
+    ranked = answer(folder, "--limit", 6, "--protocol", "rank")
+    assert ranked["protocol"] == "rank"
+    assert "base" not in ranked["tasks"]["world"]
+    again = ["train", "quickstart", "--overwrite", "--json", "--output-dir", str(folder)]
+    assert run([*again, *(word for change in SMALL for word in ("--set", change))]) == 0
+    assert not (folder / "eval").exists()
+
+
+def test_what_is_shown(
+    trained: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", str(trained), "--limit", "30", "--output", "out", "--batch-size", "8"]
+    assert run(words) == 0
+    captured = capsys.readouterr()
+    (row,) = [line for line in captured.out.splitlines() if line.startswith("world")]
+    assert "30 of 432" in row
+    assert "limited: not all rows are scored" in captured.out
+    assert "rank, float32, cpu, batches of 8, trained on the answer" in captured.out
+    assert "every item: out/samples.jsonl" in captured.err
+    assert run([*words[:2], "--limit", "20", "--output", "out"]) == 0
+    assert "out: other limit than before: its scores are replaced" in capsys.readouterr().err
+    assert len(samples(tmp_path / "out")) == 20
+
+
+WRONG = {
+    "nothing to score": (["--limit", "3"], ["give a run folder or --model ID, one of them"]),
+    "both": (["{run}", "--model", "m"], ["give a run folder or --model ID, one of them"]),
+    "no run": (["nowhere"], ["nowhere is not a run folder: it holds no recipe.yaml"]),
+    "several at once": (
+        ["{run}", "--protocol", "ranks", "--batch-size", "0", "--dtype", "float32", "--suite", "x"],
+        [
+            "--suite goes with --model; a run has its own",
+            "--dtype goes with --model; a run has its own",
+            "--protocol: found 'ranks'; did you mean 'rank'? allowed: rank, generate",
+            "--batch-size: found '0'; allowed: auto, or a whole number of at least 1",
+        ],
+    ),
+    "tasks": (
+        ["{run}", "--tasks", "boolq, wurld"],
+        [
+            "--tasks: builtin has no task 'boolq'; it is one of commonsense's",
+            "--tasks: builtin has no task 'wurld'; did you mean 'world'? allowed: world",
+        ],
+    ),
+    "a task twice": (["{run}", "--tasks", "world,world"], ["--tasks: a task is named twice"]),
+    "path of the builtin suite": (
+        ["{run}", "--path", "."],
+        ["--path: the builtin suite is inside this package"],
+    ),
+    "base of a base": (
+        ["--model", "builtin:world-llama", "--base"],
+        ["--base goes with a run; with --model the base is all that is scored"],
+    ),
+    "glue without a head": (
+        ["--model", "builtin:world-llama", "--suite", "glue"],
+        ["--suite: glue needs a trained classifier: moc eval RUN"],
+    ),
+    "no such suite": (
+        ["--model", "builtin:world-llama", "--suite", "builtins"],
+        ["--suite: found 'builtins'; did you mean 'builtin'? allowed: commonsense, builtin"],
+    ),
+    "task of another suite": (
+        ["--model", "builtin:world-llama", "--tasks", "piqa"],
+        ["--tasks: builtin has no task 'piqa'; it is one of commonsense's"],
+    ),
+    "an encoder": (["--model", "{bert}"], ["--model: '{bert}' is no language model but bert"]),
+    "a file in the way": (
+        ["{run}", "--output", "{run}/recipe.yaml"],
+        ["cannot write to {run}/recipe.yaml: {run}/recipe.yaml is not a folder"],
+    ),
+    "no rows": (
+        ["--model", "builtin:world-llama", "--suite", "commonsense", "--path", "{run}/none"],
+        ["data.path: no folder {run}/none"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_told_before_weights_load(
+    case: str, trained: Path, tmp_path: Path, monkeypatch, answer
+) -> None:
+    words, told = WRONG[case]
+    make_tiny_model("bert").config.save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    places = {"run": trained, "bert": tmp_path / "bert"}
+    found = answer(*(word.format(**places) for word in words), code=2)
+    assert found["error"].splitlines() == [line.format(**places) for line in told]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_classifiers_run_refuses_what_is_for_questions(tmp_path: Path, answer) -> None:
+    """Before anything but the recipe is read: there are no controls at all."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        "model: {model_name_or_path: m}\ndata: {suite: glue, tasks: mrpc}\n"
+        "output: {output_dir: run}\n"
+    )
+    found = answer("run", "--protocol", "rank", "--base", "--tasks", "rte", code=2)
+    assert found["error"].splitlines() == [
+        "--tasks: the run's classifier was trained on mrpc, not on rte",
+        "--protocol rank is for questions; glue is classified",
+        "--base: a classifier's base model has no trained head to score it with",
+    ]
+
+
+# Below the door
+
+
+def glue_rows(folder: Path, split: str, rows: int) -> None:
+    path = folder / "mnli" / f"{split}.jsonl.gz"
+    path.parent.mkdir(exist_ok=True)
+    lines = [
+        {"premise": f"a{number}", "hypothesis": "b" * (number % 5 + 1), "label": number % 3}
+        for number in range(rows)
+    ]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+
+
+def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
+    glue_rows(tmp_path, "validation_matched", 12)
+    glue_rows(tmp_path, "validation_mismatched", 7)
+    plan = Plan("glue", ["mnli"], str(tmp_path), None, Scoring("classify", "auto", 64))
+    model = make_tiny_model("bert", num_labels=3, type_vocab_size=2)
+    subject = Subject(SimpleNamespace(model=model), make_pair_tokenizer(), {"run": "r"})
+    tasks = read_tasks(plan)
+    report = session.run(subject, plan, tasks, tmp_path / "out", silent=True).to_json()
+    assert {name: entry["n"] for name, entry in report["tasks"].items()} == {
+        "mnli": 12,
+        "mnli (mismatched)": 7,
+    }
+    values = [entry["value"] for entry in report["tasks"].values()]
+    assert report["average"] == sum(values) / 2
+    assert not report["limited"]
+    text = shown(report, 80)
+    assert "mnli (mismatched)" in text
+    assert "average of 2" in text
+
+
+def choices(task: str, count: int) -> list:
+    return [make_example(task, f"{task} {n}?", ["x", "y"], n % 2) for n in range(count)]
+
+
+def test_ctrl_c_keeps_the_tasks_that_are_scored(
+    tmp_path: Path, byte_tokenizer, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    plan = Plan("commonsense", [], None, None, Scoring("rank", 4, 0))
+    tasks = [Task.draw(name, choices(name, 5), None) for name in ("boolq", "piqa")]
+    subject = Subject(SimpleNamespace(model=make_tiny_model("llama")), byte_tokenizer, {"run": "r"})
+    score = session.score
+
+    def stopped(adapted, tokenizer, task, *more):
+        if task.name == "piqa":
+            raise KeyboardInterrupt
+        return score(adapted, tokenizer, task, *more)
+
+    monkeypatch.setattr(session, "score", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        session.run(subject, plan, tasks, tmp_path, silent=True)
+    assert "stopped; 1 scored tasks are in" in capsys.readouterr().err
+    monkeypatch.setattr(session, "score", score)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert list(kept["tasks"]) == ["boolq"]
+    report = session.run(subject, plan, tasks[1:], tmp_path, silent=True)
+    assert list(report.tasks) == ["boolq", "piqa"]
+    assert report.tasks["boolq"] == kept["tasks"]["boolq"]
+    lines = samples(tmp_path)
+    assert [line["task"] for line in lines] == ["boolq"] * 5 + ["piqa"] * 5
+    assert lines[0]["prompt"] == prompt_hash(tasks[0].examples[0].eval_prompt)
+
+
+def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
+    entry = {"value": 0.5, "limited": False}
+    Report(tmp_path, {"limit": None, "run": "r"}).add("boolq", entry, [{"row": 0}])
+    assert Report(tmp_path, {"limit": None, "run": "r"}).tasks == {"boolq": entry}
+    other = Report(tmp_path, {"limit": 5, "run": "r"})
+    assert (other.tasks, other.replaced) == ({}, ["limit"])
+    (tmp_path / "samples.jsonl").write_text('{"task": "boolq", "row": 1}\n')
+    assert Report(tmp_path, {"limit": None, "run": "r"}).tasks == {}
+
+
+def test_a_known_base_is_of_these_rows_and_metrics() -> None:
+    task = Task.draw("boolq", choices("boolq", 4), None)
+    found = SimpleNamespace(results=[SimpleNamespace(metric="accuracy")])
+    first = Earlier("boolq", task.fingerprint, {"accuracy": 0.25}, "first")
+    second = Earlier("boolq", task.fingerprint, {"accuracy": 0.75}, "second")
+    other_rows = Earlier("boolq", "0" * 64, {"accuracy": 1.0}, "other")
+    other_metric = Earlier("boolq", task.fingerprint, {"f1": 1.0}, "other")
+    expected = {"metric": "accuracy", "value": 0.25, "source": "first"}
+    assert Known([other_rows, other_metric, first, second]).find(task, found) == expected
+    assert Known([other_rows, other_metric]).find(task, found) is None
+    assert Known([first]).find(Task.draw("boolq", choices("boolq", 3), None), found) is None
+    assert Known([first]).find(Task.draw("piqa", choices("boolq", 4), None), found) is None
+
+
+# The table
+
+
+def table_entry(value: float, **more: Any) -> dict[str, Any]:
+    entry = {"metric": "accuracy", "value": value, "stderr": 0.0149, "majority": 0.4987, "n": 500}
+    entry |= {"seconds": 1234.5, "rows": 10042, "limited": True, "batch_size": 32, "halved": 0}
+    return entry | more
+
+
+def shown(results: dict[str, Any], width: int) -> str:
+    console = Console(width=width, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(evaluation_table(results))
+    return capture.get()
+
+
+def table_results(**more: Any) -> dict[str, Any]:
+    base = {"metric": "accuracy", "value": 0.2512, "source": "before training"}
+    names = ("boolq", "social_i_qa", "ARC-Challenge", "hellaswag")
+    tasks = {name: table_entry(0.5 + n / 7, base=base, **more) for n, name in enumerate(names)}
+    mean = sum(entry["value"] for entry in tasks.values()) / 4
+    told = {"protocol": "rank", "dtype": "float32", "device": "cpu", "train_on_inputs": True}
+    return told | {"tasks": tasks, "average": mean, "average_of_base": 0.2512, "limited": True}
+
+
+@pytest.mark.parametrize("more", [{}, {"unparsed": 1234}])
+def test_numbers_never_wrap_in_80_columns(more: dict[str, int]) -> None:
+    text = shown(table_results(**more), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    row = next(line for line in text.splitlines() if line.startswith("ARC-Challenge"))
+    numbers = ["78.6", "1.5", "25.1", "49.9", "500 of 10,042", "1,234"]
+    assert [number for number in numbers if number not in row] == []
+    assert row.count("1,234") == len(more) + 1
+    assert "Scores: accuracy, in %" in text
+    average = next(line for line in text.splitlines() if line.startswith("average of 4"))
+    assert average.split() == ["average", "of", "4", "71.4", "25.1", "limited"]
+    assert ("unparsed" in text) == bool(more)
+
+
+def test_what_is_not_known_has_no_column_and_what_was_halved_is_told() -> None:
+    results = table_results(halved=1, batch_size=8)
+    for entry in results["tasks"].values():
+        del entry["base"]
+    text = shown(results | {"average_of_base": None, "limited": False}, 80)
+    assert "base" not in text
+    assert "halved: boolq, social_i_qa" in " ".join(text.split())
+    assert "batches of 8" in text

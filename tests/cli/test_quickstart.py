@@ -1,0 +1,68 @@
+"""The shipped quickstart learns something that holds for facts it was never asked about.
+
+Three whole runs, as a user makes them, differing in their seed only.
+"""
+
+import json
+import math
+from statistics import mean, stdev
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.machine import share_of_the_cores
+
+from moc_cli.cli import run
+from moc_cli.data.suites import load_examples
+from moc_cli.methods import attach
+from moc_cli.models.load import load_model, load_tokenizer
+from moc_cli.recipe.load import load_recipe
+from moc_cli.scoring.rank import rank
+
+MODEL = "builtin:world-llama"
+SEEDS = (0, 1, 2)
+T_95 = 2.920  # one-sided 95 % of Student's t with two degrees of freedom
+Z_95 = 1.645
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list:
+    torch.set_num_threads(share_of_the_cores())
+    folders = [tmp_path_factory.mktemp("runs") / f"seed-{seed}" for seed in SEEDS]
+    for seed, folder in zip(SEEDS, folders, strict=True):
+        changes = ["--set", f"seed={seed}", "--output-dir", str(folder)]
+        assert run(["train", "quickstart", "--json", *changes]) == 0
+    return folders
+
+
+def world(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())["tasks"]["world"]
+
+
+def test_it_generalises_over_three_seeds(runs):
+    scores = [world(folder) for folder in runs]
+    values = [score["value"] for score in scores]
+    n, rivals = scores[0]["n"], [score[key] for score in scores for key in ("before", "majority")]
+    rivals += [zeroed(folder) for folder in runs]
+    over_seeds = mean(values) - T_95 * stdev(values) / math.sqrt(len(values))
+    over_rows = min(v - Z_95 * math.sqrt(v * (1 - v) / n) for v in values)
+    print(f"after {values}, n {n}, bounds {over_seeds:.3f} {over_rows:.3f}, rivals {max(rivals)}")
+    assert n >= 300
+    assert min(over_seeds, over_rows) > max(rivals)
+
+
+def zeroed(folder) -> float:
+    """The accuracy of the same run with every B set to zero."""
+    recipe = load_recipe(str(folder / "recipe.yaml"), [])
+    model = load_model(MODEL, kind="causal").model
+    adapted = attach(model, recipe.method, seed=recipe.seed)
+    state = load_file(folder / "controls" / "adapter_model.safetensors")
+    adapted.load_state({k: v * 0 if k.endswith(".B") else v for k, v in state.items()})
+    rows = load_examples("builtin", "world", "test")
+    items = rank(adapted, load_tokenizer(MODEL), rows, batch_size=64)
+    return sum(item.correct for item in items) / len(items)
+
+
+def test_the_scored_questions_were_never_trained_on():
+    seen = {e.eval_prompt for e in load_examples("builtin", "world", "train")}
+    assert not seen & {e.eval_prompt for e in load_examples("builtin", "world", "test")}

@@ -1,0 +1,323 @@
+"""`moc train` from the door to the run folder, on tiny models, in this process."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+
+from moc_cli.cli import run
+from moc_cli.runs import RunFolder
+
+WORDS = ("red", "blue", "green", "black")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def choice_rows(count: int) -> list[dict]:
+    """Questions of ARC's form; the answer is always the second option."""
+    rows = []
+    for number in range(count):
+        listed = " ".join(f"Answer{i + 1}: {WORDS[(number + i) % 4]}" for i in range(3))
+        rows.append(
+            {
+                "instruction": f"Please choose the correct answer to the question: what is "
+                f"{'very ' * (number % 3)}{number}?\n\n{listed}\n\n"
+                "Answer format: answer1/answer2/answer3",
+                "input": "",
+                "output": "the correct answer is answer2",
+                "answer": "answer2",
+            }
+        )
+    return rows
+
+
+def pair_rows(count: int, labels: list) -> list[dict]:
+    return [
+        {
+            "sentence1": f"{WORDS[n % len(labels)]} {'so ' * (n % 3)}{n}",
+            "sentence2": WORDS[n % len(labels)],
+            "label": labels[n % len(labels)],
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def choices(tmp_path) -> list[str]:
+    """Arguments of a tiny run on ARC-Easy, with its model and rows below `tmp_path`."""
+    make_tiny_model("llama").save_pretrained(tmp_path / "model")
+    make_byte_tokenizer().save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "data" / "ARC-Easy" / "train.jsonl", choice_rows(20))
+    write_rows(tmp_path / "data" / "ARC-Easy" / "test.jsonl", choice_rows(6))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {{model_name_or_path: {tmp_path}/model}}
+method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
+data: {{suite: commonsense, tasks: [ARC-Easy], path: {tmp_path}/data, held_out: 4,
+       max_length: 400}}
+train: {{max_steps: 6, per_device_train_batch_size: 3, gradient_accumulation_steps: 2,
+        learning_rate: 1.0e-2}}
+output: {{output_dir: {tmp_path}/run, logging_steps: 2, save_steps: 2}}
+launch: {{device: cpu, num_threads: 1}}
+"""
+    )
+    return ["train", str(recipe)]
+
+
+@pytest.fixture
+def pairs(tmp_path) -> list[str]:
+    """Arguments of a tiny run on MRPC whose checkpoint lacks the classifier's head."""
+    make_tiny_model("bert", num_labels=2).base_model.save_pretrained(tmp_path / "model")
+    make_pair_tokenizer().save_pretrained(tmp_path / "model")
+    for task, labels in (("mrpc", [0, 1]), ("stsb", [0.5, 2.0, 4.5])):
+        write_rows(tmp_path / "data" / task / "train.jsonl", pair_rows(24, labels))
+        write_rows(tmp_path / "data" / task / "validation.jsonl", pair_rows(9, labels))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {{model_name_or_path: {tmp_path}/model}}
+method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
+data: {{suite: glue, tasks: [mrpc], path: {tmp_path}/data, max_length: 64}}
+train: {{num_train_epochs: 2, per_device_train_batch_size: 8, learning_rate: 1.0e-2}}
+eval: {{eval_strategy: epoch}}
+output: {{output_dir: {tmp_path}/run, logging_steps: 1}}
+launch: {{device: cpu, num_threads: 1}}
+"""
+    )
+    return ["train", str(recipe)]
+
+
+def results(tmp_path) -> dict:
+    return RunFolder.open(tmp_path / "run").read_results()
+
+
+def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys):
+    assert run(choices) == 0
+    shown = capsys.readouterr()
+    for words in ("ARC-Easy", "accuracy", "Memory", "Controls of the shared pool"):
+        assert words in shown.out
+    assert f"moc train {choices[1]} --set method=control" in shown.err
+    folder = RunFolder.open(tmp_path / "run")
+    found = folder.read_results()
+    task = found["tasks"]["ARC-Easy"]
+    assert (found["status"], found["steps"], found["train_on_inputs"]) == ("finished", 6, True)
+    assert set(task) == {"metric", "before", "value", "n", "stderr", "majority", "seconds"}
+    assert (task["metric"], task["n"], task["majority"]) == ("accuracy", 6, 1.0)
+    assert found["memory"]["trainable"] == 4 * found["parameters"]["adapter"]
+    assert found["memory"]["optimizer"] > 2 * found["memory"]["trainable"]
+    assert found["memory"]["peak"] > 10**8
+    # Six questions, four sites, and each row decides at each site once.
+    assert found["routing"]["pools"]["shared"]["decisions"] == 6 * 4
+    config, payload = folder.read_controls()
+    last = load((folder.checkpoints / "step-000006" / "trainables.safetensors").read_bytes())
+    kept = load(payload)
+    assert kept.keys() == last.keys()
+    assert all(torch.equal(kept[name], last[name]) for name in kept)
+    assert (config["step"], config["method"]["name"]) == (6, "moc")
+    environment = folder.read_environment()
+    assert environment["data"]["train"]["rows"] == 16
+    assert environment["model"]["weights_sha256"] == config["base_weights_sha256"]
+    losses = [line["loss"] for line in folder.read_metrics()]
+    assert losses[-1] < losses[0]
+    assert not [path for path in folder.path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_json_is_all_that_stdout_gets(tmp_path, choices, capsys):
+    assert run([*choices, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == results(tmp_path)
+    assert shown.err == ""
+
+
+def test_dry_run_touches_nothing_and_shows_the_mask(tmp_path, choices, capsys):
+    assert run([*choices, "--dry-run"]) == 0
+    plain = capsys.readouterr().out
+    assert "⟦" in plain
+    masked = [*choices, "--dry-run", "--json", "--set", "data.train_on_inputs=false"]
+    assert run(masked) == 0
+    found = json.loads(capsys.readouterr().out)
+    prompt, answer = found["row"]["pieces"]
+    assert (prompt["target"], answer["target"]) == (False, True)
+    assert "### Response:" in prompt["text"]
+    assert answer["text"].strip().startswith("the correct answer is answer2")
+    model = make_tiny_model("llama")
+    assert found["base"] == sum(p.numel() for p in model.parameters())
+    # 4 controls of rank 4 and width 32; a projection to 8, 4 experts, one temperature.
+    assert found["trainable"] == found["adapter"] == 4 * 2 * 4 * 32 + 8 * 32 + 4 * 8 + 1
+    assert found["share"] == found["adapter"] / found["base"]
+    assert found["steps"] == 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_counts_what_a_run_then_trains(tmp_path, pairs, capsys):
+    assert run([*pairs, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert run([*pairs, "--json"]) == 0
+    parameters = json.loads(capsys.readouterr().out)["parameters"]
+    assert planned["row"]["label"] == 0
+    assert {name: planned[name] for name in parameters} == parameters
+    assert planned["modules"] == 32 * 2 + 2
+
+
+def test_classification_trains_its_head_and_keeps_the_best_epoch(tmp_path, pairs):
+    assert run([*pairs, "--set", "eval.metric_for_best_model=loss"]) == 0
+    folder = RunFolder.open(tmp_path / "run")
+    found = folder.read_results()
+    evaluations = [line for line in folder.read_metrics() if "eval" in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    best = min(evaluations, key=lambda line: line["eval"]["loss"])
+    assert found["controls"] == {"step": best["step"], "chosen": "best loss"}
+    task = found["tasks"]["mrpc"]
+    assert task["value"] == pytest.approx(best["eval"]["accuracy"])
+    assert [other["metric"] for other in task["also"]] == ["f1"]
+    _, payload = folder.read_controls()
+    state = load(payload)
+    assert state["modules.classifier.weight"].shape == (2, 32)
+    first = make_tiny_model("bert", num_labels=2)
+    assert not torch.equal(state["modules.classifier.weight"], first.classifier.weight)
+
+
+def test_regression_reports_the_correlation(tmp_path, pairs):
+    assert run([*pairs, "--set", "data.tasks=[stsb]", "--set", "train.num_train_epochs=8"]) == 0
+    task = results(tmp_path)["tasks"]["stsb"]
+    assert task["metric"] == "pearson"
+    assert task["value"] > 0.5
+    lines = RunFolder.open(tmp_path / "run").read_metrics()
+    evaluations = [line["eval"] for line in lines if "eval" in line]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+
+
+def test_an_occupied_folder_is_not_touched(tmp_path, choices, capsys):
+    assert run(choices) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert run(choices) == 2
+    said = capsys.readouterr().err
+    assert "is not empty" in said
+    assert f"moc train {choices[1]} --resume auto" in said
+    assert f"moc train {choices[1]} --overwrite" in said
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert run([*choices, "--resume", "auto", "--overwrite"]) == 2
+
+
+def test_a_failed_start_leaves_no_folder_and_spares_the_old_one(tmp_path, choices, capsys):
+    broken = ["--set", f"model.model_name_or_path={tmp_path}/nothing"]
+    assert run([*choices, *broken]) == 2
+    assert not (tmp_path / "run").exists()
+    assert run(choices) == 0
+    assert run([*choices, *broken, "--overwrite"]) == 2
+    assert results(tmp_path)["status"] == "finished"
+
+
+def test_resume_of_another_recipe_names_the_keys(tmp_path, choices, capsys):
+    assert run(choices) == 0
+    capsys.readouterr()
+    changes = ["--set", "method.rank=2", "--set", "seed=1", "--set", "data.max_length=300"]
+    assert run([*choices, "--resume", "auto", *changes]) == 2
+    said = capsys.readouterr().err
+    for words in ("method.rank (4 then, 2 now)", "seed (42 then, 1 now)", "data.max_length"):
+        assert words in said
+
+
+def test_resume_on_changed_rows_or_weights_is_refused(tmp_path, choices, capsys):
+    assert run(choices) == 0
+    write_rows(tmp_path / "data" / "ARC-Easy" / "train.jsonl", choice_rows(21))
+    assert run([*choices, "--resume", "auto"]) == 2
+    assert "the rows changed" in capsys.readouterr().err
+    write_rows(tmp_path / "data" / "ARC-Easy" / "train.jsonl", choice_rows(20))
+    make_tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")
+    assert run([*choices, "--resume", "auto"]) == 2
+    assert "the base model's weights changed" in capsys.readouterr().err
+
+
+def test_more_steps_go_on_and_keep_the_score_before(tmp_path, choices, capsys):
+    assert run(choices) == 0
+    before = results(tmp_path)["tasks"]["ARC-Easy"]["before"]
+    capsys.readouterr()
+    assert run([*choices, "--resume", "auto", "--set", "train.max_steps=8"]) == 0
+    said = capsys.readouterr().err
+    assert "train.max_steps: 6 -> 8" in said
+    assert "before ARC-Easy" not in said
+    found = results(tmp_path)
+    assert (found["steps"], found["tasks"]["ARC-Easy"]["before"]) == (8, before)
+    history = RunFolder.open(tmp_path / "run").read_environment()["history"]
+    assert [entry["from_step"] for entry in history] == [0, 6]
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_a_path_does_not(tmp_path, choices, capsys):
+    assert run(choices) == 0
+    whole = RunFolder.open(tmp_path / "run").read_controls()[1]
+    newest = tmp_path / "run" / "checkpoints" / "step-000006"
+    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "optimizer.safetensors").write_bytes(content)
+    capsys.readouterr()
+    assert run([*choices, "--resume", str(newest)]) == 2
+    assert "step-000006 is damaged" in capsys.readouterr().err
+    assert run([*choices, "--resume", "auto"]) == 0
+    said = capsys.readouterr().err
+    assert "step-000006 is damaged" in said
+    assert "step-000004, step 4" in said
+    assert "set-aside/step-000006" in said
+    assert RunFolder.open(tmp_path / "run").read_controls()[1] == whole
+
+
+def test_a_checkpoint_may_be_continued_in_another_folder(tmp_path, choices, capsys):
+    watched = [*choices, "--set", "eval.eval_strategy=steps", "--set", "eval.eval_steps=2"]
+    longer = [*watched, "--set", "train.max_steps=8"]
+    assert run(watched) == 0
+    first = RunFolder.open(tmp_path / "run")
+    before = {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
+    assert run([*longer, "--resume", str(tmp_path / "run")]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
+    newest = first.checkpoints / "step-000006"
+    other = tmp_path / "other"
+    assert run([*longer, "--resume", str(newest), "--output-dir", str(other)]) == 0
+    assert RunFolder.open(other).read_results()["steps"] == 8
+    assert before == {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
+
+
+def test_resume_without_a_checkpoint_starts_over(tmp_path, choices, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("{}")
+    assert run([*choices, "--resume", "auto"]) == 0
+    assert "starting from the first step" in capsys.readouterr().err
+    assert results(tmp_path)["steps"] == 6
+
+
+def test_bf16_keeps_the_trained_in_float32(tmp_path, choices):
+    assert run([*choices, "--set", "train.bf16=true", "--set", "eval.before=false"]) == 0
+    _, payload = RunFolder.open(tmp_path / "run").read_controls()
+    assert {tensor.dtype for tensor in load(payload).values()} == {torch.float32}
+    found = results(tmp_path)
+    assert found["tasks"]["ARC-Easy"]["before"] is None
+    base = sum(p.numel() for p in make_tiny_model("llama").parameters())
+    assert found["memory"]["weights"] == 2 * base
+    assert all(math.isfinite(line["loss"]) for line in RunFolder(tmp_path / "run").read_metrics())
+
+
+def test_recomputed_activations_train_the_same(tmp_path, choices):
+    payloads = []
+    for flag in ("false", "true"):
+        folder = tmp_path / flag
+        change = ["--set", f"train.gradient_checkpointing={flag}", "--output-dir", str(folder)]
+        assert run([*choices, *change]) == 0
+        payloads.append(load(RunFolder.open(folder).read_controls()[1]))
+    for name, value in payloads[0].items():
+        torch.testing.assert_close(payloads[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_weights(tmp_path, choices, capsys):
+    if __import__("importlib").util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    assert run([*choices, "--set", "output.report_to=[trackio]"]) == 2
+    assert "trackio is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

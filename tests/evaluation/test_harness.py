@@ -1,0 +1,648 @@
+"""lm-evaluation-harness: only contexts vote, batches and padding decide nothing, its own counts."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from support.kept_routes import watching
+from support.machine import ROOT
+from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from support.tiny import train_controls
+from test_evaluation import MIXED, question
+from tokenizers import processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from moc_cli.cli import run
+from moc_cli.errors import DataError, MocError
+from moc_cli.evaluation import harness_model
+from moc_cli.evaluation.harness import HarnessPlan, load_tasks
+from moc_cli.evaluation.harness_model import HarnessModel, until
+from moc_cli.load_run import Bare
+from moc_cli.methods import Adapted, attach
+from moc_cli.recipe.methods import MocMethod
+from moc_cli.scoring import forward
+from moc_cli.scoring import rank as ranking
+from moc_cli.scoring.forward import voting
+from moc_cli.scoring.rank import rank
+
+MARGIN = 1e-3
+CLOSE = 3e-4  # float32 sums of log-probabilities, in different orders of the same products
+ANSWERS = (" red", " the blue house", " green", " a")
+CONTEXTS = [
+    f"Item {number}: {'word ' * (number * 7 % 11)}{'x' * (number % 5)}?" for number in range(40)
+]
+
+
+def make_routed(**routing: str) -> Adapted:
+    """A model of six sites whose rows take different routes, each changing the outcome."""
+    method = MocMethod(rank=4, alpha=0.5, gate={"projection_dim": 8}, routing=routing)
+    found = attach(make_tiny_model("llama", num_hidden_layers=3), method, seed=3)
+    train_controls(found.named_trainables())
+    return found
+
+
+@pytest.fixture(scope="module")
+def routed() -> Adapted:
+    torch.set_num_threads(1)
+    return make_routed()
+
+
+def asked(found: Adapted | Bare, batch_size: int = 8) -> HarnessModel:
+    return HarnessModel(found, make_byte_tokenizer(), batch_size=batch_size)
+
+
+def requests(*args: tuple) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=arg) for arg in args]
+
+
+def pairs(contexts: list[str], answers: tuple[str, ...] = ANSWERS) -> list[SimpleNamespace]:
+    return requests(*((context, answer) for context in contexts for answer in answers))
+
+
+def by_full_forward(
+    found: Adapted | Bare, context: list[int], answer: list[int]
+) -> tuple[float, bool]:
+    """Score one answer on its whole text, without cache or padding; its context votes."""
+    ids = context + answer
+    voters = torch.zeros(1, len(ids), dtype=torch.long)
+    voters[:, : len(context)] = 1
+    with torch.no_grad(), voting(found, voters):
+        logits = found.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    log_probs = logits.log_softmax(-1)
+    places = range(len(context), len(ids))
+    return (
+        sum(log_probs[place - 1, ids[place]].item() for place in places),
+        all(int(log_probs[place - 1].argmax()) == ids[place] for place in places),
+    )
+
+
+# Likelihoods
+
+
+@pytest.mark.parametrize("routing", [None, {}, {"decode": "running"}, {"level": "token"}])
+def test_likelihoods_are_those_of_plain_forwards(routing: dict | None) -> None:
+    """In batches of different lengths; answers of one token and of many."""
+    found = Bare(make_tiny_model("llama")) if routing is None else make_routed(**routing)
+    me = asked(found)
+    wanted = pairs(CONTEXTS[:9])
+    scores = me.loglikelihood(wanted)
+    for request, (total, greedy) in zip(wanted, scores, strict=True):
+        expected = by_full_forward(found, *me.split(*request.args))
+        assert total == pytest.approx(expected[0], abs=CLOSE)
+        assert greedy == expected[1]
+
+
+def by_step(found: Adapted | Bare, ids: list[int], count: int) -> list[int]:
+    """The likeliest `count` tokens after a context, by whole forwards in which it votes."""
+    more: list[int] = []
+    for _ in range(count):
+        voters = torch.zeros(1, len(ids) + len(more), dtype=torch.long)
+        voters[:, : len(ids)] = 1
+        with torch.no_grad(), voting(found, voters):
+            logits = found.model(torch.tensor([ids + more]), use_cache=False).logits
+        more.append(int(logits[0, -1].argmax()))
+    return more
+
+
+def test_greedy_answers_are_known(routed: Adapted) -> None:
+    """Of different lengths in one batch: what pads the shorter is no part of an answer."""
+    me = asked(routed)
+    greedy, other = [], []
+    for place, context in enumerate(CONTEXTS[:6]):
+        ids = me.encode(context)
+        more = by_step(routed, ids, 1 + place % 3)
+        greedy.append((ids, more))
+        other.append((ids, [*more[:-1], (more[-1] + 1) % VOCABULARY]))
+    assert all(flag for _, flag in me.score(greedy, "x"))
+    assert not any(flag for _, flag in me.score(other, "x"))
+
+
+def test_likelihoods_equal_those_of_ranking(routed: Adapted, byte_tokenizer: Tokenizer) -> None:
+    """The same tokens after the same context."""
+    items = [*MIXED, *(question(number) for number in range(13, 20))]
+    expected = [
+        score for item in rank(routed, byte_tokenizer, items, batch_size=5) for score in item.scores
+    ]
+    split = [ranking._split(byte_tokenizer, item) for item in items]
+    tokens = [(one.prompt, one.trunk + branch) for one in split for branch in one.branches]
+    scores = [total for total, _ in asked(routed).score(tokens, "x")]
+    assert scores == pytest.approx(expected, abs=CLOSE)
+
+
+def test_a_bare_model_scores_as_with_lm_evals_own_class() -> None:
+    """One request at a time, where its class pads nothing: likelihoods, texts, generations."""
+    model, tokenizer = make_tiny_model("llama"), make_byte_tokenizer()
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
+    me = asked(Bare(model))
+    wanted = pairs([*CONTEXTS[:4], "ends in blanks  ", ""])
+    for (total, greedy), other in zip(
+        me.loglikelihood(wanted), theirs.loglikelihood(wanted, disable_tqdm=True), strict=True
+    ):
+        assert total == pytest.approx(other[0], abs=CLOSE)
+        assert greedy == other[1]
+    texts = requests(*((text,) for text in (*CONTEXTS[:3], "z " * 400)))
+    assert me.loglikelihood_rolling(texts) == pytest.approx(
+        theirs.loglikelihood_rolling(texts, disable_tqdm=True), abs=0.01
+    )
+    options = {"until": ["e", "i"], "max_gen_toks": 12, "do_sample": False}
+    written = requests(*((context, options) for context in CONTEXTS[:4]))
+    assert me.generate_until(written) == theirs.generate_until(written, disable_tqdm=True)
+
+
+# What may decide nothing
+
+
+def test_rows_take_at_least_three_routes(routed: Adapted) -> None:
+    """Otherwise the laws below would say little."""
+    with watching(routed) as seen:
+        asked(routed, 64).loglikelihood(pairs(CONTEXTS))
+    whole = torch.cat([seen[0][site] for site in sorted(seen[0])], dim=1)
+    assert whole.shape == (40, 6)
+    assert len(whole.unique(dim=0)) >= 3
+
+
+@pytest.fixture(scope="module")
+def alone(routed: Adapted) -> list[float]:
+    """The score of every request on its own."""
+    return [asked(routed, 1).loglikelihood([request])[0][0] for request in pairs(CONTEXTS)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_predictions_depend_on_no_batch(
+    routed: Adapted, alone: list[float], batch_size: int
+) -> None:
+    """Shuffled request by request; near ties are listed and may differ."""
+    wanted = pairs(CONTEXTS)
+    order = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = asked(routed, batch_size).loglikelihood([wanted[place] for place in order])
+    together = [0.0] * len(wanted)
+    for place, (total, _) in zip(order, shuffled, strict=True):
+        together[place] = total
+    clear = 0
+    for number in range(len(CONTEXTS)):
+        one, other = (found[4 * number : 4 * number + 4] for found in (alone, together))
+        margin = sorted(one)[-1] - sorted(one)[-2]
+        clear += margin > MARGIN
+        if one.index(max(one)) != other.index(max(other)):
+            print(f"batch {batch_size}: item {number} differs, margin {margin}")
+            assert margin <= MARGIN
+    assert clear >= 38
+
+
+def test_every_answer_has_its_contexts_route(routed: Adapted) -> None:
+    with watching(routed) as seen:
+        asked(routed, 64).loglikelihood(pairs(CONTEXTS))
+    contexts, answers = seen
+    for site, ids in contexts.items():
+        assert torch.equal(answers[site], ids.repeat_interleave(len(ANSWERS), dim=0))
+
+
+def test_an_answers_text_changes_no_route(routed: Adapted) -> None:
+    found = []
+    for answers in (ANSWERS, (" zebra crossing", " zoo", " z", " zzz")):
+        with watching(routed) as seen:
+            scores = asked(routed, 64).loglikelihood(pairs(CONTEXTS, answers))
+        found.append((seen, scores))
+    assert all(a != b for a, b in zip(found[0][1], found[1][1], strict=True))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert all(torch.equal(one[site], other[site]) for site in one)
+
+
+@pytest.mark.parametrize("routing", [{}, {"decode": "running"}, {"level": "token"}])
+def test_masked_tokens_change_nothing(routing: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands where there is no token, every score and text is the same."""
+    found = make_routed(**routing)
+    options = {"until": ["q"], "max_gen_toks": 6, "do_sample": False}
+    written = requests(*((context, options) for context in CONTEXTS[:8]))
+
+    def answers() -> tuple[list, list, list]:
+        me = asked(found)
+        texts = requests(*((text,) for text in CONTEXTS[:8]))
+        return (
+            me.loglikelihood(pairs(CONTEXTS[:16])),
+            me.loglikelihood_rolling(texts),
+            me.generate_until(written),
+        )
+
+    expected = answers()
+    generator = torch.Generator().manual_seed(4)
+    filled = 0
+
+    def noisy(pad: Callable) -> Callable:
+        def padded(rows: list, fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+            nonlocal filled
+            ids, mask = pad(rows, fill, device)
+            noise = torch.randint(5, VOCABULARY, ids.shape, generator=generator)
+            filled += int((mask == 0).sum())
+            return torch.where(mask == 1, ids, noise), mask
+
+        return padded
+
+    monkeypatch.setattr(harness_model, "pad_left", noisy(forward.pad_left))
+    monkeypatch.setattr(harness_model, "pad_right", noisy(forward.pad_right))
+    likelihoods, texts, generated = answers()
+    # Of tokens with routes of their own those of equal routes are computed together, padding too.
+    close = 1e-5 if routing == {"level": "token"} else 0
+    for (total, greedy), other in zip(likelihoods, expected[0], strict=True):
+        assert total == pytest.approx(other[0], abs=close, rel=0)
+        assert greedy == other[1]
+    assert texts == pytest.approx(expected[1], abs=close, rel=0)
+    assert generated == expected[2]
+    assert filled > 100
+
+
+# Contexts, texts and stops
+
+
+def test_contexts_and_answers_are_split_as_lm_eval_does() -> None:
+    """Blanks at the end belong to the answer; an empty context is the token that begins a text."""
+    me = asked(Bare(make_tiny_model("llama")))
+    tokenizer = me.tokenizer
+    for context, answer in (("a b", " c"), ("a b  ", "c"), ("a ", " the cat")):
+        before, after = me.split(context, answer)
+        assert tokenizer.decode(before) == context.rstrip()
+        assert tokenizer.decode(before + after) == context + answer
+    first = tokenizer.bos_token_id
+    begun = make_byte_tokenizer()
+    begun.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", first)]
+    )
+    with_first = HarnessModel(me.adapted, begun)
+    letters = tokenizer("abc")["input_ids"]
+    assert with_first.split("a", "bc") == ([first, letters[0]], letters[1:])
+    assert with_first.split("<s>a", "bc") == ([first, letters[0]], letters[1:])
+    assert me.split("", "abc") == ([first], tokenizer("abc")["input_ids"])
+    assert me.split("", "<s>abc") == ([first], tokenizer("abc")["input_ids"])
+
+
+def test_long_contexts_lose_their_beginning(routed: Adapted) -> None:
+    """A model of 512 positions is made one of 12; the last token of an answer needs none."""
+    me = asked(routed)
+    me.max_length = 12
+    context, answer = "The quick brown fox jumps", "abcdefgh"
+    ids = me.tokenizer(context + answer)["input_ids"]
+    (found,) = me.loglikelihood(requests((context, answer)))
+    assert me.cut == 1
+    expected, _ = by_full_forward(routed, ids[-8 - 5 : -8], ids[-8:])
+    assert found[0] == pytest.approx(expected, abs=CLOSE)
+    me.max_length = 512
+    with pytest.raises(DataError, match="an answer has 513 tokens, the model takes 512"):
+        me.loglikelihood(requests(("a", "b" * 513)))
+    with pytest.raises(DataError, match="no token to score"):
+        me.score([([5], [])], "x")
+    with pytest.raises(DataError, match="asks for 600 new tokens, the model takes 512"):
+        me.generate_until(requests(("a", {"max_gen_toks": 600})))
+
+
+def test_a_long_text_is_scored_token_by_token_once(routed: Adapted) -> None:
+    """In windows of six tokens; what comes before a window's scored tokens votes on its route."""
+    me = asked(routed)
+    me.max_length = 6
+    text = "abcdefghijklmnop"
+    ids = me.encode(text)
+    first = me.tokenizer.bos_token_id
+    windows = [([first], ids[:6]), ([ids[5]], ids[6:12]), (ids[9:12], ids[12:])]
+    expected = sum(by_full_forward(routed, before, after)[0] for before, after in windows)
+    assert me.loglikelihood_rolling(requests((text,))) == pytest.approx([expected], abs=CLOSE)
+    assert me.loglikelihood_rolling(requests(("",), ("ab",)))[0] == 0
+
+
+def test_texts_end_at_the_first_stop(routed: Adapted) -> None:
+    """Each row for itself, wherever the stop's letters are cut into tokens, in any batch."""
+    me = asked(routed)
+    whole = {"until": [], "max_gen_toks": 20, "do_sample": False}
+    texts = me.generate_until(requests(*((context, whole) for context in CONTEXTS[:12])))
+    for context, text in zip(CONTEXTS[:5], texts, strict=False):
+        ids = me.encode(context)
+        expected = me.tokenizer.decode(by_step(routed, ids, 20), skip_special_tokens=True)
+        assert text == expected
+    letters = [char for text in texts[:6] for char in text[3:] if char.isascii()]
+    pair = next(
+        text[place : place + 2]
+        for text in texts
+        for place in range(3, 16)
+        if text[place : place + 2].isascii()
+    )
+    stops = [pair, letters[-1]]
+    cut = {"until": stops, "max_gen_toks": 20, "do_sample": False}
+    for batch_size in (1, 8, 64):
+        found = asked(routed, batch_size).generate_until(
+            requests(*((context, cut) for context in CONTEXTS[:12]))
+        )
+        assert found == [until(text, stops) for text in texts]
+    assert sum(a != b for a, b in zip(found, texts, strict=True)) >= 2
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stop_ends_the_work(routed: Adapted, length: int) -> None:
+    """A row that has met its stop, of one token or several, is not computed to the limit."""
+    me = asked(routed)
+    whole = {"until": [], "max_gen_toks": 30, "do_sample": False}
+    texts = me.generate_until(requests(*((context, whole) for context in CONTEXTS[:8])))
+    context, stop = next(
+        (context, text[place : place + length])
+        for context, text in zip(CONTEXTS, texts, strict=False)
+        for place in range(10)
+        if text[place : place + length].isascii()
+    )
+    with watching(routed) as seen:
+        me.generate_until(requests((context, whole | {"until": [stop]})))
+    assert len(seen) < 25
+
+
+def test_options_are_kept_apart(routed: Adapted) -> None:
+    options = [{"until": ["\n"], "max_gen_toks": n, "do_sample": False} for n in (3, 9)]
+    mixed = requests(*((CONTEXTS[0], options[place % 2]) for place in range(4)))
+    found = asked(routed).generate_until(mixed)
+    assert found[0] == found[2] == found[1][: len(found[0])]
+    assert len(found[1]) > len(found[0])
+
+
+# Whole tasks
+
+TASK = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}, cache_dir: {folder}/cache}}
+test_split: test
+metadata: {{version: 2.5}}
+"""
+WHICH = """
+task: own_choice
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+TEXT = """
+task: own_text
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
+WRITE = """
+task: own_writing
+output_type: generate_until
+doc_to_text: "{{question}} It is"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+GROUP = """
+group: own_group
+task: [own_choice, own_more]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+metadata: {version: 1}
+"""
+ROWS = [
+    {
+        "question": f"Where is {name}{'!' * (place % 4)}?",
+        "choices": ["red", "the blue house", "green"],
+        "answer": place % 3,
+        "text": f"The {name} is red.",
+    }
+    for place, name in enumerate(["cup", "Ann", "kite", "cat", "box", "tree", "Bob", "lamp"])
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of our own with their rows beside them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    source = TASK.format(rows=rows, folder=folder)
+    more = WHICH.replace("own_choice", "own_more").replace("Question: ", "")
+    for name, text in {"a": WHICH, "b": TEXT, "c": WRITE, "d": more}.items():
+        (folder / f"{name}.yaml").write_text(text + source)
+    (folder / "group.yaml").write_text(GROUP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    short = ("train.max_steps=2", "eval.before=false", "eval.max_samples=4")
+    sets = [word for value in short for word in ("--set", value)]
+    torch.set_num_threads(1)
+    assert run(["train", "quickstart", "--json", "--output-dir", str(folder), *sets]) == 0
+    return folder
+
+
+@pytest.fixture
+def evaluate(
+    trained: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> Callable[..., tuple[str, str]]:
+    """`evaluate(*arguments)`: what `moc eval RUN` with our tasks writes to stdout and stderr."""
+
+    def call(*arguments: str, code: int = 0) -> tuple[str, str]:
+        capfd.readouterr()
+        asked = ["eval", str(trained), "--device", "cpu", "--output", str(tmp_path / "out")]
+        assert run([*asked, "--tasks-path", str(folder), *arguments]) == code
+        return capfd.readouterr()
+
+    return call
+
+
+def test_a_task_is_scored_and_written_down(evaluate: Callable, tmp_path: Path) -> None:
+    """Every item is kept, and the score is their mean."""
+    out, _ = evaluate("--harness", "own_choice,own_text", "--batch-size", "3", "--json")
+    told = json.loads(out)
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert told["tasks"] == saved["tasks"]
+    choice, text = saved["tasks"]["own_choice"], saved["tasks"]["own_text"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
+    items = [line for line in lines if line["task"] == "own_choice"]
+    assert [item["row"] for item in items] == list(range(len(ROWS)))
+    right = [item["prediction"] == row["answer"] for item, row in zip(items, ROWS, strict=True)]
+    assert [item["correct"] for item in items] == right
+    share = sum(right) / len(right)
+    assert choice["value"] == pytest.approx(share)
+    assert choice["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
+    assert (choice["metric"], choice["n"], choice["rows"]) == ("acc", 8, 8)
+    assert (choice["version"], choice["num_fewshot"], choice["limited"]) == (2.5, 0, False)
+    assert choice["also"][0]["metric"] == "acc_norm"
+    assert choice["batch_size"] == 3
+    assert len(choice["task_hash"]) == 64
+    assert saved["lm_eval_version"] == told["lm_eval_version"]
+    assert saved["protocol"] == "harness"
+    letters = sum(len(row["text"].encode()) for row in ROWS)
+    total = sum(item["scores"][0] for item in lines if item["task"] == "own_text")
+    assert text["value"] == pytest.approx(math.exp(-total / letters))
+    assert saved["average"] is None  # of an accuracy and a perplexity
+
+
+QUIET = """
+import sys
+asked = []
+wanted = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+sys.addaudithook(lambda event, args: event in wanted and asked.append((event, args)))
+from moc_cli.cli import run
+code = run(sys.argv[1:])
+print("ANSWER", code, asked)
+"""
+
+
+def test_local_tasks_ask_nothing_of_the_network(
+    trained: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Though the hub is not switched off."""
+    online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    asked = ["eval", str(trained), "--device", "cpu", "--output", str(tmp_path / "out")]
+    asked += ["--harness", "own_choice,own_writing", "--tasks-path", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, *asked],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=online | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.stdout.splitlines()[-1] == "ANSWER 0 []"
+
+
+def test_a_limit_is_said_and_the_base_stands_beside(evaluate: Callable) -> None:
+    out, _ = evaluate("--harness", "own_choice,own_writing", "--limit", "5", "--base")
+    flat = " ".join(out.split())
+    assert "5 of 8" in flat
+    assert "limited: the first 5 rows of each task" in flat
+    assert "base" in flat
+    told = json.loads(evaluate("--harness", "own_choice", "--limit", "5", "--json")[0])
+    assert told["limited"] is True
+    assert told["tasks"]["own_choice"]["n"] == 5
+
+
+def test_the_base_is_the_model_without_controls(
+    trained: Path, folder: Path, evaluate: Callable, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    entry = json.loads(evaluate("--harness", "own_text", "--base", "--json")[0])["tasks"][
+        "own_text"
+    ]
+    asked = ["eval", "--model", "builtin:world-llama", "--device", "cpu", "--json"]
+    asked += ["--harness", "own_text", "--tasks-path", str(folder)]
+    assert run([*asked, "--output", str(tmp_path / "bare")]) == 0
+    bare = json.loads(capfd.readouterr().out)["tasks"]["own_text"]
+    assert entry["base"]["value"] == pytest.approx(bare["value"], rel=1e-5)
+    assert entry["value"] != pytest.approx(bare["value"], rel=1e-5)
+
+
+def test_a_group_counts_its_tasks_together(evaluate: Callable) -> None:
+    told = json.loads(evaluate("--harness", "own_group", "--limit", "6", "--json")[0])
+    group, one, two = (told["tasks"][name] for name in ("own_group", "own_choice", "own_more"))
+    assert group["value"] == pytest.approx((one["value"] + two["value"]) / 2)
+    assert (group["n"], group["rows"], group["limited"]) == (12, 16, True)
+    assert one["part_of"] == two["part_of"] == "own_group"
+    assert told["average"] == group["value"]
+    out, _ = evaluate("--harness", "own_group", "--limit", "6")
+    places = [out.index(name) for name in ("own_group", "  own_choice", "  own_more")]
+    assert places == sorted(places)
+
+
+def test_solved_examples_stand_before_the_question(evaluate: Callable) -> None:
+    """They change every prompt, and the same ones are drawn each time."""
+    found = [
+        json.loads(evaluate("--harness", "own_choice", "--json", *shots)[0])["tasks"]["own_choice"]
+        for shots in ((), ("--num-fewshot", "2"), ("--num-fewshot", "2"))
+    ]
+    assert [entry["num_fewshot"] for entry in found] == [0, 2, 2]
+    assert found[0]["task_hash"] != found[1]["task_hash"] == found[2]["task_hash"]
+
+
+def test_later_tasks_join_the_earlier(evaluate: Callable) -> None:
+    evaluate("--harness", "own_choice", "--json")
+    told = json.loads(evaluate("--harness", "own_more", "--json")[0])
+    assert set(told["tasks"]) == {"own_choice", "own_more"}
+    assert told["average"] == pytest.approx(
+        sum(entry["value"] for entry in told["tasks"].values()) / 2
+    )
+
+
+# Mistakes
+
+
+def test_lm_evals_own_tasks_are_known_and_their_rows_out_of_reach(evaluate: Callable) -> None:
+    """Both are named at once, before weights are read; the hub is off in tests."""
+    _, told = evaluate("--harness", "arc_easy,own_choice,piqa", code=2)
+    assert "--harness: the rows of 'arc_easy' are out of reach: Couldn't reach" in told
+    assert "--harness: the rows of 'piqa' are out of reach: Couldn't reach" in told
+    assert "Hint: lm_eval reads them from the hub" in told
+    assert "Traceback" not in told
+
+
+def test_unknown_tasks_are_named_with_the_nearest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    whole = TaskManager.__init__
+
+    def own_only(self: TaskManager, include_path: object = None, **_: object) -> None:
+        whole(self, include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", own_only)
+    with pytest.raises(DataError) as caught:
+        load_tasks(HarnessPlan(["own_chioce", "own_text", "zzz"], path=folder))
+    assert caught.value.message.splitlines() == [
+        "--harness: no task 'own_chioce'; did you mean 'own_choice'?",
+        "--harness: no task 'zzz'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-fewshot", "2"), "--tasks-path and --num-fewshot go with --harness"),
+        (("--harness", " , "), "no task is named"),
+        (("--harness", "own_text,own_text"), "a task is named twice"),
+        (("--harness", "own_text", "--tasks", "world"), "--tasks: --harness has its own"),
+        (("--harness", "own_text", "--protocol", "rank"), "--protocol: --harness has its own"),
+        (("--harness", "own_text", "--tasks-path", "nowhere"), "no folder nowhere"),
+    ],
+)
+def test_mistakes_are_sentences(
+    evaluate: Callable, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in evaluate(*arguments, code=2)[1]
+    assert message in json.loads(evaluate(*arguments, "--json", code=2)[0])["error"]
+
+
+def test_a_missing_extra_is_said_with_its_command(
+    evaluate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moc_cli.evaluation.harness.find_spec", lambda name: None)
+    _, told = evaluate("--harness", "own_text", code=2)
+    assert told.splitlines() == [
+        "Error: --harness needs lm-evaluation-harness, which is not installed",
+        "Hint: pip install 'moc-cli[harness]'",
+    ]
+
+
+def test_a_classifier_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {model_name_or_path: nowhere}\nmethod: moc\n"
+        f"data: {{suite: glue, tasks: mrpc}}\noutput: {{output_dir: {tmp_path}}}\n"
+    )
+    assert run(["eval", str(tmp_path), "--harness", "own_text"]) == 2
+    assert "is a classifier (mrpc)" in capfd.readouterr().err
+
+
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(MocError, match="not finite"):
+        asked(Bare(model)).loglikelihood(pairs(CONTEXTS[:1]))

@@ -1,0 +1,349 @@
+"""MoLEx against plain loops over bare layers: forward, routes, balance, gradients, generation."""
+
+import gc
+
+import pytest
+import torch
+from support.layers import Reference, mixture, write_lora
+from support.published import published
+from support.tiny import DECODERS, FAMILIES, all_float64, make_batch, make_tiny
+from torch import Tensor, nn
+
+from moc_cli.errors import FamilyError, MocError
+from moc_cli.methods import Adapted, attach
+from moc_cli.recipe.methods import LoraMethod, MolexMethod
+
+RANK, ALPHA = 4, 8
+THREE = ["sliding_attention", "full_attention", "sliding_attention"]
+MIXED = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "modernbert")
+
+
+def molex(**changes) -> MolexMethod:
+    section = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "gate": {"projection_dim": 8}}
+    return MolexMethod.model_validate(section | {"weight": 0.6} | changes)
+
+
+def bare(family: str, dtype=torch.float64, layers: int = 3) -> nn.Module:
+    """Three layers, of two types where the family has types."""
+    changes = {"num_hidden_layers": layers}
+    if family in MIXED:
+        changes["layer_types"] = THREE[:layers]
+    return make_tiny(family, dtype=dtype, **changes)
+
+
+def train(adapted: Adapted, seed: int = 12) -> Adapted:
+    """Draw B and the gate, and make the gate sharp, so that rows take different routes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_trainables().items():
+            if name.endswith("lora_B.weight"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("log_temperature"):
+                parameter.fill_(4.0)
+            elif name.startswith("gates."):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def make(family: str, method=None, dtype=torch.float64, **changes) -> Adapted:
+    return train(attach(bare(family, dtype, **changes), method or molex(), seed=1))
+
+
+def expect(family: str, adapted: Adapted, batch: dict[str, Tensor], **options) -> Reference:
+    """The reference on the same parameters; gradients reach those of `adapted`."""
+    parameters = adapted.named_trainables()
+    model = bare(family)
+    write_lora(model, parameters, ALPHA / RANK)
+    gate = {
+        name.removeprefix("gates.shared."): value
+        for name, value in parameters.items()
+        if name.startswith("gates.")
+    }
+    kind = "cosine" if "experts" in gate else "linear"
+    weight = 0.6
+    if "weight_logits" in parameters:
+        odds = parameters["weight_logits"].exp()
+        weight = odds[0] / (odds[0] + odds[1])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    return mixture(model, ids, mask, gate, kind=kind, weight=weight, **options)
+
+
+def choices(adapted: Adapted) -> list[list[int]]:
+    return [site.choice.flatten().tolist() for site in adapted._placed.mixture.sites]
+
+
+def states(adapted: Adapted, batch: dict[str, Tensor]) -> Tensor:
+    """The base model's last hidden states."""
+    return adapted.model.base_model(**batch)[0]
+
+
+SIDES = [(family, "right") for family in FAMILIES] + [(family, "left") for family in DECODERS]
+
+
+@pytest.mark.parametrize(("family", "side"), SIDES)
+def test_rows_are_routed_as_in_the_reference(family, side):
+    with all_float64(), torch.no_grad():
+        adapted, batch = make(family), make_batch(side=side)
+        ours, theirs = states(adapted, batch), expect(family, adapted, batch)
+        assert choices(adapted) == theirs.picks
+        assert len(set(zip(*theirs.picks, strict=True))) >= 3
+        assert (ours - theirs.hidden)[batch["attention_mask"].bool()].abs().max() < 1e-10
+
+
+KINDS = [{"gate": {"kind": "linear"}}, {"weight": "learned"}, {"balance": {"weight": 0.0}}]
+TRAINED = [(family, {}) for family in FAMILIES]
+TRAINED += [(family, kind) for family in ("llama", "bert") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("family", "changes"), TRAINED, ids=str)
+def test_training_equals_the_reference(family, changes):
+    """One choice for the batch at each depth; gradients of the task and of the balance loss."""
+    side = "left" if family in DECODERS else "right"
+    with all_float64():
+        adapted, batch = make(family, molex(**changes)), make_batch(side=side)
+        adapted.model.train()
+        adapted.set_loss_scale(0.5)
+        real = batch["attention_mask"].bool()
+        task = torch.randn(8, 9, 32)[real]
+        ours = states(adapted, batch)
+        (ours[real] * task).sum().backward()
+        parameters = adapted.named_trainables()
+        grads = {name: p.grad.clone() for name, p in parameters.items()}
+        adapted.model.zero_grad()
+
+        theirs = expect(family, adapted, batch, by_row=False)
+        balance = changes.get("balance", {"weight": 0.01})["weight"]
+        ((theirs.hidden[real] * task).sum() + 0.5 * balance * sum(theirs.losses)).backward()
+        assert (ours - theirs.hidden)[real].abs().max() < 1e-10
+        assert choices(adapted) == [picks[:1] for picks in theirs.picks]
+        assert any(picks[0] != t for t, picks in enumerate(theirs.picks))
+        if balance:
+            expected = balance * sum(theirs.losses).item()
+            assert adapted.balance_loss() == pytest.approx(expected, abs=1e-12)
+        else:
+            assert adapted.balance_loss() is None
+        for name, parameter in parameters.items():
+            wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert (grads[name] - wanted).abs().max() < 1e-9 * max(1, wanted.abs().max()), name
+
+
+@pytest.mark.parametrize("weight", [0.95, "learned"])
+def test_every_parameter_gets_a_gradient_where_each_layer_chooses_itself(weight):
+    adapted = make("llama", molex(weight=weight, balance={"weight": 0.0}), torch.float32, layers=1)
+    adapted.model.train()(**make_batch()).logits.sum().backward()
+    assert choices(adapted) == [[0]]
+    for name, parameter in adapted.named_trainables().items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any() != name.startswith(("gates", "weight_logits")), name
+
+
+def test_a_learned_weight_starts_at_the_fixed_one():
+    fixed, learned = make("llama", molex(weight=0.95)), make("llama", molex(weight="learned"))
+    batch = make_batch()
+    with torch.no_grad():
+        assert torch.allclose(states(fixed, batch), states(learned, batch), atol=1e-6)
+    assert learned.no_decay("weight_logits")
+    assert learned.no_decay("gates.shared.projection")
+
+
+def test_all_weight_on_the_layer_itself_is_lora():
+    method = LoraMethod(rank=RANK, alpha=ALPHA, dropout=0.0)
+    plain = train(attach(bare("llama"), method, seed=1))
+    batch = make_batch()
+    with torch.no_grad():
+        expected = plain.model(**batch).logits
+        assert torch.equal(make("llama", molex(weight=1.0)).model(**batch).logits, expected)
+        assert not torch.allclose(make("llama").model(**batch).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_equal_with_activation_checkpointing(family):
+    reentrant = family in ("mistral", "gemma2", "roberta", "deberta")
+    grads = []
+    for checkpointing in (False, True):
+        adapted = make(family, molex(weight="learned"), torch.float32)
+        model = adapted.model.train()
+        if checkpointing:
+            kwargs = {"use_reentrant": reentrant}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            if reentrant:
+                model.enable_input_require_grads()
+        batch = make_batch()
+        second = {k: v.flip(0)[:5] for k, v in batch.items()}
+        # Two forwards before one backward: each must be recomputed with its own layers.
+        loss = model(**batch).logits.square().mean() + model(**second).logits.square().mean()
+        loss.backward()
+        grads.append({n: p.grad for n, p in adapted.named_trainables().items()})
+    for name, grad in grads[0].items():
+        # Sums over the two forwards and passes are taken in another order.
+        assert torch.allclose(grad, grads[1][name], rtol=1e-4, atol=1e-5), name
+    assert grads[0]["weight_logits"].any()
+
+
+def with_graph() -> int:
+    gc.collect()
+    # isinstance() would wake the lazy modules that it meets.
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    return sum(tensor.grad_fn is not None for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_no_recomputed_layer_outlives_its_backward_pass(family):
+    """What lives in the backward pass is each depth's input; of a layer alone it would be 26."""
+    adapted = make(family, molex(), torch.float32)
+    model = adapted.model.train()
+    model.activation_checkpointing_enable()
+    before, alive = with_graph(), []
+    for name, parameter in adapted.named_trainables().items():
+        if name.endswith("q_proj.lora_A.weight"):
+            parameter.register_post_accumulate_grad_hook(lambda _: alive.append(with_graph()))
+    loss = model(**make_batch()).logits.square().mean()
+    loss.backward()
+    assert len(alive) == 3
+    assert max(alive) <= 2 * 3, alive
+    del loss
+    assert with_graph() == before
+    assert all(not site.loss.requires_grad for site in adapted._placed.mixture.sites)
+    assert adapted._placed.host._parts is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bert", "deberta-v2", "modernbert"])
+def test_rows_alone_equal_rows_in_a_batch(family):
+    with all_float64(), torch.no_grad():
+        adapted, batch = make(family), make_batch()
+        together, chosen = states(adapted, batch), choices(adapted)
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            alone = {key: value[row : row + 1, :length] for key, value in batch.items()}
+            assert (states(adapted, alone)[0] - together[row, :length]).abs().max() < 1e-9
+            assert choices(adapted) == [[picks[row]] for picks in chosen]
+
+
+@pytest.mark.parametrize(("family", "times"), [("deberta", 4), ("deberta-v2", 2)])
+def test_as_many_rows_as_relative_positions(family, times):
+    """The table of positions is nobody's row, also where it is as long as the batch."""
+    adapted, batch = make(family, dtype=torch.float32), make_batch()
+    more = {key: value.repeat(times, 1) for key, value in batch.items()}
+    with torch.no_grad():
+        table = adapted.model.base_model.encoder.get_rel_embedding()
+        assert len(table) == 8 * times
+        expected = states(adapted, batch).repeat(times, 1, 1)
+        assert torch.allclose(states(adapted, more), expected, atol=1e-4)
+
+
+def test_decisions_are_counted_once_and_named():
+    adapted, batch = make("llama", dtype=torch.float32), make_batch()
+    adapted.model.train().activation_checkpointing_enable()
+    recorder = adapted.recorder()
+    with recorder:
+        for _ in range(2):
+            adapted.model(**batch).logits.sum().backward()
+        adapted.model.eval()
+        with torch.no_grad():
+            adapted.model(**batch)
+    pool = recorder.record(reset=True).summary()["pools"]["shared"]
+    assert pool["controls"] == ["0", "1", "2"]
+    assert pool["decisions"] == 2 * 3 + 8 * 3
+    own = sum(picks.count(t) for t, picks in enumerate(choices(adapted)))
+    assert sum(pool["use"]) == pytest.approx(1)
+    assert pool["local_share"] * pool["decisions"] >= own
+    assert recorder.record().summary() == {}
+
+
+def test_chosen_voters_replace_the_mask():
+    with all_float64(), torch.no_grad():
+        adapted, batch = make("llama"), make_batch()
+        voters = batch["attention_mask"].bool()
+        voters[:, 1:] = False
+        with adapted.voting(voters):
+            ours = states(adapted, batch)
+        theirs = expect("llama", adapted, batch, voters=voters)
+        assert choices(adapted) == theirs.picks
+        real = batch["attention_mask"].bool()
+        assert (ours - theirs.hidden)[real].abs().max() < 1e-10
+        states(adapted, batch)
+        assert choices(adapted) != theirs.picks
+
+
+def test_a_cache_that_training_passes_along_changes_nothing():
+    """Models make a cache by default; layer j must not find its own keys of depth j in it."""
+    adapted, batch = make("llama", dtype=torch.float32), make_batch()
+    adapted.model.train()
+    with torch.no_grad():
+        without = adapted.model(**batch, use_cache=False).logits
+        assert torch.equal(adapted.model(**batch, use_cache=True).logits, without)
+
+
+def test_recorded_hidden_states_are_the_mixed_ones_and_one_a_layer():
+    model, batch = bare("llama", torch.float32), make_batch()
+    with torch.no_grad():
+        model(**batch, output_hidden_states=True)  # transformers sets its hooks first
+        train(attach(model, molex(), seed=1))
+        seen = []
+        model.model.layers[0].register_forward_hook(lambda *given: seen.append(given[-1]))
+        found = model(**batch, output_hidden_states=True).hidden_states
+    assert len(found) == 4
+    assert torch.equal(found[1], seen[0])
+
+
+def test_a_layer_that_chooses_itself_runs_once():
+    adapted, batch = make("llama", dtype=torch.float32), make_batch()
+    calls = []
+    for layer in adapted.model.model.layers:
+        layer.mlp.register_forward_hook(lambda *given: calls.append(len(given[-1])))
+    with torch.no_grad():
+        adapted.model(**batch)
+        others = [j for t, row in enumerate(choices(adapted)) for j in row if j != t]
+        assert 0 < len(others) < 3 * 8
+        assert sum(calls) == 3 * 8 + len(others)
+        calls.clear()
+        adapted.model.train()(**batch)
+        others = sum(picks != [t] for t, picks in enumerate(choices(adapted)))
+        assert len(calls) == 3 + others
+
+
+def test_rehearsing_masks_leaves_no_trace():
+    """Families with layers of two types run everything but the layers once more."""
+    adapted, batch = make("modernbert", dtype=torch.float32), make_batch()
+    model = adapted.model.train()
+    model.base_model.embeddings.drop.p = 0.5
+    before = torch.get_rng_state()
+    model(**batch)
+    used = torch.get_rng_state()
+    torch.set_rng_state(before)
+    with adapted.disabled():
+        model(**batch)
+    assert torch.equal(torch.get_rng_state(), used)
+    assert not any("forward" in vars(layer) for layer in model.base_model.layers)
+
+
+def test_counts_follow_the_formula():
+    lora = 2 * 3 * RANK * (64 + 48 + 48 + 96 + 96) // 2
+    for changes, own in (
+        ({}, 8 * 32 + 3 * 8 + 1),
+        ({"gate": {"kind": "linear"}}, 3 * 32),
+        ({"weight": "learned"}, 8 * 32 + 3 * 8 + 1 + 2),
+    ):
+        assert make("llama", molex(**changes)).counts().adapter == lora + own
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("LLaMA2-7B", 0.848), ("LLaMA3-8B", 0.718), ("Mistral-7B", 0.796), ("Qwen2.5-14B", 0.637)],
+)
+def test_the_papers_shares(name, share):
+    """The cosine gate, 256 wide, gives the paper's digits; a linear one adds 0.002 to LoRA's."""
+    adapted = attach(published(name), MolexMethod())
+    assert round(100 * adapted.counts().share, 3) == share
+    assert all(p.device.type == "meta" for p in adapted.model.parameters())
+
+
+def test_what_cannot_be_placed_is_refused_before_anything_changes():
+    model = make_tiny("llama")
+    names = set(model.state_dict())
+    with pytest.raises(MocError, match="'q_prj' matches no linear module"):
+        attach(model, molex(targets=["q_prj"]))
+    model.config.model_type = "lama"
+    with pytest.raises(FamilyError, match="where the layers are, and model_type 'lama'"):
+        attach(model, molex())
+    assert set(model.state_dict()) == names
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,217 @@
+"""Batches that fit: the first size is an estimate, and what does not fit is halved and told."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support.models import make_tiny_model
+from test_evaluation import MIXED, PAIRS, adapted, bare
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from moc_cli.data.encode import encode_train
+from moc_cli.errors import MocError
+from moc_cli.scoring import batch_size as sizing
+from moc_cli.scoring.batch_size import BatchSize, Shape, free_bytes, row_bytes, run_batches
+from moc_cli.scoring.classify import classify
+from moc_cli.scoring.generate import generate
+from moc_cli.scoring.loss import lm_loss
+from moc_cli.scoring.rank import rank
+from moc_cli.scoring.results import evaluate_choices
+
+FULL: dict[str, Callable[[], BaseException]] = {
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "python": MemoryError,
+}
+
+
+@contextmanager
+def room_for(
+    model: PreTrainedModel, rows: int, error: Callable[[], BaseException] = FULL["gpu"]
+) -> Iterator[list[int]]:
+    """A model whose second layer finds no memory for more than `rows` rows; yields the sizes tried.
+
+    It fails in the middle of a forward, after the first layer's sites have read and written.
+    """
+    tried: list[int] = []
+    layers = model.model.layers if hasattr(model, "model") else model.bert.encoder.layer
+
+    def check(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tried.append(len(hidden))
+        if len(hidden) > rows:
+            raise error()
+
+    handle = layers[1].register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield tried
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_what_does_not_fit_is_halved_and_told(
+    byte_tokenizer: Tokenizer, capsys: pytest.CaptureFixture, kind: str
+) -> None:
+    """Ranking may need a row for each candidate; the results are those of small batches."""
+    found = adapted(make_tiny_model("llama"))
+    expected = rank(found, byte_tokenizer, MIXED, batch_size=1)
+    size = BatchSize(13)
+    seen: list[tuple[int, int]] = []
+    with room_for(found.model, 7, FULL[kind]):
+        items = rank(
+            found,
+            byte_tokenizer,
+            MIXED,
+            batch_size=size,
+            on_progress=lambda *done: seen.append(done),
+        )
+    assert [item.prediction for item in items] == [item.prediction for item in expected]
+    for one, other in zip(items, expected, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=2e-4)
+    assert (size.used, size.halved) == (1, 3)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" of up to ")[0] for line in told] == ["13 rows", "6 rows", "3 rows"]
+    assert told[0].endswith("tokens do not fit in memory: going on with 6")
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (13, 13)
+
+
+def test_generation_is_halved_too(byte_tokenizer: Tokenizer) -> None:
+    """Four beams a row: eight rows of the cache hold two questions."""
+    found = adapted(make_tiny_model("llama"))
+    expected = generate(found, byte_tokenizer, MIXED[:5], batch_size=1)
+    size = BatchSize(4)
+    with room_for(found.model, 8) as tried:
+        assert generate(found, byte_tokenizer, MIXED[:5], batch_size=size) == expected
+    assert (size.used, size.halved) == (2, 1)
+    assert max(tried[tried.index(16) + 1 :]) == 8
+
+
+def test_losses_and_classes_are_halved_too(
+    byte_tokenizer: Tokenizer, pair_tokenizer: Tokenizer
+) -> None:
+    found = adapted(make_tiny_model("llama"))
+    encoded = encode_train(MIXED, byte_tokenizer, max_length=500)
+    expected = lm_loss(found, byte_tokenizer, encoded, batch_size=1)
+    with room_for(found.model, 3):
+        loss = lm_loss(found, byte_tokenizer, encoded, batch_size=13)
+    assert loss.tokens == expected.tokens
+    assert loss.loss == pytest.approx(expected.loss, abs=1e-5)
+    classifier = adapted(make_tiny_model("bert", num_labels=2, type_vocab_size=2))
+    alone = classify(classifier, pair_tokenizer, PAIRS, batch_size=1, max_length=64)
+    with room_for(classifier.model, 5):
+        halved = classify(classifier, pair_tokenizer, PAIRS, batch_size=23, max_length=64)
+    for one, other in zip(alone, halved, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_a_row_that_never_fits_is_a_sentence(byte_tokenizer: Tokenizer) -> None:
+    found = bare(make_tiny_model("llama"))
+    with (
+        room_for(found.model, 0),
+        pytest.raises(MocError, match=r"one row of \d+ tokens does not fit in memory"),
+    ):
+        rank(found, byte_tokenizer, MIXED, batch_size=2)
+
+
+def test_other_errors_pass_through(byte_tokenizer: Tokenizer) -> None:
+    found = bare(make_tiny_model("llama"))
+    other = RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+    with room_for(found.model, 0, lambda: other), pytest.raises(RuntimeError, match="must match"):
+        rank(found, byte_tokenizer, MIXED, batch_size=2)
+
+
+def test_the_failed_batch_is_let_go() -> None:
+    """A batch's tensors are gone before the next one is tried: the error holds none of them."""
+    model = make_tiny_model("llama")
+    alive: list[object] = []
+
+    class Tensors:
+        def __del__(self) -> None:
+            alive.remove(self.name)
+
+        def __init__(self, name: int) -> None:
+            self.name = name
+            alive.append(name)
+
+    def work(items: list[int]) -> list[int]:
+        held = Tensors(len(items))
+        assert alive == [held.name]
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("full")
+        return items
+
+    assert run_batches(model, [Shape(3)] * 9, work, size=9) == list(range(9))
+
+
+# The estimate
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(0.5, 1), (1, 1), (5.2, 5), (12.5, 12), (999, 16)])
+def test_auto_is_what_half_of_the_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer, rows: float, expected: int
+) -> None:
+    found = bare(make_tiny_model("llama"))
+    longest = max((ranked.shape for ranked in questions(byte_tokenizer)), key=lambda s: s.tokens)
+    need = row_bytes(found.model, longest)
+    monkeypatch.setattr(sizing, "free_bytes", lambda device: int(2 * rows * need) + 1)
+    size = BatchSize("auto")
+    rank(found, byte_tokenizer, MIXED, batch_size=size)
+    assert size == BatchSize("auto", expected, 0)
+
+
+def questions(tokenizer: Tokenizer):
+    from moc_cli.scoring.rank import _split
+
+    return [_split(tokenizer, example) for example in MIXED]
+
+
+def test_a_row_is_counted_from_the_models_shape() -> None:
+    """Cache: keys and values of 2 layers, 2 groups of 8, for 10 tokens, and for 3 x 14."""
+    model = make_tiny_model("llama")
+    once = row_bytes(model, Shape(10))
+    assert row_bytes(model, Shape(10, new=4, copies=3)) - row_bytes(model, Shape(10, copies=3)) == (
+        2 * 2 * 2 * 8 * 4 * 3 * 4
+    )
+    assert row_bytes(model, Shape(20)) > 2 * once - 3 * model.config.vocab_size * 4
+    assert row_bytes(model.to(torch.bfloat16), Shape(10)) < once
+    logits = row_bytes(model, Shape(10, logits=5)) - row_bytes(model, Shape(10))
+    assert logits == 4 * 3 * model.config.vocab_size * 4
+
+
+def test_the_estimate_covers_what_ranking_really_takes(byte_tokenizer: Tokenizer) -> None:
+    """All that lives at once in a batch, beyond the weights, counted by torch on the CPU."""
+    model = make_tiny_model(
+        "llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6, head_dim=16
+    )
+    found = adapted(model)
+    asked = questions(byte_tokenizer)
+    longest = max((question.shape for question in asked), key=lambda shape: shape.tokens)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        rank(found, byte_tokenizer, MIXED, batch_size=13)
+    level = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    assert 0 < peak < 2 * 13 * row_bytes(model, longest)
+
+
+def test_free_memory_is_what_the_system_says() -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert 2**20 < free < 2**50
+
+
+def test_results_tell_size_and_halving(byte_tokenizer: Tokenizer) -> None:
+    found = bare(make_tiny_model("llama"))
+    same = [example for example in MIXED if example.candidates == MIXED[0].candidates]
+    with room_for(found.model, 6):
+        evaluation = evaluate_choices(found, byte_tokenizer, same, batch_size=8)
+    assert evaluation.batch == BatchSize(8, 2, 2)
+    assert evaluation.main.n == len(same)
