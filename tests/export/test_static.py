@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from cli.test_train_command import choice_rows, write_rows
 from safetensors.torch import load_file
 from support.models import make_byte_tokenizer, make_tiny_model
 from support.tiny import DECODERS, make_batch, make_tiny, train_controls
-from test_train_command import choice_rows, write_rows
 from torch import Tensor
 
 from moc_cli.cli import run

@@ -209,7 +209,7 @@ import sys, torch
 import moc_cli.methods
 assert "peft" not in sys.modules  # it is imported by the methods that use it alone
 from safetensors.torch import load_file
-from test_low_rank import METHODS, logits, make
+from methods.test_low_rank import METHODS, logits, make
 for number, method in enumerate(METHODS):
     adapted = make("llama", method)
     adapted.load_state(load_file(f"{sys.argv[1]}/{number}.safetensors"))

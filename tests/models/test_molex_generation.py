@@ -7,9 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from support.full_layers import logits
-from support.tiny import DECODERS, all_float64, make_batch
-from test_generation import (
+from models.test_generation import (
     CHUNK,
     MODES,
     NEW,
@@ -20,7 +18,9 @@ from test_generation import (
     frozen,
     generate,
 )
-from test_molex import bare, expect, make
+from nn.test_molex import bare, expect, make
+from support.full_layers import logits
+from support.tiny import DECODERS, all_float64, make_batch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 

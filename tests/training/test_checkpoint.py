@@ -242,7 +242,7 @@ def test_a_full_disk_stops_training_with_the_previous_checkpoint(tmp_path, monke
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from test_checkpoint import snapshot
+from training.test_checkpoint import snapshot
 from moc_cli.training.checkpoint import Checkpoints
 
 left = int(sys.argv[2])

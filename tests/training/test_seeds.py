@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train_command import choices, pairs
+from cli.test_train_command import choices, pairs
 
 from moc_cli.cli import run
 from moc_cli.recipe.load import load_recipe
