@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moc_cli.comparison.bootstrap import BY_CLASS, CHUNK, differences, generator, interval
+from moc_cli.comparison import bootstrap
+from moc_cli.comparison.bootstrap import OF_CLASSES, differences, generator, interval
 from moc_cli.scoring.metrics import METRICS
 
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -53,7 +54,7 @@ def test_it_is_the_plain_loop(metric: str) -> None:
     """Mean, spread and both ends agree within what some hundred plain resamples can tell."""
     runs = MAKERS[metric](80, 1)
     fast = differences(metric, *runs, rng=generator("a"))
-    slow = plain(metric, runs, 300 if metric in BY_CLASS else 600, seed=2)
+    slow = plain(metric, runs, 300 if metric in OF_CLASSES else 600, seed=2)
     spread = slow.std()
     assert fast.mean() == pytest.approx(slow.mean(), abs=0.18 * spread)
     assert fast.std() == pytest.approx(spread, rel=0.15)
@@ -64,25 +65,24 @@ def test_it_is_the_plain_loop(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
-def test_a_resample_is_scored_as_its_items_are(metric: str, monkeypatch) -> None:
-    """The very same draws, written out as items, give the very same numbers, ties included."""
-    import moc_cli.comparison.bootstrap as bootstrap
-
+def test_a_resample_is_scored_as_its_items_are(metric: str) -> None:
+    """Whichever items are drawn, a resample has the score of those items, ties included."""
     labels, first, second = values(30, 3)
-    kept = []
+    everything = plain(metric, (labels, first, second), 20, seed=5)
+    rng = np.random.default_rng(5)
+    draws = np.stack([rng.integers(0, 30, size=30) for _ in range(20)])
+    drawn = bootstrap._difference(metric, labels[draws], first[draws], second[draws])
+    assert drawn == pytest.approx(everything, abs=1e-12)
+    alone = np.full((1, 30), 4)  # one item alone has no correlation
+    assert bootstrap._difference(metric, labels[alone], first[alone], second[alone]) == [0.0]
 
-    def counting(n, rng, resamples):
-        kept.extend(rng.multinomial(n, np.full(n, 1 / n), size=resamples))
-        kept[0] = np.eye(n, dtype=int)[4] * n  # one item alone: no correlation, so 0
-        yield np.array(kept, dtype=float)
 
-    monkeypatch.setattr(bootstrap, "_counts", counting)
-    found = differences(metric, labels, first, second, rng=generator("a"), resamples=50)
-    assert found[0] == 0
-    for counts, value in zip(kept, found, strict=True):
-        draw = np.repeat(np.arange(30), counts)
-        one, other = (METRICS[metric](labels[draw], run[draw]) for run in (first, second))
-        assert value == pytest.approx(other - one, abs=1e-12)
+@pytest.mark.parametrize("metric", MAKERS)
+def test_a_single_item_has_one_difference(metric: str) -> None:
+    labels, first, second = (side[:1] for side in MAKERS[metric](5, 3))
+    found = differences(metric, labels, first, second, rng=generator("a"), resamples=7)
+    expected = METRICS[metric](labels, second) - METRICS[metric](labels, first)
+    assert found.tolist() == [expected] * 7
 
 
 @pytest.mark.parametrize("metric", MAKERS)
@@ -147,22 +147,19 @@ def test_draws_are_repeatable_and_a_task_s_own() -> None:
     assert once.tolist() == again.tolist() != other.tolist()
 
 
-def test_many_items_are_drawn_in_chunks(monkeypatch) -> None:
-    import moc_cli.comparison.bootstrap as bootstrap
-
+def test_many_items_are_drawn_in_parts(monkeypatch) -> None:
     sizes = []
-    counts = bootstrap._counts
+    difference = bootstrap._difference
 
-    def watched(n, rng, resamples):
-        for chunk in counts(n, rng, resamples):
-            sizes.append(chunk.size)
-            yield chunk
+    def watched(metric, labels, first, second, axis=-1):
+        sizes.append(labels.size)
+        return difference(metric, labels, first, second, axis)
 
-    monkeypatch.setattr(bootstrap, "_counts", watched)
+    monkeypatch.setattr(bootstrap, "_difference", watched)
     found = differences("pearson", *values(50_000, 8), rng=generator("a"), resamples=90)
     assert len(found) == 90
-    assert len(sizes) == 3
-    assert max(sizes) <= CHUNK
+    assert len(sizes) >= 3
+    assert max(sizes) <= bootstrap.DRAWN_AT_ONCE
 
 
 def test_perplexities_are_drawn_by_text() -> None:
