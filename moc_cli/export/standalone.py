@@ -1,33 +1,39 @@
 """`standalone`: a Hugging Face folder that needs no moc: weights, tokenizer, one modeling file.
 
-The file is `standalone_model.py`, followed by two classes that name the base's own. The folder's
-`model_type` is none that transformers knows, so that nobody loads the base without its controls
-unawares.
+The file joins this package's own modules (see `one_file`) and ends with two classes that name the
+base's own. transformers does not know the folder's `model_type`, so that nobody loads the base
+without its controls by mistake.
 """
 
 import json
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moc_cli import __version__
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
+from moc_cli.export.one_file import join_modules
 from moc_cli.files import write_json_atomic, write_text_atomic
-from moc_cli.models.families import Family, Port
-from moc_cli.models.hooks import find_layers, find_runner
 from moc_cli.models.load import without_bars
+from moc_cli.nn.mixture import Mixture
 
 if TYPE_CHECKING:
     from moc_cli.load_run import Trained
     from moc_cli.recipe.schema import Recipe
 
 MODELING = "modeling_moc"
-_IMPORT = "from transformers import Cache\n"
+_HEAD = '''"""{model}: a transformers model with a Mixture-of-Control inside.
+
+Needs torch and transformers. Written by moc_cli {version} from its own modules.
+"""
+
+'''
 _CLASSES = '''
 
 class {config}({base_config}):
@@ -72,7 +78,7 @@ def export(trained: "Trained", folder: Path, options: Options) -> Exported:
         notes=(
             f"{MODELING}.py needs torch and transformers alone; it was tried with transformers "
             f"{transformers.__version__}.",
-            "For inference: in training mode it routes as in evaluation, and balances nothing.",
+            "In training mode it routes and balances as the run did, once for each forward.",
         ),
         loading=loading,
     )
@@ -107,7 +113,7 @@ def write(
     folder: Path,
 ) -> None:
     """Write model, tokenizer and modeling file; `adapter` is the method's own description."""
-    settings = describe(model, adapter)
+    settings = describe(model.moc, adapter)
     base, config = type(model), type(model.config)
     for known in (base, config):
         if getattr(transformers, known.__name__, None) is not known:
@@ -143,64 +149,33 @@ def write(
 
 def modeling(base: str, config: str, model_type: str, auto: str) -> str:
     """Return the modeling file for a base class and its configuration class."""
-    source = (Path(__file__).parent / "standalone_model.py").read_text("utf-8")
-    generates = auto == "AutoModelForCausalLM"
-    imports = sorted(["Cache", config, base, *(["GenerationMixin"] if generates else [])])
-    listed = "".join(f"    {name},\n" for name in imports)
-    source = source.replace(_IMPORT, f"from transformers import (\n{listed})\n")
-    return source + _CLASSES.format(
-        config=f"Moc{config}",
-        base_config=config,
-        model=f"Moc{base}",
-        base_model=base,
-        # transformers asks for GenerationMixin among a class's own bases.
-        bases=f"Generating, {base}, GenerationMixin" if generates else f"Controlled, {base}",
-        model_type=model_type,
-        auto=auto,
-    )
+    # transformers asks for GenerationMixin among a class's own bases.
+    bases = [base, *(["GenerationMixin"] if auto == "AutoModelForCausalLM" else [])]
+    libraries = {"transformers": [config, *bases], "typing": ["Any"]}
+    names = {
+        "config": f"Moc{config}",
+        "base_config": config,
+        "model": f"Moc{base}",
+        "base_model": base,
+        "bases": ", ".join(["Controlled", *bases]),
+        "model_type": model_type,
+        "auto": auto,
+        "version": __version__,
+    }
+    source = join_modules("moc_cli.export.controlled", ["Controlled"], libraries)
+    return _HEAD.format(**names) + source + _CLASSES.format(**names)
 
 
-def describe(model: PreTrainedModel, adapter: dict[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the controls: their places in `model`, and the routing."""
-    method, place = adapter["method"], adapter["placement"]
-    ports = {block: Port(**place[block]) for block in ("attn", "ffn")}
-    family = Family(place["layers"], ports["attn"], ports["ffn"], place["causal"])
-    blocks = ["attn", "ffn"] if method["sites"] == "attn+ffn" else [method["sites"]]
+def describe(mixture: Mixture, adapter: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of the controls: their places and sizes, and the routing."""
     return {
-        "method": method["name"],
-        "layers": _name(model, find_layers(model, family)),
-        "runner": _name(model, find_runner(model, family)),
-        "causal": family.causal,
-        "ports": {block: [ports[block].read, ports[block].write] for block in blocks},
-        "rank": method["rank"],
-        "scale": method["scale"],
+        "placement": adapter["placement"],
+        "blocks": list(dict.fromkeys(site.block for site in mixture.sites)),
+        "rank": adapter["method"]["rank"],
+        "scale": mixture.scale,
         "modules": adapter["modules"],
-        **_routing(method, blocks),
+        "routing": asdict(mixture.routing),
     }
-
-
-def _routing(method: dict[str, Any], blocks: list[str]) -> dict[str, Any]:
-    """The part of the settings that only a gate reads; Control is K = 0."""
-    if method["name"] == "control":
-        return {"top_k": 0, "pools": {block: block for block in blocks}, "decode": "frozen"}
-    gate, routing = method["gate"], method["routing"]
-    shared = method["share_gate"] and len(blocks) > 1
-    return {
-        "top_k": method["top_k"],
-        "alpha": method["alpha"],
-        "pools": {block: "shared" if shared else block for block in blocks},
-        "projection_dim": gate["projection_dim"] if gate["kind"] == "cosine" else None,
-        # A batch decides together in training alone; the estimators differ in gradients alone.
-        "level": "token" if routing["level"] == "token" else "row",
-        "weights": "probability" if gate["estimator"] == "probability" else "renormalized",
-        "vote": routing["vote"],
-        "exclude_local": routing["exclude_local"],
-        "decode": routing["decode"],
-    }
-
-
-def _name(model: nn.Module, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _code(causal: bool, attention: str | None) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
 from moc_cli.methods.route_counts import Recorder
+from moc_cli.models.hooks import cast_inputs
 from moc_cli.nn.mixture import Mixture
 
 
@@ -58,7 +59,7 @@ class FreshModules:
         for module in self._parts.values():
             if model.dtype != torch.float32 and model.dtype != torch.float64:
                 module.float()
-                self._handles.append(module.register_forward_pre_hook(_cast_inputs))
+                self._handles.append(module.register_forward_pre_hook(cast_inputs))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -70,14 +71,6 @@ class FreshModules:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def _cast_inputs(module: nn.Module, args: tuple) -> tuple:
-    dtype = next(module.parameters()).dtype
-    return tuple(
-        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-        for arg in args
-    )
 
 
 class Adapted:

@@ -92,21 +92,17 @@ class Host:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pre-hook of a module that is kept in float32 in a base of another type."""
+    dtype = next(module.parameters()).dtype
+    return tuple(
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
 def find_list(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """The model's list of layers; raises FamilyError naming the lists there are."""
-    base = model.base_model
-    try:
-        return base.get_submodule(family.layers)
-    except AttributeError:
-        lists = [name for name, m in base.named_modules() if isinstance(m, nn.ModuleList)]
-        raise FamilyError(
-            f"placement: layers '{family.layers}' is not a module of {type(base).__name__}; its "
-            f"lists of layers are: {', '.join(lists) or 'none'}"
-        ) from None
-
-
-def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """The model's layers; raises FamilyError naming every place that does not exist."""
+    """The model's list of layers; raises FamilyError naming the lists that it has."""
     base = model.base_model
     try:
         layers = base.get_submodule(family.layers)
@@ -117,6 +113,12 @@ def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
             f"placement: layers '{family.layers}' is not a list of layers of "
             f"{type(base).__name__}; it has: {describe_layers(model) or 'none'}"
         )
+    return layers
+
+
+def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    """The model's layers; raises FamilyError naming every place in them that does not exist."""
+    layers = find_list(model, family)
     missing = []
     for number, layer in enumerate(layers):
         known = {name for name, _ in layer.named_modules()}
@@ -127,7 +129,7 @@ def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
                     missing.append(f"{block}.{end} '{path}' (layer {number})")
     if missing:
         raise FamilyError(
-            f"placement: {type(base).__name__} has no {'; no '.join(missing[:4])}",
+            f"placement: {type(model.base_model).__name__} has no {'; no '.join(missing[:4])}",
             hint=f"A layer of it holds: {_parts(layers[0])}",
         )
     return layers

@@ -20,9 +20,14 @@ class Control(nn.Module):
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, width, dtype=torch.float32, device=device))
-        self.B = nn.Parameter(torch.zeros(width, rank, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(width, rank, dtype=torch.float32, device=device))
         if device != "meta":
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+            self.reset(generator)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the start values."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """x (..., d) -> (..., d) in x's type."""

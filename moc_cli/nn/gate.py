@@ -68,7 +68,11 @@ class LinearGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, width, dtype=torch.float32, device=device))
         if device != "meta":
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+            self.reset(generator)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the start values."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d) -> logits (B, T, N), in float32 or wider."""
@@ -96,10 +100,15 @@ class CosineGate(nn.Module):
         empty = {"dtype": torch.float32, "device": device}
         self.projection = nn.Parameter(torch.empty(projection_dim, width, **empty))
         self.experts = nn.Parameter(torch.empty(size, projection_dim, **empty))
-        self.log_temperature = nn.Parameter(torch.full((), math.log(2), **empty))
+        self.log_temperature = nn.Parameter(torch.empty((), **empty))
         if device != "meta":
-            nn.init.kaiming_uniform_(self.projection, a=math.sqrt(5), generator=generator)
-            nn.init.normal_(self.experts, std=0.01, generator=generator)
+            self.reset(generator)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the start values."""
+        nn.init.kaiming_uniform_(self.projection, a=math.sqrt(5), generator=generator)
+        nn.init.normal_(self.experts, std=0.01, generator=generator)
+        nn.init.constant_(self.log_temperature, math.log(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d) -> logits (B, T, N), in float32 or wider."""

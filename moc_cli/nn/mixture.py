@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ from moc_cli.nn.gate import (
 from moc_cli.nn.stacked import Bank, members, stack
 from moc_cli.nn.watch import Decision, Watcher, newly_decided
 
+_KINDS: dict[str, tuple[str, ...]] = {
+    "gate": ("linear", "cosine"),
+    "estimator": get_args(Estimator),
+    "level": get_args(Level),
+    "vote": get_args(Vote),
+    "decode": ("frozen", "running"),
+    "balance_f": ("top_k", "choice"),
+    "balance_reduce": ("sum", "mean"),
+}
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -42,6 +53,15 @@ class Routing:
     balance_weight: float = 0.01
     balance_f: str = "top_k"
     balance_reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a kind that is not known here, which a file may name."""
+        for name, allowed in _KINDS.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"routing.{name}: '{getattr(self, name)}' is not known; allowed: "
+                    f"{', '.join(allowed)}"
+                )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import make_byte_tokenizer, make_pair_tokenizer
-from support.tiny import DECODERS, FAMILIES, make_batch, make_tiny, train_controls
+from support.tiny import DECODERS, FAMILIES, WIDTH, make_batch, make_tiny, train_controls
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -322,12 +323,66 @@ class TestFolder:
         source = standalone.modeling(
             "LlamaForCausalLM", "LlamaConfig", "moc_llama", "AutoModelForCausalLM"
         )
-        tree = ast.walk(ast.parse(source))
+        tree = list(ast.walk(ast.parse(source)))
         names = {node.module for node in tree if isinstance(node, ast.ImportFrom)}
-        tree = ast.walk(ast.parse(source))
         names |= {a.name for node in tree if isinstance(node, ast.Import) for a in node.names}
         outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
         assert outside == {"torch", "transformers"}
+
+    def test_the_file_reads_as_the_package_does(self, tmp_path: Path) -> None:
+        names = "BertForSequenceClassification", "BertConfig", "moc_bert"
+        source = standalone.modeling(*names, "AutoModelForSequenceClassification")
+        assert source == standalone.modeling(*names, "AutoModelForSequenceClassification")
+        assert "FAMILIES" not in source, "what the model does not use is left out"
+        (tmp_path / "modeling_moc.py").write_text(source)
+        for check in (["check", "--select", "E,F"], ["format", "--check"]):
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "ruff",
+                    *check,
+                    "--isolated",
+                    "--line-length",
+                    "100",
+                    str(tmp_path),
+                ],
+                check=True,
+            )
+
+    @pytest.mark.parametrize(("key", "value"), [("vote", "median"), ("gate", "round")])
+    def test_a_kind_that_the_file_does_not_know_is_refused(
+        self, key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(make("llama", {}), tmp_path / "folder")
+        path = tmp_path / "folder" / "config.json"
+        config = json.loads(path.read_text())
+        config["moc"]["routing"][key] = value
+        path.write_text(json.dumps(config))
+        modules = str(tmp_path / "modules")
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+        monkeypatch.setattr(sys, "path", [*sys.path, modules])
+        with pytest.raises(ValueError, match=f"routing.{key}: '{value}' is not known; allowed"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+
+    def test_a_control_that_the_weights_lack_is_drawn_anew(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(make("llama", {}), tmp_path / "folder")
+        path = tmp_path / "folder" / "model.safetensors"
+        state = load_file(path)
+        lost = [key for key in state if key.startswith(("moc.controls.1.ffn", "moc.gates"))]
+        save_file({k: v for k, v in state.items() if k not in lost}, path, {"format": "pt"})
+        modules = str(tmp_path / "modules")
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+        monkeypatch.setattr(sys, "path", [*sys.path, modules])
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+        assert len(lost) == 5
+        found = dict(model.named_parameters())
+        assert not found["moc.controls.1.ffn.B"].any()
+        bound = WIDTH**-0.5  # of kaiming-uniform with a = √5
+        assert 0.8 * bound < found["moc.controls.1.ffn.A"].abs().max() <= bound
+        assert found["moc.gates.shared.log_temperature"].item() == pytest.approx(math.log(2))
 
     def test_gates_and_heads_stay_in_float32(self, place: tuple[Path, dict[str, Case]]) -> None:
         root, _ = place
