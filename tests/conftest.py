@@ -18,6 +18,7 @@ import pytest
 import torch
 from support.machine import ROOT, absent
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.tiny_runs import choices_run, pairs_run
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # A shell that starts tests in the background lets them ignore Ctrl-C, and all their children too.
@@ -57,6 +58,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def pair_tokenizer() -> PreTrainedTokenizerFast:
     """See `make_pair_tokenizer`."""
     return make_pair_tokenizer()
+
+
+@pytest.fixture
+def choices(tmp_path: Path) -> list[str]:
+    """See `choices_run`; all lies below `tmp_path`."""
+    return choices_run(tmp_path)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[str]:
+    """See `pairs_run`; all lies below `tmp_path`."""
+    return pairs_run(tmp_path)
 
 
 @pytest.fixture

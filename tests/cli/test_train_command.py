@@ -2,97 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
-from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.models import make_tiny_model
+from support.rows import choice_rows, write_rows
 
 from moc_cli.cli import run
 from moc_cli.runs import RunFolder
-
-WORDS = ("red", "blue", "green", "black")
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def choice_rows(count: int) -> list[dict]:
-    """Questions of ARC's form; the answer is always the second option."""
-    rows = []
-    for number in range(count):
-        listed = " ".join(f"Answer{i + 1}: {WORDS[(number + i) % 4]}" for i in range(3))
-        rows.append(
-            {
-                "instruction": f"Please choose the correct answer to the question: what is "
-                f"{'very ' * (number % 3)}{number}?\n\n{listed}\n\n"
-                "Answer format: answer1/answer2/answer3",
-                "input": "",
-                "output": "the correct answer is answer2",
-                "answer": "answer2",
-            }
-        )
-    return rows
-
-
-def pair_rows(count: int, labels: list) -> list[dict]:
-    return [
-        {
-            "sentence1": f"{WORDS[n % len(labels)]} {'so ' * (n % 3)}{n}",
-            "sentence2": WORDS[n % len(labels)],
-            "label": labels[n % len(labels)],
-        }
-        for n in range(count)
-    ]
-
-
-@pytest.fixture
-def choices(tmp_path) -> list[str]:
-    """Arguments of a tiny run on ARC-Easy, with its model and rows below `tmp_path`."""
-    make_tiny_model("llama").save_pretrained(tmp_path / "model")
-    make_byte_tokenizer().save_pretrained(tmp_path / "model")
-    write_rows(tmp_path / "data" / "ARC-Easy" / "train.jsonl", choice_rows(20))
-    write_rows(tmp_path / "data" / "ARC-Easy" / "test.jsonl", choice_rows(6))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-model: {{model_name_or_path: {tmp_path}/model}}
-method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
-data: {{suite: commonsense, tasks: [ARC-Easy], path: {tmp_path}/data, held_out: 4,
-       max_length: 400}}
-train: {{max_steps: 6, per_device_train_batch_size: 3, gradient_accumulation_steps: 2,
-        learning_rate: 1.0e-2}}
-output: {{output_dir: {tmp_path}/run, logging_steps: 2, save_steps: 2}}
-launch: {{device: cpu, num_threads: 1}}
-"""
-    )
-    return ["train", str(recipe)]
-
-
-@pytest.fixture
-def pairs(tmp_path) -> list[str]:
-    """Arguments of a tiny run on MRPC whose checkpoint lacks the classifier's head."""
-    make_tiny_model("bert", num_labels=2).base_model.save_pretrained(tmp_path / "model")
-    make_pair_tokenizer().save_pretrained(tmp_path / "model")
-    for task, labels in (("mrpc", [0, 1]), ("stsb", [0.5, 2.0, 4.5])):
-        write_rows(tmp_path / "data" / task / "train.jsonl", pair_rows(24, labels))
-        write_rows(tmp_path / "data" / task / "validation.jsonl", pair_rows(9, labels))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-model: {{model_name_or_path: {tmp_path}/model}}
-method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
-data: {{suite: glue, tasks: [mrpc], path: {tmp_path}/data, max_length: 64}}
-train: {{num_train_epochs: 2, per_device_train_batch_size: 8, learning_rate: 1.0e-2}}
-eval: {{eval_strategy: epoch}}
-output: {{output_dir: {tmp_path}/run, logging_steps: 1}}
-launch: {{device: cpu, num_threads: 1}}
-"""
-    )
-    return ["train", str(recipe)]
 
 
 def results(tmp_path) -> dict:

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from scoring.test_evaluation import MIXED, question
 from support.kept_routes import watching
 from support.machine import ROOT
 from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from support.questions import MIXED, question
 from support.tiny import train_controls
 from tokenizers import processors
 from torch import Tensor

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cli.test_train_command import choice_rows, write_rows
 from safetensors.torch import load_file
 from support.models import make_byte_tokenizer, make_tiny_model
+from support.rows import choice_rows, write_rows
 from support.tiny import DECODERS, make_batch, make_tiny, train_controls
 from torch import Tensor
 

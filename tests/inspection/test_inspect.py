@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli.test_train_command import choice_rows, pair_rows, write_rows
 from scipy.spatial.distance import jensenshannon
 from support.machine import ROOT
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.rows import choice_rows, pair_rows, write_rows
 
 from moc_cli.cli import run
 from moc_cli.data.suites import load_examples

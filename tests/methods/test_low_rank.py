@@ -209,11 +209,16 @@ import sys, torch
 import moc_cli.methods
 assert "peft" not in sys.modules  # it is imported by the methods that use it alone
 from safetensors.torch import load_file
-from methods.test_low_rank import METHODS, logits, make
-for number, method in enumerate(METHODS):
-    adapted = make("llama", method)
+from pydantic import TypeAdapter
+from support.tiny import make_batch, make_tiny
+from moc_cli.recipe.methods import DoraMethod, LoraMethod, MolexMethod
+methods = TypeAdapter(list[LoraMethod | DoraMethod | MolexMethod]).validate_json(sys.argv[2])
+for number, method in enumerate(methods):
+    adapted = moc_cli.methods.attach(make_tiny("llama"), method, seed=1)
     adapted.load_state(load_file(f"{sys.argv[1]}/{number}.safetensors"))
-    torch.save(logits(adapted.model), f"{sys.argv[1]}/{number}.pt")
+    with torch.no_grad():
+        logits = adapted.model(**make_batch(side="left")).logits
+    torch.save(logits, f"{sys.argv[1]}/{number}.pt")
 """
 
 
@@ -224,7 +229,8 @@ def test_saved_and_loaded_in_a_fresh_process_it_gives_the_same_logits(tmp_path):
         save_file(adapted.state(), tmp_path / f"{number}.safetensors")
         expected.append(logits(adapted.model))
     script = "import torch; torch.set_num_threads(1)\n" + _FRESH
-    run = [sys.executable, "-c", script, str(tmp_path)]
+    methods = json.dumps([method.model_dump(mode="json") for method in METHODS])
+    run = [sys.executable, "-c", script, str(tmp_path), methods]
     tests = ROOT / "tests"
     path = {"PYTHONPATH": f"{tests}:{ROOT}", "OMP_NUM_THREADS": "1"}
     subprocess.run(run, check=True, env=path, cwd=tests, capture_output=True)

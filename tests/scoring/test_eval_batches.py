@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from scoring.test_evaluation import MIXED, PAIRS, adapted, bare
 from support.models import make_tiny_model
+from support.questions import MIXED, PAIRS, adapted, bare
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 

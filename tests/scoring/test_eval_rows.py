@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scoring.test_evaluation import MIXED, question
 from support.kept_routes import watching
 from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from support.questions import MIXED, question
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.generation import GenerationMixin

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.questions import MIXED, PAIRS, adapted, bare, question
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -16,8 +17,6 @@ from moc_cli.data.encode import IGNORED, encode_pairs, encode_train, prompt_toke
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.suites import load_examples
 from moc_cli.errors import DataError, MocError
-from moc_cli.methods import Adapted, attach
-from moc_cli.recipe.methods import MocMethod
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.forward import voting
 from moc_cli.scoring.loss import lm_loss
@@ -26,41 +25,6 @@ from moc_cli.scoring.results import TaskResult, average, evaluate_choices, evalu
 
 MakeModel = Callable[..., PreTrainedModel]
 CLOSE = 2e-4  # float32 sums of log-probabilities, in different orders of the same products
-
-
-def question(number: int, candidates: tuple[str, ...] = ("the kite", "the cat", "the cup")):
-    """A question whose prompt's length depends on its number."""
-    prompt = f"Item {number}: {'word ' * (number * 7 % 11)}{'x' * number}?\n" + " " * 16
-    label = number % len(candidates)
-    return ChoiceExample(
-        "boolq", prompt + candidates[label], len(prompt), prompt, candidates, label
-    )
-
-
-MIXED = [
-    question(0),
-    question(1, ("the answer1", "the answer2", "the answer3", "the answer4")),
-    question(2, ("the answer1", "the answer10")),
-    question(3, ("x", "y")),
-    question(4, ("true", "a long answer", "b")),
-    *(question(number) for number in range(5, 13)),
-]
-
-
-def bare(model: PreTrainedModel) -> SimpleNamespace:
-    """An unadapted model."""
-    return SimpleNamespace(model=model)
-
-
-def adapted(model: PreTrainedModel, **options: object) -> Adapted:
-    """The model with a mixture whose controls all do something."""
-    method = MocMethod(rank=4, alpha=0.5, gate={"projection_dim": 8}, **options)
-    found = attach(model, method, seed=3)
-    with torch.no_grad():
-        for name, parameter in found.named_trainables().items():
-            if name.endswith(".B"):
-                parameter.normal_(std=0.2)
-    return found
 
 
 def by_full_forward(found, tokenizer: Tokenizer, example: ChoiceExample) -> list[float]:
@@ -269,12 +233,6 @@ def test_rows_without_labels_are_refused(byte_tokenizer: Tokenizer, tiny_model: 
 
 
 # Classification
-
-
-PAIRS = [
-    PairExample("mrpc", "a" * (number * 5 % 17 + 1), "bc" * (number % 4 + 1), number % 2)
-    for number in range(23)
-]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])

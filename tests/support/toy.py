@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from moc_cli.training.checkpoint import Checkpoints
+from moc_cli.training import rng
+from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
 from moc_cli.training.contracts import Data, Outcome, Settings
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import fit
@@ -121,4 +122,16 @@ def toy_fit(folder, adapted: ToyAdapted, data: Data, settings: Settings, **more)
         checkpoints=Checkpoints(folder / "checkpoints", limit),
         log=MetricsLog(folder / "metrics.jsonl"),
         **more,
+    )
+
+
+def snapshot(step: int = 4, best: int | None = None) -> Snapshot:
+    """What a checkpoint holds, in small: every value follows from `step`."""
+    generator = torch.Generator().manual_seed(step)
+    return Snapshot(
+        counters=Counters(step=step, loss_sum=1 / 3, best_step=best, seconds=0.1),
+        trainables={"a": torch.randn(3, 5, generator=generator)},
+        optimizer={"a.exp_avg": torch.randn(3, 5, generator=generator), "a.step": torch.ones(())},
+        rng=rng.capture(),
+        identity={"recipe": {"seed": 1}, "threads": 1},
     )

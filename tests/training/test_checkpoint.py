@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from support.machine import ROOT
-from support.toy import ToyAdapted, toy_data, toy_fit
+from support.toy import ToyAdapted, snapshot, toy_data, toy_fit
 
 from moc_cli.errors import FileError, MocError, RunError
 from moc_cli.training import optim, rng
 from moc_cli.training.checkpoint import (
     Checkpoints,
-    Counters,
-    Snapshot,
     read_checkpoint,
     write_checkpoint,
 )
@@ -28,17 +26,6 @@ from moc_cli.training.contracts import Settings
 PARTS = ("trainables.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 SETTINGS = Settings(num_train_epochs=1, save_strategy="steps", save_steps=2, logging_steps=1)
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-def snapshot(step: int = 4, best: int | None = None) -> Snapshot:
-    generator = torch.Generator().manual_seed(step)
-    return Snapshot(
-        counters=Counters(step=step, loss_sum=1 / 3, best_step=best, seconds=0.1),
-        trainables={"a": torch.randn(3, 5, generator=generator)},
-        optimizer={"a.exp_avg": torch.randn(3, 5, generator=generator), "a.step": torch.ones(())},
-        rng=rng.capture(),
-        identity={"recipe": {"seed": 1}, "threads": 1},
-    )
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -242,7 +229,7 @@ def test_a_full_disk_stops_training_with_the_previous_checkpoint(tmp_path, monke
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from training.test_checkpoint import snapshot
+from support.toy import snapshot
 from moc_cli.training.checkpoint import Checkpoints
 
 left = int(sys.argv[2])

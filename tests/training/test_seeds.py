@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.test_train_command import choices, pairs
 
 from moc_cli.cli import run
 from moc_cli.recipe.load import load_recipe
@@ -15,8 +14,6 @@ from moc_cli.runs import Call, RunFolder
 from moc_cli.training import seeds as module
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.seeds import Seeded, plan, summarize, train_seeds
-
-__all__ = ["choices", "pairs"]  # fixtures
 
 
 def short(choices: list[str]) -> list[str]:
