@@ -6,11 +6,10 @@ the kind of model; format 1 lacks them and is still read.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from moc_cli.errors import RecipeError, RunError
-from moc_cli.recipe.check import check
-from moc_cli.recipe.messages import sentence
+from moc_cli.recipe.messages import explain
 from moc_cli.recipe.methods import DoraMethod, LoraMethod, MethodConfig, MethodSection, Placement
 from moc_cli.recipe.types import Count, Positive, Section, Seed, Text
 
@@ -70,8 +69,8 @@ def parse_adapter(raw: dict[str, Any], where: str) -> tuple[AdapterConfig, dict[
 
 def _sentence(detail: Any) -> str:
     if detail["loc"][:1] == ("method",):
-        path, text = sentence(detail)
-        return f"{'.'.join(path)}: {text}"
+        path, message, _ = explain(detail)
+        return f"{'.'.join(path)}: {message}"
     key = ".".join(str(part) for part in detail["loc"])[:80]
     if detail["type"] == "extra_forbidden":
         return f"unknown key '{key}'"
@@ -81,18 +80,18 @@ def _sentence(detail: Any) -> str:
 def make_method(name: str, options: dict[str, Any]) -> MethodConfig:
     """Return a method's section from keyword options, defaults filled in.
 
-    Raises RecipeError with every mistake in them: unknown keys, wrong types, wrong combinations.
+    Raises RecipeError with every mistake in them: unknown keys, wrong types, values out of bounds.
     """
-    raw = {
-        "model": {"model_name_or_path": "?"},
-        "method": {"name": name, **options},
-        "data": {"suite": "builtin", "tasks": ["world"]},
-        "output": {"output_dir": "?"},
-    }
-    recipe, findings = check(raw)
-    if recipe is None:
-        raise RecipeError("\n".join(f"{'.'.join(one.path)}: {one.message}" for one in findings))
-    return recipe.method
+    try:
+        section: MethodConfig = TypeAdapter(MethodSection).validate_python(
+            {"name": name, **options}
+        )
+        return section
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        mistakes = [explain({**detail, "loc": ("method", *detail["loc"])}) for detail in details]
+        lines = (f"{'.'.join(path)}: {message}" for path, message, _ in mistakes)
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from error
 
 
 def drawn_from_the_base(method: MethodConfig) -> bool:

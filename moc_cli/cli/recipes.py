@@ -77,7 +77,7 @@ def copy(
 @app.command()
 def schema(json: JsonOption = False) -> None:
     """Print the JSON schema of a recipe file, for editors (it is JSON with or without --json)."""
-    from moc_cli.recipe.load import json_schema
+    from moc_cli.recipe.reference import json_schema
     from moc_cli.report.output import print_json
 
     print_json(json_schema())

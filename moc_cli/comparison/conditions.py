@@ -10,7 +10,7 @@ from moc_cli.comparison.runs import FINAL, Run
 # sentences of their own.
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
 )
 
 

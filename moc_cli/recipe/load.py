@@ -1,95 +1,112 @@
-"""Read a recipe file, apply `--set` overrides, validate, and report every mistake at once."""
+"""Read a recipe file, apply `--set` and `per_task`, and report every mistake at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from pydantic import ValidationError
 
 from moc_cli.errors import Problem, RecipeError
+from moc_cli.recipe import reader
 from moc_cli.recipe.catalog import find_recipe, shown
-from moc_cli.recipe.check import check
-from moc_cli.recipe.draft import Draft, Origin, apply_overrides
-from moc_cli.recipe.messages import PER_TASK
-from moc_cli.recipe.per_task import choose, split_per_task
-from moc_cli.recipe.reader import read_yaml
-from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.messages import explain, method_name
+from moc_cli.recipe.methods import METHODS, expand_method
+from moc_cli.recipe.rules import BrokenRule, broken_rules
+from moc_cli.recipe.schema import Recipe, RecipeFile, Sections
+from moc_cli.recipe.suggest import choices, nearest
+from moc_cli.recipe.tasks import TASKS
 
-_METHOD_HINT = "--set method=<name> takes a method with its own defaults."
+# What stands in for a required key that is missing or wrong while rules about other keys are
+# checked.
+_STAND_INS: dict[str, dict[str, Any]] = {
+    "model": {"model_name_or_path": "?"},
+    "data": {"suite": "builtin", "tasks": ["world"]},
+    "output": {"output_dir": "?"},
+}
+
+
+class Place(NamedTuple):
+    """Where a value was written. `order` sorts places: (0, line) in the file, (1, n) for the n-th
+    override.
+    """
+
+    order: tuple[int, int]
+    text: str
+
+
+@dataclass
+class Draft:
+    """A recipe before validation: its values, the place of each path, and the mistakes so far."""
+
+    values: dict[str, Any]
+    places: dict[reader.Path, Place]
+    problems: list[tuple[Place, Problem]] = field(default_factory=list)
+
+    def place(self, path: reader.Path) -> Place:
+        """Return where `path`, or the nearest section around it, was written."""
+        return next(
+            self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places
+        )
+
+    def is_override(self, path: reader.Path) -> bool:
+        return self.place(path).order[0] == 1
+
+    def report(self, path: reader.Path, message: str, place: Place | None = None) -> None:
+        if path == ("method", "name") and isinstance(self.values["method"], str):
+            path = ("method",)
+        place = place or self.place(path)
+        self.problems.append((place, Problem(place.text, ".".join(path), message)))
+
+    def raise_problems(self) -> None:
+        """Raise RecipeError with one line per mistake, if there is any."""
+        if not self.problems:
+            return
+        ordered = sorted(self.problems, key=lambda item: item[0].order)
+        problems = tuple(dict.fromkeys(problem for _, problem in ordered))
+        renamed = ("method", "name") in self.places and self.is_override(("method", "name"))
+        hint = None
+        if renamed and any(problem.key.startswith("method.") for problem in problems):
+            hint = "--set method=<name> takes a method with its own defaults."
+        raise RecipeError("\n".join(map(str, problems)), hint, problems)
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe at a path or under a shipped name, with `key=value` overrides applied.
+    """Return the recipe at a path or of a shipped name, with `key=value` overrides applied.
 
     Raises RecipeError with one line per mistake, in the order of the file, then of the overrides.
     """
-    path = find_recipe(name)
-    draft = _read(path)
-    apply_overrides(draft, overrides)
-    base, variants = split_per_task(draft)
-    recipe = _check(base)
-    for variant in variants.values():
-        own = _check(variant)
-        base.problems += [one for one in variant.problems if one[1].key.startswith(PER_TASK)]
-        if variant is choose(base, variants):
-            recipe = own
-    if base.problems or recipe is None:
-        raise _error(base)
-    return recipe
+    draft = _read(find_recipe(name))
+    _apply(draft, overrides)
+    recipe, wrong = _validate(draft)
+    if recipe is not None:
+        recipe = _check_rules(draft, recipe, wrong)
+    draft.raise_problems()
+    return Recipe.model_construct(**{key: getattr(recipe, key) for key in Recipe.model_fields})
 
 
 def dump(recipe: Recipe) -> str:
     """Return `recipe` as YAML that reads back to an equal one, by any YAML reader."""
-    text: str = yaml.dump(
-        recipe.model_dump(mode="json"),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
+    values = recipe.model_dump(mode="json")
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe file, with the short forms an editor should accept."""
-    schema = Recipe.model_json_schema()
-    properties, defs = schema["properties"], schema["$defs"]
-    methods = [one["properties"]["name"]["const"] for one in _method_schemas(schema)]
-    full = {key: properties["method"].pop(key) for key in ("oneOf", "discriminator")}
-    properties["method"]["anyOf"] = [{"enum": methods}, full]
-    words = defs["DataSection"]["properties"]["tasks"]
-    array = {key: words.pop(key) for key in ("type", "items", "minItems")}
-    words["anyOf"] = [{"type": "string"}, array]
-    entry = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            "train": {"$ref": "#/$defs/TrainSection"},
-            "eval": {"$ref": "#/$defs/EvalSection"},
-        },
-    }
-    properties[PER_TASK] = {
-        "type": "object",
-        "description": "other settings of train and eval for single tasks",
-        "additionalProperties": entry,
-    }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
     """Block style, with lists of plain values on one line."""
 
+    def represent_list(self, items: list[Any]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
-def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
-
-_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def _read(path: Path) -> Draft:
-    """Return the file as a draft; raises RecipeError where there is nothing to validate."""
+    """Return the file as a draft. Raises RecipeError where there is nothing to validate."""
     name = shown(path)
+    draft = Draft({}, {(): Place((0, 0), name)})
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -98,47 +115,148 @@ def _read(path: Path) -> Draft:
         line = error.object.count(b"\n", 0, error.start) + 1
         problem = Problem(f"{name}:{line}", "", "not UTF-8 text; save the recipe as UTF-8")
         raise RecipeError(str(problem), problems=(problem,)) from error
-    read = read_yaml(text)
-    draft = Draft({}, {(): Origin(name, "", (0, 0))})
-    for mistake in read.mistakes:
-        place = f"{name}:{mistake.line}" if mistake.line else name
-        draft.report(Origin(place, mistake.key, (0, mistake.line or 0)), mistake.message)
-    if not isinstance(read.value, dict):
-        if not read.mistakes:
-            draft.report(Origin(f"{name}:1", "", (0, 1)), _no_mapping(read.value))
-        raise _error(draft)
-    draft.values, draft.unread = read.value, read.unread
-    for key, line in read.lines.items():
-        if key:
-            draft.origins[key] = Origin(f"{name}:{line}", ".".join(key), (0, line))
+    document = reader.read_yaml(text)
+    for mistake in document.mistakes:
+        line = mistake.line or 0
+        place = Place((0, line), f"{name}:{line}" if line else name)
+        draft.report(mistake.path, mistake.message, place)
+    value = document.value
+    if not isinstance(value, dict):
+        sections = ", ".join(Recipe.model_fields)
+        kind = "a list" if isinstance(value, list) else f"the text {str(value)[:40]!r}"
+        message = f"found {kind}; a recipe is a set of sections: {sections}"
+        if value is None:
+            message = "the recipe is empty; moc recipes copy quickstart gives one to start from"
+        if not document.mistakes:
+            draft.report((), message, Place((0, 1), f"{name}:1"))
+        draft.raise_problems()
+    draft.values = value
+    draft.places |= {
+        key: Place((0, line), f"{name}:{line}") for key, line in document.lines.items() if key
+    }
     return draft
 
 
-def _no_mapping(value: Any) -> str:
-    if value is None:
-        return "the recipe is empty; moc recipes copy quickstart gives one to start from"
-    kind = "a list" if isinstance(value, list) else f"the text {str(value)[:40]!r}"
-    return f"found {kind}; a recipe is a set of sections: {', '.join(Recipe.model_fields)}"
+def _apply(draft: Draft, overrides: Sequence[str]) -> None:
+    """Apply `key=value` texts: sections before their keys, otherwise in the order given."""
+    changes = []
+    for index, text in enumerate(overrides):
+        place = Place((1, index), f"--set {text if len(text) <= 80 else f'{text[:77]}...'}")
+        key, equals, value = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            example = "for example --set train.learning_rate=1.0e-4"
+            draft.report((), f"expected key=value, {example}", place)
+            continue
+        document = reader.read_yaml(value)
+        for mistake in document.mistakes:
+            draft.report((), mistake.message, place)
+        if not document.mistakes:
+            changes.append((path, document.value, place))
+    for path, value, place in sorted(changes, key=lambda change: len(change[0])):
+        section = draft.values
+        for depth, part in enumerate(path[:-1], start=1):
+            inner = section.get(part)
+            if path[:depth] == ("method",):
+                inner = expand_method(inner)
+            if inner is not None and not isinstance(inner, dict):
+                is_list = isinstance(inner, list)
+                kind = "a list; set all of it" if is_list else "a value, not a section"
+                draft.report(path, f"'{'.'.join(path[:depth])}' is {kind}", place)
+                break
+            draft.places.setdefault(path[:depth], place)
+            section[part] = inner or {}
+            section = section[part]
+        else:
+            section[path[-1]] = value
+            for below in [known for known in draft.places if known[: len(path)] == path]:
+                del draft.places[below]
+            draft.places[path] = place
 
 
-def _check(draft: Draft) -> Recipe | None:
-    """Validate a draft; problems are added to it."""
-    recipe, findings = check(draft.values)
-    for finding in findings:
-        if finding.path not in draft.unread:
-            draft.report(draft.origin(finding.path), finding.message)
-    return recipe
+def _validate(draft: Draft) -> tuple[RecipeFile | None, set[reader.Path]]:
+    """Return the recipe, and the paths that are wrong; where some are, without their values.
+
+    None where not even the rest can be validated.
+    """
+    values = draft.values
+    wrong: set[reader.Path] = set()
+    method = values.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if isinstance(name, str) and name not in METHODS and (meant := nearest(name, METHODS)):
+        draft.report(("method", "name"), method_name(name))
+        values = {**values, "method": {**values["method"], "name": meant}}
+    try:
+        return RecipeFile.model_validate(values), wrong
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path, message, meant_path = explain(detail)
+            draft.report(path, message)
+            wrong |= {path, meant_path}
+    valid = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in values.items()
+    }
+    for section, *keys in wrong:
+        if keys and isinstance(valid.get(section), dict):
+            valid[section].pop(keys[0], None)
+        else:
+            valid.pop(section, None)
+    for section, stand_ins in _STAND_INS.items():
+        needed = {key: value for key, value in stand_ins.items() if _touches((section, key), wrong)}
+        if needed:
+            valid[section] = needed | (valid.get(section) or {})
+    try:
+        return RecipeFile.model_validate(valid), wrong
+    except ValidationError:
+        return None, wrong
 
 
-def _error(draft: Draft) -> RecipeError:
-    ordered = sorted(draft.problems, key=lambda item: item[0].order)
-    problems = tuple(dict.fromkeys(problem for _, problem in ordered))
-    named = draft.origins.get(("method", "name"))
-    mixed = any(problem.key.startswith("method.") for problem in problems)
-    hint = _METHOD_HINT if mixed and named is not None and named.is_override else None
-    return RecipeError("\n".join(str(problem) for problem in problems), hint, problems)
+def _check_rules(draft: Draft, recipe: RecipeFile, wrong: set[reader.Path]) -> RecipeFile:
+    """Report impossible combinations, also under each entry of `per_task`; return the recipe with
+    the entry of its task applied.
+
+    An entry goes over the file and under the overrides. Keys in `wrong` have been reported.
+    """
+
+    def broken(sections: Sections) -> Iterator[BrokenRule]:
+        for rule in broken_rules(sections):
+            if not any(_touches(tuple(key.split(".")), wrong) for key in rule.reads):
+                yield rule
+
+    base, resolved = list(broken(recipe)), recipe
+    for rule in base:
+        draft.report(tuple(rule.key.split(".")), rule.message)
+    data = recipe.data
+    if recipe.per_task and len(data.tasks) != 1 and not _touches(("data", "tasks"), wrong):
+        draft.report(("per_task",), "settings per task need exactly one task in data.tasks")
+    tasks = tuple(TASKS[data.suite]) or tuple(data.tasks)
+    for task, settings in recipe.per_task.items():
+        if task not in tasks:
+            if not _touches(("data", "suite"), wrong):
+                draft.report(("per_task", task), f"unknown task{choices(task, tasks)}")
+            continue
+        changes: dict[str, Any] = {"data": data.model_copy(update={"tasks": [task]})}
+        changed = set()
+        for name, section in (("train", settings.train), ("eval", settings.eval)):
+            keys = {
+                key
+                for key in section.model_fields_set
+                if not (key in (draft.values.get(name) or {}) and draft.is_override((name, key)))
+                or draft.is_override(("per_task", task, name, key))
+            }
+            update = {key: getattr(section, key) for key in keys}
+            changes[name] = getattr(recipe, name).model_copy(update=update)
+            changed |= {f"{name}.{key}" for key in keys}
+        variant = recipe.model_copy(update=changes)
+        for rule in broken(variant):
+            key = next((key for key in rule.reads if key in changed), None)
+            if key is not None and rule not in base:
+                draft.report(("per_task", task, *key.split(".")), rule.message)
+        if [task] == data.tasks:
+            resolved = variant
+    return resolved
 
 
-def _method_schemas(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    refs = [one["$ref"] for one in schema["properties"]["method"]["oneOf"]]
-    return [schema["$defs"][ref.rsplit("/", 1)[-1]] for ref in refs]
+def _touches(path: reader.Path, wrong: set[reader.Path]) -> bool:
+    """Whether a path in `wrong` is `path` itself, lies inside it or around it."""
+    return any(path[: len(other)] == other[: len(path)] for other in wrong)

@@ -1,66 +1,59 @@
-"""What is wrong with one value, and what would be right, in words taken from the schema."""
+"""Say what is wrong with one value of a recipe and what is allowed, in words from the schema."""
 
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moc_cli.recipe.methods import METHODS
+from moc_cli.recipe.methods import METHODS, MethodConfig
 from moc_cli.recipe.reader import Path
-from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.schema import RecipeFile
 from moc_cli.recipe.suggest import choices, nearest
 
-PER_TASK = "per_task"
 
-
-def locate(loc: tuple[int | str, ...]) -> tuple[Path, Any, type[BaseModel] | None]:
-    """Follow a pydantic location: the recipe's path, the annotation there, the section around it.
-
-    The annotation is None at an unknown key. Branches of a union are no part of the path.
+class Explanation(NamedTuple):
+    """The path of a mistake, a sentence about it, and for an unknown key the path that was meant
+    (otherwise the same path).
     """
-    path: Path = ()
-    current: Any = Recipe
-    around: type[BaseModel] | None = None
-    for part in loc:
-        section = _section(current)
-        if section is not None:
-            around, path = section, (*path, str(part))
-            field = section.model_fields.get(str(part))
-            if field is None:
-                return path, None, around
-            current = Annotated[(field.annotation, field)]
-        elif part in METHODS and path == ("method",):
-            current = METHODS[str(part)]
-        elif isinstance(part, int):
-            path, current = (*path, str(part)), _item(current)
-        else:
-            break
-    return path, current, around
+
+    path: Path
+    message: str
+    meant: Path
 
 
-def sentence(error: ErrorDetails) -> tuple[Path, str]:
-    """Return the path of a pydantic error and one sentence about it."""
-    path, annotation, around = locate(error["loc"])
+def explain(error: ErrorDetails) -> Explanation:
+    """Return where in the recipe a pydantic error lies, and what was found and what is allowed."""
+    path, annotation, section = _locate(error["loc"])
     value = error["input"]
+    words = _words(annotation)
+    if annotation is None and section is not None:
+        near = nearest(path[-1], section.model_fields)
+        return Explanation(path, _unknown_key(path, section), (*path[:-1], near or path[-1]))
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return _method_name(path, value)
-    if error["type"] == "missing":
-        return path, _missing(annotation, around, path)
-    if annotation is None and around is not None:
-        return path, _unknown_key(path, around)
-    if error["type"] in ("processes", "combination"):
-        return path, error["msg"]
-    words = list(_words(annotation))
-    if isinstance(value, str) and words:
-        return path, f"found {found(value)}{choices(value, _options(annotation, words))}"
-    return path, f"found {found(value)}; allowed: {describe(annotation)}"
+        path = (*path, "name")
+        message = method_name(value.get("name") if isinstance(value, dict) else value)
+    elif error["type"] == "missing":
+        message = _missing(annotation, section, path)
+    elif isinstance(value, str) and words:
+        message = f"found {show(value)}{choices(value, words)}"
+    else:
+        message = f"found {show(value)}; allowed: {describe(annotation)}"
+    return Explanation(path, message, path)
 
 
-def found(value: Any) -> str:
-    """Return a short picture of `value` as the user wrote it."""
+def method_name(name: Any) -> str:
+    """Return the sentence about a `name` that no method has."""
+    if isinstance(name, str):
+        return f"found {show(name)}{choices(name, METHODS)}"
+    start = "missing" if name is None else f"found {show(name)}"
+    return f"{start}; allowed: {', '.join(METHODS)}"
+
+
+def show(value: Any) -> str:
+    """Return `value` in short, as the user wrote it."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -74,54 +67,103 @@ def found(value: Any) -> str:
 
 
 def describe(annotation: Any) -> str:
-    """Return what a field allows: "a whole number of at least 1, or null"."""
-    plain, fields = _peel(annotation)
-    if get_origin(plain) in (Union, types.UnionType):
-        arms = [arm for arm in get_args(plain) if arm is not type(None)]
-        sections = [arm for arm in arms if _section(arm)]
-        if sections and len(sections) == len(arms) > 1:
-            return f"one of {', '.join(METHODS)}, or a section with a name"
-        null = ["null"] if type(None) in get_args(plain) else []
-        return ", or ".join([*(describe(arm) for arm in arms), *null])
-    section = _section(plain)
-    if section is not None:
-        return f"a section with the keys {', '.join(section.model_fields)}"
-    if get_origin(plain) is Literal:
-        return ", ".join(str(word) for word in get_args(plain))
-    if get_origin(plain) is list:
-        item = _peel(_item(plain))[0]
-        return "a list of texts" if item is str else f"a list of {describe(item)}"
-    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[plain]
-    return f"{kind}{_bounds(fields)}"
+    """Return what a field allows, for example "a whole number of at least 1, or null"."""
+    bounds: dict[str, Any] = {}
+    while get_origin(annotation) is Annotated:
+        annotation, *metadata = get_args(annotation)
+        for item in metadata:
+            for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
+                bounds |= {name: getattr(bound, name) for name in _BOUNDS if hasattr(bound, name)}
+    arguments = get_args(annotation)
+    if words := _words(annotation):
+        return ", ".join(words)
+    if annotation == MethodConfig:
+        return f"one of {', '.join(METHODS)}, or a section with a name"
+    if get_origin(annotation) in _UNIONS:
+        return ", or ".join(map(describe, arguments))
+    if get_origin(annotation) is list:
+        item, plural = arguments[0], {str: "texts", int: "whole numbers"}
+        arms = [bare(arm) for arm in (get_args(item) if get_origin(item) in _UNIONS else [item])]
+        known = all(arm in plural for arm in arms)
+        return f"a list of {' or '.join(plural[arm] for arm in arms) if known else describe(item)}"
+    if get_origin(annotation) is dict:
+        return "a section with task names as keys"
+    if issubclass(annotation, BaseModel):
+        return f"a section with the keys {', '.join(annotation.model_fields)}"
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if "min_length" in bounds:
+        limits = "that is not empty"
+    elif "ge" in bounds and "le" in bounds:
+        limits = f"from {bounds['ge']:g} to {bounds['le']:.10g}"
+    else:
+        parts = (f"{_BOUNDS[name]} {bounds[name]:g}" for name in _BOUNDS if name in bounds)
+        limits = " and ".join(parts)
+    return f"{kind[annotation]} {limits}".rstrip()
 
 
-def _bounds(fields: list[FieldInfo]) -> str:
-    limits: dict[str, Any] = {}
-    for field in fields:
-        for rule in field.metadata:
-            for name in ("ge", "gt", "le", "lt", "min_length"):
-                if getattr(rule, name, None) is not None:
-                    limits[name] = getattr(rule, name)
-    if "min_length" in limits:
-        return " that is not empty"
-    if "ge" in limits and "le" in limits:
-        return f" from {limits['ge']:g} to {limits['le']:.10g}"
-    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
-    told = [f"{word} {limits[name]:g}" for name, word in words.items() if name in limits]
-    return f" {' and '.join(told)}" if told else ""
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below", "min_length": ""}
+_UNIONS = (Union, types.UnionType)
 
 
-def _method_name(path: Path, value: Any) -> tuple[Path, str]:
-    name = value.get("name") if isinstance(value, dict) else value
-    if name is None:
-        return (*path, "name"), f"missing; allowed: {', '.join(METHODS)}"
-    if isinstance(name, str):
-        return (*path, "name"), f"found {found(name)}{choices(name, METHODS)}"
-    return (*path, "name"), f"found {found(name)}; allowed: {', '.join(METHODS)}"
+def bare(annotation: Any) -> Any:
+    """Return an annotation without its bounds and without `| None`."""
+    while arguments := get_args(annotation):
+        optional = get_origin(annotation) in _UNIONS and arguments[1:] == (types.NoneType,)
+        if get_origin(annotation) is not Annotated and not optional:
+            break
+        annotation = arguments[0]
+    return annotation
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class of `Section` or `Section | None`; None for any other annotation."""
+    plain = bare(annotation)
+    return plain if isinstance(plain, type) and issubclass(plain, BaseModel) else None
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[Path, Any, type[BaseModel] | None]:
+    """Follow a pydantic location: the path in the recipe, the annotation there, the section around.
+
+    The annotation is None at an unknown key. Branches of a union are not part of the path.
+    """
+    path: Path = ()
+    annotation: Any = RecipeFile
+    around: type[BaseModel] | None = None
+    for part in loc:
+        plain = bare(annotation)
+        if plain == MethodConfig and part in METHODS:
+            annotation = METHODS[str(part)]
+            continue
+        if section := section_of(plain):
+            around = section
+            field = section.model_fields.get(str(part))
+            annotation = field.rebuild_annotation() if field else None
+        elif get_origin(plain) in (list, dict):
+            annotation = get_args(plain)[-1]
+        else:
+            break
+        path = (*path, str(part))
+        if annotation is None:
+            break
+    return path, annotation, around
+
+
+def _words(annotation: Any) -> list[str]:
+    """Return the words a field allows, null among them; none if it allows anything else."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if annotation is types.NoneType:
+        return ["null"]
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    arms = [_words(arm) for arm in get_args(annotation)]
+    if get_origin(annotation) in _UNIONS and all(arms):
+        return [word for arm in arms for word in arm]
+    return []
 
 
 def _missing(annotation: Any, around: type[BaseModel] | None, path: Path) -> str:
-    section = _section(annotation)
+    section = section_of(annotation)
     if section is None:
         about = around.model_fields[path[-1]].description if around else ""
         return f"missing, and it has no default ({about}); allowed: {describe(annotation)}"
@@ -131,71 +173,25 @@ def _missing(annotation: Any, around: type[BaseModel] | None, path: Path) -> str
 
 def _unknown_key(path: Path, around: type[BaseModel]) -> str:
     key, allowed = path[-1], list(around.model_fields)
-    if around is Recipe:
-        allowed.append(PER_TASK)
-    homes = [home for home in _homes(key) if home != ".".join(path[:-1])]
-    holders = [name for name, cls in METHODS.items() if key in cls.model_fields]
+    holders = [name for name, method in METHODS.items() if key in method.model_fields]
     if around in METHODS.values() and holders:
         own = around.model_fields["name"].default
         return (
             f"method '{own}' has no such key (it belongs to {', '.join(holders)}); "
             f"allowed: {', '.join(allowed)}"
         )
-    if homes and nearest(key, allowed) is None:
-        return f"unknown key; it belongs under '{homes[0]}'; allowed here: {', '.join(allowed)}"
+    home = next(_homes(key), None)
+    if home is not None and nearest(key, allowed) is None:
+        return f"unknown key; it belongs under '{home}'; allowed here: {', '.join(allowed)}"
     return f"unknown key{choices(key, allowed)}"
 
 
 def _homes(key: str) -> Iterator[str]:
-    """Yield the sections that do have `key`."""
-    pending: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
-    for prefix, section in pending:
-        if key in section.model_fields and prefix:
-            yield prefix
+    """Yield the sections that have `key`, outer ones first."""
+    pending: list[tuple[Path, type[BaseModel]]] = [((), RecipeFile)]
+    for path, section in pending:
+        if path and key in section.model_fields:
+            yield ".".join(path)
         for name, field in section.model_fields.items():
-            inner = list(METHODS.values()) if name == "method" else [_section(field.annotation)]
-            where = f"{prefix}.{name}" if prefix else name
-            pending.extend((where, cls) for cls in inner if cls is not None)
-
-
-def _options(annotation: Any, words: list[str]) -> list[str]:
-    """Return the words a field allows, with null where that is allowed too."""
-    plain, _ = _peel(annotation)
-    return [*words, "null"] if type(None) in get_args(plain) else words
-
-
-def _words(annotation: Any) -> Iterator[str]:
-    """Yield the literal words a field allows, if it allows nothing else (null aside)."""
-    plain, _ = _peel(annotation)
-    if get_origin(plain) is Literal:
-        yield from (word for word in get_args(plain) if isinstance(word, str))
-    elif get_origin(plain) in (Union, types.UnionType):
-        arms = [arm for arm in get_args(plain) if arm is not type(None)]
-        if all(get_origin(_peel(arm)[0]) is Literal for arm in arms):
-            for arm in arms:
-                yield from _words(arm)
-
-
-def _peel(annotation: Any) -> tuple[Any, list[FieldInfo]]:
-    """Take `Annotated` off: the plain type and the FieldInfos that bound it, outermost last."""
-    fields: list[FieldInfo] = []
-    while get_origin(annotation) is Annotated:
-        annotation, *metadata = get_args(annotation)
-        fields = [item for item in metadata if isinstance(item, FieldInfo)] + fields
-    return annotation, fields
-
-
-def _item(annotation: Any) -> Any:
-    plain, _ = _peel(annotation)
-    return get_args(plain)[0]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class of an annotation, also of `Section | None`."""
-    plain, _ = _peel(annotation)
-    if isinstance(plain, type) and issubclass(plain, BaseModel):
-        return plain
-    arms = [arm for arm in get_args(plain) if arm is not type(None)]
-    if get_origin(plain) in (Union, types.UnionType) and len(arms) == 1:
-        return _section(arms[0])
-    return None
+            inner = METHODS.values() if name == "method" else [section_of(field.annotation)]
+            pending.extend(((*path, name), cls) for cls in inner if cls is not None)

@@ -1,6 +1,6 @@
-"""The `method` section: one closed class a method, told apart by `name`.
+"""The `method` section: one closed class for each method, chosen by `name`.
 
-To add a method: write its class with a `name: Literal["..."]` and name it in `MethodConfig`.
+To add a method: write its class with a `name: Literal["..."]` and add it to `MethodConfig`.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -17,7 +17,7 @@ from moc_cli.recipe.types import (
     Section,
     Share,
     Text,
-    one_or_more,
+    Texts,
     section,
 )
 
@@ -25,156 +25,169 @@ Sites = Literal["attn", "ffn", "attn+ffn"]
 
 
 class Place(Section):
-    """Where one control is attached, as paths of modules inside a layer; "" is the layer itself."""
+    """Where one control is attached: paths of modules inside a layer; "" is the layer itself."""
 
-    read: str = Field(description="module whose input is the residual stream x_t")
-    write: str = Field(description="module to whose output the control is added")
+    read: str = Field(description="path of the module whose input is the residual stream x_t")
+    write: str = Field(description="path of the module whose output the control is added to")
 
 
 class Placement(Section):
-    """Where the controls go in a model that the table of families does not know."""
+    """Where the controls are attached in a model whose family is not built in."""
 
     layers: Text = Field(description="path of the list of layers inside the base model")
-    attn: Place = Field(description="places of the attention site")
-    ffn: Place = Field(description="places of the FFN site")
-    causal: bool = Field(description="true for decoders, false for encoders")
+    attn: Place = Field(description="where the control of the attention block is attached")
+    ffn: Place = Field(description="where the control of the FFN block is attached")
+    causal: bool = Field(description="true for a decoder, false for an encoder")
 
 
 class Gate(Section):
     """How the gate scores the controls."""
 
     kind: Literal["cosine", "linear"] = Field(
-        default="cosine", description="cosine similarity in a projected space, or W x"
+        default="cosine",
+        description="cosine: similarity in a projected space; linear: W x",
     )
     projection_dim: Positive = Field(
-        default=256, description="width of the cosine gate's projection"
+        default=256, description="dimension of the projected space of the cosine gate"
     )
     estimator: Literal["renormalized", "straight_through", "probability"] = Field(
-        default="renormalized", description="weights of the routed controls and their gradient"
+        default="renormalized",
+        description="how the routed controls are weighted, and how the gate gets its gradient",
     )
 
 
 class Routing(Section):
-    """Who votes for the routed controls, and how votes are counted."""
+    """Which tokens decide about the routed controls, and how their votes are counted."""
 
     level: Literal["batch", "sample", "token"] = Field(
-        default="batch", description="who decides together in training"
+        default="batch",
+        description="in training, one decision for each batch, sample (row) or token",
     )
     vote: Literal["mean", "mode"] = Field(
-        default="mean", description="rank the mean probability, or count each voter's top K"
+        default="mean",
+        description="mean: highest mean probability; mode: most often in a token's top K",
     )
     exclude_local: bool = Field(
-        default=False, description="a site may not route to its own control"
+        default=False, description="if true, a site may not route to its own control"
     )
     decode: Literal["frozen", "running"] = Field(
-        default="frozen", description="keep the prompt's route, or update it with each new token"
+        default="frozen",
+        description="during generation, frozen: keep the route of the prompt; "
+        "running: update it with each new token",
     )
 
 
 class Balance(Section):
     """The loss that keeps all controls in use."""
 
-    weight: AtLeastZero = Field(default=0.01, description="lambda; 0 switches the loss off")
+    weight: AtLeastZero = Field(default=0.01, description="factor lambda of the loss; 0: no loss")
     f: Literal["top_k", "choice"] = Field(
-        default="top_k", description="f_j from each token's own top K, or from the batch's choice"
+        default="top_k",
+        description="f_j counts, top_k: each token's own top K; choice: the controls that are used",
     )
-    reduce: Literal["sum", "mean"] = Field(default="sum", description="over the sites")
+    reduce: Literal["sum", "mean"] = Field(
+        default="sum", description="how the losses of the sites are combined"
+    )
 
 
 class MocMethod(Section):
     """Mixture-of-Control: a local control at each site, plus K routed ones from a shared pool."""
 
-    name: Literal["moc"] = Field(default="moc", description="the method")
+    name: Literal["moc"] = Field(default="moc", description="name of the method")
     rank: Positive = Field(default=64, description="rank r of each control")
-    scale: AboveZero = Field(default=1.0, description="factor of every control's output")
-    sites: Sites = Field(default="attn+ffn", description="blocks that hold a control")
+    scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
+    sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
     share_gate: bool = Field(
-        default=True, description="one gate and pool for both sites, or one for each"
+        default=True,
+        description="true: one gate and one pool for both sites; false: one for each site",
     )
-    alpha: Share = Field(default=0.95, description="weight of the local control; 1-alpha is routed")
-    top_k: Count = Field(default=1, description="routed controls K; 0 is the method control")
+    alpha: Share = Field(
+        default=0.95, description="weight of the local control; the routed controls get 1 - alpha"
+    )
+    top_k: Count = Field(
+        default=1, description="number K of routed controls; 0 is the method control"
+    )
     gate: Gate = section("how controls are scored")
-    routing: Routing = section("who votes, and how")
+    routing: Routing = section("which tokens decide about the routed controls, and how")
     balance: Balance = section("the load-balance loss")
     placement: Placement | None = Field(
-        default=None, description="where controls go in a model of unknown family"
+        default=None,
+        description="where controls are attached, for a model whose family is not built in",
     )
 
 
 class ControlMethod(Section):
-    """Parallel Control: a control at each site, none routed."""
+    """Parallel Control: a control at each site, without routing."""
 
-    name: Literal["control"] = Field(default="control", description="the method")
+    name: Literal["control"] = Field(default="control", description="name of the method")
     rank: Positive = Field(default=64, description="rank r of each control")
-    scale: AboveZero = Field(default=1.0, description="factor of every control's output")
-    sites: Sites = Field(default="attn+ffn", description="blocks that hold a control")
+    scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
+    sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
     placement: Placement | None = Field(
-        default=None, description="where controls go in a model of unknown family"
+        default=None,
+        description="where controls are attached, for a model whose family is not built in",
     )
 
 
 Init = Literal[
     "default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "orthogonal"
 ]
-Targets = Annotated[list[Text], BeforeValidator(one_or_more), Field(min_length=1)]
 MixWeight = PositiveShare | Literal["learned"]
 
 
-class LoraMethod(Section):
+class _LowRank(Section):
+    """What the methods of low-rank updates share."""
+
+    name: str
+    rank: Positive = Field(default=32, description="rank r of A and B")
+    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
+    dropout: BelowOne = Field(default=0.05, description="dropout rate on the input of A")
+    targets: Texts | None = Field(
+        default=None,
+        description="names of linear modules in a layer; null: the query, key, value, up and down "
+        "projections",
+    )
+
+
+class LoraMethod(_LowRank):
     """LoRA through peft: W x + alpha/rank · B A x in chosen linear modules."""
 
-    name: Literal["lora"] = Field(default="lora", description="the method")
-    rank: Positive = Field(default=32, description="rank r of A and B")
-    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
-    dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
-    init: Init = Field(default="default", description="how A and B start (peft's names)")
-    targets: Targets | None = Field(
-        default=None, description="linear modules of a layer; null is q, k, v, up and down"
-    )
+    name: Literal["lora"] = Field(default="lora", description="name of the method")
+    init: Init = Field(default="default", description="initialization of A and B, by peft's names")
 
 
-class DoraMethod(Section):
+class DoraMethod(_LowRank):
     """DoRA through peft: LoRA on the direction of each weight, and a learned magnitude."""
 
-    name: Literal["dora"] = Field(default="dora", description="the method")
-    rank: Positive = Field(default=32, description="rank r of A and B")
-    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
-    dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
-    init: Init = Field(default="default", description="how A and B start (peft's names)")
-    targets: Targets | None = Field(
-        default=None, description="linear modules of a layer; null is q, k, v, up and down"
-    )
+    name: Literal["dora"] = Field(default="dora", description="name of the method")
+    init: Init = Field(default="default", description="initialization of A and B, by peft's names")
 
 
 class LayerGate(Section):
     """How the gate scores the layers."""
 
     kind: Literal["cosine", "linear"] = Field(
-        default="cosine", description="cosine similarity in a projected space, or W x"
+        default="cosine",
+        description="cosine: similarity in a projected space; linear: W x",
     )
     projection_dim: Positive = Field(
-        default=256, description="width of the cosine gate's projection"
+        default=256, description="dimension of the projected space of the cosine gate"
     )
 
 
 class LayerBalance(Section):
     """The loss that keeps all layers in use."""
 
-    weight: AtLeastZero = Field(default=0.01, description="lambda; 0 switches the loss off")
+    weight: AtLeastZero = Field(default=0.01, description="factor lambda of the loss; 0: no loss")
 
 
-class MolexMethod(Section):
-    """Mixture of Layer Experts: each layer, with LoRA, mixed with one that a shared gate picks."""
+class MolexMethod(_LowRank):
+    """Mixture of Layer Experts: each layer, with LoRA, mixed with another that a gate picks."""
 
-    name: Literal["molex"] = Field(default="molex", description="the method")
-    rank: Positive = Field(default=32, description="rank r of A and B")
-    alpha: Positive = Field(default=64, description="the product is scaled by alpha/rank")
-    dropout: BelowOne = Field(default=0.05, description="dropout of A's input")
-    targets: Targets | None = Field(
-        default=None, description="linear modules of a layer; null is q, k, v, up and down"
-    )
+    name: Literal["molex"] = Field(default="molex", description="name of the method")
     weight: MixWeight = Field(
-        default=0.95, description="weight of the layer itself, or learned; the rest is the second's"
+        default=0.95,
+        description="weight of the layer itself, or learned; the second layer gets the rest",
     )
     gate: LayerGate = section("how layers are scored")
     balance: LayerBalance = section("the load-balance loss")
@@ -194,6 +207,8 @@ def expand_method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+_Names: Any = Literal[tuple(METHODS)]
+_Full = Annotated[MethodConfig, Field(discriminator="name")]
 MethodSection = Annotated[
-    Annotated[MethodConfig, Field(discriminator="name")], BeforeValidator(expand_method)
+    _Full, BeforeValidator(expand_method, json_schema_input_type=_Names | _Full)
 ]

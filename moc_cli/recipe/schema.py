@@ -1,11 +1,11 @@
 """The recipe: everything a run needs, as closed, frozen sections with Hugging Face's key names.
 
-The combinations of values that make no sense together are in `rules`.
+Combinations of values that cannot work together are in `rules`.
 """
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from moc_cli.recipe.methods import MethodSection
@@ -16,11 +16,13 @@ from moc_cli.recipe.types import (
     BelowOne,
     Count,
     Positive,
+    RowLength,
     Section,
     Seed,
     Share,
     StepLimit,
     Text,
+    Texts,
     one_or_more,
     refuse_bool,
     section,
@@ -42,26 +44,45 @@ class ModelSection(Section):
         description="hub id, local folder, or builtin:<name> for a model inside this package"
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
-    tokenizer_name: Text | None = Field(default=None, description="null: the model's own")
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
-        default=None, description="null: what transformers chooses"
+    tokenizer_name: Text | None = Field(
+        default=None, description="hub id or local folder; null: that of the model"
     )
-    trust_remote_code: bool = Field(default=False, description="run code from the model's folder")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        default=None, description="attention code of transformers; null: its own choice"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code from the folder of the model"
+    )
 
 
 class ColumnsSection(Section):
-    """Names of the columns of one's own rows, where they are not the usual ones."""
+    """Names of the columns of a custom dataset, where they are not the usual ones."""
 
-    text: Text | None = Field(default=None, description="null: text, sentence or sentence1")
-    text_pair: Text | None = Field(default=None, description="null: text_pair or sentence2, if any")
-    label: Text | None = Field(default=None, description="null: label, labels or score")
-    instruction: Text | None = Field(default=None, description="null: instruction or prompt")
-    input: Text | None = Field(default=None, description="null: input, if any")
-    output: Text | None = Field(default=None, description="null: output, response or completion")
-    messages: Text | None = Field(default=None, description="null: messages or conversation")
+    text: Text | None = Field(
+        default=None, description="text column; null: text, sentence or sentence1"
+    )
+    text_pair: Text | None = Field(
+        default=None,
+        description="second text column; null: text_pair or sentence2, if there is one",
+    )
+    label: Text | None = Field(
+        default=None, description="label column; null: label, labels or score"
+    )
+    instruction: Text | None = Field(
+        default=None, description="instruction column; null: instruction or prompt"
+    )
+    input: Text | None = Field(
+        default=None, description="input column; null: input, if there is one"
+    )
+    output: Text | None = Field(
+        default=None, description="output column; null: output, response or completion"
+    )
+    messages: Text | None = Field(
+        default=None, description="column of the conversation; null: messages or conversation"
+    )
 
 
-def _tasks_but_for_custom(schema: dict[str, Any]) -> None:
+def _tasks_are_optional_for_custom(schema: dict[str, Any]) -> None:
     """Say in the JSON schema what `DataSection` fills in by itself."""
     schema["required"].remove("tasks")
     custom = {"properties": {"suite": {"const": "custom"}}}
@@ -69,21 +90,23 @@ def _tasks_but_for_custom(schema: dict[str, Any]) -> None:
 
 
 class DataSection(Section):
-    """What is learned and tested."""
+    """The data for training and evaluation."""
 
-    model_config = ConfigDict(json_schema_extra=_tasks_but_for_custom)
+    model_config = ConfigDict(json_schema_extra=_tasks_are_optional_for_custom)
 
-    suite: Suite = Field(description="benchmark; custom: rows of one's own")
-    tasks: Annotated[list[Text], BeforeValidator(one_or_more), Field(min_length=1)] = Field(
-        description="task names; one for glue; for custom any name, by default 'custom'"
+    suite: Suite = Field(description="a benchmark, or custom for a custom dataset")
+    tasks: Texts = Field(
+        description="task names; several only for questions with options; for custom, one name "
+        "of your choice, by default custom"
     )
     path: Text | None = Field(
         default=None,
-        description="folder of <task>/<split>.jsonl.gz, null: the hub; for custom a .jsonl, .json, "
-        ".csv, .tsv or .parquet file, a folder of train, validation and test files, or a hub id",
+        description="folder with <task>/<split>.jsonl.gz; null: the hub. For custom: a .jsonl, "
+        ".json, .csv, .tsv or .parquet file, a folder of train, validation and test files, or a "
+        "hub id",
     )
     format: Format | None = Field(
-        default=None, description="custom: what the rows are; null: told by their columns"
+        default=None, description="custom: format of the rows; null: found from their columns"
     )
     columns: ColumnsSection = section("custom: names of the columns")
     labels: Annotated[list[ClassLabel], Field(min_length=2)] | None = Field(
@@ -91,78 +114,99 @@ class DataSection(Section):
         description="custom: the classes, in the order of the outputs; null: those of the "
         "training rows, sorted",
     )
-    max_length: Annotated[Positive, Field(ge=8)] = Field(
-        default=256, description="tokens a row; longer rows are cut and counted"
+    max_length: RowLength = Field(
+        default=256, description="maximum tokens per row; longer rows are cut, and counted"
     )
     train_on_inputs: bool = Field(
-        default=True, description="loss on the prompt too; for custom false by default"
+        default=True,
+        description="also compute the loss on the prompt; for custom, false by default",
     )
-    max_train_samples: Positive | None = Field(default=None, description="rows; null: all")
+    max_train_samples: Positive | None = Field(
+        default=None, description="maximum number of training rows; null: all"
+    )
     max_eval_samples: Positive | None = Field(
-        default=None, description="rows a task, in evaluation during training; null: all"
+        default=None, description="maximum rows per task in evaluation during training; null: all"
     )
     held_out: Count = Field(
         default=120,
-        description="commonsense, and custom without a validation file: training rows kept for "
-        "validation",
+        description="training rows held out for validation, where the data has no validation "
+        "split (commonsense, custom)",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _own_defaults(cls, value: Any) -> Any:
-        """Fill in what has another default for one's own rows."""
+        """Fill in what has another default for a custom dataset."""
         if not isinstance(value, dict) or value.get("suite") != "custom":
             return value
         return {"tasks": [CUSTOM_TASK], "train_on_inputs": False} | value
 
 
 class TrainSection(Section):
-    """How the controls are optimised."""
+    """The optimization."""
 
-    num_train_epochs: AboveZero = Field(default=3.0, description="passes over the data")
+    former = {"optim": "adamw"}
+
+    num_train_epochs: AboveZero = Field(default=3.0, description="passes over the training data")
     max_steps: StepLimit = Field(
-        default=-1, description="optimizer steps; -1: what num_train_epochs gives"
+        default=-1, description="number of optimizer steps; -1: as many as num_train_epochs gives"
     )
-    per_device_train_batch_size: Positive = Field(default=16, description="rows a micro-batch")
-    gradient_accumulation_steps: Positive = Field(default=1, description="micro-batches a step")
-    learning_rate: AboveZero = Field(default=3e-4, description="peak rate")
-    weight_decay: AtLeastZero = Field(default=0.01, description="none on gates, biases, norms")
-    adam_beta1: BelowOne = Field(default=0.9, description="decay of the first moment")
-    adam_beta2: BelowOne = Field(default=0.999, description="decay of the second moment")
-    adam_epsilon: AboveZero = Field(default=1e-8, description="added to the root")
-    max_grad_norm: AtLeastZero = Field(default=1.0, description="clip to this norm; 0: off")
+    per_device_train_batch_size: Positive = Field(default=16, description="rows per micro-batch")
+    gradient_accumulation_steps: Positive = Field(
+        default=1, description="micro-batches per optimizer step"
+    )
+    learning_rate: AboveZero = Field(default=3e-4, description="peak learning rate")
+    weight_decay: AtLeastZero = Field(
+        default=0.01, description="decay of the weights, not of gates, biases and norms"
+    )
+    adam_beta1: BelowOne = Field(default=0.9, description="decay of the first moment of AdamW")
+    adam_beta2: BelowOne = Field(default=0.999, description="decay of the second moment of AdamW")
+    adam_epsilon: AboveZero = Field(default=1e-8, description="term in the denominator of AdamW")
+    max_grad_norm: AtLeastZero = Field(
+        default=1.0, description="clip gradients to this norm; 0: no clipping"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="shape of the rate after the warm-up"
+        default="linear", description="how the learning rate changes after the warm-up"
     )
-    warmup_steps: Count = Field(default=0, description="steps of linear warm-up")
+    warmup_steps: Count = Field(default=0, description="number of steps of linear warm-up")
     warmup_ratio: Share = Field(default=0.0, description="warm-up as a share of all steps")
-    bf16: bool = Field(default=False, description="base model in bfloat16; controls stay float32")
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations")
-    group_by_length: bool = Field(default=True, description="rows of like length together")
-    optim: Literal["adamw"] = Field(default="adamw", description="optimizer")
+    bf16: bool = Field(
+        default=False, description="base model in bfloat16; trained parameters stay float32"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass to save memory"
+    )
+    group_by_length: bool = Field(
+        default=True, description="put rows of similar length into one batch"
+    )
 
 
 class EvalSection(Section):
     """When and how the model is scored."""
 
     per_device_eval_batch_size: Positive | Literal["auto"] = Field(
-        default="auto", description="rows a batch; auto: what fits in memory"
+        default="auto", description="rows per batch; auto: as many as fit in memory"
     )
     eval_strategy: When = Field(default="no", description="when to evaluate during training")
-    eval_steps: Positive | None = Field(default=None, description="with eval_strategy: steps")
+    eval_steps: Positive | None = Field(
+        default=None, description="steps between evaluations, for eval_strategy: steps"
+    )
     metric_for_best_model: Metric | None = Field(
-        default=None, description="null: the task's own metric"
+        default=None,
+        description="metric that selects the best model; null: the main one of the task",
     )
     early_stopping_patience: Positive | None = Field(
-        default=None, description="evaluations without improvement before the run stops"
+        default=None,
+        description="evaluations without improvement before the run stops; null: never",
     )
     protocol: Literal["rank", "generate"] = Field(
         default="rank",
-        description="questions: rank the options by their likelihood, or generate an answer",
+        description="for questions with options: rank the options by likelihood, or generate an "
+        "answer",
     )
-    before: bool = Field(default=True, description="score the untrained model first")
+    before: bool = Field(default=True, description="score the model before training too")
     max_samples: Positive | None = Field(
-        default=None, description="rows a task in the final score; null: all"
+        default=None, description="maximum rows per task in the final evaluation; null: all"
     )
 
 
@@ -171,59 +215,84 @@ class OutputSection(Section):
 
     output_dir: Text = Field(description="the run folder")
     save_strategy: When = Field(default="steps", description="when to write a checkpoint")
-    save_steps: Positive = Field(default=500, description="with save_strategy: steps")
+    save_steps: Positive = Field(
+        default=500, description="steps between checkpoints, for save_strategy: steps"
+    )
     save_total_limit: Positive | None = Field(
-        default=2, description="checkpoints kept, best and last among them; null: all"
+        default=2,
+        description="number of checkpoints to keep, the best and the last among them; null: all",
     )
-    logging_steps: Positive = Field(default=10, description="steps between lines of metrics")
-    report_to: Annotated[list[Tracker], BeforeValidator(one_or_more)] = Field(
-        default_factory=list, description="trackers"
+    logging_steps: Positive = Field(
+        default=10, description="steps between two lines of training metrics"
     )
-
-
-def _one_process(value: Any) -> Any:
-    if isinstance(value, int) and value > 1:
-        raise PydanticCustomError(
-            "processes", "found {n}; only 1 process is supported for now", {"n": value}
-        )
-    return value
+    report_to: Annotated[
+        list[Tracker],
+        BeforeValidator(one_or_more, json_schema_input_type=Tracker | list[Tracker]),
+    ] = Field(default_factory=list, description="experiment trackers to log to")
 
 
 class LaunchSection(Section):
-    """Where the run takes place."""
+    """The machine."""
+
+    former = {"num_processes": 1}
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: the GPU if there is one"
+        default="auto", description="where to run; auto: the GPU if there is one"
     )
     num_threads: Positive | None = Field(
-        default=None, description="CPU threads; null: what torch chooses"
-    )
-    num_processes: Annotated[Positive, BeforeValidator(_one_process), Field(le=1)] = Field(
-        default=1, description="only 1 for now"
+        default=None, description="number of CPU threads; null: the choice of torch"
     )
 
 
-class Recipe(Section):
-    """One run, whole."""
+class Sections(Section):
+    """The sections of a recipe, each valid by itself."""
 
-    seed: Seed = Field(default=42, description="seed of initialisation, order and dropout")
-    model: ModelSection = Field(description="the frozen model")
+    seed: Seed = Field(default=42, description="seed of initialization, row order and dropout")
+    model: ModelSection = Field(description="the frozen base model")
     method: MethodSection = Field(
         default="moc", validate_default=True, description="what is trained"
     )
-    data: DataSection = Field(description="what is learned and tested")
-    train: TrainSection = section("the optimisation")
-    eval: EvalSection = section("the scoring")
-    output: OutputSection = Field(description="the run folder")
+    data: DataSection = Field(description="the data for training and evaluation")
+    train: TrainSection = section("the optimization")
+    eval: EvalSection = section("when and how the model is scored")
+    output: OutputSection = Field(description="what is written, where and when")
     launch: LaunchSection = section("the machine")
 
+
+class Recipe(Sections):
+    """Everything a run needs, with no impossible combination in it."""
+
     @model_validator(mode="after")
-    def _sensible(self, info: ValidationInfo) -> Self:
-        """Refuse impossible combinations, unless the caller gathers them itself."""
+    def _check_rules(self) -> Self:
         from moc_cli.recipe.rules import broken_rules
 
-        if not (info.context and info.context.get("rules_later")):
-            broken = [f"{rule.key}: {rule.message}" for rule in broken_rules(self)]
-            if broken:
-                raise PydanticCustomError("combination", "{broken}", {"broken": "; ".join(broken)})
+        broken = "; ".join(f"{rule.key}: {rule.message}" for rule in broken_rules(self))
+        if broken:
+            raise PydanticCustomError("combination", "{broken}", {"broken": broken})
         return self
+
+
+class TaskSettings(Section):
+    """Other values of `train` and `eval` for one task."""
+
+    train: TrainSection = section("values of the section train")
+    eval: EvalSection = section("values of the section eval")
+
+
+class RecipeFile(Sections):
+    """A recipe file: the sections of a recipe, and values that hold for single tasks only.
+
+    The entry of the one task in `data.tasks` goes over the other sections, and under `--set`.
+    """
+
+    per_task: Annotated[
+        dict[str, TaskSettings], BeforeValidator(lambda value: {} if value is None else value)
+    ] = Field(default={}, description="values of train and eval for single tasks, by task name")
+
+
+# Former keys of older versions, dotted, with the only value they could have.
+FORMER = {
+    f"{name}.{key}": value
+    for name, section in (("train", TrainSection), ("launch", LaunchSection))
+    for key, value in section.former.items()
+}

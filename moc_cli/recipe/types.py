@@ -1,6 +1,6 @@
-"""The kinds of value a recipe holds: every section is closed and frozen, every number bounded."""
+"""The types of value in a recipe: every section is closed and frozen, every number has bounds."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,15 +17,22 @@ class Section(BaseModel):
         defer_build=True,  # one validator, of the whole recipe, when it is first needed
     )
 
+    # Keys that older versions wrote into every run folder, with the only value they could have.
+    former: ClassVar[dict[str, Any]] = {}
+
     @model_validator(mode="before")
     @classmethod
-    def _empty(cls, value: Any) -> Any:
-        """Read a section with nothing under its name as one that leaves all to the defaults."""
-        return {} if value is None else value
+    def _normalize(cls, value: Any) -> Any:
+        """Read an empty section as one with all defaults; drop former keys with their old value."""
+        if value is None:
+            return {}
+        if cls.former and isinstance(value, dict):
+            return {k: v for k, v in value.items() if k not in cls.former or v != cls.former[k]}
+        return value
 
 
 def section(description: str) -> Any:
-    """Return the field of a section whose keys all have defaults."""
+    """Return the field for a section whose keys all have defaults."""
     return Field(default={}, validate_default=True, description=description)
 
 
@@ -46,16 +53,18 @@ def one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-_Int = Annotated[int, BeforeValidator(refuse_bool)]
-_Float = Annotated[float, BeforeValidator(refuse_bool)]
+_NUMBER = BeforeValidator(refuse_bool)
 
-Count = Annotated[_Int, Field(ge=0)]
-Positive = Annotated[_Int, Field(ge=1)]
-Seed = Annotated[_Int, Field(ge=0, le=2**32 - 1)]
-StepLimit = Annotated[_Int, Field(ge=-1)]
-AtLeastZero = Annotated[_Float, Field(ge=0)]
-AboveZero = Annotated[_Float, Field(gt=0)]
-Share = Annotated[_Float, Field(ge=0, le=1)]
-PositiveShare = Annotated[_Float, Field(gt=0, le=1)]
-BelowOne = Annotated[_Float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0), _NUMBER]
+Positive = Annotated[int, Field(ge=1), _NUMBER]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _NUMBER]
+StepLimit = Annotated[int, Field(ge=-1), _NUMBER]
+RowLength = Annotated[int, Field(ge=8), _NUMBER]
+AtLeastZero = Annotated[float, Field(ge=0), _NUMBER]
+AboveZero = Annotated[float, Field(gt=0), _NUMBER]
+Share = Annotated[float, Field(ge=0, le=1), _NUMBER]
+PositiveShare = Annotated[float, Field(gt=0, le=1), _NUMBER]
+BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Text = Annotated[str, Field(min_length=1)]
+TextList = Annotated[list[Text], Field(min_length=1)]
+Texts = Annotated[TextList, BeforeValidator(one_or_more, json_schema_input_type=Text | TextList)]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from moc_cli.errors import RunError
+from moc_cli.recipe.schema import FORMER
 
 # Key or section -> what to tell the user when it changed; "" where nothing needs to be told.
 CHANGEABLE = {
@@ -54,7 +55,7 @@ def check_recipe(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     remarks, refused = [], []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
-        if old == new:
+        if old == new or key in FORMER and new is None and old == FORMER[key]:
             continue
         rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
         if not rule:

@@ -3,7 +3,8 @@
 import pytest
 
 from moc_cli.errors import RecipeError
-from moc_cli.recipe.load import json_schema, load_recipe
+from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.reference import json_schema
 
 MINIMAL = """model: {model_name_or_path: some/model}
 output: {output_dir: run}
@@ -45,59 +46,6 @@ def test_own_rows_need_only_a_path(recipe):
 def test_labels_may_be_words_or_numbers(recipe):
     assert recipe("{suite: custom, path: p, labels: [no, yes]}").data.labels == ["no", "yes"]
     assert recipe("{suite: custom, path: p, labels: [1, 0]}").data.labels == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        (
-            "{suite: custom}",
-            "data.path: suite 'custom' needs the path of your rows: a file, a folder or a hub id",
-        ),
-        (
-            "{suite: custom, path: p, tasks: [a, b]}",
-            "data.tasks: custom trains one task a run, found 2",
-        ),
-        (
-            "{suite: custom, path: p, tasks: mrpc}",
-            "data.tasks.0: 'mrpc' is a benchmark's task; give your own another name",
-        ),
-        (
-            "{suite: custom, path: p, format: chats}",
-            "data.format: found 'chats'; did you mean 'chat'? "
-            "allowed: instruction, chat, text, classification, regression, null",
-        ),
-        (
-            "{suite: custom, path: p, columns: {lable: x}}",
-            "data.columns.lable: unknown key; did you "
-            "mean 'label'? allowed: text, text_pair, label, instruction, input, output, messages",
-        ),
-        (
-            "{suite: custom, path: p, format: chat, columns: {text: x}}",
-            "data.columns.text: format 'chat' reads no such column; it reads messages",
-        ),
-        (
-            "{suite: custom, path: p, format: text, labels: [a, b]}",
-            "data.labels: labels are for format 'classification', data.format is 'text'",
-        ),
-        ("{suite: custom, path: p, labels: [a, a]}", "data.labels: label 'a' is listed twice"),
-        (
-            "{suite: glue}",
-            "data.tasks: missing, and it has no default (task names; one for glue; for "
-            "custom any name, by default 'custom'); allowed: a list of texts",
-        ),
-        (
-            "{suite: glue, tasks: rte, format: text}",
-            "data.format: only suite 'custom' reads this key, data.suite is 'glue'",
-        ),
-        (
-            "{suite: glue, tasks: rte, columns: {text: x}}",
-            "data.columns: only suite 'custom' reads this key, data.suite is 'glue'",
-        ),
-    ],
-)
-def test_what_cannot_work_is_refused(recipe, data, problem):
-    assert refused(recipe, data) == [problem]
 
 
 def test_a_format_has_its_own_metrics(recipe):
