@@ -233,7 +233,7 @@ class Session:
 
         def observe(report: StepReport) -> None:
             self.step = report.step
-            bar.observe(report)
+            bar.observe_step(report)
 
         try:
             with bar:

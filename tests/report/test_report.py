@@ -158,17 +158,20 @@ def test_numbers_in_words() -> None:
     assert tables.hundredths(float("nan")) == tables.hundredths(None) == "–"
 
 
+@dataclass(frozen=True)
+class Step:
+    step: int
+    loss: float
+    examples: int
+    tokens: int
+    seconds: float
+    memory: int = 2_000_000
+
+
 def run(bar: progress.TrainProgress, steps: int) -> None:
     with bar:
-        for step in range(1, steps + 1):
-            bar.update(
-                step=step,
-                loss=1 / step,
-                examples=16 * step,
-                tokens=1000 * step,
-                seconds=0.5 * step,
-                memory=2_000_000,
-            )
+        for n in range(1, steps + 1):
+            bar.observe_step(Step(n, 1 / n, examples=16 * n, tokens=1000 * n, seconds=0.5 * n))
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture) -> None:
@@ -178,7 +181,8 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFi
     told = captured.err.splitlines()
     assert [line.split()[1] for line in told] == ["10/25", "20/25", "25/25"]
     # 20 steps of half a second: 32 examples/s, 2,000 tokens/s, 5 steps left.
-    assert "32.0 examples/s  2,000 tokens/s  0:02 left  2.0 MB peak resident" in told[1]
+    assert "32.0 examples/s  2,000 tokens/s  2.0 MB peak resident  0:03 left" in told[1]
+    assert told[2].endswith("2.0 MB peak resident  in 0:12")
 
 
 def test_progress_after_a_resume_counts_only_what_it_saw(capsys: pytest.CaptureFixture) -> None:
@@ -186,9 +190,7 @@ def test_progress_after_a_resume_counts_only_what_it_saw(capsys: pytest.CaptureF
     bar = progress.TrainProgress(100, every=1)
     with bar:
         for step, seconds in ((50, 900.0), (51, 901.0)):
-            bar.update(
-                step=step, loss=1.0, examples=8 * step, tokens=step, seconds=seconds, memory=1
-            )
+            bar.observe_step(Step(step, 1.0, examples=8 * step, tokens=step, seconds=seconds))
     first, second = capsys.readouterr().err.splitlines()
     assert "examples/s" not in first
     assert "8.0 examples/s" in second
