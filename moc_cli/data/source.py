@@ -1,4 +1,4 @@
-"""Rows from a local folder or from the Hugging Face hub, every bad one named."""
+"""Rows of a local folder or of the Hugging Face hub; every bad row is named with its place."""
 
 import gzip
 import json
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moc_cli.data.examples import Place
 from moc_cli.errors import DataError
 from moc_cli.recipe.suggest import nearest
 from moc_cli.recipe.tasks import HubSplit
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
-_LISTED = 20  # rows or ranges of rows that one sentence names
+LISTED = 20  # ranges of rows in one line of an error, and lines in the error; the rest is counted
 T = TypeVar("T")
 Fields = dict[str, Any]
 
@@ -21,9 +22,39 @@ class BadRow(Exception):
     """A row cannot be used; the message says why, without naming the row."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+class BadRows:
+    """Collects the bad rows of all files, so that one error names them all.
+
+    Rows of one file that are bad for one reason share a line.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[str, str, str], list[int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._numbers)
+
+    def add(self, place: Place, reason: BadRow) -> None:
+        """Note a bad row."""
+        name, unit, number = place
+        self._numbers.setdefault((name, unit, str(reason)), []).append(number)
+
+    def raise_if_any(self) -> None:
+        """Raise DataError naming every bad row, if there are any."""
+        if not self._numbers:
+            return
+        lines = [
+            f"{name}, {numbered(sorted(numbers), unit)}: {reason}"
+            for (name, unit, reason), numbers in self._numbers.items()
+        ]
+        if rest := sum(map(len, list(self._numbers.values())[LISTED:])):
+            lines[LISTED:] = [f"... and {rest:,} more bad rows"]
+        raise DataError("\n".join(lines))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or nothing."""
-    near = nearest(word, known)
+    near = nearest(name, names)
     return f"; did you mean '{near}'?" if near else ""
 
 
@@ -33,8 +64,13 @@ def take(fields: Fields, name: str, kind: type[T]) -> T:
         raise BadRow(f"no '{name}'{did_you_mean(name, fields)}")
     value = fields[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadRow(f"'{name}' is {json.dumps(value, default=str)[:60]}, not {_KINDS[kind]}")
+        raise BadRow(f"'{name}' is {shown(value)}, not {_KINDS[kind]}")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as JSON, cut to 60 characters, for an error."""
+    return json.dumps(value, default=str, ensure_ascii=False)[:60]
 
 
 _KINDS: dict[type, str] = {
@@ -56,47 +92,71 @@ def read_local(path: str | Path, task: str, split: str, build: Callable[[Fields]
         return build_rows(_intact(lines, file), str(file), build)
 
 
-def build_rows(rows: Iterable[bytes | Fields], where: str, build: Callable[[Fields], T]) -> list[T]:
+def build_rows(rows: Iterable[bytes | Fields], name: str, build: Callable[[Fields], T]) -> list[T]:
     """Build an example of every row; raises DataError naming all bad ones by their number from 1.
 
     Rows are lines of JSON or columns that have been read already.
     """
-    built: list[T] = []
-    complaints: dict[str, list[int]] = {}
+    examples: list[T] = []
+    bad_rows = BadRows()
     for number, row in enumerate(rows, 1):
         try:
-            built.append(build(_fields(row) if isinstance(row, bytes) else row))
+            examples.append(build(parse_object(row) if isinstance(row, bytes) else row))
         except BadRow as error:
-            complaints.setdefault(str(error), []).append(number)
-    if complaints:
-        raise DataError(
-            "\n".join(f"{where}, {numbered(bad)}: {why}" for why, bad in complaints.items())
-        )
-    if not built:
-        raise DataError(f"{where} has no rows")
-    return built
+            unit = "line" if isinstance(row, bytes) else "row"
+            bad_rows.add((name, unit, number), error)
+    bad_rows.raise_if_any()
+    if not examples:
+        raise DataError(f"{name} has no rows")
+    return examples
+
+
+def parse_object(line: bytes) -> Fields:
+    """Return the JSON object of a line; raises BadRow."""
+    if not line.strip():
+        raise BadRow("an empty line")
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRow("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON: {error.msg} at character {error.colno}") from None
+    except RecursionError:
+        raise BadRow("not JSON that can be read: nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise BadRow("not a JSON object")
+    return fields
 
 
 def read_hub(source: HubSplit, build: Callable[[Fields], T]) -> list[T]:
-    """Build every row of a split on the hub; raises DataError when it is out of reach."""
+    """Build every row of a split on the hub; raises DataError where it cannot be loaded."""
+    examples: list[T] = []
+    for config in source.configs:
+        name = f"{source.repo}{f' ({config})' if config else ''}, split {source.split}"
+        rows = load_from_hub(
+            name,
+            "set data.path to a folder of <task>/<split>.jsonl.gz, or go online",
+            source.repo,
+            config,
+            split=source.split,
+            revision=source.revision,
+        )
+        examples += build_rows(rows, name, build)
+    return examples
+
+
+def load_from_hub(name: str, instead: str, *arguments: Any, **options: Any) -> Any:
+    """Call `datasets.load_dataset`; raises DataError whose hint begins with `instead`."""
     import datasets
 
-    built: list[T] = []
-    for config in source.configs:
-        where = f"{source.repo}{f' ({config})' if config else ''}, split {source.split}"
-        try:
-            rows = datasets.load_dataset(
-                source.repo, config, split=source.split, revision=source.revision
-            )
-        # The hub's client raises a dozen unrelated classes, for no network, no such set and more.
-        except Exception as error:
-            raise DataError(
-                f"cannot load {where} from the Hugging Face hub: {first_line(error)}",
-                "set data.path to a folder of <task>/<split>.jsonl.gz, or go online "
-                "(and unset HF_HUB_OFFLINE) so that it can be downloaded",
-            ) from error
-        built += build_rows(rows, where, build)
-    return built
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    # The hub's client raises a dozen unrelated classes, for no network, no such dataset and more.
+    except Exception as error:
+        raise DataError(
+            f"{name} cannot be loaded from the Hugging Face hub: {first_line(error)}",
+            f"{instead} (and unset HF_HUB_OFFLINE) so that it can be downloaded",
+        ) from error
 
 
 def _find(folder: Path, task: str, split: str) -> Path:
@@ -105,11 +165,12 @@ def _find(folder: Path, task: str, split: str) -> Path:
             f"data.path: no folder {folder}",
             "give a folder of <task>/<split>.jsonl.gz, or leave data.path out to use the hub",
         )
-    found = [path for suffix in SUFFIXES if (path := folder / task / f"{split}{suffix}").is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"{found[0]} and {found[1].name} both exist", "keep one of them")
+    paths = [folder / task / f"{split}{suffix}" for suffix in SUFFIXES]
+    paths = [path for path in paths if path.is_file()]
+    if len(paths) == 1:
+        return paths[0]
+    if paths:
+        raise DataError(f"{paths[0]} and {paths[1].name} both exist", "keep one of them")
     tasks = sorted(
         {path.parent.name for suffix in SUFFIXES for path in folder.glob(f"*/*{suffix}")}
     )
@@ -136,32 +197,20 @@ def _intact(lines: Iterable[bytes], file: Path) -> Iterator[bytes]:
         raise DataError(f"{file} is damaged after line {count}: {error}") from error
 
 
-def _fields(line: bytes) -> Fields:
-    if not line.strip():
-        raise BadRow("an empty line")
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        raise BadRow("not JSON in UTF-8") from None
-    if not isinstance(fields, dict):
-        raise BadRow("not a JSON object")
-    return fields
-
-
 def numbered(numbers: list[int], unit: str = "line") -> str:
-    """Ascending numbers as `line 3` or `lines 3, 7-9`; of very many only the first."""
-    runs: list[list[int]] = []
+    """Return ascending numbers as `line 3` or `lines 3, 7-9`; of very many only the first."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            runs.append([number, number])
-    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    if len(words) > _LISTED:
-        words = [*words[:_LISTED], f"... ({len(numbers):,} in all)"]
-    return f"{unit if len(numbers) == 1 else f'{unit}s'} {', '.join(words)}"
+            ranges.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+    if len(texts) > LISTED:
+        texts = [*texts[:LISTED], f"... ({len(numbers):,} in all)"]
+    return f"{unit if len(numbers) == 1 else f'{unit}s'} {', '.join(texts)}"
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind."""
+    """Return the first line of an error's message, or its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""One's own rows from the door to results.json and back by `moc eval`, on tiny models."""
+"""Custom datasets from the command line to results.json and back by `moc eval`, tiny models."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A person's own rows: what is read from which file, and the sentence for every way to be wrong."""
+"""Custom datasets: what is read from which file, and the error of every malformed one."""
 
 import gzip
 import json
@@ -198,7 +198,7 @@ def test_a_run_is_scored_on_its_own_rows_or_on_those_of_another_file(tmp_path):
     other = write(tmp_path / "b.jsonl", lines(*pairs(1, 1)))
     assert [example.label for example in read_scored(data, str(other))] == [1, 1]
     write(other, lines(*pairs(1, 7)))
-    with pytest.raises(DataError, match=r"line 2: 'label' is 7, which is none of the labels"):
+    with pytest.raises(DataError, match=r"line 2: 'label' is 7, which is not one of the labels"):
         read_scored(data, str(other))
 
 
@@ -239,7 +239,7 @@ def test_bad_rows_are_named_all_at_once_and_counted_where_they_are_many(tmp_path
         "character 2",
         f"{train}, line 5: 'label' is empty: a row needs its label",
         f"{test}, line 3: 1 fields, the header has 2",
-        f"""{test}, line 4: 'label' is "q", which is none of the labels (labels: a, b)""",
+        f"""{test}, line 4: 'label' is "q", which is not one of the labels (labels: a, b)""",
     ]
     many = [{"text": "x", "label": "a"}, *({"text": n, "label": "b"} for n in range(50))]
     file = write(tmp_path / "many.jsonl", lines(*many))
@@ -269,7 +269,12 @@ malformed("empty file", "a.csv", "", "F is empty")
 malformed("only blanks", "a.jsonl", "\n \n", "F is empty")
 malformed("only a header", "a.csv", "text,label\n", "F has no rows")
 malformed("an empty array", "a.json", "[]", "F has no rows")
-malformed("another kind of file", "a.txt", "x", "F is none of .jsonl, .json, .csv, .tsv, .parquet")
+malformed(
+    "another kind of file",
+    "a.txt",
+    "x",
+    "F is not one of .jsonl, .json, .csv, .tsv, .jsonl.gz, .json.gz, .csv.gz, .tsv.gz, .parquet",
+)
 malformed("no JSON", "a.jsonl", lines(*pairs("a", "b"), '{"text": "x"'), "F, line 3: not JSON: "
           "Expecting ',' delimiter at character 13")  # fmt: skip
 malformed(
@@ -279,7 +284,7 @@ malformed(
     "an array in .jsonl",
     "a.jsonl",
     json.dumps(pairs("a", "b")),
-    "F is a JSON array, not an object a line",
+    "F is a JSON array, not one object per line",
 )
 malformed("lines in .json", "a.json", lines(*pairs("a", "b")), "F, line 2: not JSON: Extra data")
 malformed("an object in .json", "a.json", '{"data": []}', "F holds no JSON array of rows")
@@ -387,7 +392,7 @@ malformed(
     "labels of two kinds",
     "a.jsonl",
     lines(*pairs("a", 1)),
-    "F: 'label' holds texts and whole numbers: 'a' (line 1) and 1 (line 2)",
+    "F: 'label' holds both texts and whole numbers: 'a' (line 1) and 1 (line 2)",
 )
 malformed(
     "one class",
@@ -405,7 +410,7 @@ malformed(
     "a label that is not listed",
     "a.csv",
     "text,label\na,good\nb,bad\nc,godo\n",
-    """F, line 4: 'label' is "godo", which is none of the labels; did you mean 'good'? """
+    """F, line 4: 'label' is "godo", which is not one of the labels; did you mean 'good'? """
     "(labels: bad, good)",
     labels=["bad", "good"],
 )
@@ -419,7 +424,7 @@ malformed(
     "no assistant turn",
     "a.jsonl",
     lines(GOOD_CHAT, chat(said("user", "Hi"))),
-    "F, line 2: 'messages' has no assistant turn to learn",
+    "F, line 2: 'messages' has no message of the assistant to learn",
 )
 malformed(
     "no list of messages",
@@ -504,7 +509,10 @@ def test_a_path_that_leads_nowhere_is_explained(tmp_path):
     (tmp_path / "train.csv").unlink()
     write(tmp_path / "test.csv", "")
     write(tmp_path / "val.json", "{}")
-    assert "T/val.json holds no JSON array of rows\nT/test.csv is empty" in told(tmp_path)
+    assert told(tmp_path) == (
+        "T/val.json holds no JSON array of rows\nT/test.csv is empty | "
+        "a .jsonl file has one row per line"
+    )
     away = told("nobody/nothing-at-all")
     assert "no file or folder nobody/nothing-at-all, and it cannot be loaded from the" in away
     assert "unset HF_HUB_OFFLINE" in away

@@ -1,4 +1,4 @@
-"""Chats: which tokens are learned, by templates of several kinds, and what templates refuse."""
+"""Conversations: which tokens are learned, by templates of several kinds, and what they refuse."""
 
 import re
 
@@ -30,7 +30,7 @@ ALTERNATING = (
     "[{{ m['content'] }}]{% endfor %}"
 )
 FORGETFUL = "{% for m in messages[-2:] %}[{{ m['content'] }}]{% endfor %}"
-TALK = (("user", "Hi"), ("assistant", "Hello\n\nyou "), ("user", "Bye"), ("assistant", "See you"))
+TURNS = (("user", "Hi"), ("assistant", "Hello\n\nyou "), ("user", "Bye"), ("assistant", "See you"))
 
 
 def tokenizer(template: str):
@@ -39,39 +39,39 @@ def tokenizer(template: str):
     return made
 
 
-def talk(*turns: tuple[str, str], line: int = 1) -> ChatExample:
+def conversation(*turns: tuple[str, str], line: int = 1) -> ChatExample:
     return ChatExample("custom", turns, ("chat.jsonl", "line", line))
 
 
 def learned(template: str, *turns: tuple[str, str]) -> str:
     """The whole chat, with what is learned in double brackets."""
     made = tokenizer(template)
-    ((ids, marks),) = chat_tokens([talk(*turns)], made)
+    ((ids, marks),) = chat_tokens([conversation(*turns)], made)
     pairs = zip(ids, marks, strict=True)
     pieces = "".join(f"[[{made.decode([i])}]]" if m else made.decode([i]) for i, m in pairs)
     return pieces.replace("]][[", "")
 
 
 def test_only_the_assistant_and_its_end_token_are_learned():
-    assert learned(HEADERS, *TALK) == (
+    assert learned(HEADERS, *TURNS) == (
         "<s>user:Hi</s>\n<s>assistant:[[Hello\n\nyou </s>]]\n"
         "<s>user:Bye</s>\n<s>assistant:[[See you</s>]]\n"
     )
-    assert learned(HEADERS, ("system", "Be kind"), *TALK[:2]) == (
+    assert learned(HEADERS, ("system", "Be kind"), *TURNS[:2]) == (
         "<s>system:Be kind</s>\n<s>user:Hi</s>\n<s>assistant:[[Hello\n\nyou </s>]]\n"
     )
 
 
 def test_a_template_may_mark_its_answers_itself():
-    assert learned(MARKED, *TALK) == "U:Hi\nA:[[Hello\n\nyou </s>]]\nU:Bye\nA:[[See you</s>]]\n"
+    assert learned(MARKED, *TURNS) == "U:Hi\nA:[[Hello\n\nyou </s>]]\nU:Bye\nA:[[See you</s>]]\n"
 
 
 def test_without_an_end_token_the_line_break_ends_a_turn():
-    assert learned(NO_END, *TALK[:2]) == "user: Hi\nassistant: [[Hello\n\nyou \n]]"
+    assert learned(NO_END, *TURNS[:2]) == "user: Hi\nassistant: [[Hello\n\nyou \n]]"
 
 
 def test_labels_are_the_learned_tokens_and_what_comes_before_them_may_vote():
-    made, example = tokenizer(HEADERS), talk(*TALK)
+    made, example = tokenizer(HEADERS), conversation(*TURNS)
     ((ids, marks),) = chat_tokens([example], made)
     encoded = encode_train([example], made, max_length=500, train_on_inputs=False)
     (row,) = encoded.rows
@@ -86,8 +86,8 @@ def test_labels_are_the_learned_tokens_and_what_comes_before_them_may_vote():
 
 
 def test_refused_chats_are_named_all_at_once():
-    good, twice = talk(("user", "a"), ("assistant", "b")), (("user", "a"), ("user", "b"))
-    bad = [talk(*twice, ("assistant", "c"), line=n) for n in range(9, 1, -1)]
+    good, twice = conversation(("user", "a"), ("assistant", "b")), (("user", "a"), ("user", "b"))
+    bad = [conversation(*twice, ("assistant", "c"), line=n) for n in range(9, 1, -1)]
     with pytest.raises(DataError) as caught:
         chat_tokens([good, *bad], tokenizer(ALTERNATING))
     assert caught.value.message == (
@@ -96,19 +96,21 @@ def test_refused_chats_are_named_all_at_once():
 
 
 def test_templates_that_do_not_tell_their_answers_are_refused():
-    with pytest.raises(DataError, match="line 1: the chat template writes message 1 otherwise"):
-        chat_tokens([talk(*TALK)], tokenizer(FORGETFUL))
-    with pytest.raises(DataError, match="line 1: the chat template marks nothing of it"):
-        chat_tokens([talk(*TALK)], tokenizer(MARKED.replace("== 'assistant'", "== 'nobody'")))
+    with pytest.raises(DataError, match="line 1: the chat template writes message 1 differently"):
+        chat_tokens([conversation(*TURNS)], tokenizer(FORGETFUL))
+    with pytest.raises(DataError, match="line 1: the chat template marks no token as"):
+        chat_tokens(
+            [conversation(*TURNS)], tokenizer(MARKED.replace("== 'assistant'", "== 'nobody'"))
+        )
     with pytest.raises(DataError, match="format 'chat' needs a chat template, and the tokenizer"):
-        chat_tokens([talk(*TALK)], make_byte_tokenizer())
+        chat_tokens([conversation(*TURNS)], make_byte_tokenizer())
 
 
 def test_learned_tokens_of_a_real_template(real_weights):
     """Against the markers of the written chat, found by a search in its text."""
     made = AutoTokenizer.from_pretrained(real_weights("smollm2-135m"))
-    turns = (("system", "Be brief."), *TALK, ("user", "One more?"), ("assistant", "No."))
-    ((ids, marks),) = chat_tokens([talk(*turns)], made)
+    turns = (("system", "Be brief."), *TURNS, ("user", "One more?"), ("assistant", "No."))
+    ((ids, marks),) = chat_tokens([conversation(*turns)], made)
     text = made.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns], tokenize=False
     )

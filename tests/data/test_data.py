@@ -157,11 +157,11 @@ def test_raw_row_becomes_instruction_and_answer(task: str) -> None:
 def test_raw_row_of_a_wrong_label_or_column_is_refused(task: str) -> None:
     raw, _, _ = RAW[task]
     label = next(name for name in ("label", "answerKey", "answer") if name in raw)
-    with pytest.raises(DataError, match=r"x, line 2: '\w+' is"):
+    with pytest.raises(DataError, match=r"x, row 2: '\w+' is"):
         build_rows([raw, raw | {label: "9"}], "x", lambda row: commonsense.from_hub(task, row))
     text = next(name for name, value in raw.items() if name in commonsense_columns(task))
     missing = {name: value for name, value in raw.items() if name != text}
-    with pytest.raises(DataError, match=f"x, line 1: no '{text}'"):
+    with pytest.raises(DataError, match=f"x, row 1: no '{text}'"):
         build_rows([missing], "x", lambda row: commonsense.from_hub(task, row))
 
 
@@ -201,11 +201,12 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_examples("commonsense", "boolq", "test", path=tmp_path)
     said = caught.value.message.splitlines()
-    assert said[0] == f"{path}, lines 2, 10: not JSON in UTF-8"
+    assert said[0].startswith(f"{path}, line 2: not JSON: Expecting property name")
     assert said[1] == f"{path}, line 4: an empty line"
     assert said[2].startswith(f"{path}, lines 6-8, 11: 'output'")
-    assert said[3] == f"{path}, line 12: not a JSON object"
-    assert len(said) == 4
+    assert said[3] == f"{path}, line 10: not UTF-8 text"
+    assert said[4] == f"{path}, line 12: not a JSON object"
+    assert len(said) == 5
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -373,7 +374,7 @@ def test_options_must_be_different_texts() -> None:
     good = fields(candidates=["true", "false"])
     assert commonsense.from_options("world", good).candidates[0].endswith("true")
     for bad in (["true", "true"], ["true"], ["true", 3], "true"):
-        with pytest.raises(DataError, match="rows, line 1"):
+        with pytest.raises(DataError, match="rows, row 1"):
             build_rows(
                 [good | {"candidates": bad}],
                 "rows",

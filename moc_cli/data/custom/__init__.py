@@ -1,1 +1,1 @@
-"""A person's own rows: files, columns, formats, and chats as their templates write them."""
+"""Custom datasets: files, columns, formats, and conversations by their chat templates."""

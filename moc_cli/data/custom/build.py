@@ -1,11 +1,11 @@
-"""One's own columns to examples: what is wrong with a row, and which rows have nothing to learn."""
+"""Build examples from rows of a custom dataset; name bad rows and those with nothing to learn."""
 
 import hashlib
-import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moc_cli.data.custom.columns import is_number, is_whole
 from moc_cli.data.examples import (
     ChatExample,
     Example,
@@ -15,54 +15,45 @@ from moc_cli.data.examples import (
     TextExample,
 )
 from moc_cli.data.prompts import HEADER
-from moc_cli.data.source import BadRow, Fields, did_you_mean
+from moc_cli.data.source import BadRow, Fields, did_you_mean, shown
 from moc_cli.recipe.schema import Format
 
 ROLES = ("system", "user", "assistant")
 Label = int | str
-Build = Callable[[Fields, Place], Example]
+BuildExample = Callable[[Fields, Place], Example]
+_WHOLE = re.compile(r"[-+]?\d+")
 
 
 class NothingToLearn(Exception):
     """A row is left out and counted; the message says why."""
 
 
-def instruction_prompt(instruction: str, given: str = "") -> str:
-    """The text before the output, the same in training and in scoring."""
-    middle = f"### Input:\n{given}\n\n" if given.strip() else ""
+def instruction_prompt(instruction: str, context: str = "") -> str:
+    """Return the text before the output, the same in training and in scoring."""
+    middle = f"### Input:\n{context}\n\n" if context.strip() else ""
     return f"{HEADER}\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
 def template_hash() -> str:
-    """Sha256 of the prompt's template, which a run's fingerprints state."""
+    """Return the sha256 of the prompt template, for a run's fingerprints."""
     return hashlib.sha256(instruction_prompt("{instruction}", "{input}").encode()).hexdigest()
 
 
-def builder(
-    kind: Format, columns: Mapping[str, str], task: str, labels: list[Label] | None
-) -> Build:
-    """Return what makes an example of a row; it raises BadRow or NothingToLearn.
+def example_builder(
+    format_name: Format, columns: Mapping[str, str], task: str, labels: list[Label] | None
+) -> BuildExample:
+    """Return a function from a row and its place to an example.
 
-    `columns` names the column of each key that the format reads. Its second argument is
-    the row's place.
+    `columns` names the column of each key that the format reads. The function raises BadRow or
+    NothingToLearn.
     """
-    places = label_places(labels or [])
-
-    def pair(fields: Fields, place: Place) -> Example:
-        first = _filled(fields, columns["text"], "an empty text")
-        second = _text(fields, columns["text_pair"]) if "text_pair" in columns else None
-        if kind == "regression":
-            return PairExample(task, first, second, _amount(fields, columns["label"]))
-        label = class_label(fields, columns["label"])
-        if label not in places:
-            raise BadRow(_unknown(columns["label"], label, labels or []))
-        return PairExample(task, first, second, places[label])
+    classes = class_numbers(labels or [])
 
     def instruction(fields: Fields, place: Place) -> Example:
-        asked = _filled(fields, columns["instruction"], "an empty instruction")
-        given = _text(fields, columns["input"]) if "input" in columns else ""
+        request = _filled(fields, columns["instruction"], "an empty instruction")
+        context = _text(fields, columns["input"]) if "input" in columns else ""
         output = _filled(fields, columns["output"], "an empty output")
-        return InstructionExample(task, instruction_prompt(asked, given), output)
+        return InstructionExample(task, instruction_prompt(request, context), output)
 
     def chat(fields: Fields, place: Place) -> Example:
         return ChatExample(task, _messages(fields, columns["messages"]), place)
@@ -70,23 +61,36 @@ def builder(
     def text(fields: Fields, place: Place) -> Example:
         return TextExample(task, _filled(fields, columns["text"], "an empty text"))
 
-    makers: dict[Format, Build] = {"instruction": instruction, "chat": chat, "text": text}
-    return makers.get(kind, pair)
+    def pair(fields: Fields, place: Place) -> Example:
+        first = _filled(fields, columns["text"], "an empty text")
+        second = _text(fields, columns["text_pair"]) if "text_pair" in columns else None
+        if format_name == "regression":
+            return PairExample(task, first, second, _number(fields, columns["label"]))
+        label = class_label(fields, columns["label"])
+        if label in classes:
+            return PairExample(task, first, second, classes[label])
+        names = [str(name) for name in labels or []]
+        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise BadRow(
+            f"'{columns['label']}' is {shown(label)}, which is not one of the labels"
+            f"{did_you_mean(str(label), names)} (labels: {listed})"
+        )
+
+    builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
+    return builders.get(format_name, pair)
 
 
-def label_places(labels: list[Label]) -> dict[Label, int]:
-    """Return the place of each label, under its text too: a CSV knows no numbers."""
-    texts: dict[Label, int] = {str(label): place for place, label in enumerate(labels)}
-    return texts | {label: place for place, label in enumerate(labels)}
+def class_numbers(labels: list[Label]) -> dict[Label, int]:
+    """Return the number of each class, under the label's text too: CSV has no numbers."""
+    numbers: dict[Label, int] = {str(label): number for number, label in enumerate(labels)}
+    return numbers | {label: number for number, label in enumerate(labels)}
 
 
 def class_label(fields: Fields, column: str) -> Label:
-    """Return a row's class, blanks around it left out; raises BadRow."""
-    value = _column(fields, column)
-    if _absent(value) or (isinstance(value, str) and not value.strip()):
-        raise BadRow(f"'{column}' is empty: a row needs its label")
+    """Return the class of a row, without surrounding blanks; raises BadRow."""
+    value = _label(fields, column)
     if isinstance(value, str):
-        return _intact(value, column).strip()
+        return _check_utf8(value, column).strip()
     if is_whole(value):
         return int(value)
     if is_number(value):
@@ -94,84 +98,92 @@ def class_label(fields: Fields, column: str) -> Label:
     raise BadRow(f"'{column}' is {shown(value)}, not a class (a text or a whole number)")
 
 
-def shown(value: Any) -> str:
-    """Return a short picture of a value as JSON."""
-    return json.dumps(value, default=str, ensure_ascii=False)[:60]
+def is_number(value: Any) -> bool:
+    """Return whether a label is a finite number, or a text that reads as one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
 
 
-def _amount(fields: Fields, column: str) -> float:
-    value = _column(fields, column)
-    if _absent(value) or (isinstance(value, str) and not value.strip()):
-        raise BadRow(f"'{column}' is empty: a row needs its label")
+def is_whole(value: Any) -> bool:
+    """Return whether a label is a whole number, or a text that is written as one."""
+    if isinstance(value, str):
+        return _WHOLE.fullmatch(value.strip()) is not None
+    return is_number(value) and float(value).is_integer()
+
+
+def _number(fields: Fields, column: str) -> float:
+    value = _label(fields, column)
     if not is_number(value):
         raise BadRow(f"'{column}' is {shown(value)}, not a number")
     return float(value)
 
 
+def _label(fields: Fields, column: str) -> Any:
+    value = _value(fields, column)
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        raise BadRow(f"'{column}' is empty: a row needs its label")
+    return value
+
+
 def _messages(fields: Fields, column: str) -> tuple[tuple[str, str], ...]:
-    value = _column(fields, column)
+    value = _value(fields, column)
     if not isinstance(value, list):
         raise BadRow(f"'{column}' is {shown(value)}, not a list of messages")
-    turns = tuple(_turn(message, f"{column}[{place}]") for place, message in enumerate(value))
-    answers = [content for role, content in turns if role == "assistant"]
+    messages = tuple(_message(item, f"{column}[{index}]") for index, item in enumerate(value))
+    answers = [content for role, content in messages if role == "assistant"]
     if not answers:
-        raise BadRow(f"'{column}' has no assistant turn to learn")
+        raise BadRow(f"'{column}' has no message of the assistant to learn")
     if not any(answer.strip() for answer in answers):
         raise NothingToLearn("an empty answer")
-    return turns
+    return messages
 
 
-def _turn(message: Any, where: str) -> tuple[str, str]:
-    if not isinstance(message, dict):
-        raise BadRow(f"{where} is {shown(message)}, not an object with role and content")
+def _message(item: Any, where: str) -> tuple[str, str]:
+    if not isinstance(item, dict):
+        raise BadRow(f"{where} is {shown(item)}, not an object with role and content")
     for key in ("role", "content"):
-        if key not in message:
-            raise BadRow(f"{where} has no '{key}'{did_you_mean(key, message)}")
-    role, content = message["role"], message["content"]
+        if key not in item:
+            raise BadRow(f"{where} has no '{key}'{did_you_mean(key, item)}")
+    role, content = item["role"], item["content"]
     if role not in ROLES:
         raise BadRow(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise BadRow(f"{where}.content is {shown(content)}, not a text")
-    return role, _intact(content, f"{where}.content")
+    return role, _check_utf8(content, f"{where}.content")
 
 
-def _filled(fields: Fields, column: str, otherwise: str) -> str:
+def _filled(fields: Fields, column: str, reason: str) -> str:
+    """Return the text of a column; raises NothingToLearn with `reason` where it is blank."""
     text = _text(fields, column)
     if not text.strip():
-        raise NothingToLearn(otherwise)
+        raise NothingToLearn(reason)
     return text
 
 
 def _text(fields: Fields, column: str) -> str:
-    """Return a column's text; an empty one for null."""
-    value = _column(fields, column)
+    """Return the text of a column; an empty one for null."""
+    value = _value(fields, column)
     if value is None:
         return ""
     if not isinstance(value, str):
         raise BadRow(f"'{column}' is {shown(value)}, not a text")
-    return _intact(value, column)
+    return _check_utf8(value, column)
 
 
-def _column(fields: Fields, column: str) -> Any:
+def _value(fields: Fields, column: str) -> Any:
     if column not in fields:
         raise BadRow(f"no '{column}'{did_you_mean(column, fields)}")
     return fields[column]
 
 
-def _intact(text: str, where: str) -> str:
-    """Return a text that UTF-8 can hold; no tokenizer takes another."""
+def _check_utf8(text: str, where: str) -> str:
+    """Return the text; raises BadRow for half characters, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise BadRow(f"'{where}' is not UTF-8 text") from None
     return text
-
-
-def _absent(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _unknown(column: str, label: Label, labels: list[Label]) -> str:
-    known = ", ".join(map(str, labels[:10])) + (", ..." if len(labels) > 10 else "")
-    near = did_you_mean(str(label), map(str, labels))
-    return f"'{column}' is {shown(label)}, which is none of the labels{near} (labels: {known})"

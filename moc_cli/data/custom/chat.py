@@ -1,33 +1,33 @@
-"""Chats as a tokenizer's own template writes them, and which of their tokens are to be learned.
+"""The tokens of conversations by the tokenizer's chat template, and which of them are learned.
 
-Learned are what the assistant says and the token that ends its turn. A template may mark that
-itself ({% generation %}). Otherwise turn i is what the chat up to it has more than the chat before
-it with the assistant's header; both have to be beginnings of the whole chat. White space that a
-template writes after the turn's end token belongs to the next turn.
+Learned are the assistant's messages and the token that ends each. A template may mark them itself
+({% generation %}). Otherwise the tokens of message i are what the conversation up to it has more
+than the conversation before it with the assistant's header; both must be a prefix of the complete
+conversation. White space that a template writes after the end token belongs to the next message.
 """
 
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moc_cli.data.custom.bad_rows import Complaints
 from moc_cli.data.examples import ChatExample
-from moc_cli.data.source import BadRow, first_line
+from moc_cli.data.source import BadRow, BadRows, first_line
 from moc_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Tokens = tuple[list[int], list[bool]]  # the ids, and whether each is learned
 
 
 def chat_tokens(
     examples: Sequence[ChatExample], tokenizer: "PreTrainedTokenizerBase"
-) -> list[tuple[list[int], list[bool]]]:
-    """Return each chat's tokens, and of each token whether the assistant has to learn it.
+) -> list[Tokens]:
+    """Return the token ids of each conversation, and whether the assistant has to learn each.
 
-    Raises DataError where the tokenizer has no template, and naming all chats that it refuses.
+    Raises DataError where the tokenizer has no chat template, and naming every conversation that
+    the template refuses.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -35,91 +35,76 @@ def chat_tokens(
         raise DataError(
             f"format 'chat' needs a chat template, and the tokenizer of "
             f"{tokenizer.name_or_path or 'this model'} has none",
-            "take a model that was tuned for chats, or write the rows as instruction and output",
+            "use a model that was tuned on conversations, or write the rows as instruction and "
+            "output",
         ) from error
-    read = _by_marks if _MARKED.search(template) else _by_prefixes
-    found, complaints = [], Complaints()
+    tokenize = _tokens_by_marks if _GENERATION.search(template) else _tokens_by_prefixes
+    rows, bad_rows = [], BadRows()
     for example in examples:
+        messages = [{"role": role, "content": content} for role, content in example.messages]
         try:
-            found.append(read(_messages(example), tokenizer))
+            rows.append(tokenize(messages, tokenizer))
         except BadRow as error:
-            complaints.add(example.place, str(error))
-    complaints.tell()
-    return found
+            bad_rows.add(example.place, error)
+    bad_rows.raise_if_any()
+    return rows
 
 
-def _messages(example: ChatExample) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in example.messages]
-
-
-def _by_marks(
+def _tokens_by_marks(
     messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[bool]]:
-    found = _apply(
+) -> Tokens:
+    encoded = _apply(
         tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    learned = [bool(mark) for mark in found["assistant_masks"]]
+    learned = [bool(mark) for mark in encoded["assistant_masks"]]
     if not any(learned):
-        raise BadRow("the chat template marks nothing of it as the assistant's")
-    return list(found["input_ids"]), learned
+        raise BadRow("the chat template marks no token as the assistant's")
+    return list(encoded["input_ids"]), learned
 
 
-def _by_prefixes(
+def _tokens_by_prefixes(
     messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[bool]]:
-    whole = _apply(tokenizer, messages, tokenize=False)
-    spans = []
-    for place, message in enumerate(messages):
+) -> Tokens:
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"format 'chat' needs a fast tokenizer, and {tokenizer.name_or_path} has none: only "
+            "that tells which characters a token stands for"
+        )
+    text = _apply(tokenizer, messages, tokenize=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    learned = [False] * len(ids)
+    for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _apply(tokenizer, messages[:place], tokenize=False, add_generation_prompt=True)
-        until = _apply(tokenizer, messages[: place + 1], tokenize=False)
-        if not (whole.startswith(until) and until.startswith(before)):
+        before = _apply(tokenizer, messages[:index], tokenize=False, add_generation_prompt=True)
+        until = _apply(tokenizer, messages[: index + 1], tokenize=False)
+        if not (text.startswith(until) and until.startswith(before)):
             raise BadRow(
-                f"the chat template writes message {place} otherwise in the middle of a chat than "
-                "at its end, so that the answer's tokens cannot be told"
+                f"the chat template writes message {index} differently once other messages follow, "
+                "so the tokens of the answer cannot be located"
             )
-        spans.append((len(before), len(until)))
-    ids, places = _places(whole, tokenizer)
-    learned = [False] * len(ids)
-    for start, end in spans:
-        inside = [n for n, (first, last) in enumerate(places) if last > start and first < end]
-        for number in _without_tail(inside, ids, tokenizer):
-            learned[number] = True
+        answer = [
+            position
+            for position, (start, end) in enumerate(encoded["offset_mapping"])
+            if end > len(before) and start < len(until)
+        ]
+        ends = [count for count, position in enumerate(answer, 1) if ids[position] in special]
+        if ends:
+            after_end = tokenizer.decode([ids[position] for position in answer[ends[-1] :]])
+            if not str(after_end).strip():
+                answer = answer[: ends[-1]]
+        for position in answer:
+            learned[position] = True
     return ids, learned
 
 
 def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], **options: Any) -> Any:
-    """Write a chat by its template; raises BadRow where the template refuses it."""
+    """Apply the chat template; raises BadRow where it refuses the conversation."""
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
         raise BadRow(f"the chat template refuses it: {first_line(error)}") from None
-
-
-def _places(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[Span]]:
-    """Return the tokens of a text, and the characters of each: (first, behind the last)."""
-    if tokenizer.is_fast:
-        found = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        return list(found["input_ids"]), list(found["offset_mapping"])
-    raise DataError(
-        f"format 'chat' needs a fast tokenizer, and {tokenizer.name_or_path} has none: only that "
-        "says which characters a token stands for"
-    )
-
-
-def _without_tail(
-    inside: list[int], ids: list[int], tokenizer: "PreTrainedTokenizerBase"
-) -> list[int]:
-    """Leave out the white space that follows the last special token of a turn, if it has one."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = [place for place, number in enumerate(inside) if ids[number] in special]
-    if not ends:
-        return inside
-    tail = inside[ends[-1] + 1 :]
-    blank = not str(tokenizer.decode([ids[number] for number in tail])).strip()
-    return inside[: ends[-1] + 1] if blank else inside

@@ -1,12 +1,10 @@
-"""Which columns hold what, and so what kind of rows they are."""
+"""The format of a custom dataset, the columns that it reads, and its classes."""
 
-import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from moc_cli.data.custom.tables import Table
-from moc_cli.data.source import did_you_mean
+from moc_cli.data.custom.build import Label, class_label, is_number, is_whole
+from moc_cli.data.custom.read import Table
+from moc_cli.data.source import BadRow, did_you_mean
 from moc_cli.errors import DataError
 from moc_cli.recipe.schema import DataSection, Format
 from moc_cli.recipe.suggest import nearest
@@ -22,85 +20,68 @@ USUAL = {
     "messages": ("messages", "conversation"),
 }
 OPTIONAL = ("text_pair", "input")
-MANY = 50  # whole numbers as labels: more different ones may well be meant as amounts
+MANY = 50  # different whole numbers as labels; more of them may well be amounts
 _FORMATS = (
     "formats by their columns: chat (messages), instruction (instruction, input, output), "
     "classification or regression (text, text_pair, label), text (text); columns of other names "
     "are given in data.columns, such as --set data.columns.text=NAME"
 )
-_WHOLE = re.compile(r"[-+]?\d+")
 
 
 def find_columns(data: DataSection, train: Table) -> tuple[Format, dict[str, str]]:
-    """Return the format of the rows, asked for or told by their columns, and the name of each
-    column that it reads.
+    """Return the format, given or found by the columns, and the column of each key that it reads.
 
     Raises DataError, with the nearest name, where a column is absent.
     """
-    there = train.columns
-    named = {key: name for key, name in data.columns if name is not None}
+    columns = train.columns
+    hint = f"its columns: {', '.join(columns)}"
+    given = {key: name for key, name in data.columns if name is not None}
     absent = [
-        f"data.columns.{key}: {train.name} has no column {name!r}{did_you_mean(name, there)}"
-        for key, name in named.items()
-        if name not in there
+        f"data.columns.{key}: {train.name} has no column {name!r}{did_you_mean(name, columns)}"
+        for key, name in given.items()
+        if name not in columns
     ]
     if absent:
-        raise DataError("\n".join(absent), f"its columns: {', '.join(there)}")
-    usual = {key: next((n for n in names if n in there), None) for key, names in USUAL.items()}
-    found = {key: name for key, name in (usual | named).items() if name is not None}
-    kind = data.format or _guess(found, data, train)
-    used = FORMATS[kind].columns
-    missing = [key for key in used if key not in found and key not in OPTIONAL]
+        raise DataError("\n".join(absent), hint)
+    usual = {
+        key: next(name for name in names if name in columns)
+        for key, names in USUAL.items()
+        if not set(names).isdisjoint(columns)
+    }
+    column_of = usual | given
+    format_ = data.format or _find_format(column_of, data, train)
+    keys = FORMATS[format_].columns
+    missing = [
+        f"a column {' or '.join(map(repr, USUAL[key]))}{_nearest_column(key, columns)}"
+        for key in keys
+        if key not in column_of and key not in OPTIONAL
+    ]
     if missing:
-        told = "; ".join(_missing(key, there) for key in missing)
-        raise DataError(
-            f"{train.name}: format '{kind}' needs {told}", f"its columns: {', '.join(there)}"
-        )
-    return kind, {key: found[key] for key in used if key in found}
+        raise DataError(f"{train.name}: format '{format_}' needs {'; '.join(missing)}", hint)
+    return format_, {key: column_of[key] for key in keys if key in column_of}
 
 
-def is_number(value: Any) -> bool:
-    """Whether a label is a number that is finite, or a text that reads as one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (ValueError, OverflowError):
-        return False
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a label is a whole number, or a text that is written as one."""
-    if isinstance(value, str):
-        return _WHOLE.fullmatch(value.strip()) is not None
-    return is_number(value) and float(value).is_integer()
-
-
-def _guess(found: Mapping[str, str], data: DataSection, train: Table) -> Format:
-    if "messages" in found:
+def _find_format(column_of: Mapping[str, str], data: DataSection, train: Table) -> Format:
+    if "messages" in column_of:
         return "chat"
-    if "instruction" in found and "output" in found:
+    if "instruction" in column_of and "output" in column_of:
         return "instruction"
-    if "text" not in found:
-        there = train.columns
-        half = {"output": "instruction", "instruction": "output"}  # one half asks for the other
-        sought = [half[key] for key in half if key in found] or ["text", "messages"]
-        near = next((w for w in (_near(key, there) for key in sought) if w), "")
-        columns = ", ".join(map(repr, there)) or "none"
-        raise DataError(f"{train.name}: its columns ({columns}) fit no format{near}", _FORMATS)
-    if "label" in found:
-        return "classification" if data.labels else _by_labels(found["label"], train)
-    return "text"
+    if "text" in column_of:
+        if "label" not in column_of:
+            return "text"
+        return "classification" if data.labels else _format_of_labels(column_of["label"], train)
+    other_half = {"output": "instruction", "instruction": "output"}
+    wanted = [other_half[key] for key in other_half if key in column_of] or ["text", "messages"]
+    questions = [_nearest_column(key, train.columns) for key in wanted]
+    question = next(filter(None, questions), "")
+    columns = ", ".join(map(repr, train.columns)) or "none"
+    raise DataError(f"{train.name}: its columns ({columns}) fit no format{question}", _FORMATS)
 
 
-def _by_labels(column: str, train: Table) -> Format:
-    readable = (fields for _, fields in train.rows if isinstance(fields, dict))
-    labels = [fields.get(column) for fields in readable]
-    if train.typed:
-        numbers = [isinstance(label, int | float) and is_number(label) for label in labels]
-    else:
-        numbers = [is_number(label) for label in labels]
-    if not all(numbers):
+def _format_of_labels(column: str, train: Table) -> Format:
+    labels = [fields.get(column) for _, fields in train.readable()]
+    texts = train.typed and any(isinstance(label, str) for label in labels)
+    if texts or not all(map(is_number, labels)):
         return "classification"
     if not all(map(is_whole, labels)):
         return "regression"
@@ -114,11 +95,39 @@ def _by_labels(column: str, train: Table) -> Format:
     return "classification"
 
 
-def _missing(key: str, there: Sequence[str]) -> str:
-    return f"a column {' or '.join(map(repr, USUAL[key]))}{_near(key, there)}"
-
-
-def _near(key: str, there: Sequence[str]) -> str:
-    """Return a question about the column that is most like one of the usual names."""
-    near = next((word for word in (nearest(name, there) for name in USUAL[key]) if word), None)
+def _nearest_column(key: str, columns: Sequence[str]) -> str:
+    """Return a question about the column that is most like a usual name of `key`, or nothing."""
+    near = next(filter(None, (nearest(name, columns) for name in USUAL[key])), None)
     return f" (is it {near!r}? then data.columns.{key}={near})" if near else ""
+
+
+def find_labels(train: Table, column: str) -> dict[Label, int]:
+    """Return the classes of the training rows and the number of the first row of each.
+
+    They are sorted, unless texts and numbers are mixed; whole numbers of a CSV become numbers.
+    """
+    first_rows: dict[Label, int] = {}
+    for number, fields in train.readable():
+        try:
+            first_rows.setdefault(class_label(fields, column), number)
+        except BadRow:
+            continue  # named when the example is built
+    if not train.typed and all(map(is_whole, first_rows)):
+        first_rows = {int(label): number for label, number in first_rows.items()}
+    mixed = len({type(label) for label in first_rows}) > 1
+    return first_rows if mixed else dict(sorted(first_rows.items()))
+
+
+def check_labels(train: Table, column: str, first_rows: Mapping[Label, int]) -> None:
+    """Raise DataError where classes are texts and numbers, or there is only one."""
+    kinds = {type(label): (label, number) for label, number in first_rows.items()}
+    if len(kinds) > 1:
+        seen = [f"{label!r} ({train.unit} {number})" for label, number in kinds.values()]
+        raise DataError(
+            f"{train.name}: '{column}' holds both texts and whole numbers: {' and '.join(seen)}"
+        )
+    if len(first_rows) == 1:
+        (only,) = first_rows
+        raise DataError(
+            f"{train.name}: '{column}' is {only!r} in every row; two classes are needed"
+        )
