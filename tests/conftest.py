@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import pytest
 import torch
 from support.machine import ROOT, absent
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.processes import in_this_process
 from support.tiny_runs import choices_run, pairs_run
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -58,6 +59,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def pair_tokenizer() -> PreTrainedTokenizerFast:
     """See `make_pair_tokenizer`."""
     return make_pair_tokenizer()
+
+
+@pytest.fixture
+def same_process() -> Iterator[None]:
+    """See `in_this_process`."""
+    with in_this_process():
+        yield
 
 
 @pytest.fixture

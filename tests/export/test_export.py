@@ -65,6 +65,7 @@ def test_controls_are_read_back_to_the_bit(moc, tmp_path, capsys):
     assert (config["format"], config["kind"], config["seed"]) == (2, "causal", 42)
 
 
+@pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_halves_the_controls_and_spares_the_gate(dtype, moc, tmp_path, capsys):
     folder = tmp_path / "out"
@@ -79,7 +80,9 @@ def test_half_precision_halves_the_controls_and_spares_the_gate(dtype, moc, tmp_
 
 
 @pytest.mark.parametrize("change", ["method.init=pissa", "method=dora", "method.init=default"])
-def test_merged_needs_no_moc_and_agrees(change, tmp_path, capsys):
+def test_merged_needs_no_moc_and_agrees(change, tmp_path, capsys, request):
+    if change != "method.init=default":  # one of three is read by a fresh process
+        request.getfixturevalue("same_process")
     changes = [change] if change == "method=dora" else ["method=lora", change]
     source = train(tmp_path / "run", *changes, "method.rank=4")
     folder = tmp_path / "out"
@@ -117,6 +120,7 @@ def test_gated_methods_cannot_be_merged_and_are_told_why(method, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("same_process")
 def test_an_export_that_gives_other_logits_is_not_done(moc, tmp_path, capsys, monkeypatch):
     """A payload that is not the run's passes every hash; its logits give it away."""
     from moc_cli.export import controls
@@ -170,6 +174,7 @@ class Hub:
         self.calls.append(("upload", repo_id, str(folder_path), names))
 
 
+@pytest.mark.usefixtures("same_process")
 def test_the_finished_folder_is_uploaded_only_when_asked(moc, tmp_path, capsys, monkeypatch):
     calls: list = []
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -184,6 +189,7 @@ def test_the_finished_folder_is_uploaded_only_when_asked(moc, tmp_path, capsys, 
     assert calls[1] == ("upload", "me/mine", str(tmp_path / "b"), files)
 
 
+@pytest.mark.usefixtures("same_process")
 def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(
     moc, tmp_path, capsys, monkeypatch
 ):
@@ -199,6 +205,7 @@ def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(
     assert (out / PAYLOAD).exists()
 
 
+@pytest.mark.usefixtures("same_process")
 def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
     assert export(capsys, moc, "--to", "controls", "--output", folder)[0] == 0

@@ -12,13 +12,11 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,6 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.processes import in_this_process
 
 from moc_cli.cli import run
 
@@ -60,25 +59,6 @@ def moc(*arguments: str) -> dict[str, Any]:
         code = run([*arguments, "--json"])
     assert code == 0, f"moc {' '.join(arguments)}: {code}\n{printed.getvalue()}{said.getvalue()}"
     return json.loads(printed.getvalue())
-
-
-@contextlib.contextmanager
-def in_this_process() -> Iterator[None]:
-    """Run the Python programs that exports start here instead: seconds less for each.
-
-    That an export can be read by a process of its own is tested in tests/export.
-    """
-    start = subprocess.run
-
-    def stand_in(command: list[str], **options: Any) -> Any:
-        if list(command[:2]) != [sys.executable, "-c"]:
-            return start(command, **options)
-        with mock.patch.object(sys, "argv", ["-c", *command[3:]]):
-            exec(command[2], {"__name__": "__main__"})
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    with mock.patch.object(subprocess, "run", stand_in):
-        yield
 
 
 def outputs() -> Iterator[tuple[str, Any]]:

@@ -3,15 +3,13 @@
 import errno
 import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.machine import ROOT
+from support.processes import killed_at
 from support.toy import ToyAdapted, snapshot, toy_data, toy_fit
 
 from moc_cli.errors import FileError, MocError, RunError
@@ -226,26 +224,9 @@ def test_a_full_disk_stops_training_with_the_previous_checkpoint(tmp_path, monke
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from support.toy import snapshot
-from moc_cli.training.checkpoint import Checkpoints
-
-left = int(sys.argv[2])
-def dying(function):
-    def wrapped(*args, **options):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return wrapped
-
-os.fsync, os.rename = dying(os.fsync), dying(os.rename)
-Path.write_bytes, Path.mkdir = dying(Path.write_bytes), dying(Path.mkdir)
-Checkpoints(Path(sys.argv[1])).save(snapshot(2))
-"""
+def dying_disk(dying) -> None:
+    os.fsync, os.rename = dying(os.fsync), dying(os.rename)
+    Path.write_bytes, Path.mkdir = dying(Path.write_bytes), dying(Path.mkdir)
 
 
 @pytest.mark.parametrize(("left", "old"), [(4, True), (11, True), (12, False)])
@@ -256,11 +237,7 @@ def test_a_kill_in_mid_save_leaves_the_old_checkpoint_or_the_new(tmp_path, left,
     """
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(replace(snapshot(2), identity={"old": True}))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(left)], env=environment, check=False
-    )
-    assert done.returncode == -9
+    assert killed_at(left, dying_disk, lambda: checkpoints.save(snapshot(2)))
     assert ("step-000002" in os.listdir(tmp_path)) == (left != 11)
     found = Checkpoints(tmp_path).newest(pytest.fail)
     assert found is not None
