@@ -11,6 +11,7 @@ The command line turns each into one sentence and a hint, with exit code 2. Anyt
 and keeps its traceback.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,3 +67,18 @@ class RunError(MocError):
 
 class FileError(MocError):
     """The disk refused a read or a write."""
+
+
+def compare_entries(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Say which tensors are missing, unexpected or of another shape, at most five; "" if none."""
+    wrong = [f"missing '{name}'" for name in expected.keys() - found.keys()]
+    wrong += [f"unexpected '{name[:80]}'" for name in found.keys() - expected.keys()]
+    wrong += [
+        f"'{name}' has shape {str(found[name])[:60]}, expected {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return "; ".join(sorted(wrong)[:5]) + more

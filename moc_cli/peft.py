@@ -26,10 +26,11 @@ from peft.utils.other import set_additional_trainable_modules
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
+from moc_cli.adapter.check import check_base
 from moc_cli.adapter.config import make_method
-from moc_cli.errors import MocError, RunError
+from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.methods.controls import make_mixture
-from moc_cli.models.fingerprint import fingerprint, same_base
+from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.hooks import Host
 from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.methods import ControlMethod, MocMethod
@@ -164,7 +165,12 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         Raises RunError for another base than the one that the set was trained on.
         """
         config = self.peft_config[adapter_name]
-        _check_base(model, config)
+        check_base(
+            getattr(model, "name_or_path", "") or type(model).__name__,
+            vars(config),
+            fingerprint=fingerprint(model, [HOLDER, *(config.modules_to_save or ())]),
+            required=False,
+        )
         mixture, family = make_mixture(model, config.section, config.seed)
         holder = getattr(model, HOLDER, None)
         if holder is None:
@@ -245,15 +251,12 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
             if f".{SETS}.{adapter_name}." in f".{key}"
         }
         given = {key: value for key, value in found.items() if f".{SETS}." in f".{key}"}
-        wrong = [f"missing '{key}'" for key in own.keys() - given.keys()]
-        wrong += [f"unexpected '{key}'" for key in given.keys() - own.keys()]
-        wrong += [
-            f"'{key}' has shape {tuple(given[key].shape)}, expected {tuple(own[key].shape)}"
-            for key in own.keys() & given.keys()
-            if own[key].shape != given[key].shape
-        ]
+        wrong = compare_entries(
+            {key: tuple(value.shape) for key, value in given.items()},
+            {key: tuple(value.shape) for key, value in own.items()},
+        )
         if wrong:
-            raise RunError(f"the adapter does not fit this model: {'; '.join(sorted(wrong)[:5])}")
+            raise RunError(f"the adapter does not fit this model: {wrong}")
         return dict(found)
 
 
@@ -269,18 +272,6 @@ def state_hash(state: Mapping[str, Tensor], adapter_name: str = "default") -> st
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_base(model: nn.Module, config: MocConfig) -> None:
-    if not config.base_fingerprint:
-        return
-    found = fingerprint(model, [HOLDER, *(config.modules_to_save or ())])
-    if same_base(found, config.base_fingerprint) is False:
-        raise RunError(
-            "the model has other weights than the base: the controls were trained on "
-            f"'{config.base_model_name_or_path}'",
-            "give the same base model",
-        )
 
 
 def register() -> None:

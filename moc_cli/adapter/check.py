@@ -1,6 +1,7 @@
 """An adapter folder against a model in memory: whether it fits, before anything is allocated."""
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moc_cli.adapter.config import AdapterConfig, drawn_from_the_base, parse_adapter
-from moc_cli.adapter.folder import Adapter, check_entries, read_adapter
-from moc_cli.errors import MocError, RunError
+from moc_cli.adapter.folder import Adapter, read_adapter
+from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.files import to_plain
 from moc_cli.methods import attach
 from moc_cli.models.fingerprint import fingerprint, same_base
@@ -42,10 +43,17 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> Fitting:
     _check_bounds(adapter, config)
     names = tuple(config.modules)
     base = fingerprint(model, names)
-    if not dict(model.named_modules()).keys() >= set(names):
-        _check_base(model, config, base)  # another base is why a module is missing
-    check_modules(model, names)
-    _check_base(model, config, base)
+    missing = set(names) - dict(model.named_modules()).keys()
+    if not missing:  # otherwise it may be another base's module
+        check_modules(model, names)
+    check_base(
+        model.name_or_path or type(model).__name__,
+        config.model_dump(),
+        fingerprint=base,
+        weights_hash=lambda: known_hash(model.name_or_path or ""),
+    )
+    if missing:
+        check_modules(model, names)
     if config.seed is None and drawn_from_the_base(config.method):
         raise RunError(
             f"{adapter.folder} does not say from which seed its method was placed",
@@ -94,25 +102,38 @@ def _check_bounds(adapter: Adapter, config: AdapterConfig) -> None:
             )
 
 
-def _check_base(model: PreTrainedModel, config: AdapterConfig, base: dict[str, str]) -> None:
-    """Raise RunError unless the model is the one that the controls were trained on."""
-    expected = config.base_fingerprint
-    same = same_base(base, expected.model_dump()) if expected else None
-    name = model.name_or_path or ""
-    if same is None and config.base_weights_sha256:
-        found = known_hash(name)
-        same = None if found is None else found == config.base_weights_sha256
-    trained = f"the controls were trained on '{config.base_model_name_or_path}'"
-    if same is None:
+def check_base(
+    name: str,
+    expected: Mapping[str, Any],
+    *,
+    fingerprint: Mapping[str, str] | None = None,
+    weights_hash: Callable[[], str | None] = lambda: None,
+    required: bool = True,
+) -> None:
+    """Raise RunError unless the base model `name` is the one that the controls were trained on.
+
+    `expected` is what adapter_config.json says. The `fingerprint` of the parameters in memory
+    decides where it can be compared, the hash of the weight files otherwise. Where neither can be
+    compared, the base is refused if `required`.
+    """
+    same = same_base(fingerprint or {}, expected.get("base_fingerprint") or {})
+    hashes = ""
+    wanted = expected.get("base_weights_sha256")
+    if same is None and wanted:
+        found = weights_hash()
+        same = None if found is None else found == wanted
+        hashes = f": sha256 {str(found)[:12]}, expected {wanted[:12]}"
+    trained = f"the controls were trained on '{expected.get('base_model_name_or_path')}'"
+    if same is None and required:
         raise RunError(
-            f"it cannot be told whether '{name}' is the base: {trained}, and neither its files nor "
-            "a fingerprint in this type of numbers can be compared",
+            f"the base '{name}' cannot be checked: {trained}, and neither its weight files nor a "
+            "fingerprint in this type of numbers can be compared",
             "load the base in float32 or bfloat16, or from its folder",
         )
-    if not same:
+    if same is False:
         raise RunError(
-            f"'{name or type(model).__name__}' has other weights than the base: {trained}",
-            "give the same base model, or train anew on this one",
+            f"'{name}' has other weights than the base: {trained}{hashes}",
+            "give the same base model, or train again on this one",
         )
 
 
@@ -122,12 +143,14 @@ def _check_fit(
     """Place the method in the model's shapes alone and compare names, shapes and places."""
     shapes = attach(_shapes_of(model), config.method, new_modules=tuple(config.modules))
     expected = {name: tuple(p.shape) for name, p in shapes.named_trainables().items()}
-    check_entries(adapter.entries, expected, str(adapter.folder))
-    told = to_plain(shapes.adapter_config())
-    if adapter.config.get("placement") != told.get("placement"):
+    wrong = compare_entries(adapter.shapes, expected)
+    if wrong:
+        raise RunError(f"{adapter.folder} does not fit this model: {wrong}")
+    placed = to_plain(shapes.adapter_config())
+    if adapter.config.get("placement") != placed.get("placement"):
         raise RunError(f"{adapter.folder} says other places than its method takes in this model")
-    unknown = sorted(peft.keys() - told.keys())
-    other = [key for key in _PEFT if key in peft and peft[key] != told[key]]
+    unknown = sorted(peft.keys() - placed.keys())
+    other = [key for key in _PEFT if key in peft and peft[key] != placed[key]]
     if unknown or other:
         what = f"unknown key '{unknown[0][:80]}'" if unknown else f"{other[0]} and method disagree"
         raise RunError(f"{adapter.folder}: adapter_config.json: {what}")

@@ -12,6 +12,7 @@ from moc_cli.errors import MocError
 if TYPE_CHECKING:
     from moc_cli.evaluation.base_scores import Known
     from moc_cli.evaluation.session import Plan, Subject
+    from moc_cli.load_run import LoadedModel
     from moc_cli.recipe.schema import Recipe
 
 OUTPUTS = Path("runs") / "eval"  # of bare models
@@ -89,7 +90,7 @@ def run_asked(run: Path, request: Request) -> Asked:
         before = before_training(folder, plan.how.protocol)
         return Known([*before.scores, *earlier_evaluation(file, wanted).scores])
 
-    load = partial(run_subject, run, request.device)
+    load = partial(run_subject, run, request.device, recipe)
     return Asked(plan, run / "eval" / plan.label, load, known)
 
 
@@ -139,11 +140,11 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
     )
 
 
-def run_subject(run: Path, device: str | None) -> "Subject":
+def run_subject(run: Path, device: str | None, recipe: "Recipe | None" = None) -> "Subject":
     from moc_cli.evaluation.session import Subject
     from moc_cli.load_run import open_run
 
-    opened = open_run(run, device=device)
+    opened = open_run(run, device=device, recipe=recipe)
     data = opened.recipe.data
     prompted = opened.causal and data.format != "text"  # a plain text is learned as a whole
     facts = {
@@ -151,16 +152,15 @@ def run_subject(run: Path, device: str | None) -> "Subject":
         "method": opened.recipe.method.name,
         "model": opened.recipe.model.model_name_or_path,
         "base_weights_sha256": opened.weights_hash,
-        "controls_sha256": opened.controls["payload_sha256"],
+        "controls_sha256": opened.adapter_config["payload_sha256"],
         "train_on_inputs": data.train_on_inputs if prompted else None,
     }
     return Subject(opened.adapted, opened.tokenizer, facts | _where(opened))
 
 
-def _where(opened: Any) -> dict[str, str]:
+def _where(opened: "LoadedModel") -> dict[str, str]:
     """Type and device, on which the last bits of a score depend."""
-    dtype = str(opened.adapted.model.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "device": opened.device.type}
+    return {"dtype": opened.dtype, "device": opened.device.type}
 
 
 # A bare model
@@ -229,10 +229,10 @@ def check_language_model(name: str) -> None:
 
 def model_subject(request: Request) -> "Subject":
     from moc_cli.evaluation.session import Subject
-    from moc_cli.load_run import open_base
+    from moc_cli.load_run import open_model
 
     assert request.model is not None
-    opened = open_base(
+    opened = open_model(
         request.model, device=request.device or "auto", dtype=request.dtype or "float32"
     )
     facts = {

@@ -9,6 +9,8 @@ import typer
 from moc_cli.cli.options import JsonOption
 
 if TYPE_CHECKING:
+    from moc_cli.load_run import LoadedModel
+    from moc_cli.recipe.schema import Recipe
     from moc_cli.serving.text import Answer, Writer
 
 
@@ -67,7 +69,7 @@ def generate(
     from moc_cli.serving.prompts import check_frame, check_system, choose_frame
 
     check_frame(template)
-    _check_run(run)
+    recipe = _read_recipe(run)
     prompts = _prompts(prompt, file)
     if prompts is None and json:
         raise MocError("a conversation has no --json", 'give --prompt "..." or --file FILE')
@@ -76,7 +78,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     sampling.check()
-    opened, trained = _open(run, model, device)
+    opened, trained = _open(run, recipe, model, device)
     frame, why = choose_frame("raw" if raw else template, trained, opened.tokenizer)
     check_system(system, frame)
     say(f"template: {frame}, {why}")
@@ -87,10 +89,10 @@ def generate(
         _answer_all(writer, prompts, base=base, many=file is not None, json=json, name=opened.name)
 
 
-def _check_run(run: Path | None) -> None:
-    """Refuse a classifier before torch is imported."""
+def _read_recipe(run: Path | None) -> "Recipe | None":
+    """The run's recipe; refuses a classifier before torch is imported."""
     if run is None:
-        return
+        return None
     from moc_cli.errors import MocError
     from moc_cli.recipe.load import load_recipe
     from moc_cli.runs import RunFolder
@@ -101,6 +103,7 @@ def _check_run(run: Path | None) -> None:
             f"{run} is a classifier ({', '.join(recipe.data.tasks)}): it has no text to give",
             f"score it: moc eval {run}",
         )
+    return recipe
 
 
 def _prompts(prompt: str | None, file: str | None) -> list[str] | None:
@@ -133,16 +136,18 @@ def _stdin() -> str:
         raise DataError("stdin is not UTF-8", "give the prompt as UTF-8 text") from error
 
 
-def _open(run: Path | None, model: str | None, device: str | None) -> tuple[Any, str | None]:
+def _open(
+    run: Path | None, recipe: "Recipe | None", model: str | None, device: str | None
+) -> tuple["LoadedModel", str | None]:
     """The run or the bare model, and the frame that it was trained in, if that is known."""
-    from moc_cli.load_run import open_base, open_run
+    from moc_cli.load_run import open_model, open_run
     from moc_cli.serving.prompts import trained_frame
 
     if run is not None:
-        opened = open_run(run, device=device)
+        opened = open_run(run, device=device, recipe=recipe)
         return opened, trained_frame(opened.recipe.data.suite, opened.recipe.data.format)
     assert model is not None
-    return open_base(model, device=device or "auto"), None
+    return open_model(model, device=device or "auto"), None
 
 
 def _chat(writer: "Writer", base: bool) -> None:

@@ -14,6 +14,7 @@ from moc_cli.evaluation.base_scores import Known
 from moc_cli.evaluation.custom import votes_of
 from moc_cli.evaluation.results_folder import Report
 from moc_cli.evaluation.suite import Scoring, Task, entry, metric_entries, samples, score
+from moc_cli.methods import Adapted
 from moc_cli.recipe.schema import DataSection
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
@@ -24,7 +25,7 @@ from moc_cli.scoring.results import Evaluation
 class Subject:
     """What is scored, and what names it in results.json."""
 
-    adapted: Any
+    adapted: Adapted
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
 

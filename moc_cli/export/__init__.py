@@ -16,7 +16,7 @@ from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
 
 if TYPE_CHECKING:
-    from moc_cli.load_run import Trained
+    from moc_cli.load_run import LoadedRun
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
@@ -53,7 +53,7 @@ class Exported:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Export = Callable[["Trained", Path, Options], Exported]
+Export = Callable[["LoadedRun", Path, Options], Exported]
 
 FORMATS: dict[str, str] = {
     "controls": "moc_cli.export.controls:export",

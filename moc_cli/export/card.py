@@ -7,7 +7,7 @@ from typing import Any
 from moc_cli import __version__
 from moc_cli.errors import RunError
 from moc_cli.export import Exported
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import RunFolder
@@ -16,7 +16,7 @@ PAPER = "https://arxiv.org/abs/2606.31397"
 _TITLE = {"causal": "text-generation", "classification": "text-classification"}
 
 
-def base_code(trained: Trained) -> str:
+def base_code(trained: LoadedRun) -> str:
     """Python that loads the bare base of a run into `model`, in its type and with its head."""
     model, base = trained.recipe.model, trained.base
     causal = base["kind"] == "causal"
@@ -37,7 +37,7 @@ def base_code(trained: Trained) -> str:
     return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{told})"])
 
 
-def make_card(trained: Trained, exported: Exported, to: str, sizes: dict[str, int]) -> str:
+def make_card(trained: LoadedRun, exported: Exported, to: str, sizes: dict[str, int]) -> str:
     """Return README.md with the YAML front matter of the hub."""
     recipe, folder = trained.recipe, trained.folder
     parts = [
@@ -56,7 +56,7 @@ def make_card(trained: Trained, exported: Exported, to: str, sizes: dict[str, in
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(trained: Trained, exported: Exported) -> str:
+def _front(trained: LoadedRun, exported: Exported) -> str:
     """The hub's metadata; a local folder is no base model that the hub knows."""
     name = trained.recipe.model.model_name_or_path
     method = trained.recipe.method.name
@@ -83,7 +83,7 @@ def _loading(exported: Exported) -> list[str]:
     return ["```python", start, *exported.loading.splitlines(), "```"]
 
 
-def _base(trained: Trained) -> list[str]:
+def _base(trained: LoadedRun) -> list[str]:
     model = trained.recipe.model
     lines = [f"- name: `{_shown(model.model_name_or_path)}`"]
     lines += [f"- revision: `{model.revision}`"] if model.revision else []
@@ -146,7 +146,7 @@ def _scores(recipe: Recipe, results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _evaluations(trained: Trained) -> list[str]:
+def _evaluations(trained: LoadedRun) -> list[str]:
     """Scores of `moc eval` on these very controls, each under its own conditions."""
     lines: list[str] = []
     for path in sorted((trained.folder.path / "eval").glob("*/results.json")):
@@ -154,7 +154,7 @@ def _evaluations(trained: Trained) -> list[str]:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # an evaluation that was cut off says nothing about these controls
-        if found.get("controls_sha256") != trained.controls["payload_sha256"]:
+        if found.get("controls_sha256") != trained.adapter_config["payload_sha256"]:
             continue
         limit = f"{found['limit']} drawn rows a task" if found.get("limit") else "all rows"
         lines += ["", f"`moc eval`: protocol `{found['protocol']}`, {limit}.", ""]

@@ -13,12 +13,12 @@ from torch import Tensor
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 
 _KEPT = ("gates.", "modules.")
 
 
-def export(trained: Trained, folder: Path, options: Options) -> Exported:
+def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
     """Write the adapter; what a fresh process makes of it must be our own logits to the bit.
 
     In float16 and bfloat16 that is the run with its controls rounded in the same way; the distance
@@ -28,7 +28,9 @@ def export(trained: Trained, folder: Path, options: Options) -> Exported:
     whole = trained.adapted.state()
     state = rounded(whole, getattr(torch, dtype))
     config = (
-        trained.adapted.adapter_config() | trained.base | {"step": trained.controls.get("step")}
+        trained.adapted.adapter_config()
+        | trained.base
+        | {"step": trained.adapter_config.get("step")}
     )
     write_adapter(folder, config, save(state, {"format": "pt"}))
     exact = parity.reference(trained)

@@ -6,7 +6,7 @@ import torch
 
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import without_bars
 from moc_cli.recipe.schema import Recipe
 
@@ -39,7 +39,7 @@ def check(recipe: Recipe, options: Options) -> None:
         )
 
 
-def export(trained: Trained, folder: Path, options: Options) -> Exported:
+def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
     """Merge in float32, round to the type asked for, and write model, tokenizer and settings.
 
     W x + B (A x) and (W + B A) x agree up to rounding, not to the bit, hence the tolerance.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moc_cli.errors import MocError
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.scoring.forward import evaluating
 
 # Largest |Δlogit| that is let pass, as a share of the largest |logit|, by the type of the file.
@@ -64,7 +64,7 @@ class Reference:
     counted: Tensor
 
 
-def reference(trained: Trained, texts: Sequence[str] = TEXTS) -> Reference:
+def reference(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> Reference:
     """Run the source on padded rows; decoders are padded on the left, as for generation."""
     inputs = reference_rows(trained, texts)
     with evaluating(trained.adapted.model) as device:
@@ -75,7 +75,7 @@ def reference(trained: Trained, texts: Sequence[str] = TEXTS) -> Reference:
     return Reference(inputs, logits, counted)
 
 
-def reference_rows(trained: Trained, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
+def reference_rows(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
     """Encode texts as a padded batch: input_ids, attention_mask and, where known, token types."""
     encoded = [dict(trained.tokenizer(text)) for text in texts]
     limit = getattr(trained.adapted.model.config.get_text_config(), "max_position_embeddings", 512)

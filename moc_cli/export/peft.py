@@ -15,7 +15,7 @@ from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.methods import quiet_import
 from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
 from moc_cli.recipe.schema import Recipe
@@ -41,7 +41,7 @@ def check(recipe: Recipe, options: Options) -> None:
         raise MocError(f"--dtype {options.dtype}: peft trains on in float32", "use --to controls")
 
 
-def export(trained: Trained, folder: Path, options: Options) -> Exported:
+def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
     """Write config and payload under peft's keys; a fresh process must give our logits."""
     state = {_key(name): value for name, value in trained.adapted.state().items()}
     own = isinstance(trained.recipe.method, MocMethod | ControlMethod)
@@ -68,14 +68,14 @@ def _key(name: str) -> str:
     return f"{_PREFIX}moc.moc_mixtures.{name}"
 
 
-def _moc(trained: Trained, state: dict[str, Tensor]) -> dict[str, Any]:
+def _moc(trained: LoadedRun, state: dict[str, Tensor]) -> dict[str, Any]:
     quiet_import()
     from moc_cli.peft import NAME, MocConfig, state_hash
 
     config = MocConfig(
         method=trained.recipe.method.model_dump(mode="json"),
         seed=trained.recipe.seed,
-        modules_to_save=trained.controls["modules"] or None,
+        modules_to_save=trained.adapter_config["modules"] or None,
         base_weights_sha256=trained.weights_hash,
         base_fingerprint=trained.base["base_fingerprint"],
         state_sha256=state_hash(state),
@@ -91,7 +91,7 @@ def _moc(trained: Trained, state: dict[str, Tensor]) -> dict[str, Any]:
 _SHARED = ("base_model_name_or_path", "revision", "task_type")
 
 
-def _low_rank(trained: Trained) -> dict[str, Any]:
+def _low_rank(trained: LoadedRun) -> dict[str, Any]:
     fields = trained.adapted.adapter_config()
     return {key: value for key, value in fields.items() if key not in ("method", "modules")} | {
         **_told(trained),
@@ -100,7 +100,7 @@ def _low_rank(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _told(trained: Trained) -> dict[str, Any]:
+def _told(trained: LoadedRun) -> dict[str, Any]:
     return {
         "base_model_name_or_path": trained.recipe.model.model_name_or_path,
         "revision": trained.recipe.model.revision,

@@ -52,11 +52,11 @@ def export_run(
     check_output(output)
     if push_to_hub is not None:
         check_online()
-    folder = RunFolder.open(run)
+    recipe = load_recipe(RunFolder.open(run).recipe_file)
     refuse = getattr(import_module(FORMATS[to].partition(":")[0]), "check", None)
     if refuse is not None:
-        refuse(load_recipe(folder.recipe_file), options)
-    trained = open_run(run, device=device)
+        refuse(recipe, options)
+    trained = open_run(run, device=device, recipe=recipe)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
         exported = write(trained, temporary, options)

@@ -24,7 +24,7 @@ from moc_cli.models.load import without_bars
 from moc_cli.nn.mixture import Mixture
 
 if TYPE_CHECKING:
-    from moc_cli.load_run import Trained
+    from moc_cli.load_run import LoadedRun
     from moc_cli.recipe.schema import Recipe
 
 MODELING = "modeling_moc"
@@ -54,7 +54,7 @@ class {model}({bases}):
 '''
 
 
-def export(trained: "Trained", folder: Path, options: Options) -> Exported:
+def export(trained: "LoadedRun", folder: Path, options: Options) -> Exported:
     """Write the run's model with its controls, and read it back where moc cannot be imported.
 
     Raises MocError for a base that is itself custom code.

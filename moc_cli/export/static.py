@@ -31,7 +31,7 @@ from moc_cli.training.rows import task_kind
 from moc_cli.training.scoring import Scorer
 
 if TYPE_CHECKING:
-    from moc_cli.load_run import Trained
+    from moc_cli.load_run import LoadedRun
     from moc_cli.recipe.schema import Recipe
     from moc_cli.scoring.results import TaskResult
 
@@ -59,7 +59,7 @@ def check(recipe: "Recipe", options: Options) -> None:
         raise MocError(f"--dtype {options.dtype}: static writes float32", "leave --dtype out")
 
 
-def export(trained: "Trained", folder: Path, options: Options) -> Exported:
+def export(trained: "LoadedRun", folder: Path, options: Options) -> Exported:
     """Count routes, freeze them, write the pairs, and compare with the mixture so rerouted."""
     mixture = trained.adapted.mixture
     assert mixture is not None  # `check` refused what has none
@@ -72,7 +72,7 @@ def export(trained: "Trained", folder: Path, options: Options) -> Exported:
         expected = parity.reference(trained)
     method = static_method(trained.recipe.method)
     config = trained.adapted.adapter_config() | trained.base
-    config |= {"method": method.model_dump(mode="json"), "step": trained.controls.get("step")}
+    config |= {"method": method.model_dump(mode="json"), "step": trained.adapter_config.get("step")}
     write_adapter(folder, config, save(fold(trained.adapted, frozen), {"format": "pt"}))
     loading = "\n".join(
         ["from moc_cli import load_controls", base_code(trained), "load_controls(model, folder)"]
@@ -164,7 +164,7 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
     return state
 
 
-def _rows(trained: "Trained", limit: int) -> tuple[dict[str, list[Example]], ...]:
+def _rows(trained: "LoadedRun", limit: int) -> tuple[dict[str, list[Example]], ...]:
     """Up to `limit` rows a task: of the training part to count on, of the scored part to score."""
     recipe, rows = make_rows(trained.recipe)
     train = {
@@ -179,7 +179,7 @@ def _rows(trained: "Trained", limit: int) -> tuple[dict[str, list[Example]], ...
 
 
 def _score(
-    trained: "Trained", tasks: dict[str, list[Example]], what: str, silent: bool
+    trained: "LoadedRun", tasks: dict[str, list[Example]], what: str, silent: bool
 ) -> tuple[Record, list["TaskResult"]]:
     """Score each task; return what the gates decided on its rows, and the main results."""
     data = trained.recipe.data

@@ -14,7 +14,7 @@ import torch
 from moc_cli.data.encode import encode_train
 from moc_cli.data.examples import Example, PairExample
 from moc_cli.inspection.record import Progress
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
 from moc_cli.scoring.classify import classify, pair_loss
@@ -38,7 +38,7 @@ def local_at(mixture: Mixture, index: int) -> Iterator[None]:
 
 
 def ablate(
-    trained: Trained,
+    trained: LoadedRun,
     examples: Sequence[Example],
     *,
     batch_size: int,
@@ -64,7 +64,7 @@ def ablate(
     return found
 
 
-def row_losses(trained: Trained, examples: Sequence[Example], batch_size: int) -> list[float]:
+def row_losses(trained: LoadedRun, examples: Sequence[Example], batch_size: int) -> list[float]:
     """Return the loss of each row, without those whose answer was cut off."""
     data = trained.recipe.data
     adapted, tokenizer = trained.adapted, trained.tokenizer

@@ -9,7 +9,7 @@ from torch import Tensor
 from moc_cli.data.batches import collate
 from moc_cli.evaluation.suite import Task
 from moc_cli.inspection.inputs import Prompts, encode_prompts
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
 from moc_cli.report.progress import WorkProgress
 from moc_cli.scoring.batch_size import Shape, run_batches
@@ -26,7 +26,7 @@ class Seen:
     whole: Record
 
 
-def forward(trained: Trained, prompts: Prompts, items: Sequence[int], device: Any) -> None:
+def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: Any) -> None:
     """Run the prompts with these numbers through the model, padded to the longest."""
     kind = "causal" if trained.causal else "classification"
     rows = [prompts.rows[item] for item in items]
@@ -42,7 +42,7 @@ def forward(trained: Trained, prompts: Prompts, items: Sequence[int], device: An
 
 
 def record(
-    trained: Trained, prompts: Prompts, *, batch_size: int, on_progress: Progress | None = None
+    trained: LoadedRun, prompts: Prompts, *, batch_size: int, on_progress: Progress | None = None
 ) -> Record:
     """Record what the gates do on prompts: each row decides once at every site."""
     model = trained.adapted.model
@@ -65,7 +65,9 @@ def record(
     return recorder.record()
 
 
-def record_tasks(trained: Trained, tasks: Sequence[Task], *, batch_size: int, silent: bool) -> Seen:
+def record_tasks(
+    trained: LoadedRun, tasks: Sequence[Task], *, batch_size: int, silent: bool
+) -> Seen:
     """Record what the gates do on the prompts of each task."""
     found: dict[str, Record] = {}
     for task in tasks:

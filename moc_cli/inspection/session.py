@@ -21,7 +21,7 @@ from moc_cli.inspection.inputs import read_rows
 from moc_cli.inspection.record import Seen, record, record_tasks
 from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import remarks
-from moc_cli.load_run import Trained, open_run
+from moc_cli.load_run import LoadedRun, open_run
 from moc_cli.methods.route_counts import Layout
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
@@ -81,7 +81,7 @@ class Inspection:
 
     def run(self) -> dict[str, Any]:
         """Load the model, look, and return what routing.json says."""
-        trained = open_run(self.asked.run, device=self.asked.device)
+        trained = open_run(self.asked.run, device=self.asked.device, recipe=self.recipe)
         tokens = None
         if self.asked.text is None:
             seen = self._look(trained)
@@ -100,19 +100,19 @@ class Inspection:
     def _batch_size(self) -> int:
         return self.asked.batch_size or self.recipe.eval.per_device_eval_batch_size
 
-    def _look(self, trained: Trained) -> Seen:
+    def _look(self, trained: LoadedRun) -> Seen:
         return record_tasks(trained, self.tasks, batch_size=self._batch_size(), silent=self.silent)
 
-    def _read(self, trained: Trained, text: str | None) -> tuple[Seen, dict[str, Any]]:
+    def _read(self, trained: LoadedRun, text: str | None) -> tuple[Seen, dict[str, Any]]:
         prompts, tokens = text_votes(trained, text or "")
         return Seen({}, record(trained, prompts, batch_size=1)), tokens
 
-    def _ablate(self, trained: Trained) -> list[dict[str, Any]]:
+    def _ablate(self, trained: LoadedRun) -> list[dict[str, Any]]:
         examples = [example for task in self.tasks for example in task.examples]
         with WorkProgress("ablate sites", len(self.layout.names), silent=self.silent) as bar:
             return ablate(trained, examples, batch_size=self._batch_size(), on_progress=bar.observe)
 
-    def _describe(self, trained: Trained, seen: Seen) -> dict[str, Any]:
+    def _describe(self, trained: LoadedRun, seen: Seen) -> dict[str, Any]:
         """Return all of routing.json that follows from the records."""
         mixture, method = trained.adapted.mixture, self.recipe.method
         assert mixture is not None
@@ -124,7 +124,7 @@ class Inspection:
             "run": trained.name,
             "model": self.recipe.model.model_name_or_path,
             "method": method.model_dump(mode="json"),
-            "step": trained.controls.get("step"),
+            "step": trained.adapter_config.get("step"),
             "split": (self.asked.split or "scored") if looked else None,
             "limit": self.asked.limit if looked else None,
             "text": self.asked.text,

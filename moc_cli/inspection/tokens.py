@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moc_cli.inspection.inputs import Prompts, encode_text
 from moc_cli.inspection.record import forward
-from moc_cli.load_run import Trained
+from moc_cli.load_run import LoadedRun
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.watch import Decision
 from moc_cli.scoring.forward import evaluating
@@ -40,7 +40,7 @@ class Votes:
         self.margins[site.index] = (chosen - rest).mean().item()
 
 
-def text_votes(trained: Trained, text: str) -> tuple[Prompts, dict[str, Any]]:
+def text_votes(trained: LoadedRun, text: str) -> tuple[Prompts, dict[str, Any]]:
     """Run one text, and return its tokens and what routing.json says of them.
 
     `votes` and `probability` are (sites, T): each token's most probable control and how probable.

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moc_cli.methods.adapted import Adapted, Counts, FreshModules, Placed
+from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Placed
 
-__all__ = ["Adapted", "Counts", "attach"]
+__all__ = ["Adapted", "Counts", "attach", "bare"]
 
 
 def _state(model: PreTrainedModel, method: Any, seed: int) -> Placed:
@@ -62,3 +62,9 @@ def attach(
     model.requires_grad_(False)
     fresh = FreshModules(model, new_modules)
     return Adapted(model, placed, fresh, required, base)
+
+
+def bare(model: PreTrainedModel) -> Adapted:
+    """The model with no method in it; nothing is frozen, and nothing is trained."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return Adapted(model, NoMethod(), FreshModules(model, ()), {}, size)

@@ -1,7 +1,7 @@
 """A model with a method placed in it: the one interface that the other rooms see."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moc_cli.errors import MocError
+from moc_cli.errors import MocError, compare_entries
 from moc_cli.methods.route_counts import Recorder
 from moc_cli.models.hooks import cast_inputs
 from moc_cli.nn.mixture import Mixture
@@ -44,6 +44,34 @@ class Placed(Protocol):
     def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
     def disabled(self) -> AbstractContextManager[None]: ...
     def detach(self) -> None: ...
+
+
+class NoMethod:
+    """Nothing placed in a model: a bare model, where an adapted one is expected."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def set_loss_scale(self, scale: float) -> None:
+        pass
+
+    def balance_loss(self) -> None:
+        return None
+
+    def recorder(self, *, detailed: bool, training: bool | None) -> None:
+        return None
+
+    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def detach(self) -> None:
+        pass
 
 
 class FreshModules:
@@ -114,17 +142,12 @@ class Adapted:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy a state in; raises MocError on missing or unexpected keys and wrong shapes."""
         own = self.named_trainables()
-        wrong = [f"missing '{name}'" for name in own.keys() - state.keys()]
-        wrong += [f"unexpected '{name}'" for name in state.keys() - own.keys()]
-        wrong += [
-            f"'{name}' has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
+        wrong = compare_entries(
+            {name: tuple(value.shape) for name, value in state.items()},
+            {name: tuple(parameter.shape) for name, parameter in own.items()},
+        )
         if wrong:
-            shown = "; ".join(sorted(wrong)[:5])
-            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise MocError(f"the saved controls do not fit this model and recipe: {shown}{more}")
+            raise MocError(f"the saved controls do not fit this model and recipe: {wrong}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])

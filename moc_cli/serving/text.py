@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError, MocError
+from moc_cli.methods import Adapted
 from moc_cli.report.output import printable
 from moc_cli.scoring.forward import evaluating
 from moc_cli.serving.prompts import Frame, Turn, encode
@@ -71,7 +72,7 @@ class Answer:
 class Writer:
     """A model that answers: with its controls, or without them as the base it came from."""
 
-    adapted: Any
+    adapted: Adapted
     tokenizer: PreTrainedTokenizerBase
     frame: Frame = "raw"
     system: str | None = None

@@ -166,7 +166,7 @@ def test_format_1_is_known_by_the_hash_of_its_files(saved, tmp_path):
     config |= {"format": 1, "base_weights_sha256": hash_weights(str(home))}
     (saved / CONFIG).write_text(json.dumps(config))
     model = make_tiny("llama")
-    with pytest.raises(RunError, match="cannot be told"):
+    with pytest.raises(RunError, match="cannot be checked"):
         load_controls(model, saved)
     model = type(model).from_pretrained(home)
     load_controls(model, saved).detach()

@@ -18,8 +18,7 @@ from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.encode import prompt_tokens
 from moc_cli.data.suites import load_examples
 from moc_cli.errors import DataError, MocError
-from moc_cli.load_run import Bare
-from moc_cli.methods import Adapted, attach
+from moc_cli.methods import Adapted, attach, bare
 from moc_cli.models.load import load_tokenizer
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.serving.chat import Chat
@@ -43,7 +42,7 @@ def adapted() -> Adapted:
     return found
 
 
-def writer(found: Adapted | Bare, **sampling: object) -> Writer:
+def writer(found: Adapted, **sampling: object) -> Writer:
     options = {"max_new_tokens": 12} | sampling
     return Writer(found, make_byte_tokenizer(), sampling=Sampling(**options))  # type: ignore[arg-type]
 
@@ -157,7 +156,7 @@ def test_answers_differ_from_the_bases(adapted: Adapted) -> None:
     assert me.answer(turns).text != me.answer(turns, base=True).text
     assert (
         me.answer(turns, base=True).text
-        == writer(Bare(make_tiny_model("llama"))).answer(turns).text
+        == writer(bare(make_tiny_model("llama"))).answer(turns).text
     )
 
 
@@ -243,7 +242,7 @@ def test_a_commonsense_run_is_asked_as_in_its_evaluation() -> None:
     example = load_examples("builtin", "world", "test")[0]
     frame, _ = choose_frame("auto", trained_frame("builtin", None), tokenizer)
     instruction = example.eval_prompt.split("### Instruction:\n")[1].split("\n\n" + " " * 16)[0]
-    turns = writer(Bare(make_tiny_model("llama"))).turns("before", "then", instruction.strip())
+    turns = writer(bare(make_tiny_model("llama"))).turns("before", "then", instruction.strip())
     assert encode(tokenizer, frame, turns) == prompt_tokens(tokenizer, example)[0]
 
 

@@ -26,8 +26,7 @@ from moc_cli.errors import DataError, MocError
 from moc_cli.evaluation import harness_model
 from moc_cli.evaluation.harness import HarnessPlan, load_tasks
 from moc_cli.evaluation.harness_model import HarnessModel, until
-from moc_cli.load_run import Bare
-from moc_cli.methods import Adapted, attach
+from moc_cli.methods import Adapted, attach, bare
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.scoring import forward
 from moc_cli.scoring import rank as ranking
@@ -56,7 +55,7 @@ def routed() -> Adapted:
     return make_routed()
 
 
-def asked(found: Adapted | Bare, batch_size: int = 8) -> HarnessModel:
+def asked(found: Adapted, batch_size: int = 8) -> HarnessModel:
     return HarnessModel(found, make_byte_tokenizer(), batch_size=batch_size)
 
 
@@ -68,9 +67,7 @@ def pairs(contexts: list[str], answers: tuple[str, ...] = ANSWERS) -> list[Simpl
     return requests(*((context, answer) for context in contexts for answer in answers))
 
 
-def by_full_forward(
-    found: Adapted | Bare, context: list[int], answer: list[int]
-) -> tuple[float, bool]:
+def by_full_forward(found: Adapted, context: list[int], answer: list[int]) -> tuple[float, bool]:
     """Score one answer on its whole text, without cache or padding; its context votes."""
     ids = context + answer
     voters = torch.zeros(1, len(ids), dtype=torch.long)
@@ -91,7 +88,7 @@ def by_full_forward(
 @pytest.mark.parametrize("routing", [None, {}, {"decode": "running"}, {"level": "token"}])
 def test_likelihoods_are_those_of_plain_forwards(routing: dict | None) -> None:
     """In batches of different lengths; answers of one token and of many."""
-    found = Bare(make_tiny_model("llama")) if routing is None else make_routed(**routing)
+    found = bare(make_tiny_model("llama")) if routing is None else make_routed(**routing)
     me = asked(found)
     wanted = pairs(CONTEXTS[:9])
     scores = me.loglikelihood(wanted)
@@ -101,7 +98,7 @@ def test_likelihoods_are_those_of_plain_forwards(routing: dict | None) -> None:
         assert greedy == expected[1]
 
 
-def by_step(found: Adapted | Bare, ids: list[int], count: int) -> list[int]:
+def by_step(found: Adapted, ids: list[int], count: int) -> list[int]:
     """The likeliest `count` tokens after a context, by whole forwards in which it votes."""
     more: list[int] = []
     for _ in range(count):
@@ -142,7 +139,7 @@ def test_a_bare_model_scores_as_with_lm_evals_own_class() -> None:
     """One request at a time, where its class pads nothing: likelihoods, texts, generations."""
     model, tokenizer = make_tiny_model("llama"), make_byte_tokenizer()
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
-    me = asked(Bare(model))
+    me = asked(bare(model))
     wanted = pairs([*CONTEXTS[:4], "ends in blanks  ", ""])
     for (total, greedy), other in zip(
         me.loglikelihood(wanted), theirs.loglikelihood(wanted, disable_tqdm=True), strict=True
@@ -265,7 +262,7 @@ def test_masked_tokens_change_nothing(routing: dict, monkeypatch: pytest.MonkeyP
 
 def test_contexts_and_answers_are_split_as_lm_eval_does() -> None:
     """Blanks at the end belong to the answer; an empty context is the token that begins a text."""
-    me = asked(Bare(make_tiny_model("llama")))
+    me = asked(bare(make_tiny_model("llama")))
     tokenizer = me.tokenizer
     for context, answer in (("a b", " c"), ("a b  ", "c"), ("a ", " the cat")):
         before, after = me.split(context, answer)
@@ -645,4 +642,4 @@ def test_outputs_that_are_no_numbers_are_refused() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(MocError, match="not finite"):
-        asked(Bare(model)).loglikelihood(pairs(CONTEXTS[:1]))
+        asked(bare(model)).loglikelihood(pairs(CONTEXTS[:1]))
