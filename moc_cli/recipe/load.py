@@ -1,5 +1,6 @@
 """Read a recipe file, apply `--set` and `per_task`, and report every mistake at once."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,30 +47,28 @@ class Draft:
 
     def place(self, path: reader.Path) -> Place:
         """Return where `path`, or the nearest section around it, was written."""
-        return next(
-            self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places
-        )
+        while path not in self.places:
+            path = path[:-1]
+        return self.places[path]
 
     def is_override(self, path: reader.Path) -> bool:
         return self.place(path).order[0] == 1
 
     def report(self, path: reader.Path, message: str, place: Place | None = None) -> None:
-        if path == ("method", "name") and isinstance(self.values["method"], str):
+        if path == ("method", "name") and isinstance(self.values.get("method"), str):
             path = ("method",)
         place = place or self.place(path)
         self.problems.append((place, Problem(place.text, ".".join(path), message)))
 
-    def raise_problems(self) -> None:
-        """Raise RecipeError with one line per mistake, if there is any."""
-        if not self.problems:
-            return
+    def error(self) -> RecipeError:
+        """Return the error with one line per mistake, in the order of the places."""
         ordered = sorted(self.problems, key=lambda item: item[0].order)
         problems = tuple(dict.fromkeys(problem for _, problem in ordered))
         renamed = ("method", "name") in self.places and self.is_override(("method", "name"))
         hint = None
         if renamed and any(problem.key.startswith("method.") for problem in problems):
             hint = "--set method=<name> takes a method with its own defaults."
-        raise RecipeError("\n".join(map(str, problems)), hint, problems)
+        return RecipeError("\n".join(map(str, problems)), hint, problems)
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -82,7 +81,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, wrong = _validate(draft)
     if recipe is not None:
         recipe = _check_rules(draft, recipe, wrong)
-    draft.raise_problems()
+    if draft.problems:
+        raise draft.error()
     return Recipe.model_construct(**{key: getattr(recipe, key) for key in Recipe.model_fields})
 
 
@@ -116,25 +116,22 @@ def _read(path: Path) -> Draft:
         problem = Problem(f"{name}:{line}", "", "not UTF-8 text; save the recipe as UTF-8")
         raise RecipeError(str(problem), problems=(problem,)) from error
     document = reader.read_yaml(text)
-    for mistake in document.mistakes:
-        line = mistake.line or 0
+    for written, line in document.lines.items():
+        draft.places[written] = Place((0, line), f"{name}:{line}") if written else draft.places[()]
+    for line, written, message in document.mistakes:
         place = Place((0, line), f"{name}:{line}" if line else name)
-        draft.report(mistake.path, mistake.message, place)
+        draft.report(written, message, place)
+    if isinstance(document.value, dict):
+        draft.values = document.value
+        return draft
     value = document.value
-    if not isinstance(value, dict):
-        sections = ", ".join(Recipe.model_fields)
-        kind = "a list" if isinstance(value, list) else f"the text {str(value)[:40]!r}"
-        message = f"found {kind}; a recipe is a set of sections: {sections}"
-        if value is None:
-            message = "the recipe is empty; moc recipes copy quickstart gives one to start from"
-        if not document.mistakes:
-            draft.report((), message, Place((0, 1), f"{name}:1"))
-        draft.raise_problems()
-    draft.values = value
-    draft.places |= {
-        key: Place((0, line), f"{name}:{line}") for key, line in document.lines.items() if key
-    }
-    return draft
+    kind = "a list" if isinstance(value, list) else f"the text {str(value)[:40]!r}"
+    message = f"found {kind}; a recipe is a set of sections: {', '.join(Recipe.model_fields)}"
+    if value is None:
+        message = "the recipe is empty; moc recipes copy quickstart gives one to start from"
+    if not document.mistakes:
+        draft.report((), message, Place((0, 1), f"{name}:1"))
+    raise draft.error()
 
 
 def _apply(draft: Draft, overrides: Sequence[str]) -> None:
@@ -145,8 +142,8 @@ def _apply(draft: Draft, overrides: Sequence[str]) -> None:
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            example = "for example --set train.learning_rate=1.0e-4"
-            draft.report((), f"expected key=value, {example}", place)
+            message = "expected key=value, for example --set train.learning_rate=1.0e-4"
+            draft.report((), message, place)
             continue
         document = reader.read_yaml(value)
         for mistake in document.mistakes:
@@ -159,14 +156,16 @@ def _apply(draft: Draft, overrides: Sequence[str]) -> None:
             inner = section.get(part)
             if path[:depth] == ("method",):
                 inner = expand_method(inner)
-            if inner is not None and not isinstance(inner, dict):
+            if inner is None:
+                inner = {}
+                draft.places.setdefault(path[:depth], place)
+            if not isinstance(inner, dict):
                 is_list = isinstance(inner, list)
                 kind = "a list; set all of it" if is_list else "a value, not a section"
                 draft.report(path, f"'{'.'.join(path[:depth])}' is {kind}", place)
                 break
-            draft.places.setdefault(path[:depth], place)
-            section[part] = inner or {}
-            section = section[part]
+            section[part] = inner
+            section = inner
         else:
             section[path[-1]] = value
             for below in [known for known in draft.places if known[: len(path)] == path]:
@@ -193,11 +192,9 @@ def _validate(draft: Draft) -> tuple[RecipeFile | None, set[reader.Path]]:
             path, message, meant_path = explain(detail)
             draft.report(path, message)
             wrong |= {path, meant_path}
-    valid = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in values.items()
-    }
+    valid = copy.deepcopy(values)
     for section, *keys in wrong:
-        if keys and isinstance(valid.get(section), dict):
+        if keys and section != "method" and isinstance(valid.get(section), dict):
             valid[section].pop(keys[0], None)
         else:
             valid.pop(section, None)
@@ -238,15 +235,15 @@ def _check_rules(draft: Draft, recipe: RecipeFile, wrong: set[reader.Path]) -> R
         changes: dict[str, Any] = {"data": data.model_copy(update={"tasks": [task]})}
         changed = set()
         for name, section in (("train", settings.train), ("eval", settings.eval)):
-            keys = {
-                key
+            around = getattr(recipe, name)
+            overridden = {k for k in around.model_fields_set if draft.is_override((name, k))}
+            update = {
+                key: getattr(section, key)
                 for key in section.model_fields_set
-                if not (key in (draft.values.get(name) or {}) and draft.is_override((name, key)))
-                or draft.is_override(("per_task", task, name, key))
+                if key not in overridden or draft.is_override(("per_task", task, name, key))
             }
-            update = {key: getattr(section, key) for key in keys}
-            changes[name] = getattr(recipe, name).model_copy(update=update)
-            changed |= {f"{name}.{key}" for key in keys}
+            changes[name] = around.model_copy(update=update)
+            changed |= {f"{name}.{key}" for key in update}
         variant = recipe.model_copy(update=changes)
         for rule in broken(variant):
             key = next((key for key in rule.reads if key in changed), None)

@@ -23,11 +23,9 @@ _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class Mistake(NamedTuple):
-    """One mistake in the text: its line (from 1; None if unknown), the path there if it is known,
-    and what is wrong.
-    """
+    """A mistake in the text: its line (from 1; 0 if unknown), its path if known, what is wrong."""
 
-    line: int | None
+    line: int
     path: Path
     message: str
 
@@ -41,30 +39,34 @@ class Document(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Leaves scalars as they are written; refuses tags, and aliases: a few nested aliases can stand
-    for gigabytes.
+    """Leaves scalars as they are written. Reports tags; refuses aliases, because a few nested ones
+    can stand for gigabytes.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    def __init__(self, text: str, mistakes: list[Mistake]) -> None:
+        super().__init__(text)
+        self.mistakes = mistakes
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        tag = getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
             problem = "aliases (*name) are not allowed in recipes; write the value out"
-        elif tag:
-            name = tag.replace("tag:yaml.org,2002:", "!!")
-            problem = f"tags are not allowed in recipes; leave out {name}"
-        else:
-            return super().compose_node(parent, index)
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if getattr(event, "tag", None):
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            message = f"tags are not allowed in recipes; leave out {tag}"
+            self.mistakes.append(Mistake(event.start_mark.line + 1, (), message))
+            event.tag = None
+        return super().compose_node(parent, index)
 
 
 def read_yaml(text: str) -> Document:
     """Return the one document in `text`. Never raises: mistakes are in the result."""
     document = Document(None, {}, [])
     try:
-        node = _Loader(text).get_single_node()
+        node = _Loader(text, document.mistakes).get_single_node()
         return document if node is None else document._replace(value=_build(node, (), document))
     except yaml.MarkedYAMLError as error:
         mistake = _syntax(error, text)
@@ -73,7 +75,7 @@ def read_yaml(text: str) -> Document:
         line = text.count("\n", 0, error.position) + 1
         mistake = Mistake(line, (), f"the character U+{code:04X} is not allowed")
     except RecursionError:
-        mistake = Mistake(None, (), "nested too deeply")
+        mistake = Mistake(0, (), "nested too deeply")
     document.mistakes.append(mistake)
     return document
 
@@ -120,7 +122,7 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> Mistake:
     mark = error.problem_mark or error.context_mark
     if "end of stream" in (error.problem or "") and error.context_mark:
         mark = error.context_mark  # a quote left open: where it was opened
-    line = mark.line + 1 if mark else None
+    line = mark.line + 1 if mark else 0
     problem = error.problem or error.context or "not readable as YAML"
     written = text.splitlines()[mark.line : mark.line + 1] if mark else []
     indent = "".join(written)[: -len("".join(written).lstrip()) or None]

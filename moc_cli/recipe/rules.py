@@ -54,7 +54,7 @@ def _data(recipe: "Sections") -> Iterator[BrokenRule]:
         elif not tasks and is_benchmark_task(name):
             message = f"{name!r} is the name of a benchmark task; give this task another name"
             yield BrokenRule(key, message, (suite,))
-    if len(data.tasks) > 1 and _kinds(recipe) != {"choice"}:
+    if len(data.tasks) > 1 and _kinds(recipe) - {"choice"}:
         message = f"{data.suite} trains one task per run, found {len(data.tasks)}"
         yield BrokenRule("data.tasks", message, (suite, "data.format"))
     columns = {key: name for key, name in data.columns if name is not None}

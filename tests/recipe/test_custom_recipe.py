@@ -1,4 +1,4 @@
-"""The recipe of a run on one's own rows: what it leaves out, refuses, and says in its schema."""
+"""The recipe for a custom dataset: its defaults, its metrics, its schema."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def refused(load, data: str, *overrides: str, more: str = "") -> list[str]:
     return [f"{problem.key}: {problem.message}" for problem in caught.value.problems]
 
 
-def test_own_rows_need_only_a_path(recipe):
+def test_a_custom_dataset_needs_only_a_path(recipe):
     data = recipe("{suite: custom, path: rows.csv}").data
     assert (data.tasks, data.train_on_inputs, data.format, data.labels) == (
         ["custom"],
@@ -61,7 +61,7 @@ def test_a_format_has_its_own_metrics(recipe):
     assert "task 'rte' has no perplexity" in problem
 
 
-def test_settings_per_task_know_the_own_name(recipe):
+def test_settings_per_task_know_the_name_of_a_custom_dataset(recipe):
     more = "per_task:\n  mine: {train: {max_steps: 7}}\n"
     assert recipe("{suite: custom, path: p, tasks: mine}", more=more).train.max_steps == 7
     more = more.replace("mine", "custom")
@@ -70,7 +70,7 @@ def test_settings_per_task_know_the_own_name(recipe):
     assert "unknown task" in problem
 
 
-def test_the_schema_wants_tasks_of_benchmarks_only():
+def test_the_schema_requires_tasks_of_benchmarks_only():
     data = json_schema()["$defs"]["DataSection"]
     assert data["required"] == ["suite"]
     assert data["anyOf"] == [
