@@ -39,7 +39,7 @@ class BadRows:
         name, unit, number = place
         self._numbers.setdefault((name, unit, str(reason)), []).append(number)
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, hint: str | None = None) -> None:
         """Raise DataError naming every bad row, if there are any."""
         if not self._numbers:
             return
@@ -49,7 +49,7 @@ class BadRows:
         ]
         if rest := sum(map(len, list(self._numbers.values())[LISTED:])):
             lines[LISTED:] = [f"... and {rest:,} more bad rows"]
-        raise DataError("\n".join(lines))
+        raise DataError("\n".join(lines), hint)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -1,23 +1,23 @@
-"""A conversation on the terminal: what was said is given to the model again with every turn.
+"""A conversation on the terminal: each message is answered after all messages before it.
 
-Every turn is computed anew from the whole conversation, so that a route is voted by all of it. In
-the frames that know single questions only, every turn stands alone.
+Each answer is computed anew from the complete conversation, so that all of it votes for the route.
+With a template for single questions, each message is answered on its own.
 """
 
 from collections.abc import Callable
 
 from moc_cli.errors import DataError
-from moc_cli.serving.prompts import SINGLE
+from moc_cli.serving.prompts import SINGLE, Message
 from moc_cli.serving.text import Answer, Writer
 
-HELP = "/reset forgets what was said, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
+HELP = "/reset clears the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
 
 class Chat:
-    """The turns of a conversation.
+    """A conversation; `texts` are the user's and the model's messages in turn.
 
-    `read` returns a line of the user's and raises EOFError at the end; `write` takes text as it
-    comes; `say` takes remarks.
+    `read` returns the user's next line and raises EOFError at the end; `write` gets answers as they
+    come, `say` gets notes beside them.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Chat:
         base: bool = False,
     ) -> None:
         self.writer, self.base = writer, base
-        self.said: list[str] = []
+        self.texts: list[str] = []
         self._read, self._write, self._say = read, write, say
 
     def run(self) -> None:
@@ -45,31 +45,31 @@ class Chat:
             if line in ("/exit", "/quit"):
                 return
             if line == "/reset":
-                self.said.clear()
-                self._say("forgotten")
+                self.texts.clear()
+                self._say("cleared")
             elif line.startswith("/"):
                 self._say(f"no command {line.split()[0]}: {HELP}")
             elif line:
-                self._turn(line)
+                self._reply(line)
 
-    def _turn(self, line: str) -> None:
-        """Answer one line; a turn that fails or is stopped leaves no trace in the conversation."""
-        past = [] if self.writer.frame in SINGLE else self.said
-        turns = self.writer.turns(*past, line)
+    def _reply(self, line: str) -> None:
+        """Answer one line; one that fails or is stopped does not enter the conversation."""
+        past = [] if self.writer.frame in SINGLE else self.texts
+        messages = self.writer.messages(*past, line)
         try:
-            answer = self._answer("", turns, base=False)
+            answer = self._answer("", messages, base=False)
             if self.base:
-                self._answer("base: ", turns, base=True)
+                self._answer("base: ", messages, base=True)
         except DataError as error:
-            self._say(f"{error.message}; /reset begins anew" if past else error.message)
+            self._say(f"{error.message}; /reset starts anew" if past else error.message)
         except KeyboardInterrupt:
             self._write("\n")
-            self._say("stopped; this turn is forgotten")
+            self._say("stopped; this message is left out of the conversation")
         else:
-            self.said += [line, answer.text]
+            self.texts += [line, answer.text]
 
-    def _answer(self, label: str, turns: list, *, base: bool) -> Answer:
+    def _answer(self, label: str, messages: list[Message], *, base: bool) -> Answer:
         self._write(label)
-        answer = self.writer.answer(turns, self._write, base=base)
+        answer = self.writer.answer(messages, self._write, base=base)
         self._write("\n")
         return answer

@@ -1,12 +1,12 @@
-"""Prompts: where they are read from, and the frame a model was trained to expect around them.
+"""Prompts: how they are read, and the template that a model was trained to expect around them.
 
 commonsense  the instruction in LLM-Adapters' evaluation prompt; one question at a time
-chat         the tokenizer's own chat template, with all turns of the conversation
-raw          the text as it is; turns of a conversation on lines of their own
+instruction  the instruction in the prompt of custom datasets; one question at a time
+chat         the tokenizer's own chat template, with all messages of the conversation
+raw          the text as it is; messages of a conversation on lines of their own
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 
 from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.prompts import eval_prompt
+from moc_cli.data.source import BadRow, BadRows, parse_object, take
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.suggest import choices
 
@@ -24,20 +25,19 @@ Frame = Literal["commonsense", "instruction", "chat", "raw"]
 TEMPLATES = ("auto", "commonsense", "instruction", "chat", "raw")
 SINGLE = ("commonsense", "instruction")  # frames in which every question stands alone
 _FORMATS: dict[str, Frame] = {"instruction": "instruction", "chat": "chat", "text": "raw"}
-SHOWN = 5  # bad lines named in an error
 
 
-class Turn(TypedDict):
+class Message(TypedDict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-def check_frame(asked: str) -> None:
+def check_frame(template: str) -> None:
     """Raise MocError for a template that does not exist."""
-    if asked not in TEMPLATES:
-        raise MocError(f"--template is '{asked}'{choices(asked, TEMPLATES)}")
+    if template not in TEMPLATES:
+        raise MocError(f"--template is '{template}'{choices(template, TEMPLATES)}")
 
 
 def trained_frame(suite: str, format: str | None) -> Frame | None:
@@ -46,17 +46,17 @@ def trained_frame(suite: str, format: str | None) -> Frame | None:
 
 
 def choose_frame(
-    asked: str, trained: Frame | None, tokenizer: "PreTrainedTokenizerBase"
+    template: str, trained: Frame | None, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Frame, str]:
-    """Return the frame asked for, and why; `auto` takes the one that a run was trained in.
+    """Return the frame of the option --template, and why; `auto` takes the one of the training.
 
     Where that is not known, the tokenizer's chat template is taken, or else none.
     """
-    check_frame(asked)
-    if asked == "chat" and not tokenizer.chat_template:
+    check_frame(template)
+    if template == "chat" and not tokenizer.chat_template:
         raise MocError("this tokenizer has no chat template", "use --template raw or commonsense")
-    if asked != "auto":
-        return cast(Frame, asked), "as asked"
+    if template != "auto":
+        return cast(Frame, template), "as asked"
     if trained is not None:
         return trained, "what this run was trained on"
     if tokenizer.chat_template:
@@ -65,7 +65,7 @@ def choose_frame(
 
 
 def check_system(system: str | None, frame: Frame) -> None:
-    """Raise MocError where a system message has no place in the frame."""
+    """Raise MocError where the frame has no system message."""
     if system is not None and frame != "chat":
         raise MocError(
             f"--system has no place in the template '{frame}'",
@@ -73,12 +73,16 @@ def check_system(system: str | None, frame: Frame) -> None:
         )
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", frame: Frame, turns: Sequence[Turn]) -> list[int]:
-    """Return the tokens after which the model is to go on; the last turn is the user's."""
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", frame: Frame, messages: Sequence[Message]
+) -> list[int]:
+    """Return the tokens that the model continues; the last message is the user's."""
     if frame == "chat":
         try:
             text = tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+                [{"role": m["role"], "content": m["content"]} for m in messages],
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except TemplateError as error:
             raise MocError(
@@ -88,18 +92,18 @@ def encode(tokenizer: "PreTrainedTokenizerBase", frame: Frame, turns: Sequence[T
         # The template writes its special tokens itself.
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if frame == "commonsense":
-        text = eval_prompt(turns[-1]["content"])
+        text = eval_prompt(messages[-1]["content"])
     elif frame == "instruction":
-        text = instruction_prompt(turns[-1]["content"])
+        text = instruction_prompt(messages[-1]["content"])
     else:
-        text = "\n".join(turn["content"] for turn in turns)
+        text = "\n".join(message["content"] for message in messages)
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def read_prompts(path: Path) -> list[str]:
     """Read a prompt from each line, or from `prompt` of each line of a .jsonl file.
 
-    Empty lines are passed over. Raises DataError naming every line that holds no prompt.
+    Empty lines are skipped. Raises DataError naming every line without a prompt.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -110,34 +114,23 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def split_prompts(text: str, name: str, *, jsonl: bool = False) -> list[str]:
-    """The prompts in the lines of a text; `name` says in errors where it came from."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not jsonl:
-        prompts = [line.rstrip("\r") for _, line in lines]
-    else:
-        found = list(_json_prompts(lines))
-        wrong = [f"{name}:{number}: {why}" for number, _, why in found if why]
-        if wrong:
-            more = f"\nand {len(wrong) - SHOWN} more lines" if len(wrong) > SHOWN else ""
-            raise DataError("\n".join(wrong[:SHOWN]) + more, 'a line is {"prompt": "..."}')
-        prompts = [prompt for _, prompt, _ in found]
+    """Return the prompts in the lines of a text; `name` says in errors where it came from."""
+    prompts, bad_rows = [], BadRows()
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_prompt_of_json(line) if jsonl else line.rstrip("\r"))
+        except BadRow as error:
+            bad_rows.add((name, "line", number), error)
+    bad_rows.raise_if_any('a line is {"prompt": "..."}')
     if not prompts:
         raise DataError(f"{name} holds no prompt", "it needs one on each line")
     return prompts
 
 
-def _json_prompts(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
-    """Yield each line's number, its prompt, and what is wrong with it."""
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            yield number, "", f"no JSON: {error}"
-            continue
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if isinstance(prompt, str) and prompt.strip():
-            yield number, prompt, ""
-        elif isinstance(row, dict) and "prompt" in row:
-            yield number, "", "'prompt' is empty" if prompt == "" else "'prompt' is no text"
-        else:
-            yield number, "", "it has no 'prompt'"
+def _prompt_of_json(line: str) -> str:
+    prompt = take(parse_object(line.encode()), "prompt", str)
+    if not prompt.strip():
+        raise BadRow("'prompt' is empty")
+    return prompt

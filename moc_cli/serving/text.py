@@ -1,59 +1,35 @@
-"""One text after one prompt, token by token if wanted, and by the base model for comparison.
+"""The answer to one prompt, streamed on request, and the base model's answer for comparison.
 
-Prompts are answered one at a time, so that no answer depends on what else was asked.
+Prompts are answered one at a time, so that no answer depends on the other prompts.
 """
 
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moc_cli.data.batches import pad_token_id
-from moc_cli.errors import DataError, MocError
+from moc_cli.errors import DataError
 from moc_cli.methods import Adapted
 from moc_cli.report.output import printable
 from moc_cli.scoring.forward import evaluating
-from moc_cli.serving.prompts import Frame, Turn, encode
+from moc_cli.serving.options import Sampling
+from moc_cli.serving.prompts import Frame, Message, encode
 
 OnText = Callable[[str], None]
-BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
 JOINERS = "\u200c\u200d"  # they shape letters and emoji, and steer no terminal
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest, and draws nothing."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise MocError for settings that contradict each other."""
-        if self.num_beams > 1 and self.temperature > 0:
-            raise MocError(
-                f"--num-beams {self.num_beams} searches and --temperature {self.temperature:g} "
-                "draws; one of them",
-                "leave out --temperature for a beam search",
-            )
-        if self.top_p < 1 and self.temperature == 0:
-            raise MocError(
-                f"--top-p {self.top_p:g} has no effect at temperature 0", "add --temperature 0.7"
-            )
-
-
-@dataclass(frozen=True)
 class Answer:
-    """A generated text: its tokens and those of its prompt, the seconds, and whether it ended by
-    itself rather than at the limit.
+    """A generated text, its number of tokens and the prompt's, the seconds that it took, and
+    whether it `ended` with an end token rather than at the limit.
     """
 
     text: str
@@ -64,13 +40,13 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens a second, the prompt's computation included."""
+        """New tokens per second, prefill included."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that answers: with its controls, or without them as the base it came from."""
+    """A model that answers prompts, with its controls or as its base model."""
 
     adapted: Adapted
     tokenizer: PreTrainedTokenizerBase
@@ -78,18 +54,18 @@ class Writer:
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
-    def turns(self, *contents: str) -> list[Turn]:
-        """A conversation from its texts, the user's first; the system message before them."""
-        roles = ("user", "assistant")
-        said: list[Turn] = [
-            {"role": roles[place % 2], "content": text} for place, text in enumerate(contents)
-        ]
-        return said if self.system is None else [{"role": "system", "content": self.system}, *said]
+    def messages(self, *texts: str) -> list[Message]:
+        """Return a conversation of these texts, the user's first, after the system message."""
+        system: list[Message] = []
+        if self.system is not None:
+            system = [{"role": "system", "content": self.system}]
+        roles: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
+        return system + [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
 
-    def tokens(self, turns: Sequence[Turn]) -> list[int]:
-        """The prompt's tokens; raises DataError for one that is empty or too long."""
-        ids = encode(self.tokenizer, self.frame, turns)
-        if not turns[-1]["content"].strip() or not ids:
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's tokens; raises DataError where it is empty or too long."""
+        ids = encode(self.tokenizer, self.frame, messages)
+        if not messages[-1]["content"].strip() or not ids:
             raise DataError("the prompt is empty", 'give a text: --prompt "..."')
         self.room(len(ids))
         return ids
@@ -107,41 +83,45 @@ class Writer:
         return min(wanted, limit - length)
 
     def answer(
-        self, turns: Sequence[Turn], on_text: OnText | None = None, *, base: bool = False
+        self, messages: Sequence[Message], on_text: OnText | None = None, *, base: bool = False
     ) -> Answer:
-        """Answer the last turn; `on_text` gets the text as it comes (not in a beam search).
+        """Answer the last message; `on_text` gets the text as it comes (of a beam search, at once).
 
         With `base` the method is switched off. Every answer starts from the same seed.
         """
-        ids = self.tokens(turns)
+        ids = self.tokens(messages)
         if not base:
             return self._generate(ids, on_text)
         with self.adapted.disabled():
             return self._generate(ids, on_text)
 
     def _generate(self, ids: list[int], on_text: OnText | None) -> Answer:
-        model, beams = self.adapted.model, self.sampling.num_beams
+        model: Any = self.adapted.model
         ends = end_tokens(model, self.tokenizer)
-        streamer = Pieces(self.tokenizer, on_text, ends) if on_text and beams == 1 else None
+        streamer = (
+            AnswerStreamer(self.tokenizer, on_text, ends)
+            if on_text and self.sampling.num_beams == 1
+            else None
+        )
         with evaluating(model) as device, torch.random.fork_rng():
             torch.manual_seed(self.sampling.seed)
             prompt = torch.tensor([ids], device=device)
             begin = time.perf_counter()
-            found = model.generate(
+            tokens = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 streamer=streamer,
                 **self._options(self.room(len(ids)), ends),
             )[0, len(ids) :].tolist()
             seconds = time.perf_counter() - begin
-        text = decode(self.tokenizer, [token for token in found if token not in ends])
+        text = decode(self.tokenizer, [token for token in tokens if token not in ends])
         if on_text and streamer is None:
             on_text(text)
-        ended = bool(found) and found[-1] in ends
-        return Answer(text, len(ids), len(found), seconds, ended)
+        ended = bool(tokens) and tokens[-1] in ends
+        return Answer(text, len(ids), len(tokens), seconds, ended)
 
     def _options(self, room: int, ends: list[int]) -> dict[str, Any]:
-        """Everything that changes the choice is given: a checkpoint may bring its own defaults."""
+        """Return every option that changes the choice: a checkpoint may bring its own defaults."""
         draws = self.sampling.temperature > 0
         return {
             "max_new_tokens": room,
@@ -156,46 +136,43 @@ class Writer:
         }
 
 
-class Pieces(BaseStreamer):
-    """Hands on a generation's text as its tokens come; a part of a character waits for its rest.
-
-    A token's text depends on those before it (blanks, letters of several tokens). Each new piece is
-    what decoding adds to the piece before, so that the cost does not grow with the length.
-    """
+class AnswerStreamer(TextStreamer):
+    """Passes the text of an answer on, word by word, without the prompt and special tokens."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: OnText, ends: Sequence[int] = ()
     ) -> None:
-        self._tokenizer, self._on_text, self._ends = tokenizer, on_text, ends
-        self._ids: list[int] = []
-        self._known = 0  # of the tokens kept, how many have been handed on
-        self._prompt = True
+        super().__init__(
+            tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        self._on_text = on_text
+        special = (id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._hidden = {*ends, *special}
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, and then one token a call."""
-        if self._prompt:
-            self._prompt = False
-            return
-        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
-        self._hand_on()
+        """Take the prompt, and then one token per call."""
+        if self.next_tokens_are_prompt:
+            super().put(value)  # type: ignore[no-untyped-call]
+        elif value.item() not in self._hidden:
+            super().put(value)  # type: ignore[no-untyped-call]
+            if not self.token_cache:
+                # A line has ended. Its last token stays: a SentencePiece decoder drops the blank
+                # before a text's first word, which the next line would lose.
+                self.token_cache = value.tolist()
+                self.print_len = len(decode(self.tokenizer, self.token_cache))
 
-    def end(self) -> None:
-        """Hand on what was still waiting."""
-        self._hand_on(last=True)
-
-    def _hand_on(self, last: bool = False) -> None:
-        before = decode(self._tokenizer, self._ids[: self._known])
-        whole = decode(self._tokenizer, self._ids)
-        if len(whole) <= len(before) or (whole.endswith(BROKEN) and not last):
-            return
-        self._on_text(whole[len(before) :])
-        self._ids = self._ids[self._known :]
-        self._known = len(self._ids)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on text that later tokens cannot change."""
+        if text:
+            self._on_text(text)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The tokens' text, without special tokens and with every blank kept."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Return the tokens' text, without special tokens and with every blank."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
 
@@ -217,3 +194,9 @@ def harmless(text: str) -> str:
         char if char in "\t" + JOINERS or unicodedata.category(char) == "Zs" else printable(char)
         for char in text
     )
+
+
+def write(text: str) -> None:
+    """Write a part of an answer to stdout at once."""
+    sys.stdout.write(harmless(text))
+    sys.stdout.flush()

@@ -22,8 +22,9 @@ from moc_cli.methods import Adapted, attach, bare
 from moc_cli.models.load import load_tokenizer
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.serving.chat import Chat
+from moc_cli.serving.options import Sampling
 from moc_cli.serving.prompts import choose_frame, encode, read_prompts, split_prompts, trained_frame
-from moc_cli.serving.text import Pieces, Sampling, Writer, decode, harmless
+from moc_cli.serving.text import AnswerStreamer, Writer, decode, harmless
 
 MANY_BYTES = "a é 漢字 👩‍🚀 \u2028 z"
 MESSAGES = (
@@ -78,7 +79,7 @@ TOKENIZERS = {"bytes": make_byte_tokenizer, "pieces": blank_joining_tokenizer}
 
 def streamed(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
     got: list[str] = []
-    pieces = Pieces(tokenizer, got.append)
+    pieces = AnswerStreamer(tokenizer, got.append)
     pieces.put(torch.tensor([[7, 8, 9]]))  # the prompt
     for token in ids:
         pieces.put(torch.tensor([token]))
@@ -87,7 +88,7 @@ def streamed(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("text", [MANY_BYTES, "a bc  b a", "\n", ""])
+@pytest.mark.parametrize("text", [MANY_BYTES, "a bc  b a", "a\n b\n\n  bc\n", "\n", ""])
 def test_pieces_are_the_text(name: str, text: str) -> None:
     """Nothing is lost, doubled or shown before it is whole, though a letter takes four tokens."""
     tokenizer = TOKENIZERS[name]()
@@ -97,9 +98,11 @@ def test_pieces_are_the_text(name: str, text: str) -> None:
     assert not any("\ufffd" in piece for piece in got)
 
 
-def test_pieces_come_as_soon_as_they_are_whole() -> None:
+def test_pieces_come_word_by_word() -> None:
+    """A line break and an ideograph end a piece, too."""
     tokenizer = make_byte_tokenizer()
-    assert streamed(tokenizer, tokenizer("aé👩")["input_ids"]) == ["a", "é", "👩"]
+    ids = tokenizer("aé👩 b\n漢字!")["input_ids"]
+    assert streamed(tokenizer, ids) == ["aé👩 ", "b\n", "漢", "字", "!"]
 
 
 def test_any_tokens_at_all_are_streamed_whole() -> None:
@@ -132,7 +135,7 @@ def test_an_answer_is_the_models_own(adapted: Adapted) -> None:
     for base in (False, True):
         got: list[str] = []
         me = writer(adapted)
-        answer = me.answer(me.turns("Say: "), got.append, base=base)
+        answer = me.answer(me.messages("Say: "), got.append, base=base)
         ids = list(prompt)
         for _ in range(answer.tokens):
             with torch.no_grad():
@@ -146,44 +149,50 @@ def test_an_answer_is_the_models_own(adapted: Adapted) -> None:
             ids.append(int(logits[0, -1].argmax()))
         assert answer.text == decode(tokenizer, ids[len(prompt) :]) == "".join(got)
         assert (answer.prompt_tokens, answer.tokens) == (len(prompt), 12)
-        assert len(got) > 1
     assert adapted.model.training is False
+
+
+def test_an_answer_comes_in_pieces(adapted: Adapted) -> None:
+    got: list[str] = []
+    me = writer(adapted, max_new_tokens=200, temperature=3.0)
+    assert me.answer(me.messages("Say: "), got.append).text == "".join(got)
+    assert len(got) > 1
 
 
 def test_answers_differ_from_the_bases(adapted: Adapted) -> None:
     me = writer(adapted)
-    turns = me.turns("Say: ")
-    assert me.answer(turns).text != me.answer(turns, base=True).text
+    messages = me.messages("Say: ")
+    assert me.answer(messages).text != me.answer(messages, base=True).text
     assert (
-        me.answer(turns, base=True).text
-        == writer(bare(make_tiny_model("llama"))).answer(turns).text
+        me.answer(messages, base=True).text
+        == writer(bare(make_tiny_model("llama"))).answer(messages).text
     )
 
 
 def test_a_seed_gives_an_answer_and_leaves_the_rest_alone(adapted: Adapted) -> None:
-    turns = writer(adapted).turns("Say: ")
+    messages = writer(adapted).messages("Say: ")
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = writer(adapted, temperature=1.5, seed=1).answer(turns).text
+    first = writer(adapted, temperature=1.5, seed=1).answer(messages).text
     assert torch.equal(torch.rand(1), expected)
-    assert first == writer(adapted, temperature=1.5, seed=1).answer(turns).text
-    others = {writer(adapted, temperature=1.5, seed=n).answer(turns).text for n in range(4)}
+    assert first == writer(adapted, temperature=1.5, seed=1).answer(messages).text
+    others = {writer(adapted, temperature=1.5, seed=n).answer(messages).text for n in range(4)}
     assert len(others) == 4
-    coolest = writer(adapted, temperature=1e-4, seed=3).answer(turns).text
-    nucleus = writer(adapted, temperature=1.5, top_p=1e-6, seed=3).answer(turns).text
-    assert coolest == nucleus == writer(adapted).answer(turns).text
+    coolest = writer(adapted, temperature=1e-4, seed=3).answer(messages).text
+    nucleus = writer(adapted, temperature=1.5, top_p=1e-6, seed=3).answer(messages).text
+    assert coolest == nucleus == writer(adapted).answer(messages).text
 
 
 def test_a_checkpoints_own_defaults_do_not_change_the_choice(adapted: Adapted) -> None:
-    turns = writer(adapted).turns("Say: ")
-    expected = writer(adapted).answer(turns).text
+    messages = writer(adapted).messages("Say: ")
+    expected = writer(adapted).answer(messages).text
     config = adapted.model.generation_config
     before = config.to_dict()
     try:
         config.update(do_sample=True, temperature=3.0, top_k=2, repetition_penalty=9.0)
         config.update(num_beams=3, max_length=7)
-        assert writer(adapted).answer(turns).text == expected
+        assert writer(adapted).answer(messages).text == expected
     finally:
         config.update(**before)
 
@@ -191,21 +200,21 @@ def test_a_checkpoints_own_defaults_do_not_change_the_choice(adapted: Adapted) -
 def test_a_beam_search_gives_its_text_at_once(adapted: Adapted) -> None:
     got: list[str] = []
     me = writer(adapted, num_beams=3)
-    answer = me.answer(me.turns("Say: "), got.append)
+    answer = me.answer(me.messages("Say: "), got.append)
     assert got == [answer.text]
 
 
 def test_an_end_token_ends_it(adapted: Adapted) -> None:
     """Both the checkpoint's and the tokenizer's; the end token itself is no text."""
     me = writer(adapted)
-    turns = me.turns("Say: ")
-    whole = me.answer(turns)
+    messages = me.messages("Say: ")
+    whole = me.answer(messages)
     assert not whole.ended
     first, got = me.tokenizer(whole.text)["input_ids"][0], []
     before = adapted.model.generation_config.eos_token_id
     try:
         adapted.model.generation_config.eos_token_id = [250, first]
-        cut = me.answer(turns, got.append)
+        cut = me.answer(messages, got.append)
     finally:
         adapted.model.generation_config.eos_token_id = before
     assert (cut.ended, cut.tokens, cut.text, got) == (True, 1, "", [])
@@ -226,11 +235,11 @@ def test_contradicting_settings(options: dict, message: str) -> None:
 def test_a_prompt_must_leave_room(adapted: Adapted) -> None:
     """The model has 512 positions; the answer takes what is left of them."""
     me = writer(adapted)
-    assert me.answer(me.turns("x" * 505)).tokens == 7
+    assert me.answer(me.messages("x" * 505)).tokens == 7
     with pytest.raises(DataError, match="the prompt has 512 tokens, and the model takes 512"):
-        me.answer(me.turns("x" * 512))
+        me.answer(me.messages("x" * 512))
     with pytest.raises(DataError, match="the prompt is empty"):
-        me.answer(me.turns(" \n"))
+        me.answer(me.messages(" \n"))
 
 
 # Frames
@@ -242,8 +251,10 @@ def test_a_commonsense_run_is_asked_as_in_its_evaluation() -> None:
     example = load_examples("builtin", "world", "test")[0]
     frame, _ = choose_frame("auto", trained_frame("builtin", None), tokenizer)
     instruction = example.eval_prompt.split("### Instruction:\n")[1].split("\n\n" + " " * 16)[0]
-    turns = writer(bare(make_tiny_model("llama"))).turns("before", "then", instruction.strip())
-    assert encode(tokenizer, frame, turns) == prompt_tokens(tokenizer, example)[0]
+    messages = writer(bare(make_tiny_model("llama"))).messages(
+        "before", "then", instruction.strip()
+    )
+    assert encode(tokenizer, frame, messages) == prompt_tokens(tokenizer, example)[0]
 
 
 def test_the_frame_follows_the_run_and_the_tokenizer() -> None:
@@ -267,12 +278,14 @@ def test_conversations_in_each_frame() -> None:
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = MESSAGES
     me = Writer(None, tokenizer, "chat")
-    turns = me.turns("Hi", "Hello", "Who?")
+    messages = me.messages("Hi", "Hello", "Who?")
     text = "[user]Hi[assistant]Hello[user]Who?[assistant]"
-    assert tokenizer.decode(encode(tokenizer, "chat", turns)) == text
-    assert tokenizer.decode(encode(tokenizer, "raw", turns)) == "Hi\nHello\nWho?"
-    assert tokenizer.decode(encode(tokenizer, "instruction", turns)) == instruction_prompt("Who?")
-    told = Writer(None, tokenizer, "chat", system="Be brief").turns("Hi")
+    assert tokenizer.decode(encode(tokenizer, "chat", messages)) == text
+    assert tokenizer.decode(encode(tokenizer, "raw", messages)) == "Hi\nHello\nWho?"
+    assert tokenizer.decode(encode(tokenizer, "instruction", messages)) == instruction_prompt(
+        "Who?"
+    )
+    told = Writer(None, tokenizer, "chat", system="Be brief").messages("Hi")
     with pytest.raises(MocError, match="refuses this conversation: no system"):
         encode(tokenizer, "chat", told)
 
@@ -294,9 +307,13 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     file.write_text('{"prompt": ""}\n{"prompt": "fine"}\nxx\n{"q": 1}\n["a"]\n{"prompt": 3}\n{}\n')
     with pytest.raises(DataError) as caught:
         read_prompts(file)
-    told = caught.value.message.splitlines()
-    assert [line.split(": ")[0] for line in told[:5]] == [f"{file}:{n}" for n in (1, 3, 4, 5, 6)]
-    assert told[5] == "and 1 more lines"
+    assert caught.value.message.splitlines() == [
+        f"{file}, line 1: 'prompt' is empty",
+        f"{file}, line 3: not JSON: Expecting value at character 1",
+        f"{file}, lines 4, 7: no 'prompt'",
+        f"{file}, line 5: not a JSON object",
+        f"{file}, line 6: 'prompt' is 3, not a text",
+    ]
     with pytest.raises(DataError, match="holds no prompt"):
         split_prompts("\n \n", "stdin")
     file.write_bytes(b'{"prompt": "\xff"}')
@@ -309,7 +326,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
 # Conversations
 
 
-def talk(
+def converse(
     me: Writer, lines: list[str | BaseException], **options: bool
 ) -> tuple[Chat, str, list[str]]:
     """Hold a conversation: what was written, and the remarks."""
@@ -328,47 +345,47 @@ def talk(
 
 def test_a_conversation_goes_on_from_what_was_said(adapted: Adapted) -> None:
     me = writer(adapted)
-    first = me.answer(me.turns("Say: ".strip())).text
-    second = me.answer(me.turns("Say:", first, "And?")).text
-    alone = me.answer(me.turns("And?")).text
+    first = me.answer(me.messages("Say: ".strip())).text
+    second = me.answer(me.messages("Say:", first, "And?")).text
+    alone = me.answer(me.messages("And?")).text
     assert second != alone
-    chat, written, remarks = talk(me, ["Say:", "", "And?", "/reset", "And?"])
+    chat, written, remarks = converse(me, ["Say:", "", "And?", "/reset", "And?"])
     assert written == f"{first}\n{second}\n{alone}\n\n"
-    assert chat.said == ["And?", alone]
-    assert "forgotten" in remarks
-    assert talk(me, ["/exit", "Say:"])[1] == ""
-    assert talk(me, [KeyboardInterrupt()])[1] == "\n"
-    assert "no command /rest" in talk(me, ["/rest"])[2][-1]
+    assert chat.texts == ["And?", alone]
+    assert "cleared" in remarks
+    assert converse(me, ["/exit", "Say:"])[1] == ""
+    assert converse(me, [KeyboardInterrupt()])[1] == "\n"
+    assert "no command /rest" in converse(me, ["/rest"])[2][-1]
 
 
 def test_single_questions_stand_alone(adapted: Adapted) -> None:
     me = Writer(adapted, make_byte_tokenizer(), "commonsense", sampling=Sampling(4))
-    alone = me.answer(me.turns("And?")).text
-    assert talk(me, ["Say:", "And?"])[1].splitlines()[1] == alone
-    assert "/reset" not in talk(me, ["Say:", "x" * 600])[2][-1]
+    alone = me.answer(me.messages("And?")).text
+    assert converse(me, ["Say:", "And?"])[1].splitlines()[1] == alone
+    assert "/reset" not in converse(me, ["Say:", "x" * 600])[2][-1]
 
 
 def test_the_base_answers_the_same_conversation(adapted: Adapted) -> None:
     me = writer(adapted)
-    turns = me.turns("Say:")
-    expected = f"{me.answer(turns).text}\nbase: {me.answer(turns, base=True).text}\n\n"
-    assert talk(me, ["Say:"], base=True)[1] == expected
+    messages = me.messages("Say:")
+    expected = f"{me.answer(messages).text}\nbase: {me.answer(messages, base=True).text}\n\n"
+    assert converse(me, ["Say:"], base=True)[1] == expected
 
 
 def test_a_turn_that_fails_leaves_no_trace(
     adapted: Adapted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     me = writer(adapted)
-    chat, _, remarks = talk(me, ["Say:", "x" * 600])
-    assert len(chat.said) == 2
-    assert remarks[-1].endswith("the model takes 512 with its answer; /reset begins anew")
+    chat, _, remarks = converse(me, ["Say:", "x" * 600])
+    assert len(chat.texts) == 2
+    assert remarks[-1].endswith("the model takes 512 with its answer; /reset starts anew")
 
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Writer, "answer", stopped)
-    chat, _, remarks = talk(me, ["Say:"])
-    assert chat.said == []
+    chat, _, remarks = converse(me, ["Say:"])
+    assert chat.texts == []
     assert "stopped" in remarks[-1]
 
 
