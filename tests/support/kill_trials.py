@@ -1,6 +1,6 @@
 """Kill `moc train` at random times, resume it, and compare with a run that was left alone.
 
-    python tests/kill_trials.py --trials 20 [--folder DIR] [--seed 0]
+    python tests/support/kill_trials.py --trials 20 [--folder DIR] [--seed 0]
 
 Each trial starts the same recipe in a new folder and sends SIGKILL at a moment drawn uniformly from
 the time that the untouched run spent between opening its folder and its end: steps, evaluations,

@@ -58,10 +58,10 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
             "data.path": str(data),
             "data.tasks": ["boolq"],
             "data.train_on_inputs": True,
-            "data.max_train_samples": 40,
-            "train.max_steps": 10,
-            "train.per_device_train_batch_size": 4,
-            "train.warmup_steps": 2,
+            "data.max_train_samples": 12,
+            "train.max_steps": 6,
+            "train.per_device_train_batch_size": 2,
+            "train.warmup_steps": 1,
             "train.learning_rate": 3e-3,
             "eval.before": False,
             "eval.max_samples": 4,
@@ -71,11 +71,12 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
     )
     adapted = reload(folder, weights, "causal")
     tokenizer = load_tokenizer(str(weights))
-    rows = load_examples("commonsense", "boolq", "test", path=data)[:12]
+    rows = load_examples("commonsense", "boolq", "test", path=data)[:6]
     encoded = encode_train(rows, tokenizer, max_length=256, train_on_inputs=True)
     trained = lm_loss(adapted, tokenizer, encoded, batch_size=8).loss
     with adapted.disabled():
         untrained = lm_loss(adapted, tokenizer, encoded, batch_size=8).loss
+    # Seen: 4.07 without, 1.73 with the controls.
     print(f"held-out loss {untrained:.3f} -> {trained:.3f}")
     assert trained < untrained - 1.0
 
@@ -89,8 +90,9 @@ def test_minilm_learns_from_sst2(tmp_path, real_weights, real_data):
             "model.model_name_or_path": str(weights),
             "data.path": str(data),
             "data.tasks": ["sst2"],
-            "data.max_train_samples": 1280,
-            "train.max_steps": 80,
+            "data.max_train_samples": 800,
+            "train.max_steps": 50,
+            "train.learning_rate": 4e-3,
             "eval.eval_strategy": "no",
             "eval.before": False,
             "eval.max_samples": 8,
@@ -99,11 +101,11 @@ def test_minilm_learns_from_sst2(tmp_path, real_weights, real_data):
     )
     adapted = reload(folder, weights, "classification", num_labels=2)
     tokenizer = load_tokenizer(str(weights))
-    rows = load_examples("glue", "sst2", "validation", path=data)[:400]
+    rows = load_examples("glue", "sst2", "validation", path=data)[:200]
     trained = pair_loss(classify(adapted, tokenizer, rows, batch_size=32, max_length=128))
     with adapted.disabled():
         switched_off = pair_loss(classify(adapted, tokenizer, rows, batch_size=32, max_length=128))
-    # Always giving the classes' shares has a loss of 0.693; seen: 0.690 without, 0.561 with them.
+    # Always giving the classes' shares has a loss of 0.693; seen: 0.704 without, 0.579 with them.
     print(f"validation loss {switched_off:.3f} without, {trained:.3f} with the controls")
     assert trained < 0.693 - 0.08
     assert trained < switched_off - 0.08
