@@ -22,13 +22,14 @@ def list_recipes(json: JsonOption = False) -> None:
     from moc_cli.recipe.catalog import entries
     from moc_cli.report.output import print_json, print_table
 
-    found = entries()
+    recipes = entries()
     if json:
-        print_json([{"name": one.name, "path": one.path, "about": one.summary} for one in found])
+        rows = [{"name": e.name, "path": e.path, "about": e.summary} for e in recipes]
+        print_json(rows)
         return
     from moc_cli.report.tables import recipe_table
 
-    print_table(recipe_table([(one.name, one.summary) for one in found]))
+    print_table(recipe_table([(entry.name, entry.summary) for entry in recipes]))
 
 
 @app.command()
@@ -56,7 +57,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Copy one recipe, to be changed."""
+    """Copy one recipe, to change it."""
     from moc_cli.errors import FileError
     from moc_cli.files import write_text_atomic
     from moc_cli.recipe.catalog import shipped

@@ -34,34 +34,33 @@ def entries() -> list[Entry]:
 
 
 def shipped(name: str) -> Entry:
-    """Return the shipped recipe of this name; raises RecipeError naming the nearest."""
-    known = {entry.name: entry for entry in entries()}
-    wanted = name.removesuffix(".yaml").removeprefix("recipes/")
-    if wanted in known:
-        return known[wanted]
-    near = nearest(wanted, known)
+    """Return the shipped recipe of this name. Raises RecipeError naming the nearest."""
+    recipes, wanted = {entry.name: entry for entry in entries()}, _plain(name)
+    if wanted in recipes:
+        return recipes[wanted]
+    near = nearest(wanted, recipes)
     guess = f"; did you mean '{near}'?" if near else ""
     raise RecipeError(f"no shipped recipe is called {name!r}{guess}", hint="moc recipes list")
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the file that a path or a shipped recipe's name stands for.
+    """Return the file that a path or the name of a shipped recipe stands for.
 
     Raises RecipeError with the nearest file or name.
     """
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         return path
-    known = {entry.name: entry.path for entry in entries()}
-    wanted = str(name).removesuffix(".yaml").removeprefix("recipes/")
-    if wanted in known:
-        return known[wanted]
+    recipes, wanted = {entry.name: entry.path for entry in entries()}, _plain(str(name))
+    if wanted in recipes:
+        return recipes[wanted]
     if path.is_dir():
-        inner = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".yaml")
+        inner = sorted(file.name for file in path.iterdir() if file.suffix == ".yaml")
         hint = f"Did you mean {path / inner[0]}?" if inner else "Give the path of a YAML file."
         raise RecipeError(f"{name}: a folder, not a recipe", hint=hint)
-    near = _nearest_file(path)
-    guess = str(near) if near else nearest(wanted, known)
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = nearest(path.name, [file.name for file in beside if file.suffix in (".yaml", ".yml")])
+    guess = str(path.with_name(near)) if near else nearest(wanted, recipes)
     raise RecipeError(
         f"{name}: no such file, and no shipped recipe of that name"
         + (f"; did you mean '{guess}'?" if guess else ""),
@@ -69,21 +68,16 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
+def _plain(name: str) -> str:
+    return name.removesuffix(".yaml").removeprefix("recipes/")
+
+
 def shown(path: Path) -> str:
-    """Return `path` as a person would type it: relative if it lies below the current folder."""
+    """Return `path` as a user would type it: relative if it lies below the current folder."""
     if not path.is_absolute():
         return str(path)
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
-
-
-def _nearest_file(path: Path) -> Path | None:
-    """Return the file beside `path` whose name is nearest."""
-    if not path.parent.is_dir():
-        return None
-    names = [one.name for one in path.parent.iterdir() if one.suffix in (".yaml", ".yml")]
-    near = nearest(path.name, names)
-    return path.with_name(near) if near else None
 
 
 def _summary(path: Path) -> str:

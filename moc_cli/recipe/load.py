@@ -168,7 +168,7 @@ def _apply(draft: Draft, overrides: Sequence[str]) -> None:
             section = inner
         else:
             section[path[-1]] = value
-            for below in [known for known in draft.places if known[: len(path)] == path]:
+            for below in [place for place in draft.places if place[: len(path)] == path]:
                 del draft.places[below]
             draft.places[path] = place
 

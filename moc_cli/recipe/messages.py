@@ -84,8 +84,9 @@ def describe(annotation: Any) -> str:
     if get_origin(annotation) is list:
         item, plural = arguments[0], {str: "texts", int: "whole numbers"}
         arms = [bare(arm) for arm in (get_args(item) if get_origin(item) in _UNIONS else [item])]
-        known = all(arm in plural for arm in arms)
-        return f"a list of {' or '.join(plural[arm] for arm in arms) if known else describe(item)}"
+        if all(arm in plural for arm in arms):
+            return f"a list of {' or '.join(plural[arm] for arm in arms)}"
+        return f"a list of {describe(item)}"
     if get_origin(annotation) is dict:
         return "a section with task names as keys"
     if issubclass(annotation, BaseModel):

@@ -48,7 +48,7 @@ class Gate(Section):
         description="cosine: similarity in a projected space; linear: W x",
     )
     projection_dim: Positive = Field(
-        default=256, description="dimension of the projected space of the cosine gate"
+        default=256, description="dimension of the cosine gate's space"
     )
     estimator: Literal["renormalized", "straight_through", "probability"] = Field(
         default="renormalized",
@@ -68,7 +68,7 @@ class Routing(Section):
         description="mean: highest mean probability; mode: most often in a token's top K",
     )
     exclude_local: bool = Field(
-        default=False, description="if true, a site may not route to its own control"
+        default=False, description="a site may not route to its own control"
     )
     decode: Literal["frozen", "running"] = Field(
         default="frozen",
@@ -86,7 +86,7 @@ class Balance(Section):
         description="f_j counts, top_k: each token's own top K; choice: the controls that are used",
     )
     reduce: Literal["sum", "mean"] = Field(
-        default="sum", description="how the losses of the sites are combined"
+        default="sum", description="over the losses of the sites"
     )
 
 
@@ -104,9 +104,7 @@ class MocMethod(Section):
     alpha: Share = Field(
         default=0.95, description="weight of the local control; the routed controls get 1 - alpha"
     )
-    top_k: Count = Field(
-        default=1, description="number K of routed controls; 0 is the method control"
-    )
+    top_k: Count = Field(default=1, description="number K of routed controls; 0: method control")
     gate: Gate = section("how controls are scored")
     routing: Routing = section("which tokens decide about the routed controls, and how")
     balance: Balance = section("the load-balance loss")
@@ -171,7 +169,7 @@ class LayerGate(Section):
         description="cosine: similarity in a projected space; linear: W x",
     )
     projection_dim: Positive = Field(
-        default=256, description="dimension of the projected space of the cosine gate"
+        default=256, description="dimension of the cosine gate's space"
     )
 
 

@@ -51,35 +51,23 @@ class ModelSection(Section):
         default=None, description="attention code of transformers; null: its own choice"
     )
     trust_remote_code: bool = Field(
-        default=False, description="run Python code from the folder of the model"
+        default=False, description="run Python code of the model's folder"
     )
 
 
 class ColumnsSection(Section):
     """Names of the columns of a custom dataset, where they are not the usual ones."""
 
-    text: Text | None = Field(
-        default=None, description="text column; null: text, sentence or sentence1"
-    )
+    text: Text | None = Field(default=None, description="null: text, sentence or sentence1")
     text_pair: Text | None = Field(
         default=None,
-        description="second text column; null: text_pair or sentence2, if there is one",
+        description="null: text_pair or sentence2, if present",
     )
-    label: Text | None = Field(
-        default=None, description="label column; null: label, labels or score"
-    )
-    instruction: Text | None = Field(
-        default=None, description="instruction column; null: instruction or prompt"
-    )
-    input: Text | None = Field(
-        default=None, description="input column; null: input, if there is one"
-    )
-    output: Text | None = Field(
-        default=None, description="output column; null: output, response or completion"
-    )
-    messages: Text | None = Field(
-        default=None, description="column of the conversation; null: messages or conversation"
-    )
+    label: Text | None = Field(default=None, description="null: label, labels or score")
+    instruction: Text | None = Field(default=None, description="null: instruction or prompt")
+    input: Text | None = Field(default=None, description="null: input, if present")
+    output: Text | None = Field(default=None, description="null: output, response or completion")
+    messages: Text | None = Field(default=None, description="null: messages or conversation")
 
 
 def _tasks_are_optional_for_custom(schema: dict[str, Any]) -> None:
@@ -122,7 +110,7 @@ class DataSection(Section):
         description="also compute the loss on the prompt; for custom, false by default",
     )
     max_train_samples: Positive | None = Field(
-        default=None, description="maximum number of training rows; null: all"
+        default=None, description="maximum number of rows; null: all"
     )
     max_eval_samples: Positive | None = Field(
         default=None, description="maximum rows per task in evaluation during training; null: all"
@@ -152,33 +140,25 @@ class TrainSection(Section):
         default=-1, description="number of optimizer steps; -1: as many as num_train_epochs gives"
     )
     per_device_train_batch_size: Positive = Field(default=16, description="rows per micro-batch")
-    gradient_accumulation_steps: Positive = Field(
-        default=1, description="micro-batches per optimizer step"
-    )
+    gradient_accumulation_steps: Positive = Field(default=1, description="micro-batches per step")
     learning_rate: AboveZero = Field(default=3e-4, description="peak learning rate")
-    weight_decay: AtLeastZero = Field(
-        default=0.01, description="decay of the weights, not of gates, biases and norms"
-    )
+    weight_decay: AtLeastZero = Field(default=0.01, description="not for gates, biases and norms")
     adam_beta1: BelowOne = Field(default=0.9, description="decay of the first moment of AdamW")
     adam_beta2: BelowOne = Field(default=0.999, description="decay of the second moment of AdamW")
     adam_epsilon: AboveZero = Field(default=1e-8, description="term in the denominator of AdamW")
     max_grad_norm: AtLeastZero = Field(
-        default=1.0, description="clip gradients to this norm; 0: no clipping"
+        default=1.0, description="clip gradients to this norm; 0: off"
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="how the learning rate changes after the warm-up"
     )
     warmup_steps: Count = Field(default=0, description="number of steps of linear warm-up")
     warmup_ratio: Share = Field(default=0.0, description="warm-up as a share of all steps")
-    bf16: bool = Field(
-        default=False, description="base model in bfloat16; trained parameters stay float32"
-    )
+    bf16: bool = Field(default=False, description="base model in bfloat16; the rest stays float32")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass to save memory"
     )
-    group_by_length: bool = Field(
-        default=True, description="put rows of similar length into one batch"
-    )
+    group_by_length: bool = Field(default=True, description="rows of similar length in one batch")
 
 
 class EvalSection(Section):
@@ -188,9 +168,7 @@ class EvalSection(Section):
         default="auto", description="rows per batch; auto: as many as fit in memory"
     )
     eval_strategy: When = Field(default="no", description="when to evaluate during training")
-    eval_steps: Positive | None = Field(
-        default=None, description="steps between evaluations, for eval_strategy: steps"
-    )
+    eval_steps: Positive | None = Field(default=None, description="for eval_strategy: steps")
     metric_for_best_model: Metric | None = Field(
         default=None,
         description="metric that selects the best model; null: the main one of the task",
@@ -215,16 +193,12 @@ class OutputSection(Section):
 
     output_dir: Text = Field(description="the run folder")
     save_strategy: When = Field(default="steps", description="when to write a checkpoint")
-    save_steps: Positive = Field(
-        default=500, description="steps between checkpoints, for save_strategy: steps"
-    )
+    save_steps: Positive = Field(default=500, description="for save_strategy: steps")
     save_total_limit: Positive | None = Field(
         default=2,
         description="number of checkpoints to keep, the best and the last among them; null: all",
     )
-    logging_steps: Positive = Field(
-        default=10, description="steps between two lines of training metrics"
-    )
+    logging_steps: Positive = Field(default=10, description="steps between lines of metrics")
     report_to: Annotated[
         list[Tracker],
         BeforeValidator(one_or_more, json_schema_input_type=Tracker | list[Tracker]),
