@@ -133,6 +133,9 @@ def test_labels_are_sorted_and_keep_their_kind(tmp_path):
         "x",
     ]
     assert read(write(tmp_path / "c.jsonl", lines(*pairs("10", "9", "9")))).labels == ["10", "9"]
+    codes = read(write(tmp_path / "codes.csv", "text,label\na,01\nb,NA\nc,01\nd,02\n"))
+    assert codes.labels == ["01", "02", "NA"]
+    assert read(write(tmp_path / "f.csv", "text,label\na,01\nb,02\nc,01\n")).labels == ["01", "02"]
     assert read(write(tmp_path / "d.jsonl", lines(*pairs(1.0, 0.0, 1)))).labels == [0, 1]
     given = read(write(tmp_path / "e.csv", "text,label\na,1\nb,0\nc,1\n"), labels=[2, 1, 0])
     assert given.labels == [2, 1, 0]

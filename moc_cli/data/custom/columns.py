@@ -112,7 +112,8 @@ def find_labels(train: Table, column: str) -> dict[Label, int]:
             first_rows.setdefault(class_label(fields, column), number)
         except BadRow:
             continue  # named when the example is built
-    if not train.typed and all(map(is_whole, first_rows)):
+    # Only labels that a number writes back as they are: "01" is a name.
+    if not train.typed and all(is_whole(text) and str(int(text)) == text for text in first_rows):
         first_rows = {int(label): number for label, number in first_rows.items()}
     mixed = len({type(label) for label in first_rows}) > 1
     return first_rows if mixed else dict(sorted(first_rows.items()))
