@@ -65,9 +65,9 @@ def inspect_routing(
 
     folder = output or (run / "routing" if text is None else run / "routing" / "text")
     check_folder(folder)
-    from moc_cli.inspection.session import Asked, Inspection, write
+    from moc_cli.inspection.session import Asked, Inspection
     from moc_cli.report.output import out, print_json, print_table, say
-    from moc_cli.report.routing_views import views
+    from moc_cli.report.routing import routing_views
 
     asked = Asked(
         run=run,
@@ -82,15 +82,15 @@ def inspect_routing(
         device=device,
     )
     routing = Inspection(asked, silent=json).run()
-    from moc_cli.inspection.pictures import draw
+    from moc_cli.inspection.results import write_results
 
-    paths = write(routing, folder, draw)
+    paths = write_results(routing, folder)
     if json:
         print_json(routing | {"folder": str(folder)})
         return
     console = out()
     colored = console.is_terminal and not console.no_color
-    print_table(*views(routing, width=console.width, colored=colored, site=site))
+    print_table(*routing_views(routing, width=console.width, colored=colored, site=site))
     for warning in routing["warnings"]:
         say(f"Warning: {warning['message']}")
     say(f"{len(paths)} files in {folder}, among them routing.json and routing.html")

@@ -3,8 +3,6 @@
 asked -> checked against the run's files -> rows -> model -> record, compare, ablate -> write
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from safetensors.torch import load
 
 from moc_cli.errors import MocError, RunError
 from moc_cli.evaluation.suite import Task
-from moc_cli.files import to_plain, write_text_atomic
 from moc_cli.inspection import statistics
 from moc_cli.inspection.ablation import ablate
 from moc_cli.inspection.differences import check_same_sites, compared, task_distances
@@ -161,21 +158,6 @@ def history(folder: RunFolder) -> list[dict[str, Any]]:
     if len({len(entry["use"]) for entry in found}) > 1:
         raise RunError(f"{folder.metrics}: lines tell of different numbers of controls")
     return found
-
-
-def write(routing: dict[str, Any], folder: Path, draw: Callable[..., list[Path]]) -> list[Path]:
-    """Write routing.json on few lines, and its pictures; return their paths.
-
-    Raises FileError when the disk refuses.
-    """
-    path = folder / "routing.json"
-    plain = to_plain(routing)
-    lines = [
-        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-        for key, value in plain.items()
-    ]
-    write_text_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return [path, *draw(routing, folder)]
 
 
 def _checked(path: Path) -> tuple[Recipe, Layout]:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from moc_cli.report.routing_views import RAMP, SCALE, heat_map, views
+from moc_cli.report.routing import RAMP, SCALE, heat_map, routing_views
 
 
 def routing(layers: int, blocks=("attn", "ffn"), **more) -> dict:
@@ -119,15 +119,31 @@ def test_layers_are_numbered_over_their_columns():
         assert axis[place:].split(" ")[0] == str(layer)
 
 
-@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("width", [60, 80, 100])
 def test_every_table_fits_and_says_what_it_leaves_out(width):
-    text = drawn(*views(routing(32), width=width, colored=False), width=width)
+    text = drawn(*routing_views(routing(32), width=width, colored=False), width=width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     assert "16 of 64 sites" in text
     assert "16 of 64 controls" in text
     assert "and 8 more" in text
     assert "Against [red]x" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_heading_is_cut(width):
+    """Tables wider than the terminal go on below, each part with the first column."""
+    tasks = ["ARC-Challenge", "social_i_qa", "OpenBookQA", "HellaSwag", "winogrande", "boolq"]
+    section = {"tasks": tasks, "matrix": [[0.25] * 6] * 6}
+    given = routing(4, task_distance=section)
+    text = drawn(*routing_views(given, width=width, colored=False), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    distances = text[text.index("Distance of") : text.index("Against")]
+    for task in tasks:
+        assert sum(task in line.split() for line in distances.splitlines()) > 1
+    heads = ["share %", "effective", "one token %", "size %", "norm of B A", "change, nats"]
+    for head in [*heads, "by chance", "most by site", "less here", "± stderr"]:
+        assert head in text
 
 
 def test_tables_of_a_text_cap_tokens_and_sites():
@@ -141,13 +157,13 @@ def test_tables_of_a_text_cap_tokens_and_sites():
         "margin": [0.125] * size,
     }
     given["tokens"] = tokens
-    text = drawn(*views(given, colored=False))
+    text = drawn(*routing_views(given, colored=False))
     assert "of 64 sites fit; --site 31.ffn shows another" in text
-    assert "the first 60 of 70 tokens" in text
+    assert "60 of 70 tokens" in text
     assert "·w59" in text
     assert "·w60" not in text
     assert "Which control" not in text
-    text = drawn(*views(given, colored=False, site="1.ffn"))
+    text = drawn(*routing_views(given, colored=False, site="1.ffn"))
     assert "Votes at 1.ffn: chosen 1.ffn, by a lead of 0.1250" in text
     row = next(line for line in text.splitlines() if "·w0 " in line)
     assert row.split() == ["·w0", "1.ffn", "0.5000", "✓"]

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 TASKS = ["openbookqa", "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_e", "arc_c"]
+NASTY = "</script><b>$x_1$ & “naïve” 任务 " + "long " * 30
 
 
 def routing_of(
@@ -60,11 +61,13 @@ def routing_of(
         "tasks": found,
         "per_site": [
             {
+                "name": names[index],
                 "local_share": local[index],
                 "gate_entropy": 1.0,
                 "use_entropy": 0.5,
                 "effective": 1.6487,
                 "margin": 0.25,
+                "one_token": None,
                 "relative_size": 0.125,
                 "top": names[int(share[index].argmax())],
             }
@@ -86,7 +89,9 @@ def routing_of(
             "chance_local": 1 / sites,
         },
         "history": history,
-        "task_distance": {"tasks": tasks, "matrix": matrix.tolist()} if len(tasks) > 1 else [],
+        "task_distance": {"tasks": tasks, "matrix": matrix.tolist()}
+        if len(tasks) > 1
+        else {"tasks": tasks, "matrix": []},
         "compare": None,
         "ablation": None,
         "tokens": None,
@@ -134,3 +139,18 @@ def ablated(routing: dict[str, Any], seed: int = 2) -> list[dict[str, Any]]:
         {"site": name, "loss_change": float(change), "stderr": 0.005}
         for name, change in zip(names, changes, strict=True)
     ]
+
+
+def full_routing(sites: int = 24, top_k: int = 1, tasks: int = 2) -> dict[str, Any]:
+    """Return a routing that has something for every figure."""
+    routing = routing_of(sites, TASKS[:tasks], top_k=top_k)
+    return routing | {"compare": compared(routing), "ablation": ablated(routing)}
+
+
+def named(routing: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the routing with `name` where a user can put any letters."""
+    tasks = {f"{key} {name}": entry for key, entry in routing["tasks"].items()}
+    told = routing["task_distance"] and routing["task_distance"] | {"tasks": list(tasks)}
+    compare = routing["compare"] and routing["compare"] | {"run": name}
+    changed = {"tasks": tasks, "task_distance": told, "compare": compare, "run": name}
+    return routing | changed | {"model": name, "text": None}
