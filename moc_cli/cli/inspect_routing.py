@@ -1,11 +1,14 @@
 """`moc inspect-routing RUN`: see what the gate of a run does, and on which inputs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moc_cli.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from moc_cli.recipe.schema import Recipe
 
 
 def inspect_routing(
@@ -58,30 +61,31 @@ def inspect_routing(
 
     if site is not None and text is None:
         raise MocError("--site picks a site of --text", "give a text too")
-    for each in (run, compare):
-        if each is not None:
-            _refuse_without_gate(each)
+    recipe = _read_recipe(run)
+    compare_recipe = None if compare is None else _read_recipe(compare)
     from moc_cli.files import check_folder
 
     folder = output or (run / "routing" if text is None else run / "routing" / "text")
     check_folder(folder)
-    from moc_cli.inspection.session import Asked, Inspection
+    from moc_cli.inspection.session import Inspection, InspectOptions
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views
 
-    asked = Asked(
+    options = InspectOptions(
         run=run,
+        recipe=recipe,
         tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
         split=split,
         limit=limit,
         text=text,
         site=site,
         compare=compare,
+        compare_recipe=compare_recipe,
         ablate=ablate,
         batch_size=batch_size,
         device=device,
     )
-    routing = Inspection(asked, silent=json).run()
+    routing = Inspection(options, silent=json).run()
     from moc_cli.inspection.results import write_results
 
     paths = write_results(routing, folder)
@@ -96,13 +100,14 @@ def inspect_routing(
     say(f"{len(paths)} files in {folder}, among them routing.json and routing.html")
 
 
-def _refuse_without_gate(path: Path) -> None:
-    """Raise MocError for a run whose method has nothing to inspect, before torch is imported."""
+def _read_recipe(path: Path) -> "Recipe":
+    """Return a run's recipe, before torch is imported; MocError where there is nothing to see."""
     from moc_cli.errors import MocError
     from moc_cli.recipe.load import load_recipe
     from moc_cli.runs import RunFolder
 
-    name = load_recipe(RunFolder.open(path).recipe_file).method.name
+    recipe = load_recipe(RunFolder.open(path).recipe_file)
+    name = recipe.method.name
     if name != "moc":
         why = {
             "control": "its controls are all local",
@@ -113,3 +118,4 @@ def _refuse_without_gate(path: Path) -> None:
             "inspect",
             "give a run of method moc",
         )
+    return recipe

@@ -13,7 +13,7 @@ import torch
 
 from moc_cli.data.encode import encode_train
 from moc_cli.data.examples import Example, PairExample
-from moc_cli.inspection.record import Progress
+from moc_cli.inspection.record import BatchSize, Progress
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
@@ -41,7 +41,7 @@ def ablate(
     trained: LoadedRun,
     examples: Sequence[Example],
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     on_progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Return the mean change of a row's loss for each site, with its standard error over the rows.
@@ -51,20 +51,22 @@ def ablate(
     """
     mixture = trained.adapted.mixture
     assert mixture is not None
-    known = row_losses(trained, examples, batch_size)
-    found = []
+    before = row_losses(trained, examples, batch_size)
+    entries: list[dict[str, Any]] = []
     for site in mixture.sites:
         with local_at(mixture, site.index):
             losses = row_losses(trained, examples, batch_size)
-        changes = [new - old for new, old in zip(losses, known, strict=True)]
+        changes = [new - old for new, old in zip(losses, before, strict=True)]
         mean = sum(changes) / len(changes)
-        found.append({"site": site.name, "loss_change": mean, "stderr": _stderr(changes, mean)})
+        entries.append({"site": site.name, "loss_change": mean, "stderr": _stderr(changes, mean)})
         if on_progress is not None:
-            on_progress(len(found), len(mixture.sites))
-    return found
+            on_progress(len(entries), len(mixture.sites))
+    return entries
 
 
-def row_losses(trained: LoadedRun, examples: Sequence[Example], batch_size: int) -> list[float]:
+def row_losses(
+    trained: LoadedRun, examples: Sequence[Example], batch_size: BatchSize
+) -> list[float]:
     """Return the loss of each row, without those whose answer was cut off."""
     data = trained.recipe.data
     adapted, tokenizer = trained.adapted, trained.tokenizer

@@ -234,7 +234,7 @@ def colour_bar(
     """Add the scale of the colours with its unit; the grey of "never" stands in the caption."""
     bar = frame.figure.colorbar(mesh, ax=axes, shrink=size, aspect=28, pad=0.015)
     bar.set_label(label)
-    bar.outline.set_linewidth(0.5)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.5)
 
 
 def layer_ticks(axes: Axes, layers: Sequence[int], *, along: Axis, most: int = 16) -> None:

@@ -55,7 +55,7 @@ def site_map(routing: dict[str, Any]) -> FigureFrame:
     title = "Which control each site chooses"
     frame = new_frame(routing, title, OWN, GREY, bars_note, height=5.7)
     grid = frame.figure.add_gridspec(2, 1, height_ratios=[1, 9], hspace=0.02)
-    bars, axes = grid.subplots(sharex=True)
+    bars, axes = grid.subplots(sharex=True)  # type: ignore[misc]
 
     def text(row: int, column: int) -> str:
         times, weight, probability = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,14 +16,15 @@ from moc_cli.scoring.batch_size import Shape, run_batches
 from moc_cli.scoring.forward import call, check_fits, evaluating, positions
 
 Progress = Callable[[int, int], None]
+BatchSize = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunRecord:
     """What the gates of one run did on each task, and on all of them together."""
 
     tasks: dict[str, Record]
-    whole: Record
+    total: Record
 
 
 def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: Any) -> None:
@@ -42,7 +43,11 @@ def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: 
 
 
 def record(
-    trained: LoadedRun, prompts: Prompts, *, batch_size: int, on_progress: Progress | None = None
+    trained: LoadedRun,
+    prompts: Prompts,
+    *,
+    batch_size: BatchSize,
+    on_progress: Progress | None = None,
 ) -> Record:
     """Record what the gates do on prompts: each row decides once at every site."""
     model = trained.adapted.model
@@ -66,19 +71,16 @@ def record(
 
 
 def record_tasks(
-    trained: LoadedRun, tasks: Sequence[Task], *, batch_size: int, silent: bool
-) -> Seen:
+    trained: LoadedRun, tasks: Sequence[Task], *, batch_size: BatchSize, silent: bool
+) -> RunRecord:
     """Record what the gates do on the prompts of each task."""
-    found: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     for task in tasks:
         max_length = trained.recipe.data.max_length
         prompts = encode_prompts(task.examples, trained.tokenizer, max_length)
         with WorkProgress(f"route {task.name}", len(task.examples), silent=silent) as bar:
-            found[task.name] = record(
+            records[task.name] = record(
                 trained, prompts, batch_size=batch_size, on_progress=bar.observe
             )
-    first, *others = found.values()
-    whole = first
-    for other in others:
-        whole = whole + other
-    return Seen(found, whole)
+    first, *others = records.values()
+    return RunRecord(records, sum(others, first))

@@ -1,11 +1,11 @@
-"""`moc inspect-routing` behind the door: from a run folder to routing.json.
+"""`moc inspect-routing`: from a run folder to routing.json.
 
-asked -> checked against the run's files -> rows -> model -> record, compare, ablate -> write
+options -> checked against the run's files -> rows -> model -> record, compare, ablate -> write
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load
 
@@ -13,14 +13,13 @@ from moc_cli.errors import MocError, RunError
 from moc_cli.evaluation.suite import Task
 from moc_cli.inspection import statistics
 from moc_cli.inspection.ablation import ablate
-from moc_cli.inspection.differences import check_same_sites, compared, task_distances
+from moc_cli.inspection.distances import check_same_sites, compared, task_distances
 from moc_cli.inspection.inputs import read_rows
-from moc_cli.inspection.record import Seen, record, record_tasks
+from moc_cli.inspection.record import RunRecord, record, record_tasks
 from moc_cli.inspection.tokens import text_votes
-from moc_cli.inspection.warnings import remarks
+from moc_cli.inspection.warnings import find_warnings
 from moc_cli.load_run import LoadedRun, open_run
 from moc_cli.methods.route_counts import Layout
-from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import WorkProgress
@@ -30,16 +29,18 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user asked for; None: as in the run's recipe."""
+class InspectOptions:
+    """The options of the command; None: as in the run's recipe, which is that of `run`."""
 
     run: Path
+    recipe: Recipe
     tasks: list[str]
     split: str | None = None
     limit: int | None = 100
     text: str | None = None
     site: str | None = None
     compare: Path | None = None
+    compare_recipe: Recipe | None = None
     ablate: bool = False
     batch_size: int | None = None
     device: str | None = None
@@ -48,28 +49,29 @@ class Asked:
 class Inspection:
     """One call of the command. All that can be wrong is found before weights are loaded."""
 
-    def __init__(self, asked: Asked, *, silent: bool) -> None:
-        self.asked, self.silent = asked, silent
-        self.recipe, self.layout = _checked(asked.run)
-        self.history = history(RunFolder.open(asked.run))
-        if asked.compare is not None:
-            _, other = _checked(asked.compare)
-            check_same_sites(self.layout, other, str(asked.compare))
-        if asked.site is not None and asked.site not in self.layout.names:
+    def __init__(self, options: InspectOptions, *, silent: bool) -> None:
+        self.options, self.silent = options, silent
+        self.recipe = options.recipe
+        self.layout = read_layout(options.run, self.method)
+        self.history = history(RunFolder.open(options.run))
+        if options.compare is not None:
+            other = read_layout(options.compare, self.method)
+            check_same_sites(self.layout, other, str(options.compare))
+        if options.site is not None and options.site not in self.layout.names:
             from moc_cli.recipe.suggest import choices
 
             raise MocError(
-                f"--site: no site '{asked.site}'{choices(asked.site, self.layout.names)}"
+                f"--site: no site '{options.site}'{choices(options.site, self.layout.names)}"
             )
-        names = asked.tasks or list(self.recipe.data.tasks)
+        names = options.tasks or list(self.recipe.data.tasks)
         if len(set(names)) < len(names):
             raise MocError("--tasks: a task is named twice")
         self.tasks: list[Task] = []
-        if asked.text is None:
-            self.tasks = read_rows(self.recipe.data, names, asked.split, asked.limit)
-        elif not asked.text.strip():
+        if options.text is None:
+            self.tasks = read_rows(self.recipe.data, names, options.split, options.limit)
+        elif not options.text.strip():
             raise MocError("--text is empty", "give a text, or leave it out to look at rows")
-        elif asked.tasks or asked.split or asked.ablate:
+        elif options.tasks or options.split or options.ablate:
             raise MocError(
                 "--text looks at one text, without an answer: --tasks, --split and --ablate need "
                 "rows",
@@ -77,68 +79,73 @@ class Inspection:
             )
 
     def run(self) -> dict[str, Any]:
-        """Load the model, look, and return what routing.json says."""
-        trained = open_run(self.asked.run, device=self.asked.device, recipe=self.recipe)
-        tokens = None
-        if self.asked.text is None:
-            seen = self._look(trained)
-        else:
-            seen, tokens = self._read(trained, self.asked.text)
-        routing = self._describe(trained, seen)
-        routing["tokens"] = tokens
-        if self.asked.ablate:
+        """Load the model, record its gates, and return what routing.json holds."""
+        trained = open_run(self.options.run, device=self.options.device, recipe=self.recipe)
+        records, tokens = self._record(trained)
+        routing = self._describe(trained, records) | {"tokens": tokens}
+        if self.options.ablate:
             routing["ablation"] = self._ablate(trained)
-        if self.asked.compare is not None:
-            other = open_run(self.asked.compare, device=self.asked.device)
-            theirs = self._look(other) if tokens is None else self._read(other, self.asked.text)[0]
-            routing["compare"] = compared(str(self.asked.compare), seen.whole, theirs.whole)
+        if self.options.compare is not None:
+            compared_run = open_run(
+                self.options.compare,
+                device=self.options.device,
+                recipe=self.options.compare_recipe,
+            )
+            other, _ = self._record(compared_run)
+            routing["compare"] = compared(str(self.options.compare), records.total, other.total)
         return routing
 
-    def _batch_size(self) -> int:
-        return self.asked.batch_size or self.recipe.eval.per_device_eval_batch_size
+    @property
+    def method(self) -> MocMethod:
+        """The recipe's method; the command refuses runs of the others."""
+        assert isinstance(self.recipe.method, MocMethod)
+        return self.recipe.method
 
-    def _look(self, trained: LoadedRun) -> Seen:
-        return record_tasks(trained, self.tasks, batch_size=self._batch_size(), silent=self.silent)
+    def _batch_size(self) -> int | Literal["auto"]:
+        return self.options.batch_size or self.recipe.eval.per_device_eval_batch_size
 
-    def _read(self, trained: LoadedRun, text: str | None) -> tuple[Seen, dict[str, Any]]:
-        prompts, tokens = text_votes(trained, text or "")
-        return Seen({}, record(trained, prompts, batch_size=1)), tokens
+    def _record(self, trained: LoadedRun) -> tuple[RunRecord, dict[str, Any] | None]:
+        """Return what the gates of a run do, and of a text each token's votes."""
+        if self.options.text is not None:
+            prompts, tokens = text_votes(trained, self.options.text)
+            return RunRecord({}, record(trained, prompts, batch_size=1)), tokens
+        size = self._batch_size()
+        return record_tasks(trained, self.tasks, batch_size=size, silent=self.silent), None
 
     def _ablate(self, trained: LoadedRun) -> list[dict[str, Any]]:
         examples = [example for task in self.tasks for example in task.examples]
         with WorkProgress("ablate sites", len(self.layout.names), silent=self.silent) as bar:
             return ablate(trained, examples, batch_size=self._batch_size(), on_progress=bar.observe)
 
-    def _describe(self, trained: LoadedRun, seen: Seen) -> dict[str, Any]:
+    def _describe(self, trained: LoadedRun, records: RunRecord) -> dict[str, Any]:
         """Return all of routing.json that follows from the records."""
-        mixture, method = trained.adapted.mixture, self.recipe.method
+        mixture, method = trained.adapted.mixture, self.method
         assert mixture is not None
-        assert isinstance(method, MocMethod)
         level = "token" if method.routing.level == "token" else "sample"
-        looked = self.asked.text is None
+        on_rows = self.options.text is None
         routing: dict[str, Any] = {
             "format": FORMAT,
             "run": trained.name,
             "model": self.recipe.model.model_name_or_path,
             "method": method.model_dump(mode="json"),
-            "step": trained.adapter_config.get("step"),
-            "split": (self.asked.split or "scored") if looked else None,
-            "limit": self.asked.limit if looked else None,
-            "text": self.asked.text,
+            "step": trained.controls.get("step"),
+            "split": (self.options.split or "scored") if on_rows else None,
+            "limit": self.options.limit if on_rows else None,
+            "text": self.options.text,
             "sites": statistics.sites(mixture),
             "level": level,
-            **statistics.matrices(seen.whole),
-            "tasks": {name: statistics.matrices(found) for name, found in seen.tasks.items()},
-            "per_site": statistics.per_site(seen.whole, level),
-            "per_control": statistics.per_control(seen.whole, mixture),
-            "summary": statistics.summary(seen.whole, mixture),
+            **statistics.matrices(records.total),
+            "tasks": {name: statistics.matrices(record) for name, record in records.tasks.items()},
+            "per_site": statistics.per_site(records.total, level),
+            "per_control": statistics.per_control(records.total, mixture),
+            "summary": statistics.summary(records.total, mixture),
             "history": self.history,
-            "task_distance": task_distances(seen.tasks),
+            "task_distance": task_distances(records.tasks),
             "compare": None,
             "ablation": None,
             "tokens": None,
         }
-        return routing | {"warnings": remarks(routing, method)}
+        return routing | {"warnings": find_warnings(routing, method)}
 
 
 def history(folder: RunFolder) -> list[dict[str, Any]]:
@@ -146,28 +153,24 @@ def history(folder: RunFolder) -> list[dict[str, Any]]:
 
     Raises RunError where a line holds something else.
     """
-    found = []
+    entries: list[dict[str, Any]] = []
     for line in folder.read_metrics():
         if "routing" in line:
             try:
                 use = [float(share) for share in line["routing"]["use"]]
                 local = float(line["routing"]["local_share"])
-                found.append({"step": int(line["step"]), "use": use, "local_share": local})
+                entries.append({"step": int(line["step"]), "use": use, "local_share": local})
             except (KeyError, TypeError, ValueError) as error:
                 raise RunError(f"{folder.metrics}: a line's 'routing' is damaged") from error
-    if len({len(entry["use"]) for entry in found}) > 1:
-        raise RunError(f"{folder.metrics}: lines tell of different numbers of controls")
-    return found
+    if len({len(entry["use"]) for entry in entries}) > 1:
+        raise RunError(f"{folder.metrics}: its lines have different numbers of controls")
+    return entries
 
 
-def _checked(path: Path) -> tuple[Recipe, Layout]:
-    """Return a run's recipe and its sites, from its files alone."""
-    folder = RunFolder.open(path)
-    recipe = load_recipe(folder.recipe_file)
-    method = recipe.method
-    assert isinstance(method, MocMethod)  # the door has refused the others
-    _, payload = folder.read_controls()
-    return recipe, layout_of_controls(set(load(payload)), method.top_k)
+def read_layout(run: Path, method: MocMethod) -> Layout:
+    """Return a run's sites and pools, from its files alone."""
+    _, payload = RunFolder.open(run).read_controls()
+    return layout_of_controls(set(load(payload)), method.top_k)
 
 
 def layout_of_controls(keys: set[str], top_k: int) -> Layout:

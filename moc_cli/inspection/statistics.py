@@ -21,17 +21,17 @@ def matrices(record: Record) -> dict[str, Any]:
     """Return share, counts, weight, probability (S, S) and the decisions of a site."""
     layout = record.layout
     size = len(layout.names)
-    found = {name: torch.zeros(size, size, dtype=torch.float64) for name in _MEANS}
+    tables = {name: torch.zeros(size, size, dtype=torch.float64) for name in _MEANS}
     counts = torch.zeros(size, size, dtype=torch.int64)
     for site in range(size):
         members, decisions = layout.members(site), max(record.decisions(site), 1)
         counts[site, members] = record.counts(site).round().long()
-        found["share"][site, members] = record.counts(site) / (decisions * layout.top_k)
-        found["weight"][site, members] = record.weights(site) / decisions
-        found["probability"][site, members] = record.probabilities(site) / decisions
+        tables["share"][site, members] = record.counts(site) / (decisions * layout.top_k)
+        tables["weight"][site, members] = record.weights(site) / decisions
+        tables["probability"][site, members] = record.probabilities(site) / decisions
     decisions = round(record.decisions(0))
-    tables = {name: _plain(table) for name, table in found.items()}
-    return {"decisions": decisions, "counts": counts.tolist()} | tables
+    plain = {name: _plain(table) for name, table in tables.items()}
+    return {"decisions": decisions, "counts": counts.tolist()} | plain
 
 
 _MEANS = ("share", "weight", "probability")
@@ -97,7 +97,7 @@ def per_control(record: Record, mixture: Mixture) -> list[dict[str, Any]]:
 def control_norm(control: Control) -> float:
     """Frobenius norm of B A, as √tr(BᵀB · AAᵀ): two (r, r) products instead of a (d, d) one."""
     a, b = control.A.double(), control.B.double()
-    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
 
 
 def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
@@ -142,4 +142,4 @@ def _across(record: Record, mixture: Mixture, block: str, other: str) -> float |
 
 
 def _entropy(share: Tensor) -> float:
-    return -torch.special.xlogy(share, share).sum().item() + 0.0
+    return float(-torch.special.xlogy(share, share).sum()) + 0.0

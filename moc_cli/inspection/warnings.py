@@ -3,8 +3,8 @@
 untrained_gate  nothing ever gave the gate a gradient: λ = 0, and the task gives none at K = 1
                 with renormalised weights, nor at α = 1
 collapsed       nearly all choices go to a few controls of the pool
-local_only      nearly all sites choose their own control, so that no layer hears of another
-one_token       most choices are turned by one token of many
+local_only      nearly all sites choose their own control, so that layers exchange nothing
+one_token       most choices would change without one token of many
 """
 
 import math
@@ -17,25 +17,25 @@ COLLAPSED = 0.1  # effective number of controls, as a share of the pool's
 LOCAL_ONLY = 0.9  # share of local choices
 ONE_TOKEN = 0.5  # share of the decisions that one token turns
 
-Remark = dict[str, str]
+GateWarning = dict[str, str]
 
 
-def remarks(routing: Mapping[str, Any], method: MocMethod) -> list[Remark]:
-    """Return the warnings that a routing.json deserves, the gravest first."""
-    found = [
+def find_warnings(routing: Mapping[str, Any], method: MocMethod) -> list[GateWarning]:
+    """Return the warnings that a routing.json deserves, the most serious first."""
+    warnings = [
         _untrained(method),
         *(_collapsed(routing, method, pool) for pool in _pools(routing)),
         _local_only(routing, method),
         _one_token(routing, method),
     ]
-    return [remark for remark in found if remark is not None]
+    return [warning for warning in warnings if warning is not None]
 
 
 def _pools(routing: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(site["pool"] for site in routing["sites"]))
 
 
-def _untrained(method: MocMethod) -> Remark | None:
+def _untrained(method: MocMethod) -> GateWarning | None:
     by_task = method.alpha < 1 and not (
         method.top_k == 1 and method.gate.estimator == "renormalized"
     )
@@ -47,14 +47,14 @@ def _untrained(method: MocMethod) -> Remark | None:
         why = "at top_k = 1 renormalised weights are always 1, so the task gives no gradient"
     return {
         "name": "untrained_gate",
-        "message": f"the gate was never trained: balance.weight is 0, and {why}; its choices are "
-        "as they were drawn. Set method.balance.weight=0.01, or "
+        "message": f"the gate was never trained: balance.weight is 0, and {why}; its choices "
+        "come from its random start. Set method.balance.weight=0.01, or "
         "method.gate.estimator=straight_through",
         "key": "method.balance.weight",
     }
 
 
-def _collapsed(routing: Mapping[str, Any], method: MocMethod, pool: str) -> Remark | None:
+def _collapsed(routing: Mapping[str, Any], method: MocMethod, pool: str) -> GateWarning | None:
     members = [i for i, site in enumerate(routing["sites"]) if site["pool"] == pool]
     use = [routing["per_control"][i]["use"] for i in members]
     effective = math.exp(-sum(share * math.log(share) for share in use if share > 0))
@@ -75,7 +75,7 @@ def _collapsed(routing: Mapping[str, Any], method: MocMethod, pool: str) -> Rema
     }
 
 
-def _local_only(routing: Mapping[str, Any], method: MocMethod) -> Remark | None:
+def _local_only(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | None:
     share = routing["summary"]["local_share"]
     smallest = min(sum(s["pool"] == pool for s in routing["sites"]) for pool in _pools(routing))
     if share < LOCAL_ONLY or smallest <= method.top_k:
@@ -83,15 +83,15 @@ def _local_only(routing: Mapping[str, Any], method: MocMethod) -> Remark | None:
     return {
         "name": "local_only",
         "message": f"{100 * share:.0f} % of the choices are local: each block gets its own control "
-        "twice, and layers do not talk to each other. Set method.routing.exclude_local=true",
+        "twice, and layers exchange nothing. Set method.routing.exclude_local=true",
         "key": "method.routing.exclude_local",
     }
 
 
-def _one_token(routing: Mapping[str, Any], method: MocMethod) -> Remark | None:
+def _one_token(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | None:
     shares = [site["one_token"] for site in routing["per_site"]]
-    known = [share for share in shares if share is not None]
-    share = sum(known) / len(known) if known else 0.0
+    counted = [share for share in shares if share is not None]
+    share = sum(counted) / len(counted) if counted else 0.0
     if share <= ONE_TOKEN:
         return None
     if method.routing.vote == "mean":

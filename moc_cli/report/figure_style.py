@@ -27,7 +27,7 @@ INK, FAINT, EDGE = "#1d2330", "#5b6473", "#9aa1ad"
 # Okabe and Ito's colours, which colour-blind eyes tell apart too; yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "svg.hashsalt": "moc",
     "svg.fonttype": "path",
     "font.family": ["DejaVu Sans"],  # comes with matplotlib

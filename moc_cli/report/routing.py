@@ -5,7 +5,7 @@ Everything comes from the dict of routing.json; the `_rows` functions serve its 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.cells import cell_len
@@ -340,7 +340,7 @@ def _table(
             box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0)
         )
         for index in part:
-            justify = "left" if head[index] in LEFT else "right"
+            justify: Literal["left", "right"] = "left" if head[index] in LEFT else "right"
             table.add_column(Text(head[index]), justify=justify, no_wrap=True)
         for row in cells:
             table.add_row(*(row[index] for index in part))

@@ -18,9 +18,9 @@ from support.rows import choice_rows, pair_rows, write_rows
 from moc_cli.cli import run
 from moc_cli.data.suites import load_examples
 from moc_cli.inspection.ablation import ablate, local_at, row_losses
-from moc_cli.inspection.differences import distances
+from moc_cli.inspection.distances import distances
 from moc_cli.inspection.statistics import control_norm
-from moc_cli.inspection.warnings import remarks
+from moc_cli.inspection.warnings import find_warnings
 from moc_cli.load_run import open_run
 from moc_cli.nn.control import Control
 from moc_cli.recipe.methods import MocMethod
@@ -167,7 +167,7 @@ def test_the_readme_names_every_key(decoder, tmp_path, capsys):
         inspect(capsys, decoder, "--ablate", "--compare", decoder, "--output", tmp_path / "a"),
         inspect(capsys, decoder, "--text", "A cup", "--output", tmp_path / "b"),
     ]
-    warning = remarks(looks[0], MocMethod(balance={"weight": 0.0}))
+    warning = find_warnings(looks[0], MocMethod(balance={"weight": 0.0}))
     found = keys_of(warning)
     for look in looks:
         tasks = look.pop("tasks") or {}

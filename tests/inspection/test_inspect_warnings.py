@@ -8,7 +8,7 @@ from support.tiny import make_tiny
 from torch import Tensor, nn
 
 from moc_cli.inspection import statistics
-from moc_cli.inspection.warnings import remarks
+from moc_cli.inspection.warnings import find_warnings
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import MocMethod
 
@@ -95,11 +95,11 @@ def one_token(site: int, row: int, token: int) -> tuple[int, float]:
 )
 def test_each_fault_has_its_own_warning(rule, section, name, key):
     routing, method = routing_of(rule, **section)
-    found = remarks(routing, method)
-    assert [remark["name"] for remark in found] == ([] if name is None else [name])
-    for remark in found:
-        assert remark["key"] == key
-        assert key in remark["message"]
+    found = find_warnings(routing, method)
+    assert [warning["name"] for warning in found] == ([] if name is None else [name])
+    for warning in found:
+        assert warning["key"] == key
+        assert key in warning["message"]
 
 
 def test_the_keys_named_are_keys_of_the_recipe():
@@ -110,9 +110,9 @@ def test_the_keys_named_are_keys_of_the_recipe():
         (one_token, {}),
     ):
         routing, method = routing_of(rule, **section)
-        for remark in remarks(routing, method):
+        for warning in find_warnings(routing, method):
             place = MocMethod.model_json_schema()
-            for part in remark["key"].split(".")[1:]:
+            for part in warning["key"].split(".")[1:]:
                 found = place["properties"][part]
                 reference = found.get("$ref") or found.get("allOf", [{}])[0].get("$ref")
                 if reference:
