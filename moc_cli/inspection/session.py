@@ -128,7 +128,7 @@ class Inspection:
             "run": trained.name,
             "model": self.recipe.model.model_name_or_path,
             "method": method.model_dump(mode="json"),
-            "step": trained.controls.get("step"),
+            "step": trained.adapter_config.get("step"),
             "split": (self.options.split or "scored") if on_rows else None,
             "limit": self.options.limit if on_rows else None,
             "text": self.options.text,
