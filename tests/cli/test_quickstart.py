@@ -1,6 +1,6 @@
 """The shipped quickstart learns something that holds for facts it was never asked about.
 
-Three whole runs, as a user makes them, differing in their seed only.
+Two complete runs, as a user makes them, that differ in their seed only.
 """
 
 import json
@@ -20,8 +20,8 @@ from moc_cli.recipe.load import load_recipe
 from moc_cli.scoring.rank import rank
 
 MODEL = "builtin:world-llama"
-SEEDS = (0, 1, 2)
-T_95 = 2.920  # one-sided 95 % of Student's t with two degrees of freedom
+SEEDS = (0, 1)
+T_95 = 6.314  # one-sided 95 % of Student's t with one degree of freedom
 Z_95 = 1.645
 
 
@@ -41,7 +41,7 @@ def world(folder) -> dict:
     return json.loads((folder / "results.json").read_text())["tasks"]["world"]
 
 
-def test_it_generalises_over_three_seeds(runs):
+def test_it_generalises_over_seeds(runs):
     scores = [world(folder) for folder in runs]
     values = [score["value"] for score in scores]
     n, rivals = scores[0]["n"], [scores[0]["before"], scores[0]["majority"], zeroed(runs[0])]
