@@ -24,6 +24,7 @@ FLOORS = [
     {"adapter"},
     {"runs", "data"},
     {"scoring"},
+    {"kinds"},
     {"evaluation"},
     {"training"},
     {"load_run"},

@@ -139,13 +139,13 @@ def _check(request: "Request", run: Path | None) -> None:
 
 def _score(asked: "Asked", folder: Path, json: bool) -> None:
     """Read the rows, load the model, score, and show. What is wrong with rows is told first."""
-    from moc_cli.evaluation.session import read_tasks, run
+    from moc_cli.evaluation.session import run
     from moc_cli.files import check_folder
     from moc_cli.report.evaluation_tables import evaluation_table
     from moc_cli.report.output import print_json, print_table, say
 
     check_folder(folder)
-    tasks = read_tasks(asked.plan)
+    tasks = asked.plan.read_rows()
     subject = asked.load()
     report = run(subject, asked.plan, tasks, folder, known=asked.known(subject), silent=json)
     if json:

@@ -86,10 +86,11 @@ def _check_subject(run: Path | None, request: Request) -> None:
         check_language_model(request.model or "")
         return
     from moc_cli.recipe.load import load_recipe
+    from moc_cli.recipe.tasks import is_classifier
     from moc_cli.runs import RunFolder
 
     data = load_recipe(RunFolder.open(run).recipe_file).data
-    if data.suite == "glue" or data.format in ("classification", "regression"):
+    if is_classifier(data.suite, data.tasks[0], data.format):
         raise MocError(
             f"--harness asks language models; {run} is a classifier ({', '.join(data.tasks)})",
             f"score it: moc eval {run}",

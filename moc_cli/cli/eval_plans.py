@@ -87,7 +87,7 @@ def run_asked(run: Path, request: Request) -> Asked:
         shared = ("model", "base_weights_sha256", "dtype")
         wanted = {key: subject.facts[key] for key in shared} | plan.conditions | {"run": None}
         file = _model_folder(recipe.model.model_name_or_path, plan) / "results.json"
-        before = before_training(folder, plan.how.protocol)
+        before = before_training(folder, plan.options.protocol)
         return Known([*before.scores, *earlier_evaluation(file, wanted).scores])
 
     load = partial(run_subject, run, request.device, recipe)
@@ -95,13 +95,13 @@ def run_asked(run: Path, request: Request) -> Asked:
 
 
 def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
-    from moc_cli.evaluation.custom import protocol_of
     from moc_cli.evaluation.session import Plan
-    from moc_cli.evaluation.suite import Scoring
+    from moc_cli.recipe.tasks import scoring_protocol
+    from moc_cli.scoring.results import ScoringOptions
 
     data = recipe.data
     own = data if data.suite == "custom" else None
-    usual = protocol_of(data, recipe.eval.protocol)
+    usual = scoring_protocol(data.suite, data.tasks[0], data.format, recipe.eval.protocol)
     if own:
         wrong = [
             f"--tasks: the run's own task is '{own.tasks[0]}', found '{name}'"
@@ -130,13 +130,12 @@ def _run_plan(recipe: "Recipe", request: Request) -> "Plan":
     protocol: Any = request.protocol or usual
     size = batch_size(request.batch_size, recipe.eval.per_device_eval_batch_size)
     return Plan(
-        suite=data.suite,
-        tasks=request.tasks or list(data.tasks),
-        path=request.path or data.path,
+        data,
+        request.tasks or list(data.tasks),
+        ScoringOptions(size, data.max_length, protocol),
+        path=request.path,
         limit=request.limit,
-        how=Scoring(protocol, size, data.max_length),
         base=request.base,
-        own=own,
     )
 
 
@@ -179,9 +178,10 @@ def model_asked(request: Request) -> Asked:
 
 def _model_plan(request: Request) -> "Plan":
     from moc_cli.evaluation.session import Plan
-    from moc_cli.evaluation.suite import Scoring
+    from moc_cli.recipe.schema import DataSection
     from moc_cli.recipe.suggest import choices
     from moc_cli.recipe.tasks import TASKS
+    from moc_cli.scoring.results import ScoringOptions
 
     model = request.model or ""
     suite = request.suite or ("builtin" if model.startswith("builtin:") else "commonsense")
@@ -202,13 +202,10 @@ def _model_plan(request: Request) -> "Plan":
         wrong.append("--path: the builtin suite is inside this package")
     refuse(wrong)
     protocol: Any = request.protocol or "rank"
-    return Plan(
-        suite=suite,
-        tasks=request.tasks or list(TASKS[suite]),
-        path=request.path,
-        limit=request.limit,
-        how=Scoring(protocol, batch_size(request.batch_size, "auto"), 0),
-    )
+    tasks = request.tasks or list(TASKS[suite])
+    data = DataSection.model_validate({"suite": suite, "tasks": tasks, "path": request.path})
+    options = ScoringOptions(batch_size(request.batch_size, "auto"), protocol=protocol)
+    return Plan(data, tasks, options, limit=request.limit)
 
 
 def check_language_model(name: str) -> None:
@@ -246,7 +243,7 @@ def model_subject(request: Request) -> "Subject":
 
 def _model_folder(model: str, plan: "Plan") -> Path:
     """Where a bare model's results go by default, and where a run looks for them."""
-    return model_home(model) / f"{plan.suite}-{plan.label}"
+    return model_home(model) / f"{plan.data.suite}-{plan.label}"
 
 
 def model_home(model: str) -> Path:

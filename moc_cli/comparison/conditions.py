@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
+from moc_cli.recipe.tasks import is_classifier
 
 # Keys of the recipe's section train that make two trainings two experiments; batch and length have
 # sentences of their own.
@@ -139,7 +140,9 @@ def _scored_rows(run: Run, label: str, task: str) -> str | None:
 
 def _inputs(run: Run) -> bool | None:
     """Whether the loss covers prompts; a classifier has none of that kind."""
-    return None if run.recipe.data.suite == "glue" else run.recipe.data.train_on_inputs
+    data = run.recipe.data
+    classifier = is_classifier(data.suite, data.tasks[0], data.format)
+    return None if classifier else data.train_on_inputs
 
 
 def _setting(key: str) -> Callable[[Run], Any]:

@@ -12,6 +12,7 @@ from moc_cli.data.encode import IGNORED, Row
 
 POOL = 50  # batches whose rows are sorted by length together
 Side = Literal["left", "right"]
+LossKind = Literal["causal", "classification", "regression"]
 
 
 class Batches:

@@ -8,7 +8,6 @@ from moc_cli.data.custom.chat import chat_tokens
 from moc_cli.data.examples import (
     ChatExample,
     ChoiceExample,
-    Example,
     InstructionExample,
     PairExample,
     TextExample,
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that no loss counts
 _CHUNK = 1000  # texts a call of the tokenizer
 Row = dict[str, Any]
-Written = ChoiceExample | InstructionExample | TextExample  # has its text, and where the answer is
+TextWithAnswer = ChoiceExample | InstructionExample | TextExample
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,62 @@ class Encoded:
         return [len(row["input_ids"]) for row in self.rows]
 
 
-def encode_train(
-    examples: Sequence[Example],
+def encode_texts(
+    examples: Sequence[TextWithAnswer],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
     train_on_inputs: bool = True,
 ) -> Encoded:
-    """Encode examples of one kind for training, or for a loss on held-out rows.
+    """Encode questions, instructions or plain texts: at most `max_length` tokens each.
 
-    Questions: at most `max_length` tokens, the end token appended where there is room. With
-    `train_on_inputs` every token but the first is labelled, otherwise those from the answer on. A
-    token that holds the blanks before an answer and the answer's first letters counts as answer.
-    Of chats the assistant's turns are labelled, and the template alone says how they end.
+    The end token is appended where there is room. With `train_on_inputs` every token but the first
+    is labelled, otherwise those from the answer on. A token that holds the blanks before an answer
+    and the answer's first letters counts as answer.
     """
-    if examples and isinstance(examples[0], PairExample):
-        return encode_pairs(examples, tokenizer, max_length=max_length)  # type: ignore[arg-type]
-    if examples and isinstance(examples[0], ChatExample):
-        return _encode_chats(
-            examples,  # type: ignore[arg-type]
-            tokenizer,
-            max_length,
-            train_on_inputs,
-        )
-    return _encode_choices(
-        examples,  # type: ignore[arg-type]
-        tokenizer,
-        max_length,
-        train_on_inputs,
-    )
+    rows, prompt_lengths = [], []
+    truncated = answerless = 0
+    end = tokenizer.eos_token_id
+    for ids, start in _train_tokens(examples, tokenizer):
+        if len(ids) > max_length:
+            truncated += 1
+            answerless += start >= max_length
+            ids = ids[:max_length]
+        elif len(ids) < max_length and end is not None and ids[-1] != end:
+            ids = [*ids, end]
+        start = min(start, len(ids))
+        # Nothing comes before a row's first token that could predict it; padding on the left would.
+        hidden = 1 if train_on_inputs else max(start, 1)
+        labels = [IGNORED] * hidden + ids[hidden:]
+        rows.append({"input_ids": ids, "labels": labels})
+        prompt_lengths.append(max(start, 1))
+    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
+
+
+def encode_chats(
+    examples: Sequence[ChatExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    train_on_inputs: bool = True,
+) -> Encoded:
+    """Encode conversations, of at most `max_length` tokens each.
+
+    Labelled are the assistant's turns, with `train_on_inputs` every token but the first. The chat
+    template alone says how a turn ends.
+    """
+    rows, prompt_lengths = [], []
+    truncated = answerless = 0
+    for whole, answers in chat_tokens(examples, tokenizer):
+        ids, learned = whole[:max_length], answers[:max_length]
+        truncated += len(whole) > max_length
+        answerless += not any(learned[1:])
+        first = next((place for place, one in enumerate(learned) if one), len(ids))
+        kept = [True] * len(ids) if train_on_inputs else learned
+        labels = [token if keep else IGNORED for token, keep in zip(ids, kept, strict=True)]
+        rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
+        prompt_lengths.append(max(first, 1))
+    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
 
 
 def encode_pairs(
@@ -111,53 +137,8 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
-def _encode_chats(
-    examples: Sequence[ChatExample],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    train_on_inputs: bool,
-) -> Encoded:
-    rows, prompt_lengths = [], []
-    truncated = answerless = 0
-    for whole, answers in chat_tokens(examples, tokenizer):
-        ids, learned = whole[:max_length], answers[:max_length]
-        truncated += len(whole) > max_length
-        answerless += not any(learned[1:])
-        first = next((place for place, one in enumerate(learned) if one), len(ids))
-        kept = [True] * len(ids) if train_on_inputs else learned
-        labels = [token if keep else IGNORED for token, keep in zip(ids, kept, strict=True)]
-        rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
-        prompt_lengths.append(max(first, 1))
-    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
-
-
-def _encode_choices(
-    examples: Sequence[Written],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    train_on_inputs: bool,
-) -> Encoded:
-    rows, prompt_lengths = [], []
-    truncated = answerless = 0
-    end = tokenizer.eos_token_id
-    for ids, start in _train_tokens(examples, tokenizer):
-        if len(ids) > max_length:
-            truncated += 1
-            answerless += start >= max_length
-            ids = ids[:max_length]
-        elif len(ids) < max_length and end is not None and ids[-1] != end:
-            ids = [*ids, end]
-        start = min(start, len(ids))
-        # Nothing comes before a row's first token that could predict it; padding on the left would.
-        hidden = 1 if train_on_inputs else max(start, 1)
-        labels = [IGNORED] * hidden + ids[hidden:]
-        rows.append({"input_ids": ids, "labels": labels})
-        prompt_lengths.append(max(start, 1))
-    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
-
-
 def _train_tokens(
-    examples: Sequence[Written], tokenizer: "PreTrainedTokenizerBase"
+    examples: Sequence[TextWithAnswer], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[list[int], int]]:
     """Yield each training text's tokens and the place of the answer's first one."""
     for first in range(0, len(examples), _CHUNK):

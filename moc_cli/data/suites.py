@@ -1,33 +1,30 @@
 """Suites of tasks: which there are, which splits they have, and their examples."""
 
 import gzip
+from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any
 
 from moc_cli.data import commonsense, glue
-from moc_cli.data.examples import ChoiceExample, PairExample
-from moc_cli.data.source import build_rows, did_you_mean, read_hub, read_local
+from moc_cli.data.examples import ChoiceExample, Example
+from moc_cli.data.source import Fields, build_rows, did_you_mean, read_hub, read_local
 from moc_cli.errors import DataError
 from moc_cli.recipe.tasks import TASKS
 
+# How a row of a local file and one of the hub become an example; the builtin rows are inside this
+# package.
+Build = Callable[[str, Fields], Example]
+BUILDERS: dict[str, tuple[Build, Build]] = {
+    "commonsense": (commonsense.from_fields, commonsense.from_hub),
+    "glue": (glue.from_row, glue.from_row),
+}
 
-@overload
-def load_examples(
-    suite: Literal["glue"], task: str, split: str, *, path: str | Path | None = None
-) -> list[PairExample]: ...
-@overload
-def load_examples(
-    suite: Literal["commonsense", "builtin"],
-    task: str,
-    split: str,
-    *,
-    path: str | Path | None = None,
-) -> list[ChoiceExample]: ...
+
 def load_examples(
     suite: str, task: str, split: str, *, path: str | Path | None = None
-) -> list[ChoiceExample] | list[PairExample]:
+) -> list[Any]:
     """Every example of a split, from the folder `path` or else from the hub.
 
     For `validation` of a task with several (MNLI) the first, matched one is read. Raises DataError
@@ -35,16 +32,12 @@ def load_examples(
     """
     check_task(suite, task)
     split = _split(suite, task, split)
-    if suite == "glue":
-        build_pair = partial(glue.from_row, task)
-        if path is not None:
-            return read_local(path, task, split, build_pair)
-        return read_hub(TASKS[suite][task].hub[split], build_pair)
     if suite == "builtin":
         return _builtin(task, split)
+    local, hub = BUILDERS[suite]
     if path is not None:
-        return read_local(path, task, split, partial(commonsense.from_fields, task))
-    return read_hub(TASKS[suite][task].hub[split], partial(commonsense.from_hub, task))
+        return read_local(path, task, split, partial(local, task))
+    return read_hub(TASKS[suite][task].hub[split], partial(hub, task))
 
 
 def check_task(suite: str, task: str) -> None:
@@ -65,17 +58,21 @@ def splits(suite: str, task: str) -> tuple[str, ...]:
     return TASKS[suite][task].splits
 
 
-def scored_splits(suite: str, task: str) -> tuple[str, ...]:
-    """The splits whose scores are reported; several for MNLI."""
-    return TASKS[suite][task].scored
+def scored_names(suite: str, task: str) -> dict[str, str]:
+    """Return the scored splits by the name that results give them.
+
+    MNLI has two; elsewhere the task's name alone says what was scored.
+    """
+    first, *others = TASKS[suite][task].scored
+    return {task: first} | {f"{task} ({part.removeprefix('validation_')})": part for part in others}
 
 
 def _split(suite: str, task: str, split: str) -> str:
-    known = splits(suite, task)
-    if suite == "glue" and split == "validation":
-        return TASKS[suite][task].scored[0]
+    known, first = splits(suite, task), TASKS[suite][task].scored[0]
     if split in known:
         return split
+    if split == "validation" and first.startswith(split):
+        return first
     reasons = {
         ("glue", "test"): "its labels are hidden; validation is scored instead",
         ("commonsense", "validation"): "rows are held out from train instead",

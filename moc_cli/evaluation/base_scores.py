@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moc_cli.data.splits import TaskRows
 from moc_cli.errors import FileError, RunError
-from moc_cli.evaluation.suite import Task
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
 
@@ -30,7 +30,7 @@ class Known:
 
     scores: Sequence[Earlier] = ()
 
-    def find(self, task: Task, found: Evaluation) -> dict[str, Any] | None:
+    def find(self, task: TaskRows, found: Evaluation) -> dict[str, Any] | None:
         """Return the base model's values on exactly these rows, or None."""
         rows, metrics = task.fingerprint, [result.metric for result in found.results]
         for score in self.scores:

@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.custom.rows import read_scored
-from moc_cli.data.suites import load_examples, scored_splits
+from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.evaluation.base_scores import Known
-from moc_cli.evaluation.custom import votes_of
-from moc_cli.evaluation.results_folder import Report
-from moc_cli.evaluation.suite import Scoring, Task, entry, metric_entries, samples, score
+from moc_cli.evaluation.results_folder import Report, prompt_hash
+from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted
 from moc_cli.recipe.schema import DataSection
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
-from moc_cli.scoring.results import Evaluation
+from moc_cli.scoring.results import Evaluation, ScoringOptions
 
 
 @dataclass(frozen=True)
@@ -32,49 +30,44 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are scored and how; `path` is the folder of rows, None the hub. With `base` the
-    base model is scored too, on the same rows. `own` is the section of a run on one's own rows.
+    """Which rows are scored and how; `path` takes the place of the section's. With `base` the base
+    model is scored too, on the same rows.
     """
 
-    suite: str
+    data: DataSection
     tasks: Sequence[str]
-    path: str | None
-    limit: int | None
-    how: Scoring
+    options: ScoringOptions
+    path: str | None = None
+    limit: int | None = None
     base: bool = False
-    own: DataSection | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the tasks."""
+        return make_kind(self.data)
 
     @property
     def label(self) -> str:
         """Names the conditions in a folder's name."""
-        return self.how.protocol + ("" if self.limit is None else f"-limit-{self.limit}")
+        limit = "" if self.limit is None else f"-limit-{self.limit}"
+        return self.options.protocol + limit
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What the numbers depend on, beside the subject and its rows."""
-        told = {"suite": self.suite, "protocol": self.how.protocol, "limit": self.limit}
-        return told | (votes_of(self.own) if self.own else {})
+        protocol = self.options.protocol
+        shared = {"suite": self.data.suite, "protocol": protocol, "limit": self.limit}
+        return shared | self.kind.facts
 
-
-def read_tasks(plan: Plan) -> list[Task]:
-    """Read the rows of every task; all that is wrong with the rows is found here."""
-    if plan.own is not None:
-        rows: list[Any] = read_scored(plan.own, plan.path)
-        return [Task.draw(name, rows, plan.limit) for name in plan.tasks]
-    found = []
-    for name in plan.tasks:
-        splits = scored_splits(plan.suite, name)
-        for split in splits:
-            shown = name if split == splits[0] else f"{name} ({split.removeprefix('validation_')})"
-            rows = load_examples(cast(Any, plan.suite), name, split, path=plan.path)
-            found.append(Task.draw(shown, rows, plan.limit))
-    return found
+    def read_rows(self) -> list[TaskRows]:
+        """Read the rows of every task; all that is wrong with the rows is found here."""
+        return read_scored(self.data, self.tasks, path=self.path, limit=self.limit)
 
 
 def run(
     subject: Subject,
     plan: Plan,
-    tasks: Sequence[Task],
+    tasks: Sequence[TaskRows],
     folder: Path,
     *,
     known: Known | None = None,
@@ -95,7 +88,7 @@ def run(
             if bare:
                 beside = metric_entries(bare) | {"source": "scored beside it"}
             told = entry(task, found) | ({"base": beside} if beside else {})
-            report.add(task.name, told, samples(task, found, bare))
+            report.add(task.name, told, samples(plan.kind, task, found, bare))
     except KeyboardInterrupt:
         say(f"stopped; {len(report.tasks)} scored tasks are in {report.results_file}")
         raise
@@ -103,10 +96,53 @@ def run(
 
 
 def _score(
-    subject: Subject, plan: Plan, task: Task, silent: bool, base: bool = False
+    subject: Subject, plan: Plan, task: TaskRows, silent: bool, base: bool = False
 ) -> Evaluation:
     """Score one task under a progress bar; with `base` the base model."""
     label = f"{task.name} (base)" if base else task.name
     off: AbstractContextManager[None] = subject.adapted.disabled() if base else nullcontext()
     with off, WorkProgress(label, len(task.examples), silent=silent) as bar:
-        return score(subject.adapted, subject.tokenizer, task, plan.how, bar.observe)
+        return plan.kind.score(
+            subject.adapted, subject.tokenizer, task.examples, plan.options, bar.observe
+        )
+
+
+def entry(task: TaskRows, found: Evaluation) -> dict[str, Any]:
+    """Return what results.json says of a scored task."""
+    return metric_entries(found) | {
+        "rows": task.total,
+        "limited": task.limited,
+        "rows_sha256": task.fingerprint,
+        "batch_size": found.batch.used,
+        "halved": found.batch.halved,
+    }
+
+
+def metric_entries(found: Evaluation) -> dict[str, Any]:
+    """Return the main metric's numbers, and under `also` those of the others."""
+    first, *others = (
+        {
+            "metric": result.metric,
+            "value": result.value,
+            "stderr": result.stderr,
+            "majority": result.majority,
+            "n": result.n,
+            "seconds": result.seconds,
+        }
+        | ({} if result.unparsed is None else {"unparsed": result.unparsed})
+        for result in found.results
+    )
+    return first | ({"also": others} if others else {})
+
+
+def samples(
+    kind: Kind, task: TaskRows, found: Evaluation, base: Evaluation | None = None
+) -> list[dict[str, Any]]:
+    """Return the lines of samples.jsonl, the base model's item under `base`."""
+    lines = [
+        {"row": row, "prompt": prompt_hash(kind.prompt(example)), **item.sample()}
+        for row, example, item in zip(task.rows, task.examples, found.items, strict=True)
+    ]
+    for line, item in zip(lines, base.items if base else (), strict=base is not None):
+        line["base"] = item.sample()
+    return lines

@@ -16,26 +16,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
-from moc_cli.data.examples import Example, subset
+from moc_cli.data.examples import ROW_SEED, Example, subset
 from moc_cli.errors import MocError
 from moc_cli.export import Exported, Options, parity
 from moc_cli.export.card import base_code
+from moc_cli.kinds import make_kind
 from moc_cli.methods import Adapted
 from moc_cli.methods.route_counts import Record
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
 from moc_cli.recipe.methods import ControlMethod
 from moc_cli.report.progress import WorkProgress
-from moc_cli.training.build import make_rows
-from moc_cli.training.rows import task_kind
-from moc_cli.training.scoring import Scorer
+from moc_cli.scoring.results import ScoringOptions
+from moc_cli.training.build import read_rows
 
 if TYPE_CHECKING:
     from moc_cli.load_run import LoadedRun
     from moc_cli.recipe.schema import Recipe
     from moc_cli.scoring.results import TaskResult
-
-DRAW = 0  # which rows are drawn follows no seed: exports of several runs count on the same rows
 
 
 @dataclass(frozen=True)
@@ -166,12 +164,12 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
 
 def _rows(trained: "LoadedRun", limit: int) -> tuple[dict[str, list[Example]], ...]:
     """Up to `limit` rows a task: of the training part to count on, of the scored part to score."""
-    recipe, rows = make_rows(trained.recipe)
+    recipe, rows = read_rows(trained.recipe)
     train = {
-        task: subset([row for row in rows.train if row.task == task], limit, seed=DRAW)
+        task: subset([row for row in rows.train if row.task == task], limit, seed=ROW_SEED)
         for task in recipe.data.tasks
     }
-    scored = {name: subset(part, limit, seed=DRAW) for name, part in rows.tests.items()}
+    scored = {name: subset(part, limit, seed=ROW_SEED) for name, part in rows.tests.items()}
     return (
         {name: part for name, part in train.items() if part},
         {name: part for name, part in scored.items() if part},
@@ -182,21 +180,19 @@ def _score(
     trained: "LoadedRun", tasks: dict[str, list[Example]], what: str, silent: bool
 ) -> tuple[Record, list["TaskResult"]]:
     """Score each task; return what the gates decided on its rows, and the main results."""
-    data = trained.recipe.data
-    scorer = Scorer(
-        trained.adapted,
-        trained.tokenizer,
-        task_kind(data),
-        trained.recipe.eval.per_device_eval_batch_size,
-        data.max_length,
-    )
+    recipe = trained.recipe
+    kind = make_kind(recipe.data)
+    options = ScoringOptions(recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
     recorder = trained.adapted.recorder()
     assert recorder is not None
     results = []
     with recorder:
         for name, examples in tasks.items():
             with WorkProgress(f"{what}: {name}", len(examples), silent=silent) as bar:
-                results.append(scorer.score(examples, bar.observe).main)
+                scored = kind.score(
+                    trained.adapted, trained.tokenizer, examples, options, bar.observe
+                )
+                results.append(scored.main)
     return recorder.record(), results
 
 

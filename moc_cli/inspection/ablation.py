@@ -7,18 +7,17 @@ sites after it decide anew on what reaches them.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from moc_cli.data.encode import encode_train
-from moc_cli.data.examples import Example, PairExample
+from moc_cli.data.examples import Example
 from moc_cli.inspection.record import BatchSize, Progress
+from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.gate import Route
 from moc_cli.nn.mixture import Mixture, Site
-from moc_cli.scoring.classify import classify, pair_loss
-from moc_cli.scoring.loss import lm_loss
+from moc_cli.scoring.results import ScoringOptions
 
 
 @contextmanager
@@ -69,19 +68,8 @@ def row_losses(
 ) -> list[float]:
     """Return the loss of each row, without those whose answer was cut off."""
     data = trained.recipe.data
-    adapted, tokenizer = trained.adapted, trained.tokenizer
-    if isinstance(examples[0], PairExample):
-        items = classify(
-            adapted,
-            tokenizer,
-            cast(Sequence[PairExample], examples),
-            batch_size=batch_size,
-            max_length=data.max_length,
-        )
-        return [pair_loss([item]) for item in items]
-    encoded = encode_train(examples, tokenizer, max_length=data.max_length, train_on_inputs=False)
-    rows = lm_loss(adapted, tokenizer, encoded, batch_size=batch_size).rows
-    return [loss / tokens for loss, tokens in rows if tokens]
+    options = ScoringOptions(batch_size, data.max_length)
+    return make_kind(data).row_losses(trained.adapted, trained.tokenizer, examples, options)
 
 
 def _stderr(changes: Sequence[float], mean: float) -> float | None:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moc_cli.data.batches import collate
-from moc_cli.evaluation.suite import Task
-from moc_cli.inspection.inputs import Prompts, encode_prompts
+from moc_cli.data.splits import TaskRows
+from moc_cli.inspection.inputs import Prompts
+from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
 from moc_cli.report.progress import WorkProgress
@@ -29,10 +29,8 @@ class RunRecord:
 
 def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: Any) -> None:
     """Run the prompts with these numbers through the model, padded to the longest."""
-    kind = "causal" if trained.causal else "classification"
     rows = [prompts.rows[item] for item in items]
-    side = "left" if trained.causal else "right"
-    batch = collate(rows, trained.tokenizer, side=side, kind=kind)  # type: ignore[arg-type]
+    batch = make_kind(trained.recipe.data).collate(rows, trained.tokenizer)
     del batch["labels"]
     inputs: dict[str, Tensor] = {name: value.to(device) for name, value in batch.items()}
     if trained.causal:
@@ -71,16 +69,16 @@ def record(
 
 
 def record_tasks(
-    trained: LoadedRun, tasks: Sequence[Task], *, batch_size: BatchSize, silent: bool
+    trained: LoadedRun, tasks: Sequence[TaskRows], *, batch_size: BatchSize, silent: bool
 ) -> RunRecord:
     """Record what the gates do on the prompts of each task."""
+    kind = make_kind(trained.recipe.data)
     records: dict[str, Record] = {}
     for task in tasks:
-        max_length = trained.recipe.data.max_length
-        prompts = encode_prompts(task.examples, trained.tokenizer, max_length)
+        rows = kind.voters(task.examples, trained.tokenizer, trained.recipe.data.max_length)
         with WorkProgress(f"route {task.name}", len(task.examples), silent=silent) as bar:
             records[task.name] = record(
-                trained, prompts, batch_size=batch_size, on_progress=bar.observe
+                trained, Prompts(rows), batch_size=batch_size, on_progress=bar.observe
             )
     first, *others = records.values()
     return RunRecord(records, sum(others, first))

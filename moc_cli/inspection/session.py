@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 from safetensors.torch import load
 
+from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError, RunError
-from moc_cli.evaluation.suite import Task
 from moc_cli.inspection import statistics
 from moc_cli.inspection.ablation import ablate
 from moc_cli.inspection.distances import check_same_sites, compared, task_distances
-from moc_cli.inspection.inputs import read_rows
 from moc_cli.inspection.record import RunRecord, record, record_tasks
 from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import find_warnings
@@ -66,9 +65,11 @@ class Inspection:
         names = options.tasks or list(self.recipe.data.tasks)
         if len(set(names)) < len(names):
             raise MocError("--tasks: a task is named twice")
-        self.tasks: list[Task] = []
+        self.tasks: list[TaskRows] = []
         if options.text is None:
-            self.tasks = read_rows(self.recipe.data, names, options.split, options.limit)
+            self.tasks = read_scored(
+                self.recipe.data, names, split=options.split, limit=options.limit
+            )
         elif not options.text.strip():
             raise MocError("--text is empty", "give a text, or leave it out to look at rows")
         elif options.tasks or options.split or options.ablate:

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["choice", "classification", "regression", "writing"]
+ScoringProtocol = Literal["rank", "generate", "classify", "texts"]
+Frame = Literal["commonsense", "instruction", "chat", "raw"]  # what surrounds a prompt
+
+# How tasks of a kind can be scored, the usual way first. The objects are in `moc_cli.kinds`.
+PROTOCOLS: dict[Kind, tuple[ScoringProtocol, ...]] = {
+    "choice": ("rank", "generate"),
+    "classification": ("classify",),
+    "regression": ("classify",),
+    "writing": ("texts",),
+}
 
 BUILTIN_MODELS = ("world-llama",)
 CUSTOM_TASK = "custom"  # the name of a custom dataset's task where none is given
@@ -45,6 +55,11 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         """The splits that have labels."""
         return tuple(self.hub) or ("train", "validation", "test")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether rows to watch have a split of their own; else training rows are held out."""
+        return any(split.startswith("validation") for split in self.splits)
 
 
 def _choice(
@@ -128,17 +143,22 @@ TASKS: dict[str, dict[str, Task]] = {
 
 @dataclass(frozen=True)
 class Format:
-    """A format of a custom dataset: what kind of task it is, its columns, what it is watched by."""
+    """A format of a custom dataset: what kind of task it is, its columns, what it is watched by,
+    and the frame that its prompts are trained in.
+    """
 
     kind: Kind
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
+    frame: Frame | None = None
 
 
 FORMATS: dict[str, Format] = {
-    "instruction": Format("writing", ("instruction", "input", "output"), ("perplexity",)),
-    "chat": Format("writing", ("messages",), ("perplexity",)),
-    "text": Format("writing", ("text",), ("perplexity",)),
+    "instruction": Format(
+        "writing", ("instruction", "input", "output"), ("perplexity",), "instruction"
+    ),
+    "chat": Format("writing", ("messages",), ("perplexity",), "chat"),
+    "text": Format("writing", ("text",), ("perplexity",), "raw"),
     "classification": Format("classification", ("text", "text_pair", "label"), ("accuracy",)),
     "regression": Format("regression", ("text", "text_pair", "label"), ("pearson", "spearman")),
 }
@@ -149,6 +169,27 @@ def kind_of(suite: str, task: str, format_name: str | None = None) -> Kind | Non
     if suite != "custom":
         return TASKS[suite][task].kind
     return None if format_name is None else FORMATS[format_name].kind
+
+
+def is_classifier(suite: str, task: str, format_name: str | None) -> bool:
+    """Return whether a task is learned by a classifier with a fresh head, not a language model."""
+    return kind_of(suite, task, format_name) in ("classification", "regression")
+
+
+def scoring_protocol(
+    suite: str, task: str, format_name: str | None, wanted: ScoringProtocol
+) -> ScoringProtocol:
+    """Return how a task is scored: as `wanted` where its kind leaves a choice."""
+    kind = kind_of(suite, task, format_name)
+    allowed = PROTOCOLS[kind] if kind else (wanted,)
+    return wanted if wanted in allowed else allowed[0]
+
+
+def prompt_frame(suite: str, task: str, format_name: str | None) -> Frame | None:
+    """Return the frame that a run's prompts were trained in; None where it generates no text."""
+    if suite == "custom":
+        return FORMATS[format_name].frame if format_name else None
+    return "commonsense" if TASKS[suite][task].kind == "choice" else None
 
 
 def watched_metrics(suite: str, task: str, format_name: str | None = None) -> tuple[str, ...]:

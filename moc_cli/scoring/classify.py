@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.batches import Side, collate
+from moc_cli.data.batches import collate
 from moc_cli.data.encode import encode_pairs
 from moc_cli.data.examples import PairExample
-from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
 from moc_cli.scoring.forward import (
     Progress,
@@ -29,6 +29,14 @@ class PairScore:
     prediction: int | float
     scores: tuple[float, ...]
 
+    def sample(self) -> dict[str, Any]:
+        """Return what samples.jsonl says of the text or pair; a regression has no margin."""
+        fields = {"label": self.label, "prediction": self.prediction, "scores": list(self.scores)}
+        if len(self.scores) == 1:
+            return fields
+        best, second, *_ = sorted(self.scores, reverse=True)
+        return fields | {"correct": self.prediction == self.label, "margin": best - second}
+
 
 def classify(
     adapted: Scorable,
@@ -37,7 +45,6 @@ def classify(
     *,
     batch_size: Asked | BatchSize,
     max_length: int,
-    side: Side = "right",
     on_progress: Progress | None = None,
 ) -> list[PairScore]:
     """Score every example, in their order; of equal logits the first class wins.
@@ -52,20 +59,13 @@ def classify(
 
         def work(items: list[int]) -> list[list[float]]:
             rows = [encoded.rows[item] for item in items]
-            batch = collate(rows, tokenizer, side=side, kind="classification")
+            batch = collate(rows, tokenizer, side="right", kind="classification")
             del batch["labels"]
             logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
             return list(logits.float().tolist())
 
         outputs = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
-    return [_judge(example, found) for example, found in zip(examples, outputs, strict=True)]
-
-
-def pair_metrics(example: PairExample) -> tuple[str, ...]:
-    """Return the metrics of an example's task: a benchmark's own, else those of its labels."""
-    if example.task in TASKS["glue"]:
-        return TASKS["glue"][example.task].metrics
-    return ("pearson", "spearman") if isinstance(example.label, float) else ("accuracy",)
+    return [_prediction(example, found) for example, found in zip(examples, outputs, strict=True)]
 
 
 def pair_loss(scores: Sequence[PairScore]) -> float:
@@ -77,7 +77,7 @@ def pair_loss(scores: Sequence[PairScore]) -> float:
     return cross_entropy(outputs, torch.tensor([int(score.label) for score in scores])).item()
 
 
-def _judge(example: PairExample, outputs: list[float]) -> PairScore:
+def _prediction(example: PairExample, outputs: list[float]) -> PairScore:
     check_finite(outputs)
     prediction = outputs[0] if len(outputs) == 1 else outputs.index(max(outputs))
     return PairScore(example.label, prediction, tuple(outputs))

@@ -37,6 +37,16 @@ class Answer:
         """Whether the answered option is the right one."""
         return self.prediction == self.label
 
+    def sample(self) -> dict[str, Any]:
+        """Return what samples.jsonl says of the question."""
+        return {
+            "label": self.label,
+            "prediction": self.prediction,
+            "correct": self.correct,
+            "output": self.output,
+            "answer": self.answer,
+        }
+
 
 def generate(
     adapted: Scorable,

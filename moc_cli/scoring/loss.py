@@ -1,6 +1,7 @@
 """The loss of a language model on held-out rows, on the labels it would be trained on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,14 @@ class TextScore:
     def correct(self) -> bool | None:
         """Whether the generated output is the right one; None where none was generated."""
         return None if self.label is None else self.prediction == self.label
+
+    def sample(self) -> dict[str, Any]:
+        """Return what samples.jsonl says of the text."""
+        fields: dict[str, Any] = {"loss": self.loss, "tokens": self.tokens}
+        if self.label is None:
+            return fields
+        output = {"label": self.label, "prediction": self.prediction, "correct": self.correct}
+        return fields | output
 
 
 def lm_loss(

@@ -54,6 +54,16 @@ class ItemScore:
         """Whether the chosen candidate is the right one."""
         return self.prediction == self.label
 
+    def sample(self) -> dict[str, Any]:
+        """Return what samples.jsonl says of the question."""
+        return {
+            "label": self.label,
+            "prediction": self.prediction,
+            "scores": list(self.scores),
+            "correct": self.correct,
+            "margin": self.margin,
+        }
+
 
 @dataclass(frozen=True)
 class _Question:

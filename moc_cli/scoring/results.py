@@ -1,24 +1,29 @@
 """Scored tasks: what tables show and results.json keeps."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from moc_cli.data.batches import Side
-from moc_cli.data.examples import ChoiceExample, PairExample
+from moc_cli.data.examples import Example
 from moc_cli.errors import DataError
-from moc_cli.scoring import metrics
+from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring.batch_size import Asked, BatchSize
-from moc_cli.scoring.classify import PairScore, classify, pair_metrics
-from moc_cli.scoring.forward import Progress, Scorable
-from moc_cli.scoring.generate import Answer, generate
-from moc_cli.scoring.loss import TextScore
-from moc_cli.scoring.rank import ItemScore, rank
 
-Protocol = Literal["rank", "generate"]
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How rows are scored; texts are cut to `max_length` tokens, questions are not."""
+
+    batch_size: Asked = "auto"
+    max_length: int = 0
+    protocol: ScoringProtocol = "rank"
+
+
+class Item(Protocol):
+    """A scored row."""
+
+    def sample(self) -> dict[str, Any]:
+        """Return what samples.jsonl says of it."""
 
 
 @dataclass(frozen=True)
@@ -46,80 +51,13 @@ class Evaluation:
     """
 
     results: tuple[TaskResult, ...]
-    items: list[ItemScore] | list[Answer] | list[PairScore] | list[TextScore]
+    items: Sequence[Item]
     batch: BatchSize = field(default_factory=BatchSize)
 
     @property
     def main(self) -> TaskResult:
         """The result that tables, averages and model selection use."""
         return self.results[0]
-
-
-def evaluate_choices(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[ChoiceExample],
-    *,
-    batch_size: Asked,
-    protocol: Protocol = "rank",
-    on_progress: Progress | None = None,
-) -> Evaluation:
-    """Rank the options of a task's questions, or have answers generated: accuracy."""
-    _check(examples)
-    begin = time.perf_counter()
-    size = BatchSize(batch_size)
-    items: list[ItemScore] | list[Answer]
-    unparsed = None
-    if protocol == "generate":
-        items = generate(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
-        unparsed = sum(item.answer is None for item in items)
-    else:
-        items = rank(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
-    seconds = time.perf_counter() - begin
-    # No option (None) equals no label, as the place -1 does.
-    predictions = [-1 if item.prediction is None else item.prediction for item in items]
-    found = metrics.measure("accuracy", [item.label for item in items], predictions)
-    best = metrics.majority_choice(examples)
-    task, n = examples[0].task, len(items)
-    result = TaskResult(task, "accuracy", found.value, n, found.stderr, best, seconds, unparsed)
-    return Evaluation((result,), items, size)
-
-
-def evaluate_pairs(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[PairExample],
-    *,
-    batch_size: Asked,
-    max_length: int,
-    side: Side = "right",
-    on_progress: Progress | None = None,
-) -> Evaluation:
-    """Classify a task's examples: each of its metrics."""
-    _check(examples)
-    task = examples[0].task
-    begin = time.perf_counter()
-    size = BatchSize(batch_size)
-    items = classify(
-        adapted,
-        tokenizer,
-        examples,
-        batch_size=size,
-        max_length=max_length,
-        side=side,
-        on_progress=on_progress,
-    )
-    seconds = time.perf_counter() - begin
-    labels = [item.label for item in items]
-    predictions = [item.prediction for item in items]
-    results = []
-    for metric in pair_metrics(examples[0]):
-        found = metrics.measure(metric, labels, predictions)
-        best = metrics.majority(metric, labels)
-        results.append(
-            TaskResult(task, metric, found.value, len(items), found.stderr, best, seconds)
-        )
-    return Evaluation(tuple(results), items, size)
 
 
 def average(results: Sequence[TaskResult]) -> float:
@@ -129,7 +67,42 @@ def average(results: Sequence[TaskResult]) -> float:
     return sum(result.value for result in results) / len(results)
 
 
-def _check(examples: Sequence[ChoiceExample] | Sequence[PairExample]) -> None:
+def single_task(examples: Sequence[Example]) -> str:
+    """Return the task of the examples; raises DataError unless all are of one."""
     tasks = {example.task for example in examples}
     if len(tasks) != 1:
         raise DataError(f"one task is scored at a time, found {', '.join(sorted(tasks)) or 'none'}")
+    return tasks.pop()
+
+
+def task_entries(
+    after: Mapping[str, Evaluation], before: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return what results.json says of each task; `before` is what `value_entries` made."""
+    entries = {}
+    for name, evaluation in after.items():
+        first, *others = (
+            {
+                "metric": result.metric,
+                "before": before.get(name, {}).get(result.metric),
+                "value": result.value,
+                "n": result.n,
+                "stderr": result.stderr,
+                "majority": result.majority,
+            }
+            for result in evaluation.results
+        )
+        entries[name] = first | {"seconds": evaluation.main.seconds}
+        if evaluation.main.unparsed is not None:
+            entries[name]["unparsed"] = evaluation.main.unparsed
+        if others:
+            entries[name]["also"] = others
+    return entries
+
+
+def value_entries(scores: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """Return the bare values of scores: task -> metric -> value."""
+    return {
+        name: {result.metric: result.value for result in evaluation.results}
+        for name, evaluation in scores.items()
+    }

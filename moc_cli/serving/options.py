@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.load import load_recipe
-from moc_cli.recipe.tasks import kind_of
+from moc_cli.recipe.tasks import is_classifier
 from moc_cli.runs import RunFolder
 from moc_cli.serving.prompts import check_frame, read_prompts, split_prompts
 
@@ -80,7 +80,7 @@ class GenerateOptions:
             return None
         recipe = load_recipe(RunFolder.open(self.run).recipe_file)
         data = recipe.data
-        if kind_of(data.suite, data.tasks[0], data.format) in ("classification", "regression"):
+        if is_classifier(data.suite, data.tasks[0], data.format):
             raise MocError(
                 f"{self.run} is a classifier ({', '.join(data.tasks)}): it has no text to give",
                 f"score it: moc eval {self.run}",

@@ -17,14 +17,13 @@ from moc_cli.data.prompts import eval_prompt
 from moc_cli.data.source import BadRow, BadRows, parse_object, take
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.suggest import choices
+from moc_cli.recipe.tasks import Frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Frame = Literal["commonsense", "instruction", "chat", "raw"]
 TEMPLATES = ("auto", "commonsense", "instruction", "chat", "raw")
 SINGLE = ("commonsense", "instruction")  # frames in which every question stands alone
-_FORMATS: dict[str, Frame] = {"instruction": "instruction", "chat": "chat", "text": "raw"}
 
 
 class Message(TypedDict):
@@ -38,11 +37,6 @@ def check_frame(template: str) -> None:
     """Raise MocError for a template that does not exist."""
     if template not in TEMPLATES:
         raise MocError(f"--template is '{template}'{choices(template, TEMPLATES)}")
-
-
-def trained_frame(suite: str, format: str | None) -> Frame | None:
-    """The frame that a run's rows were trained in, by its suite and the format of own rows."""
-    return _FORMATS.get(format or "") if suite == "custom" else "commonsense"
 
 
 def choose_frame(

@@ -7,11 +7,12 @@ from typing import Any
 from moc_cli.errors import DataError
 from moc_cli.load_run import LoadedModel, open_model, open_run
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.tasks import prompt_frame
 from moc_cli.report.output import print_json, say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.serving.chat import Chat
 from moc_cli.serving.options import GenerateOptions
-from moc_cli.serving.prompts import Message, check_system, choose_frame, trained_frame
+from moc_cli.serving.prompts import Message, check_system, choose_frame
 from moc_cli.serving.text import Answer, Writer, write
 
 LISTED = 5  # prompts that an error names; the others are counted
@@ -23,7 +24,8 @@ def run_generate(
     """Answer the prompts; without any, hold a conversation on the terminal."""
     if options.run is not None and recipe is not None:
         loaded: LoadedModel = open_run(options.run, device=options.device, recipe=recipe)
-        trained = trained_frame(recipe.data.suite, recipe.data.format)
+        data = recipe.data
+        trained = prompt_frame(data.suite, data.tasks[0], data.format)
     else:
         loaded, trained = open_model(str(options.model), device=options.device or "auto"), None
     frame, why = choose_frame(options.template, trained, loaded.tokenizer)

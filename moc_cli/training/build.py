@@ -10,15 +10,19 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moc_cli.data.batches import Batches
+from moc_cli.data.encode import Encoded
+from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError, MocError
+from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import build_meta, load_model, load_tokenizer
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import LaunchSection, ModelSection, Recipe
-from moc_cli.recipe.tasks import watched_metrics
-from moc_cli.training.contracts import Settings
+from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
+from moc_cli.scoring.results import ScoringOptions
+from moc_cli.training.contracts import Data, Settings
 from moc_cli.training.log import Track
-from moc_cli.training.rows import Rows, model_arguments, read_own, read_rows, task_kind
 
 
 @dataclass(frozen=True)
@@ -72,34 +76,47 @@ def make_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     )
 
 
-def make_rows(recipe: Recipe) -> tuple[Recipe, Rows]:
+def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
     """Read the rows that the recipe names; return it with all that they tell, and them.
 
-    One's own rows tell their format and their labels, where the recipe does not. Raises DataError
+    A custom dataset tells its format and its labels, where the recipe does not. Raises DataError
     for rows that cannot be used, or that do not go with the rest of the recipe.
     """
-    data = recipe.data
-    if data.suite != "custom":
-        return recipe, read_rows(
-            data.suite,
-            data.tasks,
-            path=data.path,
-            held_out=data.held_out,
-            max_train=data.max_train_samples,
-            max_validation=data.max_eval_samples,
-            max_test=recipe.eval.max_samples,
-        )
-    found, rows = read_own(data, max_test=recipe.eval.max_samples)
-    recipe = recipe.model_copy(update={"data": found})
+    data, splits = read_splits(recipe.data, max_test=recipe.eval.max_samples)
+    if data is recipe.data:
+        return recipe, splits
+    recipe = recipe.model_copy(update={"data": data})
     broken = [f"{rule.key}: {rule.message}" for rule in broken_rules(recipe)]
-    if recipe.eval.eval_strategy != "no" and not rows.validation:
+    if recipe.eval.eval_strategy != "no" and not splits.validation:
         broken.append(
             "eval.eval_strategy: evaluation during training needs a validation file, or "
             "data.held_out above 0"
         )
     if broken:
         raise DataError("\n".join(broken))
-    return recipe, rows
+    return recipe, splits
+
+
+def make_data(
+    kind: Kind,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    seed: int,
+    group_by_length: bool,
+) -> Data:
+    """Return encoded rows as the loop takes them; raises DataError when no row has a target."""
+    if encoded.answerless == len(encoded.rows):
+        raise DataError(
+            "data.max_length cuts off the answer of every training row", "raise data.max_length"
+        )
+    batches = Batches(encoded.lengths, batch_size, seed=seed, group_by_length=group_by_length)
+
+    def collate(numbers: list[int]) -> dict[str, Any]:
+        return kind.collate([encoded.rows[number] for number in numbers], tokenizer)
+
+    return Data(batches, collate, kind.loss, batches.padding_share())
 
 
 def build(recipe: Recipe, device: torch.device) -> Built:
@@ -126,7 +143,7 @@ def base_facts(recipe: Recipe, built: Built) -> dict[str, Any]:
         "revision": model.revision,
         "base_weights_sha256": built.weights_hash,
         "base_fingerprint": built.fingerprint,
-        **model_arguments(recipe.data),
+        **make_kind(recipe.data).model_arguments(),
         "seed": recipe.seed,
     }
 
@@ -145,7 +162,7 @@ def build_shapes(recipe: Recipe) -> Adapted:
 
 def recipe_is_causal(recipe: Recipe) -> bool:
     """Return whether the recipe trains a language model rather than a classifier."""
-    return task_kind(recipe.data) == "causal"
+    return make_kind(recipe.data).loss == "causal"
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -184,6 +201,13 @@ def make_settings(recipe: Recipe) -> Settings:
     )
 
 
+def make_scoring_options(recipe: Recipe) -> ScoringOptions:
+    """Return how the run is scored."""
+    data = recipe.data
+    protocol = scoring_protocol(data.suite, data.tasks[0], data.format, recipe.eval.protocol)
+    return ScoringOptions(recipe.eval.per_device_eval_batch_size, data.max_length, protocol)
+
+
 def _arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the flat arguments that loading and meta building share."""
     model = recipe.model
@@ -192,7 +216,7 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
-        **model_arguments(recipe.data),
+        **make_kind(recipe.data).model_arguments(),
     }
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moc_cli.data.batches import LossKind
 from moc_cli.training.checkpoint import Counters
-from moc_cli.training.loss import Kind
 from moc_cli.training.memory import Memory
 
 Evaluate = Callable[[], dict[str, float]]
@@ -53,7 +53,7 @@ class Data:
 
     batches: Epochs
     collate: Callable[[list[int]], dict[str, Tensor]]
-    kind: Kind = "causal"
+    kind: LossKind = "causal"
     padding_share: float = 0.0  # expected, of an epoch's token slots
 
 

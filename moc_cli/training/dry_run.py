@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.encode import IGNORED, Row, encode_train
+from moc_cli.data.encode import IGNORED, Row
+from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError, MocError
+from moc_cli.kinds import make_kind
 from moc_cli.methods import Counts
-from moc_cli.recipe.schema import DataSection, Recipe
+from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.contracts import total_steps
-from moc_cli.training.rows import Rows, check_chats, task_kind, training_data
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def preview(recipe: Recipe) -> Preview:
     """
     rows = None
     if recipe.data.suite == "custom":  # they tell what the model has to be
-        recipe, rows = build.make_rows(recipe)
+        recipe, rows = build.read_rows(recipe)
     adapted = build.build_shapes(recipe)
     published = bool(getattr(adapted.model, "published_shape", False))
     try:
@@ -97,11 +98,11 @@ class _OutOfReach(Exception):
     """The hub was needed for what only the run itself must have."""
 
 
-def _read(recipe: Recipe, rows: Rows | None, published: bool) -> Reading:
+def _read(recipe: Recipe, rows: Splits | None, published: bool) -> Reading:
     """Read the rows, if that is not done, and encode them as training would."""
     data = recipe.data
     try:
-        rows = rows or build.make_rows(recipe)[1]
+        rows = rows or build.read_rows(recipe)[1]
     except DataError as error:
         if data.path is not None or data.suite == "builtin":
             raise
@@ -112,15 +113,15 @@ def _read(recipe: Recipe, rows: Rows | None, published: bool) -> Reading:
         if not published:
             raise
         raise _OutOfReach(error.message) from error
-    check_chats(rows, tokenizer)
-    kind = task_kind(data)
-    encoded = encode_train(
+    kind = make_kind(data)
+    kind.check(rows.all_examples, tokenizer)
+    encoded = kind.encode(
         rows.train, tokenizer, max_length=data.max_length, train_on_inputs=data.train_on_inputs
     )
-    training = training_data(
+    training = build.make_data(
+        kind,
         encoded,
         tokenizer,
-        kind=kind,
         batch_size=recipe.train.per_device_train_batch_size,
         seed=recipe.seed,
         group_by_length=recipe.train.group_by_length,
@@ -133,14 +134,9 @@ def _read(recipe: Recipe, rows: Rows | None, published: bool) -> Reading:
         answerless=encoded.answerless,
         dropped=rows.dropped,
         padding_share=training.padding_share,
-        pieces=split_row(first, tokenizer, kind == "causal"),
-        label=None if kind == "causal" else _label(data, first["labels"]),
+        pieces=split_row(first, tokenizer, kind.loss == "causal"),
+        label=kind.shown_label(first),
     )
-
-
-def _label(data: DataSection, label: int | float) -> int | float | str:
-    """Return the class as the user wrote it, where the rows are the user's own."""
-    return data.labels[int(label)] if data.labels else label
 
 
 def split_row(row: Row, tokenizer: PreTrainedTokenizerBase, causal: bool) -> list[Piece]:

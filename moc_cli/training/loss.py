@@ -1,15 +1,15 @@
 """The task's loss as a sum over targets, and how many targets a batch holds."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["causal", "classification", "regression"]
-IGNORED = -100
+from moc_cli.data.batches import LossKind
+from moc_cli.data.encode import IGNORED
 
 
-def task_loss(outputs: Any, labels: Tensor, kind: Kind) -> Tensor:
+def task_loss(outputs: Any, labels: Tensor, kind: LossKind) -> Tensor:
     """Return the summed loss of a batch, in float32.
 
     causal: cross-entropy of token t+1 at position t, labels (B, T), ignored ones left out;
@@ -25,7 +25,7 @@ def task_loss(outputs: Any, labels: Tensor, kind: Kind) -> Tensor:
     return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")
 
 
-def count_targets(labels: Tensor, kind: Kind) -> int:
+def count_targets(labels: Tensor, kind: LossKind) -> int:
     """Return how many targets `task_loss` sums over."""
     if kind == "causal":
         return int((labels[:, 1:] != IGNORED).sum())

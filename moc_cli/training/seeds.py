@@ -20,6 +20,7 @@ from moc_cli.errors import RunError
 from moc_cli.files import write_json_atomic
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.tasks import is_classifier, kind_of
 from moc_cli.runs import Call, RunFolder
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.resume import check_recipe
@@ -169,9 +170,8 @@ def _spread(values: Sequence[float], before: float | None) -> dict[str, float | 
 def _has_head(recipe: Recipe) -> bool:
     """Whether a fresh head is drawn from the seed, so that untrained models differ by seed."""
     data = recipe.data
-    return data.suite == "glue" or (
-        data.suite == "custom" and data.format not in ("instruction", "chat", "text")
-    )
+    kind = kind_of(data.suite, data.tasks[0], data.format)
+    return kind is None or is_classifier(data.suite, data.tasks[0], data.format)
 
 
 def _is_finished(one: Seeded) -> bool:

@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from moc_cli.data.encode import encode_train
 from moc_cli.errors import FileError
-from moc_cli.evaluation.custom import protocol_of
+from moc_cli.kinds import make_kind
 from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import TrainProgress, WorkProgress
 from moc_cli.runs import Call, RunFolder
-from moc_cli.scoring.results import Evaluation, TaskResult, average
+from moc_cli.scoring.results import (
+    Evaluation,
+    TaskResult,
+    average,
+    task_entries,
+    value_entries,
+)
 from moc_cli.training import build, words
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.contracts import Outcome, StepReport, total_steps
@@ -32,8 +37,6 @@ from moc_cli.training.log import MetricsLog, require_trackers
 from moc_cli.training.loop import fit
 from moc_cli.training.memory import peak_kind
 from moc_cli.training.resume import check_facts, check_recipe, make_identity
-from moc_cli.training.rows import check_chats, task_kind, training_data
-from moc_cli.training.scoring import Scorer, task_entries, value_entries
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Session:
         )
         with self.folder:
             self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.output.save_total_limit)
-            self.recipe, self.rows = build.make_rows(recipe)
+            self.recipe, self.rows = build.read_rows(recipe)
             self.snapshot = self.find_checkpoint(resume) if resume else None
             self.prepare()
             self.open_folder()
@@ -123,35 +126,28 @@ class Session:
         self.device = self.accelerator.device
         self.say(words.columns("device", words.device(self.device)))
         self.tokenizer = build.make_tokenizer(recipe.model)
-        check_chats(self.rows, self.tokenizer)
+        self.kind = make_kind(data)
+        self.kind.check(self.rows.all_examples, self.tokenizer)
         self.built = build.build(recipe, self.device)
         self.adapted = self.built.adapted
         self.say(words.columns("model", words.model(self.built)))
         self.say(words.columns("method", words.method(recipe.method.name, self.adapted.counts())))
-        self.kind = task_kind(data)
-        self.encoded = encode_train(
+        self.encoded = self.kind.encode(
             self.rows.train,
             self.tokenizer,
             max_length=data.max_length,
             train_on_inputs=data.train_on_inputs,
         )
-        self.data = training_data(
+        self.data = build.make_data(
+            self.kind,
             self.encoded,
             self.tokenizer,
-            kind=self.kind,
             batch_size=recipe.train.per_device_train_batch_size,
             seed=recipe.seed,
             group_by_length=recipe.train.group_by_length,
         )
         self.say(words.columns("data", words.rows(self.rows, self.encoded, data.max_length)))
-        self.scorer = Scorer(
-            self.adapted,
-            self.tokenizer,
-            self.kind,
-            recipe.eval.per_device_eval_batch_size,
-            data.max_length,
-            recipe.eval.protocol,
-        )
+        self.scoring = build.make_scoring_options(recipe)
         named = self.adapted.named_trainables()
         self.identity = make_identity(
             recipe.model_dump(mode="json"),
@@ -257,7 +253,13 @@ class Session:
 
     def watch(self) -> dict[str, float]:
         """Evaluate in the middle of training; a signal stops it."""
-        values = self.scorer.watch(self.rows.validation, lambda *_: self.interrupt.check())
+        values = self.kind.watch(
+            self.adapted,
+            self.tokenizer,
+            self.rows.validation,
+            self.scoring,
+            lambda *_: self.interrupt.check(),
+        )
         self.say(words.watched(self.step, values))
         return values
 
@@ -271,7 +273,9 @@ class Session:
                     bar.observe(done, total)
                     self.interrupt.check()
 
-                scores[name] = self.scorer.score(examples, progress)
+                scores[name] = self.kind.score(
+                    self.adapted, self.tokenizer, examples, self.scoring, progress
+                )
         return scores
 
     def keep_controls(self, outcome: Outcome) -> dict[str, Any]:
@@ -305,7 +309,7 @@ class Session:
             "status": "finished",
             "tasks": task_entries(after, before),
             "average": average([evaluation.main for evaluation in after.values()]),
-            "protocol": protocol_of(recipe.data, recipe.eval.protocol),
+            "protocol": self.scoring.protocol,
             "train_on_inputs": recipe.data.train_on_inputs,
             "stopped": outcome.stopped,
             "steps": counters.step,
@@ -323,7 +327,8 @@ class Session:
                 "share": counts.share,
             },
             "memory": outcome.memory,
-            **self.rows.facts(recipe.data),
+            **self.rows.facts,
+            **self.kind.facts,
         }
 
     def explained(self, stop: Interrupted) -> Interrupted:

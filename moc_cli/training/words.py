@@ -7,12 +7,12 @@ import torch
 
 from moc_cli.data.custom.rows import counted
 from moc_cli.data.encode import Encoded
+from moc_cli.data.splits import Splits
 from moc_cli.methods import Counts
 from moc_cli.report.tables import duration
 from moc_cli.training.best import LOWER_IS_BETTER
 from moc_cli.training.build import Built
 from moc_cli.training.environment import describe_device
-from moc_cli.training.rows import Rows
 
 
 def columns(name: str, text: str) -> str:
@@ -39,7 +39,7 @@ def method(name: str, counts: Counts) -> str:
     return text + (f", and {counts.modules:,} of fresh modules" if counts.modules else "")
 
 
-def rows(found: Rows, encoded: Encoded, max_length: int) -> str:
+def rows(found: Splits, encoded: Encoded, max_length: int) -> str:
     """Count the rows of each part, and those that were cut."""
     scored = sum(map(len, found.tests.values()))
     parts = [f"{len(found.train):,} rows to train on"]

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from spread import ratio_interval
 
-from moc_cli.data.encode import encode_train
+from moc_cli.kinds import make_kind
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import _Loop
-from moc_cli.training.rows import task_kind, training_data
 from moc_cli.training.usage import Usage
 
 ARMS = ("counted", "plain", "plain again")
@@ -35,20 +34,21 @@ ARMS = ("counted", "plain", "plain again")
 def make(recipe: Recipe, folder: Path) -> _Loop:
     """A training that is ready for its first step."""
     accelerator = build.make_accelerator(recipe.launch, (), folder)
-    recipe, rows = build.make_rows(recipe)
+    recipe, rows = build.read_rows(recipe)
     data = recipe.data
     tokenizer = build.make_tokenizer(recipe.model)
     adapted = build.build(recipe, accelerator.device).adapted
-    encoded = encode_train(
+    kind = make_kind(data)
+    encoded = kind.encode(
         rows.train,
         tokenizer,
         max_length=data.max_length,
         train_on_inputs=data.train_on_inputs,
     )
-    given = training_data(
+    given = build.make_data(
+        kind,
         encoded,
         tokenizer,
-        kind=task_kind(data),
         batch_size=recipe.train.per_device_train_batch_size,
         seed=recipe.seed,
         group_by_length=recipe.train.group_by_length,

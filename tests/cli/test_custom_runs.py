@@ -13,12 +13,13 @@ from torch.nn.functional import cross_entropy
 from moc_cli.cli import run
 from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
-from moc_cli.evaluation.custom import evaluate_texts
+from moc_cli.kinds import Writing
 from moc_cli.load_run import open_run
 from moc_cli.methods import attach
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.runs import RunFolder
+from moc_cli.scoring.results import ScoringOptions
 
 COLOURS = ("red", "blue", "green")
 TEMPLATE = (
@@ -261,7 +262,7 @@ def test_perplexity_is_that_of_each_row_alone_with_given_tokens_voting(kind):
     tokenizer.chat_template = TEMPLATE
     rows = examples(kind)
     watched = Recorded(adapted)
-    found = evaluate_texts(watched, tokenizer, rows, batch_size=2, max_length=300)
+    found = Writing(kind).score(watched, tokenizer, rows, ScoringOptions(2, 300))
     losses, tokens, givens = [], [], []
     for row in rows:
         if kind == "chat":

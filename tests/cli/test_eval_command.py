@@ -13,13 +13,16 @@ from support.models import make_pair_tokenizer, make_tiny_model
 
 from moc_cli.cli import run
 from moc_cli.data.commonsense import make_example
+from moc_cli.data.splits import TaskRows
 from moc_cli.evaluation import session
 from moc_cli.evaluation.base_scores import Earlier, Known
 from moc_cli.evaluation.results_folder import Report, prompt_hash
-from moc_cli.evaluation.session import Plan, Subject, read_tasks
-from moc_cli.evaluation.suite import Scoring, Task
+from moc_cli.evaluation.session import Plan, Subject
+from moc_cli.kinds import Choice
 from moc_cli.models import load
+from moc_cli.recipe.schema import DataSection
 from moc_cli.report.evaluation_tables import evaluation_table
+from moc_cli.scoring.results import ScoringOptions
 
 LIMIT = 24
 SMALL = ("train.max_steps=3", f"eval.max_samples={LIMIT}", "launch.num_threads=1")
@@ -249,10 +252,14 @@ def glue_rows(folder: Path, split: str, rows: int) -> None:
 def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
     glue_rows(tmp_path, "validation_matched", 12)
     glue_rows(tmp_path, "validation_mismatched", 7)
-    plan = Plan("glue", ["mnli"], str(tmp_path), None, Scoring("classify", "auto", 64))
+    plan = Plan(
+        DataSection(suite="glue", tasks=["mnli"], path=str(tmp_path)),
+        ["mnli"],
+        ScoringOptions("auto", 64, "classify"),
+    )
     model = make_tiny_model("bert", num_labels=3, type_vocab_size=2)
     subject = Subject(SimpleNamespace(model=model), make_pair_tokenizer(), {"run": "r"})
-    tasks = read_tasks(plan)
+    tasks = plan.read_rows()
     report = session.run(subject, plan, tasks, tmp_path / "out", silent=True).to_json()
     assert {name: entry["n"] for name, entry in report["tasks"].items()} == {
         "mnli": 12,
@@ -273,21 +280,21 @@ def choices(task: str, count: int) -> list:
 def test_ctrl_c_keeps_the_tasks_that_are_scored(
     tmp_path: Path, byte_tokenizer, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
-    plan = Plan("commonsense", [], None, None, Scoring("rank", 4, 0))
-    tasks = [Task.draw(name, choices(name, 5), None) for name in ("boolq", "piqa")]
+    plan = Plan(DataSection(suite="commonsense", tasks=["boolq"]), [], ScoringOptions(4))
+    tasks = [TaskRows.draw(name, choices(name, 5), None) for name in ("boolq", "piqa")]
     subject = Subject(SimpleNamespace(model=make_tiny_model("llama")), byte_tokenizer, {"run": "r"})
-    score = session.score
+    score = Choice.score
 
-    def stopped(adapted, tokenizer, task, *more):
-        if task.name == "piqa":
+    def stopped(kind, adapted, tokenizer, examples, *more):
+        if examples[0].task == "piqa":
             raise KeyboardInterrupt
-        return score(adapted, tokenizer, task, *more)
+        return score(kind, adapted, tokenizer, examples, *more)
 
-    monkeypatch.setattr(session, "score", stopped)
+    monkeypatch.setattr(Choice, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
         session.run(subject, plan, tasks, tmp_path, silent=True)
     assert "stopped; 1 scored tasks are in" in capsys.readouterr().err
-    monkeypatch.setattr(session, "score", score)
+    monkeypatch.setattr(Choice, "score", score)
     kept = json.loads((tmp_path / "results.json").read_text())
     assert list(kept["tasks"]) == ["boolq"]
     report = session.run(subject, plan, tasks[1:], tmp_path, silent=True)
@@ -309,7 +316,7 @@ def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
 
 
 def test_a_known_base_is_of_these_rows_and_metrics() -> None:
-    task = Task.draw("boolq", choices("boolq", 4), None)
+    task = TaskRows.draw("boolq", choices("boolq", 4), None)
     found = SimpleNamespace(results=[SimpleNamespace(metric="accuracy")])
     first = Earlier("boolq", task.fingerprint, {"accuracy": 0.25}, "first")
     second = Earlier("boolq", task.fingerprint, {"accuracy": 0.75}, "second")
@@ -318,8 +325,8 @@ def test_a_known_base_is_of_these_rows_and_metrics() -> None:
     expected = {"metric": "accuracy", "value": 0.25, "source": "first"}
     assert Known([other_rows, other_metric, first, second]).find(task, found) == expected
     assert Known([other_rows, other_metric]).find(task, found) is None
-    assert Known([first]).find(Task.draw("boolq", choices("boolq", 3), None), found) is None
-    assert Known([first]).find(Task.draw("piqa", choices("boolq", 4), None), found) is None
+    assert Known([first]).find(TaskRows.draw("boolq", choices("boolq", 3), None), found) is None
+    assert Known([first]).find(TaskRows.draw("piqa", choices("boolq", 4), None), found) is None
 
 
 # The table

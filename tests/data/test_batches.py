@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moc_cli.data.batches import Batches, collate
 from moc_cli.data.commonsense import make_example
-from moc_cli.data.encode import IGNORED, Encoded, common_prefix, encode_train
+from moc_cli.data.encode import IGNORED, Encoded, common_prefix, encode_pairs, encode_texts
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.suites import load_examples
 
@@ -29,7 +29,7 @@ def encode(
     train_on_inputs: bool = True,
 ) -> Encoded:
     """Shorthand."""
-    return encode_train(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
+    return encode_texts(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
 
 
 class SlowTokenizer:
@@ -158,14 +158,14 @@ def test_common_prefix() -> None:
 
 def test_pairs_are_typed_labelled_and_cut(pair_tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = [PairExample("mrpc", "abc", "de", 1), PairExample("mrpc", "x" * 20, "yz", 0)]
-    encoded = encode_train(pairs, pair_tokenizer, max_length=10)
+    encoded = encode_pairs(pairs, pair_tokenizer, max_length=10)
     short, cut = encoded.rows
     assert short["token_type_ids"] == [0] * 5 + [1] * 3
     assert short["labels"] == 1
     assert encoded.lengths == [8, 10]
     assert pair_tokenizer.decode(cut["input_ids"]) == "<s>xxxxx</s>yz</s>"
     assert (encoded.truncated, encoded.answerless) == (1, 0)
-    single = encode_train([PairExample("cola", "abc", None, 0)], pair_tokenizer, max_length=10)
+    single = encode_pairs([PairExample("cola", "abc", None, 0)], pair_tokenizer, max_length=10)
     assert single.lengths == [5]
 
 
@@ -262,7 +262,7 @@ def test_collate_gives_classes_and_scores_their_types(
 ) -> None:
     def labels(*values: float) -> torch.Tensor:
         pairs = [PairExample("t", "a" * (number + 1), "b", v) for number, v in enumerate(values)]
-        rows = encode_train(pairs, pair_tokenizer, max_length=50).rows
+        rows = encode_pairs(pairs, pair_tokenizer, max_length=50).rows
         batch = collate(rows, pair_tokenizer, side="right", kind="classification")
         assert batch["token_type_ids"].shape == batch["input_ids"].shape
         assert batch["input_ids"][0, -1] == pair_tokenizer.pad_token_id

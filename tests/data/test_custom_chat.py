@@ -7,7 +7,7 @@ from support.models import make_byte_tokenizer
 from transformers import AutoTokenizer
 
 from moc_cli.data.custom.chat import chat_tokens
-from moc_cli.data.encode import IGNORED, encode_train
+from moc_cli.data.encode import IGNORED, encode_chats
 from moc_cli.data.examples import ChatExample
 from moc_cli.errors import DataError
 
@@ -73,14 +73,14 @@ def test_without_an_end_token_the_line_break_ends_a_turn():
 def test_labels_are_the_learned_tokens_and_what_comes_before_them_may_vote():
     made, example = tokenizer(HEADERS), conversation(*TURNS)
     ((ids, marks),) = chat_tokens([example], made)
-    encoded = encode_train([example], made, max_length=500, train_on_inputs=False)
+    encoded = encode_chats([example], made, max_length=500, train_on_inputs=False)
     (row,) = encoded.rows
     assert row["input_ids"] == ids
     assert row["labels"] == [i if m else IGNORED for i, m in zip(ids, marks, strict=True)]
     assert encoded.prompt_lengths == [marks.index(True)]
-    (row,) = encode_train([example], made, max_length=500, train_on_inputs=True).rows
+    (row,) = encode_chats([example], made, max_length=500, train_on_inputs=True).rows
     assert row["labels"] == [IGNORED, *ids[1:]]
-    cut = encode_train([example, example], made, max_length=10, train_on_inputs=False)
+    cut = encode_chats([example, example], made, max_length=10, train_on_inputs=False)
     assert (cut.truncated, cut.answerless) == (2, 2)
     assert cut.prompt_lengths == [10, 10]
 

@@ -13,7 +13,7 @@ from moc_cli.data import commonsense
 from moc_cli.data.examples import PairExample, fingerprint, hold_out, subset
 from moc_cli.data.prompts import eval_prompt, template_hash, train_prompt
 from moc_cli.data.source import build_rows
-from moc_cli.data.suites import load_examples, scored_splits, splits
+from moc_cli.data.suites import load_examples, scored_names, splits
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.tasks import TASKS
 
@@ -264,7 +264,7 @@ def test_wrong_folder_is_explained(tmp_path: Path) -> None:
 )
 def test_wrong_name_is_explained(suite: str, task: str, split: str, said: str) -> None:
     with pytest.raises(DataError) as caught:
-        load_examples(suite, task, split)  # type: ignore[call-overload]
+        load_examples(suite, task, split)
     assert said in caught.value.message
     assert caught.value.hint
 
@@ -342,7 +342,10 @@ def test_mnli_has_two_validation_splits(tmp_path: Path) -> None:
     row = {"premise": "a", "hypothesis": "b", "label": 2}
     write(tmp_path, "mnli", "validation_matched", [row])
     write(tmp_path, "mnli", "validation_mismatched", [row, row])
-    assert scored_splits("glue", "mnli") == ("validation_matched", "validation_mismatched")
+    assert scored_names("glue", "mnli") == {
+        "mnli": "validation_matched",
+        "mnli (mismatched)": "validation_mismatched",
+    }
     assert len(load_examples("glue", "mnli", "validation", path=tmp_path)) == 1
     assert len(load_examples("glue", "mnli", "validation_mismatched", path=tmp_path)) == 2
 
@@ -352,7 +355,7 @@ def test_every_task_has_splits() -> None:
     assert len(TASKS["glue"]) == 9
     for suite, tasks in TASKS.items():
         for task in tasks:
-            assert set(scored_splits(suite, task)) < set(splits(suite, task))
+            assert set(scored_names(suite, task).values()) < set(splits(suite, task))
 
 
 # Built-in

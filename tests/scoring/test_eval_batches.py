@@ -10,15 +10,16 @@ from support.questions import MIXED, PAIRS, adapted, bare
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from moc_cli.data.encode import encode_train
+from moc_cli.data.encode import encode_texts
 from moc_cli.errors import MocError
+from moc_cli.kinds import Choice
 from moc_cli.scoring import batch_size as sizing
 from moc_cli.scoring.batch_size import BatchSize, Shape, free_bytes, row_bytes, run_batches
 from moc_cli.scoring.classify import classify
 from moc_cli.scoring.generate import generate
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import rank
-from moc_cli.scoring.results import evaluate_choices
+from moc_cli.scoring.results import ScoringOptions
 
 FULL: dict[str, Callable[[], BaseException]] = {
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -97,7 +98,7 @@ def test_losses_and_classes_are_halved_too(
     byte_tokenizer: Tokenizer, pair_tokenizer: Tokenizer
 ) -> None:
     found = adapted(make_tiny_model("llama"))
-    encoded = encode_train(MIXED, byte_tokenizer, max_length=500)
+    encoded = encode_texts(MIXED, byte_tokenizer, max_length=500)
     expected = lm_loss(found, byte_tokenizer, encoded, batch_size=1)
     with room_for(found.model, 3):
         loss = lm_loss(found, byte_tokenizer, encoded, batch_size=13)
@@ -212,6 +213,6 @@ def test_results_tell_size_and_halving(byte_tokenizer: Tokenizer) -> None:
     found = bare(make_tiny_model("llama"))
     same = [example for example in MIXED if example.candidates == MIXED[0].candidates]
     with room_for(found.model, 6):
-        evaluation = evaluate_choices(found, byte_tokenizer, same, batch_size=8)
+        evaluation = Choice().score(found, byte_tokenizer, same, ScoringOptions(8))
     assert evaluation.batch == BatchSize(8, 2, 2)
     assert evaluation.main.n == len(same)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.generation import GenerationMixin
 
-from moc_cli.data.encode import encode_train, prompt_tokens
+from moc_cli.data.encode import encode_texts, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.methods import Adapted, attach
 from moc_cli.recipe.methods import MocMethod
@@ -172,7 +172,7 @@ def test_an_answers_text_changes_no_route(routed: Adapted, byte_tokenizer: Token
             scores.append(rank(routed, byte_tokenizer, examples, batch_size=64))
         routes.append(seen[:1])
         for example in examples[:8]:  # the held-out loss has whole texts in one forward
-            encoded = encode_train([example], byte_tokenizer, max_length=500)
+            encoded = encode_texts([example], byte_tokenizer, max_length=500)
             with watching(routed) as seen:
                 lm_loss(routed, byte_tokenizer, encoded, batch_size=1)
             routes[-1] += seen

@@ -13,15 +13,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from moc_cli.data.encode import IGNORED, encode_pairs, encode_train, prompt_tokens
+from moc_cli.data.encode import IGNORED, encode_pairs, encode_texts, prompt_tokens
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.suites import load_examples
 from moc_cli.errors import DataError, MocError
+from moc_cli.kinds import Choice, Pairs
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.forward import voting
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import ItemScore, rank
-from moc_cli.scoring.results import TaskResult, average, evaluate_choices, evaluate_pairs
+from moc_cli.scoring.results import ScoringOptions, TaskResult, average
 
 MakeModel = Callable[..., PreTrainedModel]
 CLOSE = 2e-4  # float32 sums of log-probabilities, in different orders of the same products
@@ -171,7 +172,7 @@ def test_loss_is_the_mean_over_labelled_tokens(
     byte_tokenizer: Tokenizer, tiny_model: MakeModel, batch_size: int, train_on_inputs: bool
 ) -> None:
     model = tiny_model("llama")
-    encoded = encode_train(MIXED, byte_tokenizer, max_length=60, train_on_inputs=train_on_inputs)
+    encoded = encode_texts(MIXED, byte_tokenizer, max_length=60, train_on_inputs=train_on_inputs)
     total = tokens = 0.0
     for row in encoded.rows:
         labels = torch.tensor([row["labels"]])
@@ -200,7 +201,7 @@ def test_only_prompt_tokens_vote(byte_tokenizer: Tokenizer, tiny_model: MakeMode
         masks.append(mask)
         yield
 
-    encoded = encode_train(MIXED[:3], byte_tokenizer, max_length=500)
+    encoded = encode_texts(MIXED[:3], byte_tokenizer, max_length=500)
     spy = SimpleNamespace(model=tiny_model("llama"), voting=voting)
     lm_loss(spy, byte_tokenizer, encoded, batch_size=3)
     (mask,) = masks
@@ -217,7 +218,7 @@ def test_loss_does_not_depend_on_the_batch(
     byte_tokenizer: Tokenizer, tiny_model: MakeModel, batch_size: int
 ) -> None:
     found = adapted(tiny_model("llama"))
-    encoded = encode_train(MIXED, byte_tokenizer, max_length=500, train_on_inputs=False)
+    encoded = encode_texts(MIXED, byte_tokenizer, max_length=500, train_on_inputs=False)
     alone = lm_loss(found, byte_tokenizer, encoded, batch_size=1)
     together = lm_loss(found, byte_tokenizer, encoded, batch_size=batch_size)
     assert together.loss == pytest.approx(alone.loss, abs=1e-5)
@@ -226,7 +227,7 @@ def test_loss_does_not_depend_on_the_batch(
 
 
 def test_rows_without_labels_are_refused(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
-    encoded = encode_train(MIXED, byte_tokenizer, max_length=8, train_on_inputs=False)
+    encoded = encode_texts(MIXED, byte_tokenizer, max_length=8, train_on_inputs=False)
     assert encoded.answerless == len(MIXED)
     with pytest.raises(DataError, match="no held-out row has a labelled token"):
         lm_loss(bare(tiny_model("llama")), byte_tokenizer, encoded, batch_size=4)
@@ -256,7 +257,8 @@ def test_classes_are_those_of_plain_forwards(
 def test_one_output_is_a_regression(pair_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     pairs = [PairExample("stsb", e.text_a, e.text_b, float(e.label)) for e in PAIRS]
     found = bare(tiny_model("bert", num_labels=1))
-    evaluation = evaluate_pairs(found, pair_tokenizer, pairs, batch_size=8, max_length=64)
+    kind = Pairs(("pearson", "spearman"), 1)
+    evaluation = kind.score(found, pair_tokenizer, pairs, ScoringOptions(8, 64))
     assert [result.metric for result in evaluation.results] == ["pearson", "spearman"]
     assert evaluation.main.majority == 0
     item = evaluation.items[0]
@@ -279,7 +281,7 @@ def test_pair_loss_is_the_loss_of_training(
 def test_choice_result(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     found = bare(tiny_model("llama"))
     examples = [question(number) for number in range(9)]
-    evaluation = evaluate_choices(found, byte_tokenizer, examples, batch_size=4)
+    evaluation = Choice().score(found, byte_tokenizer, examples, ScoringOptions(4))
     right = sum(item.correct for item in evaluation.items if isinstance(item, ItemScore))
     main = evaluation.main
     assert (main.task, main.metric, main.n) == ("boolq", "accuracy", 9)
@@ -292,7 +294,7 @@ def test_tasks_are_scored_one_at_a_time(byte_tokenizer: Tokenizer, tiny_model: M
     mixed = [question(0), replace(question(1), task="piqa")]
     for examples in (mixed, []):
         with pytest.raises(DataError, match="one task is scored at a time"):
-            evaluate_choices(bare(tiny_model("llama")), byte_tokenizer, examples, batch_size=4)
+            Choice().score(bare(tiny_model("llama")), byte_tokenizer, examples, ScoringOptions(4))
 
 
 def test_average_is_the_plain_mean() -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from moc_cli.data.commonsense import make_example
 from moc_cli.data.examples import ChoiceExample
+from moc_cli.data.splits import read_splits
 from moc_cli.errors import DataError
+from moc_cli.recipe.schema import DataSection
 from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.metrics import (
     METRICS,
@@ -23,7 +25,6 @@ from moc_cli.scoring.metrics import (
     measure,
     perplexity,
 )
-from moc_cli.training.rows import read_rows
 
 # 3 found of class 1, 1 found wrongly, 2 missed, 4 rightly left: out of 10.
 LABELS = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
@@ -216,7 +217,7 @@ def test_mnli_s_two_parts_are_scored_apart(tmp_path: Path) -> None:
     row = {"premise": "a", "hypothesis": "b", "label": 2}
     for split, count in (("train", 1), ("validation_matched", 2), ("validation_mismatched", 3)):
         (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * count)
-    rows = read_rows("glue", ["mnli"], path=str(tmp_path))
+    _, rows = read_splits(DataSection(suite="glue", tasks=["mnli"], path=str(tmp_path)))
     found = {name: len(examples) for name, examples in rows.tests.items()}
     assert found == {"mnli": 2, "mnli (mismatched)": 3}
 

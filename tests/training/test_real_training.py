@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.machine import share_of_the_cores
 
 from moc_cli.cli import run
-from moc_cli.data.encode import encode_train
+from moc_cli.data.encode import encode_texts
 from moc_cli.data.suites import load_examples
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import load_model, load_tokenizer
@@ -72,7 +72,7 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
     adapted = reload(folder, weights, "causal")
     tokenizer = load_tokenizer(str(weights))
     rows = load_examples("commonsense", "boolq", "test", path=data)[:6]
-    encoded = encode_train(rows, tokenizer, max_length=256, train_on_inputs=True)
+    encoded = encode_texts(rows, tokenizer, max_length=256, train_on_inputs=True)
     trained = lm_loss(adapted, tokenizer, encoded, batch_size=8).loss
     with adapted.disabled():
         untrained = lm_loss(adapted, tokenizer, encoded, batch_size=8).loss

@@ -6,14 +6,10 @@ from dataclasses import dataclass, field
 from moc_cli.data.custom.build import BuildExample, Label, NothingToLearn, example_builder
 from moc_cli.data.custom.columns import check_labels, find_columns, find_labels
 from moc_cli.data.custom.read import Table, read_tables
-from moc_cli.data.examples import Example, hold_out
+from moc_cli.data.examples import ROW_SEED, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
 from moc_cli.recipe.schema import DataSection, Format
-
-# Which rows are held out does not follow the recipe's seed: runs that differ in it are compared on
-# the same rows.
-DRAW = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def read_custom(data: DataSection) -> CustomRows:
     train, validation = splits["train"], splits.get("validation", [])
     if "validation" not in splits and data.held_out:
         count = len(train)
-        train, validation = hold_out(train, data.held_out, seed=DRAW)
+        train, validation = hold_out(train, data.held_out, seed=ROW_SEED)
         if copies := count - len(train) - len(validation):
             dropped["train"]["a held-out row's copy"] = copies
     test = splits.get("test", validation)

@@ -1,0 +1,164 @@
+"""Which rows a run trains on, is watched by and is scored on, before any tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moc_cli.data.custom.build import template_hash as custom_template_hash
+from moc_cli.data.custom.rows import read_custom
+from moc_cli.data.custom.rows import read_scored as read_custom_scored
+from moc_cli.data.examples import ROW_SEED, Example, fingerprint, hold_out, subset
+from moc_cli.data.prompts import template_hash
+from moc_cli.data.suites import check_task, load_examples, scored_names
+from moc_cli.errors import DataError
+from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to train on, to watch during training, and to score by task.
+
+    Of a custom dataset also: which rows are scored (`test`, `validation` or `held_out`), and how
+    many rows had nothing to learn, by part and reason.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    tests: dict[str, list[Example]]
+    template: str = field(default_factory=template_hash)
+    scored: str | None = None
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results.json says of the rows of a custom dataset."""
+        if self.scored is None:
+            return {}
+        return {"scored_split": self.scored, "dropped": self.dropped}
+
+    @property
+    def all_examples(self) -> list[Example]:
+        """The examples of every part."""
+        parts = [self.train, self.validation, *self.tests.values()]
+        return [example for part in parts for example in part]
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Return the number and hash of each part, and the hash of the prompts' template."""
+        parts = {"train": self.train, "validation": self.validation}
+        parts |= {f"test {name}": examples for name, examples in self.tests.items()}
+        return {
+            name: {"rows": len(examples), "sha256": fingerprint(examples)}
+            for name, examples in parts.items()
+        } | {"template": {"sha256": self.template}}
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Rows of one task to score: `rows` are their numbers in the split, from 0; `total` is its
+    size.
+    """
+
+    name: str
+    examples: list[Example]
+    rows: list[int]
+    total: int
+
+    @classmethod
+    def draw(cls, name: str, examples: Sequence[Example], limit: int | None) -> "TaskRows":
+        """Take all the rows of a split, or `limit` of them, the same ones in every run."""
+        rows = subset(list(range(len(examples))), limit, seed=ROW_SEED)
+        return cls(name, [examples[row] for row in rows], rows, len(examples))
+
+    @property
+    def limited(self) -> bool:
+        """Whether rows are left out."""
+        return len(self.rows) < self.total
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the rows that are scored: two scores with the same one are of the same rows."""
+        return fingerprint(self.examples)
+
+
+def read_scored(
+    data: DataSection,
+    tasks: Sequence[str],
+    *,
+    path: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> list[TaskRows]:
+    """Read the rows on which tasks are scored, `limit` of each; of another `split` if it is named.
+
+    `path` takes the place of the section's. Raises DataError for an unknown task or split and for
+    rows that cannot be used.
+    """
+    if data.suite == "custom":
+        other = [name for name in tasks if name not in data.tasks]
+        if other or split:
+            what = f"task '{other[0]}'" if other else f"split '{split}'"
+            raise DataError(
+                f"the run was trained on a custom dataset, which has no {what}",
+                f"leave it out; its task is {data.tasks[0]}",
+            )
+        return [TaskRows.draw(data.tasks[0], read_custom_scored(data, path), limit)]
+    for name in tasks:
+        check_task(data.suite, name)
+    found = []
+    for name in tasks:
+        for shown, part in ({name: split} if split else scored_names(data.suite, name)).items():
+            examples = load_examples(data.suite, name, part, path=path or data.path)
+            found.append(TaskRows.draw(shown, examples, limit))
+    return found
+
+
+def read_splits(data: DataSection, *, max_test: int | None = None) -> tuple[DataSection, Splits]:
+    """Read every part of the tasks; return `data` with all that the rows tell, and the rows.
+
+    A custom dataset tells its format and its labels where the section does not. Raises DataError
+    naming every bad row.
+    """
+    if data.suite != "custom":
+        return data, _read_benchmark(data, max_test)
+    custom = read_custom(data)
+    splits = Splits(
+        subset(custom.train, data.max_train_samples, seed=ROW_SEED),
+        subset(custom.validation, data.max_eval_samples, seed=ROW_SEED),
+        {data.tasks[0]: subset(custom.test, max_test, seed=ROW_SEED)},
+        custom_template_hash(),
+        custom.scored,
+        custom.dropped,
+    )
+    return data.model_copy(update={"format": custom.format, "labels": custom.labels}), splits
+
+
+def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:
+    """Read a benchmark; limits on validation and test rows count by task.
+
+    A suite without a validation split holds `held_out` of its tasks' joint training rows out; GLUE
+    tasks are watched and scored on their validation split.
+    """
+
+    def load(task: str, split: str) -> list[Example]:
+        return load_examples(data.suite, task, split, path=data.path)
+
+    def draw(examples: list[Example], count: int | None) -> list[Example]:
+        return subset(examples, count, seed=ROW_SEED)
+
+    train = [row for task in data.tasks for row in load(task, "train")]
+    validation: list[Example] = []
+    if all(TASKS[data.suite][task].has_validation for task in data.tasks):
+        for task in data.tasks:
+            validation += draw(load(task, "validation"), data.max_eval_samples)
+    elif data.held_out:
+        train, held_out = hold_out(train, data.held_out, seed=ROW_SEED)
+        for task in data.tasks:
+            rows = [row for row in held_out if row.task == task]
+            validation += draw(rows, data.max_eval_samples)
+    tests = {
+        shown: draw(load(task, split), max_test)
+        for task in data.tasks
+        for shown, split in scored_names(data.suite, task).items()
+    }
+    return Splits(draw(train, data.max_train_samples), validation, tests)

@@ -1,0 +1,82 @@
+"""What the kinds of task share that train a language model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import LossKind, collate
+from moc_cli.data.encode import Encoded, Row
+from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.scoring.loss import HeldOutLoss, lm_loss
+from moc_cli.scoring.results import ScoringOptions
+
+
+class Causal(ABC):
+    """Rows of tokens whose answers a language model learns; only what comes before them votes.
+
+    Tokens of an answer do not vote when it is scored: their vote would tell earlier positions what
+    comes.
+    """
+
+    loss: LossKind = "causal"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Nothing beside the protocol."""
+        return {}
+
+    def model_arguments(self) -> dict[str, Any]:
+        """A language model."""
+        return {"kind": "causal"}
+
+    @abstractmethod
+    def encode(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on_inputs: bool,
+    ) -> Encoded:
+        """Encode examples; with `train_on_inputs` every token but the first is labelled."""
+
+    def encode_answers(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Encoded:
+        """Encode with labels on answers alone, whatever training learns beside them."""
+        return self.encode(examples, tokenizer, max_length=max_length, train_on_inputs=False)
+
+    def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        """Pad on the left; labels (B, T)."""
+        return collate(rows, tokenizer, side="left", kind="causal")
+
+    def answer_loss(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> HeldOutLoss:
+        """Compute the loss of the answers' tokens; rows are cut to `options.max_length`."""
+        encoded = self.encode_answers(examples, tokenizer, options.max_length)
+        size = options.batch_size
+        return lm_loss(adapted, tokenizer, encoded, batch_size=size, on_progress=on_progress)
+
+    def row_losses(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+    ) -> list[float]:
+        """Return the mean loss of each row's answer, without rows whose answer was cut off."""
+        rows = self.answer_loss(adapted, tokenizer, examples, options).rows
+        return [loss / tokens for loss, tokens in rows if tokens]
+
+    def shown_label(self, row: Row) -> int | float | str | None:
+        """None: what is learned is in the tokens."""
+        return None

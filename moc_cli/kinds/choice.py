@@ -1,0 +1,108 @@
+"""Questions with options: the options are ranked by likelihood, or an answer is generated."""
+
+import time
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.encode import Encoded, Row, common_prefix, encode_texts, prompt_tokens
+from moc_cli.data.examples import ChoiceExample
+from moc_cli.kinds.causal import Causal
+from moc_cli.scoring import metrics
+from moc_cli.scoring.batch_size import BatchSize
+from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.scoring.generate import Answer, generate
+from moc_cli.scoring.rank import ItemScore, rank
+from moc_cli.scoring.results import Evaluation, ScoringOptions, TaskResult, single_task
+
+
+class Choice(Causal):
+    """Questions with options, answered by a language model; the prompt votes."""
+
+    def check(self, examples: Sequence[ChoiceExample], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Every tokenizer takes every question."""
+
+    def encode(
+        self,
+        examples: Sequence[ChoiceExample],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on_inputs: bool,
+    ) -> Encoded:
+        """Encode each question with its right answer."""
+        return encode_texts(
+            examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs
+        )
+
+    def voters(
+        self, examples: Sequence[ChoiceExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> list[Row]:
+        """All that a question's candidates share with its prompt, which is never cut."""
+        rows = []
+        for example in examples:
+            texts = prompt_tokens(tokenizer, example)
+            shared = texts[0][: common_prefix(texts)]
+            rows.append({"input_ids": shared, "labels": shared})
+        return rows
+
+    def score(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[ChoiceExample],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> Evaluation:
+        """Rank the options of a task's questions, or have answers generated: accuracy."""
+        task = single_task(examples)
+        begin = time.perf_counter()
+        size = BatchSize(options.batch_size)
+        items: list[ItemScore] | list[Answer]
+        unparsed = None
+        if options.protocol == "generate":
+            items = generate(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
+            unparsed = sum(item.answer is None for item in items)
+        else:
+            items = rank(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
+        seconds = time.perf_counter() - begin
+        # No option (None) equals no label, as the place -1 does.
+        predictions = [-1 if item.prediction is None else item.prediction for item in items]
+        measure = metrics.measure("accuracy", [item.label for item in items], predictions)
+        result = TaskResult(
+            task,
+            "accuracy",
+            measure.value,
+            len(items),
+            measure.stderr,
+            metrics.majority_choice(examples),
+            seconds,
+            unparsed,
+        )
+        return Evaluation((result,), items, size)
+
+    def watch(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[ChoiceExample],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """Return the loss of the answers' tokens and the accuracy over all questions together.
+
+        Questions are ranked whatever the protocol.
+        """
+        held_out = self.answer_loss(adapted, tokenizer, examples, options, on_progress)
+        items = rank(
+            adapted,
+            tokenizer,
+            examples,
+            batch_size=options.batch_size,
+            on_progress=on_progress,
+        )
+        return {"loss": held_out.loss, "accuracy": sum(i.correct for i in items) / len(items)}
+
+    def prompt(self, example: ChoiceExample) -> str:
+        """The evaluation prompt."""
+        return example.eval_prompt

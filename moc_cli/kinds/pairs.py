@@ -1,0 +1,152 @@
+"""One text or two with a class or a score: a classifier with a fresh head predicts it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import LossKind, collate
+from moc_cli.data.encode import Encoded, Row, encode_pairs
+from moc_cli.data.examples import PairExample
+from moc_cli.errors import DataError
+from moc_cli.scoring import metrics
+from moc_cli.scoring.batch_size import BatchSize
+from moc_cli.scoring.classify import classify, pair_loss
+from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.scoring.results import Evaluation, ScoringOptions, TaskResult, single_task
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Texts or pairs of texts; every token votes.
+
+    `metrics`: the main one first. `num_labels`: outputs of the head, 1 for a regression, 0 while
+    the rows of a custom dataset are not read. `labels`: the classes as the user wrote them.
+    """
+
+    metrics: tuple[str, ...]
+    num_labels: int
+    labels: Sequence[str | int] | None = None
+
+    @property
+    def loss(self) -> LossKind:
+        """Cross-entropy, or squared error for a regression."""
+        return "regression" if self.num_labels == 1 else "classification"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Nothing beside the protocol."""
+        return {}
+
+    def model_arguments(self) -> dict[str, Any]:
+        """A classifier with a fresh head."""
+        if not self.num_labels:
+            raise DataError("data.labels are told by the rows, and they are not read yet")
+        problem = "regression" if self.num_labels == 1 else "single_label_classification"
+        return {"kind": "classification", "num_labels": self.num_labels, "problem_type": problem}
+
+    def check(self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Every tokenizer takes every text."""
+
+    def encode(
+        self,
+        examples: Sequence[PairExample],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on_inputs: bool,
+    ) -> Encoded:
+        """Encode texts or pairs, each with its one label; `train_on_inputs` has no meaning here."""
+        return encode_pairs(examples, tokenizer, max_length=max_length)
+
+    def voters(
+        self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> list[Row]:
+        """All tokens that the model sees."""
+        return encode_pairs(examples, tokenizer, max_length=max_length).rows
+
+    def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        """Pad on the right; labels (B,)."""
+        return collate(rows, tokenizer, side="right", kind="classification")
+
+    def score(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[PairExample],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> Evaluation:
+        """Classify a task's examples: each of its metrics."""
+        task = single_task(examples)
+        begin = time.perf_counter()
+        size = BatchSize(options.batch_size)
+        items = classify(
+            adapted,
+            tokenizer,
+            examples,
+            batch_size=size,
+            max_length=options.max_length,
+            on_progress=on_progress,
+        )
+        seconds = time.perf_counter() - begin
+        labels = [item.label for item in items]
+        predictions = [item.prediction for item in items]
+        results = []
+        for name in self.metrics:
+            measure = metrics.measure(name, labels, predictions)
+            majority = metrics.majority(name, labels)
+            results.append(
+                TaskResult(task, name, measure.value, len(items), measure.stderr, majority, seconds)
+            )
+        return Evaluation(tuple(results), items, size)
+
+    def watch(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[PairExample],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """Return the loss and every metric."""
+        items = classify(
+            adapted,
+            tokenizer,
+            examples,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            on_progress=on_progress,
+        )
+        labels, predictions = [i.label for i in items], [i.prediction for i in items]
+        values = {name: metrics.METRICS[name](labels, predictions) for name in self.metrics}
+        return {"loss": pair_loss(items)} | values
+
+    def row_losses(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[PairExample],
+        options: ScoringOptions,
+    ) -> list[float]:
+        """Return each row's loss."""
+        items = classify(
+            adapted,
+            tokenizer,
+            examples,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+        )
+        return [pair_loss([item]) for item in items]
+
+    def prompt(self, example: PairExample) -> str:
+        """The text, or both on lines of their own."""
+        return example.text_a if example.text_b is None else f"{example.text_a}\n{example.text_b}"
+
+    def shown_label(self, row: Row) -> int | float | str:
+        """The class as the user wrote it, where a custom dataset has classes."""
+        label: int | float = row["labels"]
+        return self.labels[int(label)] if self.labels else label

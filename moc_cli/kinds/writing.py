@@ -1,0 +1,168 @@
+"""Texts to be written: the perplexity of what is to be learned, and outputs that match exactly.
+
+An output is generated greedily from the prompt, with one token more than the longest right output
+has. It matches if it is the right one but for white space at both ends.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import pad_token_id
+from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
+from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
+from moc_cli.kinds.causal import Causal
+from moc_cli.scoring import metrics
+from moc_cli.scoring.batch_size import BatchSize, Shape, run_batches
+from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad_left
+from moc_cli.scoring.generate import settings
+from moc_cli.scoring.loss import TextScore, lm_loss
+from moc_cli.scoring.results import Evaluation, ScoringOptions, TaskResult, single_task
+
+VOTERS = {
+    "instruction": "the prompt",
+    "chat": "all before the first answer",
+    "text": "the first token of each row",
+}
+
+
+@dataclass(frozen=True)
+class Writing(Causal):
+    """Texts of one format: instruction, chat or text.
+
+    Only given tokens vote on routes; a vote of tokens that are then predicted would tell what
+    comes:
+
+        instruction  the prompt votes
+        chat         all before the assistant's first answer votes, for the later answers too, as
+                     in a conversation that goes on with the routes it began with
+        text         nothing is given but the first token of each row (often the begin token), and
+                     it alone votes. In training all tokens vote, so the two differ most here.
+    """
+
+    format: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which tokens vote when texts are scored."""
+        return {"votes": VOTERS[self.format]}
+
+    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise DataError naming every conversation that the chat template refuses."""
+        if self.format == "chat":
+            chat_tokens(list(dict.fromkeys(examples)), tokenizer)
+
+    def encode(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on_inputs: bool,
+    ) -> Encoded:
+        """Encode texts; of conversations the assistant's turns are learned."""
+        encode = encode_chats if self.format == "chat" else encode_texts
+        return encode(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
+
+    def voters(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> list[Row]:
+        """What comes before the answer, or where nothing does the first token."""
+        encoded = self.encode_answers(examples, tokenizer, max_length)
+        pairs = zip(encoded.rows, encoded.prompt_lengths, strict=True)
+        prompts = [row["input_ids"][:length] for row, length in pairs]
+        return [{"input_ids": prompt, "labels": prompt} for prompt in prompts]
+
+    def score(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> Evaluation:
+        """Score texts: of instructions first the exact matches; of all, the perplexity.
+
+        For the perplexity texts are cut to `max_length` tokens; prompts to be answered are not.
+        """
+        task = single_task(examples)
+        begin = time.perf_counter()
+        size = BatchSize(options.batch_size)
+        encoded = self.encode_answers(examples, tokenizer, options.max_length)
+        held_out = lm_loss(adapted, tokenizer, encoded, batch_size=size, on_progress=on_progress)
+        items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
+        if self.format == "instruction":
+            outputs = _generate(adapted, tokenizer, examples, size, on_progress)
+            items = [
+                TextScore(item.loss, item.tokens, example.output.strip(), output)
+                for item, example, output in zip(items, examples, outputs, strict=True)
+            ]
+        seconds, n = time.perf_counter() - begin, len(items)
+        measure = metrics.perplexity(held_out.rows)
+        results = [TaskResult(task, "perplexity", measure.value, n, measure.stderr, None, seconds)]
+        if self.format == "instruction":
+            measure = metrics.measure("accuracy", [1] * n, [int(i.correct is True) for i in items])
+            # What always giving the most frequent output would score.
+            majority = Counter(item.label for item in items).most_common(1)[0][1] / n
+            exact = TaskResult(
+                task, "exact_match", measure.value, n, measure.stderr, majority, seconds
+            )
+            results = [exact, *results]
+        return Evaluation(tuple(results), items, size)
+
+    def watch(
+        self,
+        adapted: Scorable,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """Return loss and perplexity; nothing is generated while a model trains."""
+        held_out = self.answer_loss(adapted, tokenizer, examples, options, on_progress)
+        return {"loss": held_out.loss, "perplexity": math.exp(held_out.loss)}
+
+    def prompt(self, example: InstructionExample | ChatExample | TextExample) -> str:
+        """The prompt, or the text or conversation itself where there is none."""
+        if isinstance(example, InstructionExample):
+            return example.prompt
+        if isinstance(example, ChatExample):
+            return "\n".join(f"{role}: {content}" for role, content in example.messages)
+        return example.train_text
+
+
+def _generate(
+    adapted: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[InstructionExample],
+    size: BatchSize,
+    on_progress: Progress | None,
+) -> list[str]:
+    """Write an output for every prompt, white space at its ends left out."""
+    model: Any = adapted.model
+    texts = [example.prompt for example in examples]
+    prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    outputs = tokenizer([example.output for example in examples], verbose=False)["input_ids"]
+    new_tokens = max(map(len, outputs)) + 1
+    longest = max(map(len, prompts)) + new_tokens
+    check_fits(model, longest, "the longest prompt with the longest output")
+    shapes = [Shape(len(prompt), new_tokens) for prompt in prompts]
+    pad = pad_token_id(tokenizer)
+    with (
+        evaluating(model) as device,
+        settings(model, tokenizer, beams=1, new_tokens=new_tokens),
+    ):
+
+        def work(items: list[int]) -> list[str]:
+            ids, mask = pad_left([prompts[item] for item in items], pad, device)
+            written = model.generate(input_ids=ids, attention_mask=mask)
+            decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            return [str(text).strip() for text in decoded]
+
+        return run_batches(model, shapes, work, size=size, on_progress=on_progress)
