@@ -27,6 +27,7 @@ from moc_cli.files import (
     write_json_atomic,
     write_text_atomic,
 )
+from moc_cli.results import read_results
 
 LOCK = ".lock"
 # In the order in which an overwrite drops them: what marks a run folder goes last.
@@ -176,7 +177,10 @@ class RunFolder:
         write_json_atomic(self.path / "results.json", results)
 
     def read_results(self) -> dict[str, Any]:
-        """Return results.json; RunError when there is none, or one that lacks what it must hold."""
+        """Return results.json in format 2.
+
+        Raises RunError when there is none, or one that lacks what it must hold.
+        """
         path = self.path / "results.json"
         results = self._read_json(path)
         if results.get("status") == "finished":
@@ -185,7 +189,10 @@ class RunFolder:
             if lacking:
                 what = ", ".join(lacking)
                 raise RunError(f"{path} cannot be read: a finished run's, but it lacks {what}")
-        return results
+        try:
+            return read_results(results)
+        except ValueError as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Write environment.json."""
@@ -207,9 +214,9 @@ class RunFolder:
             return dict(results.get("before", {}))
         scores: dict[str, dict[str, float]] = {}
         for task, entry in results["tasks"].items():
-            for one in [entry, *entry.get("also", [])]:
-                if one["before"] is not None:
-                    scores.setdefault(task, {})[one["metric"]] = one["before"]
+            for metric, score in entry["metrics"].items():
+                if score["before"] is not None:
+                    scores.setdefault(task, {})[metric] = score["before"]
         return scores
 
     def read_environment(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ FLOORS = [
     {"__init__"},
     {"errors"},
     {"files"},
+    {"results"},
     {"recipe", "report", "nn", "builtin"},
     {"models"},
     {"methods"},
@@ -36,7 +37,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "numpy", "sklearn", "scipy"}
-LIGHT = {"errors", "files", "recipe", "report", "cli", "runs", "__init__", "__main__"}
+LIGHT = {"errors", "files", "results", "recipe", "report", "cli", "runs", "__init__", "__main__"}
 LIGHT_FILES = {"adapter/folder.py", "adapter/config.py", "adapter/__init__.py"}
 # The rooms and files that may import a library.
 AT_HOME = {

@@ -153,7 +153,7 @@ def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:
 
     width = out().width
     print_table(
-        results_table(finished.scores, finished.before),
+        results_table(finished.results["tasks"]),
         parameter_table(finished.counts),
         memory_table(finished.outcome.memory),
         *utilization_tables(finished.results["routing"], width=width),

@@ -11,6 +11,7 @@ from moc_cli.comparison.pairs import Difference, average_difference, difference,
 from moc_cli.comparison.runs import FINAL, Run, read_items
 from moc_cli.errors import RunError
 from moc_cli.recipe.suggest import choices
+from moc_cli.results import main_score
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def describe(run: Run, label: str, tasks: Sequence[str], averaged: Sequence[str]
     """Return what is known of one run; what is not is None."""
     results = run.results or {}
     entries = run.scores[label].tasks if label in run.scores else {}
-    means = [entries[task]["value"] for task in averaged if task in entries]
+    means = [main_score(entries[task])["value"] for task in averaged if task in entries]
     seconds, memory = results.get("seconds"), results.get("memory", {})
     return {
         "name": run.name,
@@ -124,8 +125,8 @@ def method_words(run: Run) -> str:
 
 def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
     return {
-        one["metric"]: {key: one.get(key) for key in ("value", "stderr", "n", "majority")}
-        for one in [entry, *entry.get("also", [])]
+        name: {key: score.get(key) for key in ("value", "stderr", "n", "majority")}
+        for name, score in entry["metrics"].items()
     }
 
 

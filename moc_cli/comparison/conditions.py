@@ -6,6 +6,7 @@ from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
 from moc_cli.recipe.tasks import is_classifier
+from moc_cli.results import main_score
 
 # Keys of the recipe's section train that make two trainings two experiments; batch and length have
 # sentences of their own.
@@ -104,7 +105,7 @@ def _states(runs: Sequence[Run], label: str) -> list[str]:
                 "run moc eval again."
             )
         cut = [
-            f"{name} ({entry['n']:,} of {entry['rows']:,} rows)"
+            f"{name} ({main_score(entry)['n']:,} of {entry['rows']:,} rows)"
             for name, entry in scores.tasks.items()
             if entry.get("limited")
         ]
@@ -135,7 +136,7 @@ def _scored_rows(run: Run, label: str, task: str) -> str | None:
     entry = run.scores[label].tasks.get(task) if label in run.scores else None
     if entry is None or "rows_sha256" not in entry:
         return None
-    return f"{entry['n']:,} rows ({entry['rows_sha256'][:8]})"
+    return f"{main_score(entry)['n']:,} rows ({entry['rows_sha256'][:8]})"
 
 
 def _inputs(run: Run) -> bool | None:

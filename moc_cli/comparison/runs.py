@@ -11,6 +11,7 @@ from moc_cli.adapter.folder import read_config
 from moc_cli.errors import RunError
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
+from moc_cli.results import main_score, read_results
 from moc_cli.runs import RunFolder
 
 FINAL = "final"  # the scores that training ended with; the others are called as in RUN/eval
@@ -31,7 +32,7 @@ class Scores:
     @property
     def items(self) -> int:
         """How many items were scored, over all tasks."""
-        return sum(entry["n"] for entry in self.tasks.values())
+        return sum(main_score(entry)["n"] for entry in self.tasks.values())
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _evaluations(folder: RunFolder) -> dict[str, Scores]:
     found = {}
     for path in sorted((folder.path / "eval").glob("*/results.json")):
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_results(json.loads(path.read_text(encoding="utf-8")))
             tasks = known.pop("tasks")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise RunError(f"{path} cannot be read: {error}", "run moc eval again") from error

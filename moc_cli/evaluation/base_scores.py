@@ -8,6 +8,7 @@ from typing import Any
 
 from moc_cli.data.splits import TaskRows
 from moc_cli.errors import FileError, RunError
+from moc_cli.results import read_results
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
 
@@ -30,14 +31,12 @@ class Known:
 
     scores: Sequence[Earlier] = ()
 
-    def find(self, task: TaskRows, found: Evaluation) -> dict[str, Any] | None:
-        """Return the base model's values on exactly these rows, or None."""
-        rows, metrics = task.fingerprint, [result.metric for result in found.results]
+    def find(self, task: TaskRows, evaluation: Evaluation) -> Earlier | None:
+        """Return the base model's score on exactly these rows, by the same metrics; or None."""
         for score in self.scores:
-            same = (score.task, score.rows) == (task.name, rows)
-            if same and all(metric in score.values for metric in metrics):
-                first, *others = ({"metric": name, "value": score.values[name]} for name in metrics)
-                return first | {"source": score.source} | ({"also": others} if others else {})
+            same = (score.task, score.rows) == (task.name, task.fingerprint)
+            if same and set(evaluation.metrics) <= set(score.values):
+                return score
         return None
 
 
@@ -66,13 +65,13 @@ def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> Known:
     if not file.is_file():
         return Known()
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_results(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {error}") from error
     if any(results.get(key) != value for key, value in conditions.items()):
         return Known()
     scores = []
     for task, entry in results["tasks"].items():
-        values = {one["metric"]: one["value"] for one in [entry, *entry.get("also", [])]}
+        values = {name: score["value"] for name, score in entry["metrics"].items()}
         scores.append(Earlier(task, entry["rows_sha256"], values, str(file.parent)))
     return Known(scores)

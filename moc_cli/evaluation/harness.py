@@ -131,7 +131,9 @@ def run(
                 bare = _evaluate(subject, plan, f"{name} (base)", loaded, silent)
         for task, entry in found.entries.items():
             if bare is not None:
-                entry["base"] = bare.entries[task] | {"source": "scored beside it"}
+                for metric, score in entry["metrics"].items():
+                    score["base"] = bare.entries[task]["metrics"][metric]["value"]
+                entry["base_source"] = "scored beside it"
             report.add(task, entry, found.samples.get(task, []))
     return report
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.evaluation.results_folder import Report
+from moc_cli.evaluation.results_folder import Report, mean_of_main
 
 
 class HarnessReport(Report):
@@ -16,16 +16,12 @@ class HarnessReport(Report):
         asked = [entry for entry in self.tasks.values() if "part_of" not in entry]
         if len({entry["metric"] for entry in asked}) > 1:
             return told | {"average": None, "average_of_base": None}
-        for name, values in (
-            ("average", [entry["value"] for entry in asked]),
-            ("average_of_base", [entry["base"]["value"] for entry in asked if "base" in entry]),
-        ):
-            told[name] = sum(values) / len(values) if asked and len(values) == len(asked) else None
-        return told
+        means = {"average": mean_of_main(asked, "value")}
+        return told | means | {"average_of_base": mean_of_main(asked, "base")}
 
 
 def entries(results: dict[str, Any], how: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What results.json says of every task and group: the first metric, and the others beside."""
+    """Return what results.json says of every task and group."""
     parents = {
         child: group for group, members in results["group_subtasks"].items() for child in members
     }
@@ -34,39 +30,34 @@ def entries(results: dict[str, Any], how: dict[str, Any]) -> dict[str, dict[str,
         keys = [key for key in metrics if "," in key and "_stderr," not in key]
         if not keys:
             continue  # a group that only names its subtasks
-        first, *others = (_metric(results, name, key) for key in keys)
-        found[name] = (
-            first
-            | ({"also": others} if others else {})
-            | how
-            | {
-                "version": results["versions"].get(name),
-                "num_fewshot": results["n-shot"].get(name),
-                "task_hash": _hash(results["samples"].get(name)),
-            }
-        )
-        for one in (found[name], *others):
-            one["seconds"] = how["seconds"]
+        scores = dict(_score(results, name, key) for key in keys)
+        n, rows = _counts(results, name)
+        found[name] = {
+            "metric": next(iter(scores)),
+            "metrics": scores,
+            "rows": rows,
+            "limited": n < rows,
+            **how,
+            "version": results["versions"].get(name),
+            "num_fewshot": results["n-shot"].get(name),
+            "task_hash": _hash(results["samples"].get(name)),
+        }
     for name in found.keys() & parents.keys():
         if parents[name] in found:
             found[name]["part_of"] = parents[name]
     return found
 
 
-def _metric(results: dict[str, Any], name: str, key: str) -> dict[str, Any]:
-    """One metric's numbers; lm_eval names it `metric,filter`."""
+def _score(results: dict[str, Any], name: str, key: str) -> tuple[str, dict[str, Any]]:
+    """One metric's name and numbers; lm_eval names it `metric,filter`."""
     metric, chosen = key.split(",", 1)
     stderr = results["results"][name].get(f"{metric}_stderr,{chosen}")
-    n, rows = _counts(results, name)
-    return {
-        "metric": metric if chosen == "none" else f"{metric} ({chosen})",
+    return metric if chosen == "none" else f"{metric} ({chosen})", {
         "value": results["results"][name][key],
         "stderr": stderr if isinstance(stderr, float) else None,
-        "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
         "majority": None,
-        "n": n,
-        "rows": rows,
-        "limited": n < rows,
+        "n": _counts(results, name)[0],
+        "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
     }
 
 

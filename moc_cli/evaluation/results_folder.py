@@ -6,14 +6,13 @@ under the same ones are added, under others they begin anew.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moc_cli.errors import FileError
 from moc_cli.files import write_json_atomic, write_text_atomic
-
-FORMAT = 1
+from moc_cli.results import FORMAT, main_score, read_results
 
 
 class Report:
@@ -55,14 +54,12 @@ class Report:
         The average is the plain mean of the tasks' main values, as the papers take it.
         """
         entries = list(self.tasks.values())
-        values = [entry["value"] for entry in entries]
-        bases = [entry["base"]["value"] for entry in entries if "base" in entry]
         return {
             "format": FORMAT,
             **self.conditions,
             "tasks": self.tasks,
-            "average": _mean(values),
-            "average_of_base": _mean(bases) if len(bases) == len(entries) else None,
+            "average": mean_of_main(entries, "value"),
+            "average_of_base": mean_of_main(entries, "base"),
             "limited": any(entry["limited"] for entry in entries),
         }
 
@@ -71,14 +68,14 @@ class Report:
         if not self.results_file.is_file() or not self.samples_file.is_file():
             return
         try:
-            known = json.loads(self.results_file.read_text(encoding="utf-8"))
+            known = read_results(json.loads(self.results_file.read_text(encoding="utf-8")))
             text = self.samples_file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise FileError(f"{self.results_file} cannot be read: {error}") from error
         other = [key for key, value in self.conditions.items() if known.get(key) != value]
         self.replaced = other
         whole = known.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
-        if other or not (whole and known.get("format") == FORMAT):
+        if other or not whole:
             return
         self.tasks = dict(known["tasks"])
         self._lines = dict.fromkeys(self.tasks, "")
@@ -86,8 +83,11 @@ class Report:
             self._lines[json.loads(line)["task"]] += line
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean_of_main(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Return the plain mean of `value` or `base` of the main metrics; None where one lacks it."""
+    values = [main_score(entry).get(key) for entry in entries]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def prompt_hash(text: str) -> str:

@@ -1,6 +1,6 @@
 """`moc eval` behind the door: tasks in turn, each written down as soon as it is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +84,14 @@ def run(
         for task in tasks:
             found = _score(subject, plan, task, silent)
             bare = _score(subject, plan, task, silent, base=True) if plan.base else None
-            beside = known.find(task, found) if known and not bare else None
+            base: Mapping[str, float] | None
             if bare:
-                beside = metric_entries(bare) | {"source": "scored beside it"}
-            told = entry(task, found) | ({"base": beside} if beside else {})
+                base, source = bare.values, "scored beside it"
+            elif earlier := known.find(task, found) if known else None:
+                base, source = earlier.values, earlier.source
+            else:
+                base, source = None, None
+            told = entry(task, found, base, source)
             report.add(task.name, told, samples(plan.kind, task, found, bare))
     except KeyboardInterrupt:
         say(f"stopped; {len(report.tasks)} scored tasks are in {report.results_file}")
@@ -107,32 +111,25 @@ def _score(
         )
 
 
-def entry(task: TaskRows, found: Evaluation) -> dict[str, Any]:
-    """Return what results.json says of a scored task."""
-    return metric_entries(found) | {
-        "rows": task.total,
-        "limited": task.limited,
-        "rows_sha256": task.fingerprint,
-        "batch_size": found.batch.used,
-        "halved": found.batch.halved,
-    }
-
-
-def metric_entries(found: Evaluation) -> dict[str, Any]:
-    """Return the main metric's numbers, and under `also` those of the others."""
-    first, *others = (
-        {
-            "metric": result.metric,
-            "value": result.value,
-            "stderr": result.stderr,
-            "majority": result.majority,
-            "n": result.n,
-            "seconds": result.seconds,
+def entry(
+    task: TaskRows,
+    evaluation: Evaluation,
+    base: Mapping[str, float] | None,
+    base_source: str | None,
+) -> dict[str, Any]:
+    """Return what results.json says of a scored task, beside the base model where it is known."""
+    scored = evaluation.entry() if base is None else evaluation.entry("base", base)
+    return (
+        scored
+        | {
+            "rows": task.total,
+            "limited": task.limited,
+            "rows_sha256": task.fingerprint,
+            "batch_size": evaluation.batch.used,
+            "halved": evaluation.batch.halved,
         }
-        | ({} if result.unparsed is None else {"unparsed": result.unparsed})
-        for result in found.results
+        | ({} if base is None else {"base_source": base_source})
     )
-    return first | ({"also": others} if others else {})
 
 
 def samples(

@@ -10,6 +10,8 @@ from moc_cli.export import Exported
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN
 from moc_cli.recipe.schema import Recipe
+from moc_cli.report.tables import score_text
+from moc_cli.results import read_results
 from moc_cli.runs import RunFolder
 
 PAPER = "https://arxiv.org/abs/2606.31397"
@@ -139,10 +141,7 @@ def _scores(recipe: Recipe, results: dict[str, Any]) -> list[str]:
     lines = [head, "", "| task | metric | untrained | trained | majority | n |"]
     lines.append("|---|---|---|---|---|---|")
     for task, entry in results["tasks"].items():
-        for one in [entry, *entry.get("also", [])]:
-            cells = [task, one["metric"], _share(one, "before"), _with_error(one)]
-            cells += [_share(one, "majority"), str(one["n"])]
-            lines.append(f"| {' | '.join(cells)} |")
+        lines += _rows(task, entry, "before")
     return lines
 
 
@@ -151,7 +150,7 @@ def _evaluations(trained: LoadedRun) -> list[str]:
     lines: list[str] = []
     for path in sorted((trained.folder.path / "eval").glob("*/results.json")):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_results(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue  # an evaluation that was cut off says nothing about these controls
         if found.get("controls_sha256") != trained.adapter_config["payload_sha256"]:
@@ -159,11 +158,23 @@ def _evaluations(trained: LoadedRun) -> list[str]:
         limit = f"{found['limit']} drawn rows a task" if found.get("limit") else "all rows"
         lines += ["", f"`moc eval`: protocol `{found['protocol']}`, {limit}.", ""]
         lines += ["| task | metric | base | trained | majority | n |", "|---|---|---|---|---|---|"]
-        for task, one in found["tasks"].items():
-            cells = [task, one["metric"], _share(one.get("base", {}), "value"), _with_error(one)]
-            cells += [_share(one, "majority"), str(one["n"])]
-            lines.append(f"| {' | '.join(cells)} |")
+        for task, entry in found["tasks"].items():
+            lines += _rows(task, entry, "base")
     return lines
+
+
+def _rows(task: str, entry: dict[str, Any], reference: str) -> list[str]:
+    """A table row for each metric of a task, beside the model without the method."""
+    rows = []
+    for metric, score in entry["metrics"].items():
+        shown = {
+            key: score_text(metric, score.get(key)) for key in (reference, "value", "majority")
+        }
+        if score["stderr"] is not None:
+            shown["value"] += f" ± {score_text(metric, score['stderr'])}"
+        cells = [task, metric, *shown.values(), str(score["n"])]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def _routing(routing: dict[str, Any]) -> list[str]:
@@ -218,13 +229,3 @@ def _shown(name: str) -> str:
     """A hub id as it is, of a folder only its name."""
     local = name.startswith(("/", ".", "~")) or Path(name).exists()
     return Path(name).name if local else name
-
-
-def _share(one: dict[str, Any], key: str) -> str:
-    value = one.get(key)
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _with_error(one: dict[str, Any]) -> str:
-    error = one.get("stderr")
-    return _share(one, "value") + (f" ± {100 * error:.1f}" if error is not None else "")

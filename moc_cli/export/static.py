@@ -33,7 +33,7 @@ from moc_cli.training.build import read_rows
 if TYPE_CHECKING:
     from moc_cli.load_run import LoadedRun
     from moc_cli.recipe.schema import Recipe
-    from moc_cli.scoring.results import TaskResult
+    from moc_cli.scoring.results import Evaluation
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def _rows(trained: "LoadedRun", limit: int) -> tuple[dict[str, list[Example]], .
 
 def _score(
     trained: "LoadedRun", tasks: dict[str, list[Example]], what: str, silent: bool
-) -> tuple[Record, list["TaskResult"]]:
-    """Score each task; return what the gates decided on its rows, and the main results."""
+) -> tuple[Record, list["Evaluation"]]:
+    """Score each task; return what the gates decided on its rows, and the results."""
     recipe = trained.recipe
     kind = make_kind(recipe.data)
     options = ScoringOptions(recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
@@ -189,10 +189,9 @@ def _score(
     with recorder:
         for name, examples in tasks.items():
             with WorkProgress(f"{what}: {name}", len(examples), silent=silent) as bar:
-                scored = kind.score(
-                    trained.adapted, trained.tokenizer, examples, options, bar.observe
+                results.append(
+                    kind.score(trained.adapted, trained.tokenizer, examples, options, bar.observe)
                 )
-                results.append(scored.main)
     return recorder.record(), results
 
 
@@ -217,14 +216,14 @@ def _share(
     }
 
 
-def _change(before: "TaskResult", after: "TaskResult") -> dict[str, Any]:
+def _change(before: "Evaluation", after: "Evaluation") -> dict[str, Any]:
     return {
         "task": before.task,
         "metric": before.metric,
-        "before": before.value,
-        "after": after.value,
-        "n": before.n,
-        "stderr": before.stderr,
+        "before": before.main.value,
+        "after": after.main.value,
+        "n": before.main.n,
+        "stderr": before.main.stderr,
     }
 
 

@@ -13,7 +13,7 @@ from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress, Scorable
 from moc_cli.scoring.generate import Answer, generate
 from moc_cli.scoring.rank import ItemScore, rank
-from moc_cli.scoring.results import Evaluation, ScoringOptions, TaskResult, single_task
+from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
 class Choice(Causal):
@@ -69,17 +69,9 @@ class Choice(Causal):
         # No option (None) equals no label, as the place -1 does.
         predictions = [-1 if item.prediction is None else item.prediction for item in items]
         measure = metrics.measure("accuracy", [item.label for item in items], predictions)
-        result = TaskResult(
-            task,
-            "accuracy",
-            measure.value,
-            len(items),
-            measure.stderr,
-            metrics.majority_choice(examples),
-            seconds,
-            unparsed,
-        )
-        return Evaluation((result,), items, size)
+        majority = metrics.majority_choice(examples)
+        score = Score(measure.value, measure.stderr, majority, len(items))
+        return Evaluation(task, {"accuracy": score}, items, seconds, size, unparsed)
 
     def watch(
         self,

@@ -16,7 +16,7 @@ from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import classify, pair_loss
 from moc_cli.scoring.forward import Progress, Scorable
-from moc_cli.scoring.results import Evaluation, ScoringOptions, TaskResult, single_task
+from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,12 @@ class Pairs:
         seconds = time.perf_counter() - begin
         labels = [item.label for item in items]
         predictions = [item.prediction for item in items]
-        results = []
+        scores = {}
         for name in self.metrics:
             measure = metrics.measure(name, labels, predictions)
             majority = metrics.majority(name, labels)
-            results.append(
-                TaskResult(task, name, measure.value, len(items), measure.stderr, majority, seconds)
-            )
-        return Evaluation(tuple(results), items, size)
+            scores[name] = Score(measure.value, measure.stderr, majority, len(items))
+        return Evaluation(task, scores, items, seconds, size)
 
     def watch(
         self,

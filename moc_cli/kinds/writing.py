@@ -23,7 +23,7 @@ from moc_cli.scoring.batch_size import BatchSize, Shape, run_batches
 from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad_left
 from moc_cli.scoring.generate import settings
 from moc_cli.scoring.loss import TextScore, lm_loss
-from moc_cli.scoring.results import Evaluation, ScoringOptions, TaskResult, single_task
+from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 VOTERS = {
     "instruction": "the prompt",
@@ -105,16 +105,14 @@ class Writing(Causal):
             ]
         seconds, n = time.perf_counter() - begin, len(items)
         measure = metrics.perplexity(held_out.rows)
-        results = [TaskResult(task, "perplexity", measure.value, n, measure.stderr, None, seconds)]
+        scores = {"perplexity": Score(measure.value, measure.stderr, None, n)}
         if self.format == "instruction":
             measure = metrics.measure("accuracy", [1] * n, [int(i.correct is True) for i in items])
             # What always giving the most frequent output would score.
             majority = Counter(item.label for item in items).most_common(1)[0][1] / n
-            exact = TaskResult(
-                task, "exact_match", measure.value, n, measure.stderr, majority, seconds
-            )
-            results = [exact, *results]
-        return Evaluation(tuple(results), items, size)
+            exact = Score(measure.value, measure.stderr, majority, n)
+            scores = {"exact_match": exact} | scores
+        return Evaluation(task, scores, items, seconds, size)
 
     def watch(
         self,

@@ -20,9 +20,9 @@ def evaluation_table(results: Mapping[str, Any]) -> Group:
     a metric that is everywhere the same stands in the title.
     """
     entries = results["tasks"].values()
-    based = any("base" in entry for entry in entries)
+    based = any("base_source" in entry for entry in entries)
     parsed = any("unparsed" in entry for entry in entries)
-    metrics = {one["metric"] for entry in entries for one in _metrics(entry)}
+    metrics = {name for entry in entries for name in entry["metrics"]}
     columns = ["task", *(["metric"] if len(metrics) > 1 else []), "value", "±"]
     columns += [*(["base"] if based else []), "majority", "items"]
     columns += [*(["unparsed"] if parsed else []), "seconds"]
@@ -52,19 +52,18 @@ def _title(metrics: set[str]) -> str:
 def _rows(results: Mapping[str, Any]) -> list[dict[str, Text]]:
     rows = []
     for name, entry in results["tasks"].items():
-        base = {one["metric"]: one["value"] for one in _metrics(entry.get("base"))}
-        for one in _metrics(entry):
-            items = f"{one['n']:,}" + (f" of {entry['rows']:,}" if entry["limited"] else "")
+        for metric, score in entry["metrics"].items():
+            items = f"{score['n']:,}" + (f" of {entry['rows']:,}" if entry["limited"] else "")
             cells = {
                 "task": name,
-                "metric": one["metric"],
-                "value": score_text(one["metric"], one["value"]),
-                "±": score_text(one["metric"], one["stderr"]),
-                "base": score_text(one["metric"], base.get(one["metric"])),
-                "majority": score_text(one["metric"], one["majority"]),
+                "metric": metric,
+                "value": score_text(metric, score["value"]),
+                "±": score_text(metric, score["stderr"]),
+                "base": score_text(metric, score.get("base")),
+                "majority": score_text(metric, score["majority"]),
                 "items": items,
-                "unparsed": f"{one['unparsed']:,}" if "unparsed" in one else MISSING,
-                "seconds": f"{one['seconds']:,.0f}",
+                "unparsed": f"{entry['unparsed']:,}" if "unparsed" in entry else MISSING,
+                "seconds": f"{entry['seconds']:,.0f}",
             }
             rows.append({key: Text(text) for key, text in cells.items()})
             rows[-1]["value"].stylize("bold")
@@ -85,18 +84,13 @@ def _average(results: Mapping[str, Any]) -> dict[str, Text]:
     return {key: Text(text, "bold" if key == "value" else "") for key, text in cells.items()}
 
 
-def _metrics(entry: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The main metric's numbers and the others'."""
-    return [] if entry is None else [entry, *entry.get("also", [])]
-
-
 def _caption(results: Mapping[str, Any]) -> Text:
     """How the numbers came about: protocol, type, limit, batch sizes, where the base's are from."""
     entries = results["tasks"].values()
     lines = [_how(results)]
     if results["limited"]:
         lines.append("limited: not all rows are scored, see items")
-    sources = sorted({entry["base"]["source"] for entry in entries if "base" in entry})
+    sources = sorted({entry["base_source"] for entry in entries if "base_source" in entry})
     if sources:
         lines.append(f"base: {', '.join(sources)}")
     halved = [name for name, entry in results["tasks"].items() if entry["halved"]]

@@ -14,7 +14,7 @@ WORDS = ("task", "metric")
 
 def harness_table(results: Mapping[str, Any]) -> Table:
     """Show every metric of every task; subtasks stand below their group, indented."""
-    based = any("base" in entry for entry in results["tasks"].values())
+    based = any("base_source" in entry for entry in results["tasks"].values())
     columns = ["task", "shots", "metric", "value", "±", *(["base"] if based else [])]
     columns += ["items", "seconds"]
     table = Table(
@@ -54,18 +54,17 @@ def _ordered(tasks: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _rows(name: str, entry: Mapping[str, Any]) -> list[dict[str, Text]]:
-    base = {one["metric"]: one["value"] for one in _metrics(entry.get("base"))}
     rows = []
-    for place, one in enumerate(_metrics(entry)):
+    for place, (metric, score) in enumerate(entry["metrics"].items()):
         shots = entry.get("num_fewshot")
         cells = {
             "task": ("  " if "part_of" in entry else "") + name,
             "shots": MISSING if shots is None else str(shots),
-            "metric": one["metric"],
-            "value": number(one["value"]),
-            "±": number(one["stderr"]),
-            "base": number(base.get(one["metric"])),
-            "items": f"{one['n']:,}" + (f" of {one['rows']:,}" if one["limited"] else ""),
+            "metric": metric,
+            "value": number(score["value"]),
+            "±": number(score["stderr"]),
+            "base": number(score.get("base")),
+            "items": f"{score['n']:,}" + (f" of {entry['rows']:,}" if entry["limited"] else ""),
             "seconds": f"{entry['seconds']:,.0f}",
         }
         if place:
@@ -80,10 +79,6 @@ def number(value: float | None) -> str:
     if value is None:
         return MISSING
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _metrics(entry: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    return [] if entry is None else [entry, *entry.get("also", [])]
 
 
 def _caption(results: Mapping[str, Any]) -> Text:

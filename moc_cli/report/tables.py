@@ -14,23 +14,6 @@ BARS = " ▏▎▍▌▋▊▉█"
 MISSING = "–"
 
 
-class Score(Protocol):
-    """A score of one task; `value`, `stderr` and `majority` are fractions of 1."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def stderr(self) -> float | None: ...
-    @property
-    def majority(self) -> float | None: ...
-
-
 class Bytes(Protocol):
     """Bytes of a run's parts; `kind` says what the peak measures."""
 
@@ -59,31 +42,17 @@ class Parameters(Protocol):
     def share(self) -> float: ...
 
 
-def results_rows(after: Sequence[Score], before: Sequence[Score] = ()) -> list[dict[str, Any]]:
-    """Return a row for each task, with the untrained model's value where it was scored."""
-    untrained = {(score.task, score.metric): score.value for score in before}
-    return [
-        {
-            "task": score.task,
-            "metric": score.metric,
-            "before": untrained.get((score.task, score.metric)),
-            "value": score.value,
-            "stderr": score.stderr,
-            "majority": score.majority,
-            "n": score.n,
-        }
-        for score in after
-    ]
-
-
-def results_table(after: Sequence[Score], before: Sequence[Score] = ()) -> Table:
-    """Show every task's score in hundredths, a perplexity as it is, after and before training."""
+def results_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Show the scores of results.json in hundredths, a perplexity as it is, after and before
+    training.
+    """
     table = _table("Scores", "task", "metric", "before", "after", "± stderr", "majority", "rows")
-    for row in results_rows(after, before):
-        shown = [row[key] for key in ("before", "value", "stderr", "majority")]
-        numbers = [score_text(row["metric"], value) for value in shown]
-        numbers[1] = f"[bold]{numbers[1]}[/bold]"
-        table.add_row(_plain(row["task"]), _plain(row["metric"]), *numbers, f"{row['n']:,}")
+    for task, entry in tasks.items():
+        for metric, score in entry["metrics"].items():
+            shown = [score[key] for key in ("before", "value", "stderr", "majority")]
+            numbers = [score_text(metric, value) for value in shown]
+            numbers[1] = f"[bold]{numbers[1]}[/bold]"
+            table.add_row(_plain(task), _plain(metric), *numbers, f"{score['n']:,}")
     return table
 
 

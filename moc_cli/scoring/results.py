@@ -1,7 +1,7 @@
 """Scored tasks: what tables show and results.json keeps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from moc_cli.data.examples import Example
@@ -27,44 +27,68 @@ class Item(Protocol):
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One metric of one task on n items: value and standard error as fractions, what the best
-    constant answer would score (each None where there is no such thing), the seconds that scoring
-    took, and how many generated texts held no answer (None where none are generated). A perplexity
-    is no fraction.
+class Score:
+    """One metric on n items: value and standard error as fractions, and what the best constant
+    answer would score (each None where there is no such thing). A perplexity is no fraction.
     """
 
-    task: str
-    metric: str
     value: float
-    n: int
     stderr: float | None
     majority: float | None
-    seconds: float
-    unparsed: int | None = None
+    n: int
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A scored task: its results, the main metric first, the score of every item, and the batch
-    size that was used.
+    """A scored task: its metrics by name, the main one first, and every item.
+
+    `seconds` is what scoring took, `batch` the batch size that was used; `unparsed` counts the
+    generated texts that held no answer (None where none are generated).
     """
 
-    results: tuple[TaskResult, ...]
+    task: str
+    metrics: dict[str, Score]
     items: Sequence[Item]
+    seconds: float
     batch: BatchSize = field(default_factory=BatchSize)
+    unparsed: int | None = None
 
     @property
-    def main(self) -> TaskResult:
-        """The result that tables, averages and model selection use."""
-        return self.results[0]
+    def metric(self) -> str:
+        """The metric that tables, averages and model selection use."""
+        return next(iter(self.metrics))
+
+    @property
+    def main(self) -> Score:
+        """The score by the main metric."""
+        return self.metrics[self.metric]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The bare values by metric."""
+        return {name: score.value for name, score in self.metrics.items()}
+
+    def entry(
+        self, reference: str | None = None, values: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """Return the task's entry of results.json.
+
+        `values` are those of the model without the method, written under the name `reference`
+        (`before` or `base`); None for those that are not known.
+        """
+        metrics = {name: asdict(score) for name, score in self.metrics.items()}
+        if reference is not None:
+            for name, score in metrics.items():
+                score[reference] = (values or {}).get(name)
+        entry = {"metric": self.metric, "metrics": metrics, "seconds": self.seconds}
+        return entry | ({} if self.unparsed is None else {"unparsed": self.unparsed})
 
 
-def average(results: Sequence[TaskResult]) -> float:
-    """The plain mean of the tasks' values, as the papers take it."""
-    if not results:
+def average(evaluations: Sequence[Evaluation]) -> float:
+    """The plain mean of the tasks' main values, as the papers take it."""
+    if not evaluations:
         raise DataError("no result to average")
-    return sum(result.value for result in results) / len(results)
+    return sum(evaluation.main.value for evaluation in evaluations) / len(evaluations)
 
 
 def single_task(examples: Sequence[Example]) -> str:
@@ -73,36 +97,3 @@ def single_task(examples: Sequence[Example]) -> str:
     if len(tasks) != 1:
         raise DataError(f"one task is scored at a time, found {', '.join(sorted(tasks)) or 'none'}")
     return tasks.pop()
-
-
-def task_entries(
-    after: Mapping[str, Evaluation], before: Mapping[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return what results.json says of each task; `before` is what `value_entries` made."""
-    entries = {}
-    for name, evaluation in after.items():
-        first, *others = (
-            {
-                "metric": result.metric,
-                "before": before.get(name, {}).get(result.metric),
-                "value": result.value,
-                "n": result.n,
-                "stderr": result.stderr,
-                "majority": result.majority,
-            }
-            for result in evaluation.results
-        )
-        entries[name] = first | {"seconds": evaluation.main.seconds}
-        if evaluation.main.unparsed is not None:
-            entries[name]["unparsed"] = evaluation.main.unparsed
-        if others:
-            entries[name]["also"] = others
-    return entries
-
-
-def value_entries(scores: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
-    """Return the bare values of scores: task -> metric -> value."""
-    return {
-        name: {result.metric: result.value for result in evaluation.results}
-        for name, evaluation in scores.items()
-    }

@@ -154,7 +154,7 @@ def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
 
 
 def _values(entry: dict[str, Any], key: str) -> dict[str, float | None]:
-    return {one["metric"]: one[key] for one in [entry, *entry.get("also", [])]}
+    return {name: score[key] for name, score in entry["metrics"].items()}
 
 
 def _spread(values: Sequence[float], before: float | None) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,9 @@ from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import TrainProgress, WorkProgress
+from moc_cli.results import FORMAT
 from moc_cli.runs import Call, RunFolder
-from moc_cli.scoring.results import (
-    Evaluation,
-    TaskResult,
-    average,
-    task_entries,
-    value_entries,
-)
+from moc_cli.scoring.results import Evaluation, average
 from moc_cli.training import build, words
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.contracts import Outcome, StepReport, total_steps
@@ -41,12 +36,10 @@ from moc_cli.training.resume import check_facts, check_recipe, make_identity
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: what results.json holds, and the scores it was made from."""
+    """A finished run and what results.json holds."""
 
     folder: RunFolder
     results: dict[str, Any]
-    before: list[TaskResult]
-    scores: list[TaskResult]
     counts: Counts
     outcome: Outcome
 
@@ -194,8 +187,8 @@ class Session:
         """Score, train, keep the best controls, score again, and write the results."""
         before = self.known_before
         if self.recipe.eval.before and not before:
-            before = value_entries(self.score("before"))
-        self.folder.write_results({"status": "running", "before": before})
+            before = {name: scored.values for name, scored in self.score("before").items()}
+        self.folder.write_results({"format": FORMAT, "status": "running", "before": before})
         outcome = self.fit()
         self.trained = True
         chosen = self.keep_controls(outcome)
@@ -205,15 +198,7 @@ class Session:
         routing = {} if recorder is None else recorder.record().summary()
         results = self.results(outcome, after, before) | {"controls": chosen, "routing": routing}
         self.folder.write_results(results)
-        scores = [
-            replace(result, task=name) for name, done in after.items() for result in done.results
-        ]
-        known = [
-            replace(score, value=before[score.task][score.metric])
-            for score in scores
-            if score.metric in before.get(score.task, {})
-        ]
-        return Finished(self.folder, results, known, scores, self.adapted.counts(), outcome)
+        return Finished(self.folder, results, self.adapted.counts(), outcome)
 
     def fit(self) -> Outcome:
         """Run the loop under a progress bar."""
@@ -306,9 +291,12 @@ class Session:
         """Return what results.json holds, but for controls and routing."""
         recipe, counters, counts = self.recipe, outcome.counters, self.adapted.counts()
         return {
+            "format": FORMAT,
             "status": "finished",
-            "tasks": task_entries(after, before),
-            "average": average([evaluation.main for evaluation in after.values()]),
+            "tasks": {
+                name: scored.entry("before", before.get(name)) for name, scored in after.items()
+            },
+            "average": average(list(after.values())),
             "protocol": self.scoring.protocol,
             "train_on_inputs": recipe.data.train_on_inputs,
             "stopped": outcome.stopped,

@@ -107,17 +107,13 @@ launch: {{device: cpu, num_threads: 1}}
     return ["train", str(file)]
 
 
-def told(entry: dict) -> dict[str, dict]:
-    return {one["metric"]: one for one in [entry, *entry.get("also", [])]}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, capsys):
     extra = ", columns: {label: colour}" if kind == "classification" else ""
     arguments = recipe(tmp_path, kind, extra)
     assert run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    scores = told(found["tasks"]["custom"])
+    scores = found["tasks"]["custom"]["metrics"]
     assert list(scores) == KINDS[kind][2]
     assert all(one["n"] == 6 for one in scores.values())
     assert (found["scored_split"], found["dropped"]) == ("held_out", {})
@@ -137,7 +133,7 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
 
     assert run(["eval", str(tmp_path / "run"), "--json", "--output", str(tmp_path / "eval")]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert {name: one["value"] for name, one in told(again["tasks"]["custom"]).items()} == {
+    assert {name: one["value"] for name, one in again["tasks"]["custom"]["metrics"].items()} == {
         name: pytest.approx(one["value"], rel=1e-5) for name, one in scores.items()
     }
     lines = (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()
@@ -147,7 +143,7 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
 def test_an_output_learned_by_heart_matches(tmp_path, capsys):
     more = ["--set", "train.max_steps=40", "--set", "eval.eval_strategy=no", "--json"]
     assert run([*recipe(tmp_path, "instruction"), *more]) == 0
-    scores = told(json.loads(capsys.readouterr().out)["tasks"]["custom"])
+    scores = json.loads(capsys.readouterr().out)["tasks"]["custom"]["metrics"]
     assert scores["exact_match"]["before"] == 0
     assert scores["exact_match"]["value"] == 1
     assert scores["exact_match"]["majority"] == 1
@@ -158,8 +154,9 @@ def test_an_output_learned_by_heart_matches(tmp_path, capsys):
     command = ["eval", str(tmp_path / "run"), "--path", str(other), "--output", str(tmp_path / "o")]
     assert run([*command, "--base", "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)["tasks"]["custom"]
-    assert told(entry)["exact_match"]["value"] == 0.5
-    assert entry["base"]["value"] == 0
+    assert entry["metric"] == "exact_match"
+    assert entry["metrics"]["exact_match"]["value"] == 0.5
+    assert entry["metrics"]["exact_match"]["base"] == 0
     items = [json.loads(line) for line in (tmp_path / "o" / "samples.jsonl").open()]
     assert [(i["label"], i["prediction"], i["correct"]) for i in items] == [
         ("ja", "ja", True),
@@ -289,7 +286,7 @@ def test_perplexity_is_that_of_each_row_alone_with_given_tokens_voting(kind):
         givens.append(given)
     assert [item.tokens for item in found.items] == tokens
     assert [item.loss for item in found.items] == pytest.approx(losses, rel=1e-4)
-    result = next(one for one in found.results if one.metric == "perplexity")
+    result = found.metrics["perplexity"]
     assert result.value == pytest.approx(math.exp(sum(losses) / sum(tokens)), rel=1e-4)
     voters = [count for mask in watched.masks for count in mask.sum(1).tolist()]
     assert sorted(voters) == sorted(givens)

@@ -22,6 +22,7 @@ from moc_cli.kinds import Choice
 from moc_cli.models import load
 from moc_cli.recipe.schema import DataSection
 from moc_cli.report.evaluation_tables import evaluation_table
+from moc_cli.results import main_score
 from moc_cli.scoring.results import ScoringOptions
 
 LIMIT = 24
@@ -65,10 +66,12 @@ def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, an
     own = json.loads((trained / "results.json").read_text())["tasks"]["world"]
     found = answer(trained, "--limit", LIMIT, "--output", tmp_path / "out")
     task = found["tasks"]["world"]
-    assert (task["value"], task["stderr"], task["n"]) == (own["value"], own["stderr"], LIMIT)
-    base = {"metric": "accuracy", "value": own["before"], "source": "before training"}
-    assert task["base"] == base
-    assert (found["average"], found["average_of_base"]) == (own["value"], own["before"])
+    score, own_score = main_score(task), main_score(own)
+    assert score | {"before": score["base"]} == own_score | {"base": own_score["before"]}
+    assert score["n"] == LIMIT
+    assert task["base_source"] == "before training"
+    averages = (found["average"], found["average_of_base"])
+    assert averages == (own_score["value"], own_score["before"])
     assert (found["protocol"], found["limit"], found["limited"]) == ("rank", LIMIT, True)
     assert (task["rows"], task["limited"], task["halved"]) == (432, True, 0)
     written = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -77,7 +80,7 @@ def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, an
     }
     lines = samples(tmp_path / "out")
     assert len(lines) == LIMIT
-    assert sum(line["correct"] for line in lines) == round(own["value"] * LIMIT)
+    assert sum(line["correct"] for line in lines) == round(own_score["value"] * LIMIT)
     for line in lines:
         best, second = sorted(line["scores"])[:-3:-1]
         assert line["margin"] == pytest.approx(best - second)
@@ -86,7 +89,7 @@ def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, an
 
 def test_other_rows_have_no_known_base(trained: Path, tmp_path: Path, answer) -> None:
     found = answer(trained, "--limit", LIMIT - 1, "--output", tmp_path / "out")
-    assert "base" not in found["tasks"]["world"]
+    assert "base" not in main_score(found["tasks"]["world"])
     assert found["average_of_base"] is None
 
 
@@ -96,13 +99,11 @@ def test_a_bare_model_stands_beside_its_runs(trained: Path, tmp_path: Path, answ
     assert bare["folder"] == "runs/eval/builtin--world-llama/builtin-rank-limit-30"
     task = bare["tasks"]["world"]
     beside = answer(trained, "--limit", 30, "--base", "--output", "a")["tasks"]["world"]
-    assert beside["base"].pop("source") == "scored beside it"
-    times = ("seconds", "base")
-    for key in beside["base"].keys() - set(times):
-        assert beside["base"][key] == task[key]
+    assert beside["base_source"] == "scored beside it"
+    assert main_score(beside)["base"] == main_score(task)["value"]
     found = answer(trained, "--limit", 30, "--output", "b")["tasks"]["world"]
-    assert found["base"]["value"] == task["value"]
-    assert found["base"]["source"] == bare["folder"]
+    assert main_score(found)["base"] == main_score(task)["value"]
+    assert found["base_source"] == bare["folder"]
     lines = samples(tmp_path / "a")
     for line, other in zip(lines, samples(tmp_path / bare["folder"]), strict=True):
         assert line["prompt"] == other["prompt"]
@@ -119,11 +120,10 @@ def test_answers_are_generated_in_training_and_after(tmp_path: Path, answer) -> 
     task = found["tasks"]["world"]
     assert found["folder"] == str(folder / "eval" / "generate-limit-6")
     assert found["protocol"] == "generate"
-    assert (task["value"], task["unparsed"]) == (
-        own["tasks"]["world"]["value"],
-        own["tasks"]["world"]["unparsed"],
-    )
-    assert task["base"]["value"] == own["tasks"]["world"]["before"]
+    before = own["tasks"]["world"]
+    assert task["unparsed"] == before["unparsed"]
+    assert main_score(task)["value"] == main_score(before)["value"]
+    assert main_score(task)["base"] == main_score(before)["before"]
     lines = samples(Path(found["folder"]))
     assert sum(line["answer"] is None for line in lines) == task["unparsed"]
     for line in lines:
@@ -132,7 +132,7 @@ def test_answers_are_generated_in_training_and_after(tmp_path: Path, answer) -> 
         assert line["answer"] is None or line["answer"] in line["output"]
     ranked = answer(folder, "--limit", 6, "--protocol", "rank")
     assert ranked["protocol"] == "rank"
-    assert "base" not in ranked["tasks"]["world"]
+    assert "base" not in main_score(ranked["tasks"]["world"])
     again = ["train", "quickstart", "--overwrite", "--json", "--output-dir", str(folder)]
     assert run([*again, *(word for change in SMALL for word in ("--set", change))]) == 0
     assert not (folder / "eval").exists()
@@ -261,11 +261,11 @@ def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
     subject = Subject(SimpleNamespace(model=model), make_pair_tokenizer(), {"run": "r"})
     tasks = plan.read_rows()
     report = session.run(subject, plan, tasks, tmp_path / "out", silent=True).to_json()
-    assert {name: entry["n"] for name, entry in report["tasks"].items()} == {
+    assert {name: main_score(entry)["n"] for name, entry in report["tasks"].items()} == {
         "mnli": 12,
         "mnli (mismatched)": 7,
     }
-    values = [entry["value"] for entry in report["tasks"].values()]
+    values = [main_score(entry)["value"] for entry in report["tasks"].values()]
     assert report["average"] == sum(values) / 2
     assert not report["limited"]
     text = shown(report, 80)
@@ -306,7 +306,7 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
 
 
 def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
-    entry = {"value": 0.5, "limited": False}
+    entry = {"metric": "f1", "metrics": {"f1": {"value": 0.5}}, "limited": False}
     Report(tmp_path, {"limit": None, "run": "r"}).add("boolq", entry, [{"row": 0}])
     assert Report(tmp_path, {"limit": None, "run": "r"}).tasks == {"boolq": entry}
     other = Report(tmp_path, {"limit": 5, "run": "r"})
@@ -317,13 +317,12 @@ def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
 
 def test_a_known_base_is_of_these_rows_and_metrics() -> None:
     task = TaskRows.draw("boolq", choices("boolq", 4), None)
-    found = SimpleNamespace(results=[SimpleNamespace(metric="accuracy")])
+    found = SimpleNamespace(metrics={"accuracy": None})
     first = Earlier("boolq", task.fingerprint, {"accuracy": 0.25}, "first")
     second = Earlier("boolq", task.fingerprint, {"accuracy": 0.75}, "second")
     other_rows = Earlier("boolq", "0" * 64, {"accuracy": 1.0}, "other")
     other_metric = Earlier("boolq", task.fingerprint, {"f1": 1.0}, "other")
-    expected = {"metric": "accuracy", "value": 0.25, "source": "first"}
-    assert Known([other_rows, other_metric, first, second]).find(task, found) == expected
+    assert Known([other_rows, other_metric, first, second]).find(task, found) is first
     assert Known([other_rows, other_metric]).find(task, found) is None
     assert Known([first]).find(TaskRows.draw("boolq", choices("boolq", 3), None), found) is None
     assert Known([first]).find(TaskRows.draw("piqa", choices("boolq", 4), None), found) is None
@@ -333,7 +332,8 @@ def test_a_known_base_is_of_these_rows_and_metrics() -> None:
 
 
 def table_entry(value: float, **more: Any) -> dict[str, Any]:
-    entry = {"metric": "accuracy", "value": value, "stderr": 0.0149, "majority": 0.4987, "n": 500}
+    score = {"value": value, "stderr": 0.0149, "majority": 0.4987, "n": 500, "base": 0.2512}
+    entry = {"metric": "accuracy", "metrics": {"accuracy": score}, "base_source": "before training"}
     entry |= {"seconds": 1234.5, "rows": 10042, "limited": True, "batch_size": 32, "halved": 0}
     return entry | more
 
@@ -346,10 +346,9 @@ def shown(results: dict[str, Any], width: int) -> str:
 
 
 def table_results(**more: Any) -> dict[str, Any]:
-    base = {"metric": "accuracy", "value": 0.2512, "source": "before training"}
     names = ("boolq", "social_i_qa", "ARC-Challenge", "hellaswag")
-    tasks = {name: table_entry(0.5 + n / 7, base=base, **more) for n, name in enumerate(names)}
-    mean = sum(entry["value"] for entry in tasks.values()) / 4
+    tasks = {name: table_entry(0.5 + n / 7, **more) for n, name in enumerate(names)}
+    mean = sum(main_score(entry)["value"] for entry in tasks.values()) / 4
     told = {"protocol": "rank", "dtype": "float32", "device": "cpu", "train_on_inputs": True}
     return told | {"tasks": tasks, "average": mean, "average_of_base": 0.2512, "limited": True}
 
@@ -371,7 +370,7 @@ def test_numbers_never_wrap_in_80_columns(more: dict[str, int]) -> None:
 def test_what_is_not_known_has_no_column_and_what_was_halved_is_told() -> None:
     results = table_results(halved=1, batch_size=8)
     for entry in results["tasks"].values():
-        del entry["base"]
+        del entry["base_source"]
     text = shown(results | {"average_of_base": None, "limited": False}, 80)
     assert "base" not in text
     assert "halved: boolq, social_i_qa" in " ".join(text.split())

@@ -38,7 +38,9 @@ def runs(tmp_path_factory) -> list:
 
 
 def world(folder) -> dict:
-    return json.loads((folder / "results.json").read_text())["tasks"]["world"]
+    return json.loads((folder / "results.json").read_text())["tasks"]["world"]["metrics"][
+        "accuracy"
+    ]
 
 
 def test_it_generalises_over_seeds(runs):

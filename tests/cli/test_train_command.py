@@ -10,6 +10,7 @@ from support.models import make_tiny_model
 from support.rows import choice_rows, write_rows
 
 from moc_cli.cli import run
+from moc_cli.results import main_score
 from moc_cli.runs import RunFolder
 
 
@@ -27,8 +28,10 @@ def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys)
     found = folder.read_results()
     task = found["tasks"]["ARC-Easy"]
     assert (found["status"], found["steps"], found["train_on_inputs"]) == ("finished", 6, True)
-    assert set(task) == {"metric", "before", "value", "n", "stderr", "majority", "seconds"}
-    assert (task["metric"], task["n"], task["majority"]) == ("accuracy", 6, 1.0)
+    assert set(task) == {"metric", "metrics", "seconds"}
+    (score,) = task["metrics"].values()
+    assert set(score) == {"before", "value", "n", "stderr", "majority"}
+    assert (task["metric"], score["n"], score["majority"]) == ("accuracy", 6, 1.0)
     assert found["memory"]["trainable"] == 4 * found["parameters"]["adapter"]
     assert found["memory"]["optimizer"] > 2 * found["memory"]["trainable"]
     assert found["memory"]["peak"] > 10**8
@@ -94,8 +97,8 @@ def test_classification_trains_its_head_and_keeps_the_best_epoch(tmp_path, pairs
     best = min(evaluations, key=lambda line: line["eval"]["loss"])
     assert found["controls"] == {"step": best["step"], "chosen": "best loss"}
     task = found["tasks"]["mrpc"]
-    assert task["value"] == pytest.approx(best["eval"]["accuracy"])
-    assert [other["metric"] for other in task["also"]] == ["f1"]
+    assert task["metrics"]["accuracy"]["value"] == pytest.approx(best["eval"]["accuracy"])
+    assert list(task["metrics"]) == ["accuracy", "f1"]
     _, payload = folder.read_controls()
     state = load(payload)
     assert state["modules.classifier.weight"].shape == (2, 32)
@@ -107,7 +110,7 @@ def test_regression_reports_the_correlation(tmp_path, pairs):
     assert run([*pairs, "--set", "data.tasks=[stsb]", "--set", "train.num_train_epochs=8"]) == 0
     task = results(tmp_path)["tasks"]["stsb"]
     assert task["metric"] == "pearson"
-    assert task["value"] > 0.5
+    assert main_score(task)["value"] > 0.5
     lines = RunFolder.open(tmp_path / "run").read_metrics()
     evaluations = [line["eval"] for line in lines if "eval" in line]
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
@@ -158,14 +161,15 @@ def test_resume_on_changed_rows_or_weights_is_refused(tmp_path, choices, capsys)
 
 def test_more_steps_go_on_and_keep_the_score_before(tmp_path, choices, capsys):
     assert run(choices) == 0
-    before = results(tmp_path)["tasks"]["ARC-Easy"]["before"]
+    before = main_score(results(tmp_path)["tasks"]["ARC-Easy"])["before"]
     capsys.readouterr()
     assert run([*choices, "--resume", "auto", "--set", "train.max_steps=8"]) == 0
     said = capsys.readouterr().err
     assert "train.max_steps: 6 -> 8" in said
     assert "before ARC-Easy" not in said
     found = results(tmp_path)
-    assert (found["steps"], found["tasks"]["ARC-Easy"]["before"]) == (8, before)
+    assert found["steps"] == 8
+    assert main_score(found["tasks"]["ARC-Easy"])["before"] == before
     history = RunFolder.open(tmp_path / "run").read_environment()["history"]
     assert [entry["from_step"] for entry in history] == [0, 6]
 
@@ -216,7 +220,7 @@ def test_bf16_keeps_the_trained_in_float32(tmp_path, choices):
     _, payload = RunFolder.open(tmp_path / "run").read_controls()
     assert {tensor.dtype for tensor in load(payload).values()} == {torch.float32}
     found = results(tmp_path)
-    assert found["tasks"]["ARC-Easy"]["before"] is None
+    assert main_score(found["tasks"]["ARC-Easy"])["before"] is None
     base = sum(p.numel() for p in make_tiny_model("llama").parameters())
     assert found["memory"]["weights"] == 2 * base
     assert all(math.isfinite(line["loss"]) for line in RunFolder(tmp_path / "run").read_metrics())

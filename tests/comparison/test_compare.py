@@ -27,7 +27,8 @@ RIGHT = {"a": [1, 1, 1, 0, 0, 1, 0, 1], "b": [1, 0, 1, 1, 1, 1, 0, 1]}  # of the
 
 
 def metric_entry(metric: str, value: float, n: int) -> dict[str, Any]:
-    return {"metric": metric, "value": value, "n": n, "stderr": 0.1, "majority": 0.5}
+    score = {"value": value, "n": n, "stderr": 0.1, "majority": 0.5}
+    return {"metric": metric, "metrics": {metric: score}}
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def make(tmp_path: Path) -> Make:
         loaded = load_recipe(recipe, [f"output.output_dir={folder}", *overrides])
         (folder / "recipe.yaml").write_text(dump(loaded))
         results = {
+            "format": 2,
             "status": status,
             "tasks": tasks or {"world": metric_entry("accuracy", 0.5, 8)},
             "protocol": "rank",
@@ -120,10 +122,8 @@ def write_eval(
                 sides = ([item[key] for item in lines] for key in ("label", "prediction"))
                 value = METRICS[metric](*sides)
             found.append(metric_entry(metric, value, len(lines)))
-        first, *others = found
-        tasks[task] = (
-            first | {"rows": len(lines), "limited": False} | ({"also": others} if others else {})
-        )
+        scores = {metric: score for entry in found for metric, score in entry["metrics"].items()}
+        tasks[task] = found[0] | {"metrics": scores, "rows": len(lines), "limited": False}
     text = "".join(
         json.dumps({"task": task} | item) + "\n" for task, lines in items.items() for item in lines
     )
@@ -132,6 +132,7 @@ def write_eval(
     (path / "samples.jsonl").write_text(text)
     controls = json.loads((folder / "controls" / "adapter_config.json").read_text())
     known = {
+        "format": 2,
         "protocol": "rank",
         "limit": None,
         "controls_sha256": controls["payload_sha256"],
@@ -224,8 +225,7 @@ def test_metrics_of_classes_and_values_are_recomputed(make: Make) -> None:
             values = []
             for current in runs:
                 entry = current.scores["classify"].tasks[task]
-                entries = {e["metric"]: e["value"] for e in [entry, *entry.get("also", [])]}
-                values.append(entries[metric])
+                values.append(entry["metrics"][metric]["value"])
             assert one.value == pytest.approx(values[1] - values[0])
     # The average is of the main metrics, and steadier than its parts.
     parts = [found["mrpc", "accuracy"], found["stsb", "pearson"]]

@@ -28,6 +28,7 @@ from moc_cli.evaluation.harness import HarnessPlan, load_tasks
 from moc_cli.evaluation.harness_model import HarnessModel, until
 from moc_cli.methods import Adapted, attach, bare
 from moc_cli.recipe.methods import MocMethod
+from moc_cli.results import main_score
 from moc_cli.scoring import forward
 from moc_cli.scoring import rank as ranking
 from moc_cli.scoring.forward import voting
@@ -462,24 +463,25 @@ def test_a_task_is_scored_and_written_down(evaluate: Callable, tmp_path: Path) -
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert told["tasks"] == saved["tasks"]
     choice, text = saved["tasks"]["own_choice"], saved["tasks"]["own_text"]
+    score = main_score(choice)
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
     items = [line for line in lines if line["task"] == "own_choice"]
     assert [item["row"] for item in items] == list(range(len(ROWS)))
     right = [item["prediction"] == row["answer"] for item, row in zip(items, ROWS, strict=True)]
     assert [item["correct"] for item in items] == right
     share = sum(right) / len(right)
-    assert choice["value"] == pytest.approx(share)
-    assert choice["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
-    assert (choice["metric"], choice["n"], choice["rows"]) == ("acc", 8, 8)
+    assert score["value"] == pytest.approx(share)
+    assert score["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
+    assert (choice["metric"], score["n"], choice["rows"]) == ("acc", 8, 8)
     assert (choice["version"], choice["num_fewshot"], choice["limited"]) == (2.5, 0, False)
-    assert choice["also"][0]["metric"] == "acc_norm"
+    assert list(choice["metrics"]) == ["acc", "acc_norm"]
     assert choice["batch_size"] == 3
     assert len(choice["task_hash"]) == 64
     assert saved["lm_eval_version"] == told["lm_eval_version"]
     assert saved["protocol"] == "harness"
     letters = sum(len(row["text"].encode()) for row in ROWS)
     total = sum(item["scores"][0] for item in lines if item["task"] == "own_text")
-    assert text["value"] == pytest.approx(math.exp(-total / letters))
+    assert main_score(text)["value"] == pytest.approx(math.exp(-total / letters))
     assert saved["average"] is None  # of an accuracy and a perplexity
 
 
@@ -520,7 +522,7 @@ def test_a_limit_is_said_and_the_base_stands_beside(evaluate: Callable) -> None:
     assert "base" in flat
     told = json.loads(evaluate("--harness", "own_choice", "--limit", "5", "--json")[0])
     assert told["limited"] is True
-    assert told["tasks"]["own_choice"]["n"] == 5
+    assert main_score(told["tasks"]["own_choice"])["n"] == 5
 
 
 def test_the_base_is_the_model_without_controls(
@@ -533,17 +535,19 @@ def test_the_base_is_the_model_without_controls(
     asked += ["--harness", "own_text", "--tasks-path", str(folder)]
     assert run([*asked, "--output", str(tmp_path / "bare")]) == 0
     bare = json.loads(capfd.readouterr().out)["tasks"]["own_text"]
-    assert entry["base"]["value"] == pytest.approx(bare["value"], rel=1e-5)
-    assert entry["value"] != pytest.approx(bare["value"], rel=1e-5)
+    score, alone = main_score(entry), main_score(bare)["value"]
+    assert score["base"] == pytest.approx(alone, rel=1e-5)
+    assert score["value"] != pytest.approx(alone, rel=1e-5)
 
 
 def test_a_group_counts_its_tasks_together(evaluate: Callable) -> None:
     told = json.loads(evaluate("--harness", "own_group", "--limit", "6", "--json")[0])
     group, one, two = (told["tasks"][name] for name in ("own_group", "own_choice", "own_more"))
-    assert group["value"] == pytest.approx((one["value"] + two["value"]) / 2)
-    assert (group["n"], group["rows"], group["limited"]) == (12, 16, True)
+    value, *parts = (main_score(entry)["value"] for entry in (group, one, two))
+    assert value == pytest.approx(sum(parts) / 2)
+    assert (main_score(group)["n"], group["rows"], group["limited"]) == (12, 16, True)
     assert one["part_of"] == two["part_of"] == "own_group"
-    assert told["average"] == group["value"]
+    assert told["average"] == value
     out, _ = evaluate("--harness", "own_group", "--limit", "6")
     places = [out.index(name) for name in ("own_group", "  own_choice", "  own_more")]
     assert places == sorted(places)
@@ -564,7 +568,7 @@ def test_later_tasks_join_the_earlier(evaluate: Callable) -> None:
     told = json.loads(evaluate("--harness", "own_more", "--json")[0])
     assert set(told["tasks"]) == {"own_choice", "own_more"}
     assert told["average"] == pytest.approx(
-        sum(entry["value"] for entry in told["tasks"].values()) / 2
+        sum(main_score(entry)["value"] for entry in told["tasks"].values()) / 2
     )
 
 

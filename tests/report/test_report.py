@@ -11,16 +11,6 @@ from moc_cli.report import output, progress, tables
 
 
 @dataclass(frozen=True)
-class Score:
-    task: str
-    metric: str
-    value: float
-    n: int
-    stderr: float | None
-    majority: float | None
-
-
-@dataclass(frozen=True)
 class Memory:
     weights: int
     trainable: int
@@ -55,35 +45,33 @@ def cells(text: str, first: str) -> list[str]:
     return next(line.split() for line in text.splitlines() if line.split()[:1] == [first])
 
 
-AFTER = [
-    Score("mrpc", "accuracy", 0.83123, 408, 0.019, 0.684),
-    Score("mrpc", "f1", 0.881, 408, None, 0.812),
-]
-BEFORE = [Score("mrpc", "accuracy", 0.316, 408, 0.023, 0.684)]
+TASKS = {
+    "mrpc": {
+        "metric": "accuracy",
+        "metrics": {
+            "accuracy": {
+                "value": 0.83123,
+                "stderr": 0.019,
+                "majority": 0.684,
+                "n": 408,
+                "before": 0.316,
+            },
+            "f1": {"value": 0.881, "stderr": None, "majority": 0.812, "n": 408, "before": None},
+        },
+    }
+}
 
 
 def test_results_stand_beside_the_untrained_and_the_majority() -> None:
-    text = drawn(tables.results_table(AFTER, BEFORE))
+    text = drawn(tables.results_table(TASKS))
     assert cells(text, "mrpc") == ["mrpc", "accuracy", "31.6", "83.1", "1.9", "68.4", "408"]
     assert ["mrpc", "f1", "–", "88.1", "–", "81.2", "408"] in [
         line.split() for line in text.splitlines()
     ]
-    rows = tables.results_rows(AFTER, BEFORE)
-    assert rows[0] == {
-        "task": "mrpc",
-        "metric": "accuracy",
-        "before": 0.316,
-        "value": 0.83123,
-        "stderr": 0.019,
-        "majority": 0.684,
-        "n": 408,
-    }
-    assert rows[1]["before"] is None
 
 
 def test_a_name_in_brackets_is_no_markup() -> None:
-    score = Score("[red]x[/red]", "accuracy", 0.5, 2, 0.1, 0.5)
-    assert "[red]x[/red]" in drawn(tables.results_table([score]))
+    assert "[red]x[/red]" in drawn(tables.results_table({"[red]x[/red]": TASKS["mrpc"]}))
     assert "[b]" in drawn(tables.recipe_table([("[b]", "c")]))
 
 

@@ -22,7 +22,7 @@ from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.forward import voting
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import ItemScore, rank
-from moc_cli.scoring.results import ScoringOptions, TaskResult, average
+from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, average
 
 MakeModel = Callable[..., PreTrainedModel]
 CLOSE = 2e-4  # float32 sums of log-probabilities, in different orders of the same products
@@ -259,7 +259,7 @@ def test_one_output_is_a_regression(pair_tokenizer: Tokenizer, tiny_model: MakeM
     found = bare(tiny_model("bert", num_labels=1))
     kind = Pairs(("pearson", "spearman"), 1)
     evaluation = kind.score(found, pair_tokenizer, pairs, ScoringOptions(8, 64))
-    assert [result.metric for result in evaluation.results] == ["pearson", "spearman"]
+    assert list(evaluation.metrics) == ["pearson", "spearman"]
     assert evaluation.main.majority == 0
     item = evaluation.items[0]
     assert isinstance(item, PairScore)
@@ -284,10 +284,10 @@ def test_choice_result(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None
     evaluation = Choice().score(found, byte_tokenizer, examples, ScoringOptions(4))
     right = sum(item.correct for item in evaluation.items if isinstance(item, ItemScore))
     main = evaluation.main
-    assert (main.task, main.metric, main.n) == ("boolq", "accuracy", 9)
+    assert (evaluation.task, evaluation.metric, main.n) == ("boolq", "accuracy", 9)
     assert main.value == pytest.approx(right / 9)
     assert main.majority == pytest.approx(1 / 3)
-    assert main.seconds > 0
+    assert evaluation.seconds > 0
 
 
 def test_tasks_are_scored_one_at_a_time(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
@@ -299,7 +299,7 @@ def test_tasks_are_scored_one_at_a_time(byte_tokenizer: Tokenizer, tiny_model: M
 
 def test_average_is_the_plain_mean() -> None:
     results = [
-        TaskResult(task, "accuracy", value, n, 0.0, 0.0, 0.0)
+        Evaluation(task, {"accuracy": Score(value, 0.0, 0.0, n)}, [], 0.0)
         for task, value, n in (("boolq", 0.5, 10), ("piqa", 1.0, 1000))
     ]
     assert average(results) == 0.75

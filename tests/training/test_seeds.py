@@ -10,6 +10,7 @@ import pytest
 
 from moc_cli.cli import run
 from moc_cli.recipe.load import load_recipe
+from moc_cli.results import main_score
 from moc_cli.runs import Call, RunFolder
 from moc_cli.training import seeds as module
 from moc_cli.training.interrupt import Interrupted
@@ -53,9 +54,12 @@ def test_each_seed_is_the_run_that_it_would_be_alone(tmp_path, choices, capsys) 
     first = RunFolder.open(tmp_path / "run" / "seed-42")
     assert first.read_controls()[1] != second.read_controls()[1]
     # The base is the same for both: it is scored in the first run alone.
-    assert first.read_results()["tasks"]["ARC-Easy"]["before"] is not None
-    assert second.read_results()["tasks"]["ARC-Easy"]["before"] is None
-    assert found["average"]["before"] == first.read_results()["tasks"]["ARC-Easy"]["before"]
+    assert main_score(first.read_results()["tasks"]["ARC-Easy"])["before"] is not None
+    assert main_score(second.read_results()["tasks"]["ARC-Easy"])["before"] is None
+    assert (
+        found["average"]["before"]
+        == main_score(first.read_results()["tasks"]["ARC-Easy"])["before"]
+    )
 
 
 def test_a_head_is_drawn_by_seed_and_scored_for_each(tmp_path, pairs, capsys) -> None:
@@ -66,7 +70,7 @@ def test_a_head_is_drawn_by_seed_and_scored_for_each(tmp_path, pairs, capsys) ->
         assert words in shown.out
     for seed in (42, 43):
         entry = RunFolder.open(tmp_path / "run" / f"seed-{seed}").read_results()["tasks"]["mrpc"]
-        assert entry["before"] is not None
+        assert main_score(entry)["before"] is not None
     assert f"compare {tmp_path}/run/seed-42 {tmp_path}/run/seed-43" in shown.err
 
 
