@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FORMAT = 2
+LOWER_IS_BETTER = ("loss", "perplexity")
 _OF_METRIC = ("value", "stderr", "majority", "n", "before", "higher_is_better")
 _DROPPED = ("also", "base", *_OF_METRIC)
 

@@ -149,7 +149,7 @@ def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:
         results_table,
         utilization_tables,
     )
-    from moc_cli.training import words
+    from moc_cli.report.train_lines import summary_line
 
     width = out().width
     print_table(
@@ -158,7 +158,7 @@ def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:
         memory_table(finished.outcome.memory),
         *utilization_tables(finished.results["routing"], width=width),
     )
-    say(words.summary(finished.results, finished.folder.path))
+    say(summary_line(finished.results, finished.folder.path))
     say("\nTry next:")
     folder = finished.folder.path
     other = "control" if recipe.method.name != "control" else "moc"
@@ -193,9 +193,9 @@ def _show_preview(recipe: "Recipe", json: bool) -> None:
         f"{read.steps:,} steps; {100 * read.padding_share:.1f} % padding\n"
     )
     if read.dropped:
-        from moc_cli.training.words import dropped
+        from moc_cli.report.train_lines import dropped_rows
 
-        console.print(f"Left out: {dropped(read.dropped)}\n")
+        console.print(f"Left out: {dropped_rows(read.dropped)}\n")
     console.print(_row(read, colored=console.is_terminal and not console.no_color))
 
 

@@ -1,7 +1,7 @@
 """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, nothing if silent.
 
 with TrainProgress(total_steps, memory_kind="peak resident") as bar:
-    fit(..., observe=bar.observe_step)
+    loop.run(observe=bar.observe_step)
 """
 
 import math
@@ -19,7 +19,7 @@ from moc_cli.report import output
 from moc_cli.report.tables import duration, size
 
 if TYPE_CHECKING:
-    from moc_cli.training.contracts import StepReport
+    from moc_cli.training.loop_types import StepReport
 
 WINDOW = 20  # steps over which the shown loss and speeds are means
 

@@ -3,12 +3,11 @@
 import math
 
 from moc_cli.errors import MocError
+from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.training.checkpoint import Counters
 
-LOWER_IS_BETTER = ("loss", "perplexity")
 
-
-def judge(counters: Counters, values: dict[str, float], metric: str | None) -> bool:
+def update_best(counters: Counters, values: dict[str, float], metric: str | None) -> bool:
     """Count one evaluation and return whether it is the best so far; a NaN never is.
 
     Raises MocError when `values` does not hold `metric`.

@@ -21,8 +21,8 @@ from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import LaunchSection, ModelSection, Recipe
 from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.scoring.results import ScoringOptions
-from moc_cli.training.contracts import Data, Settings
 from moc_cli.training.log import Track
+from moc_cli.training.loop_types import Data, Settings
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,15 @@ class Built:
     dtype: str
     weights_hash: str
     fingerprint: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The kind of task, its encoded training rows, and the same as the loop takes them."""
+
+    kind: Kind
+    encoded: Encoded
+    data: Data
 
 
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
@@ -97,26 +106,36 @@ def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
     return recipe, splits
 
 
-def make_data(
-    kind: Kind,
-    encoded: Encoded,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    seed: int,
-    group_by_length: bool,
-) -> Data:
-    """Return encoded rows as the loop takes them; raises DataError when no row has a target."""
+def encode_rows(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> TrainingRows:
+    """Encode the training rows and cut them into batches.
+
+    Raises DataError for examples of any part that the tokenizer cannot take, and where no row has
+    an answer left.
+    """
+    data, train = recipe.data, recipe.train
+    kind = make_kind(data)
+    kind.check(splits.all_examples, tokenizer)
+    encoded = kind.encode(
+        splits.train,
+        tokenizer,
+        max_length=data.max_length,
+        train_on_inputs=data.train_on_inputs,
+    )
     if encoded.answerless == len(encoded.rows):
         raise DataError(
             "data.max_length cuts off the answer of every training row", "raise data.max_length"
         )
-    batches = Batches(encoded.lengths, batch_size, seed=seed, group_by_length=group_by_length)
+    batches = Batches(
+        encoded.lengths,
+        train.per_device_train_batch_size,
+        seed=recipe.seed,
+        group_by_length=train.group_by_length,
+    )
 
     def collate(numbers: list[int]) -> dict[str, Any]:
         return kind.collate([encoded.rows[number] for number in numbers], tokenizer)
 
-    return Data(batches, collate, kind.loss, batches.padding_share())
+    return TrainingRows(kind, encoded, Data(batches, collate, kind.loss, batches.padding_share()))
 
 
 def build(recipe: Recipe, device: torch.device) -> Built:

@@ -10,11 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.encode import IGNORED, Row
 from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError, MocError
-from moc_cli.kinds import make_kind
 from moc_cli.methods import Counts
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
-from moc_cli.training.contracts import total_steps
+from moc_cli.training.loop_types import total_steps
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ class _OutOfReach(Exception):
     """The hub was needed for what only the run itself must have."""
 
 
-def _read(recipe: Recipe, rows: Splits | None, published: bool) -> Reading:
+def _read(recipe: Recipe, splits: Splits | None, published: bool) -> Reading:
     """Read the rows, if that is not done, and encode them as training would."""
     data = recipe.data
     try:
-        rows = rows or build.read_rows(recipe)[1]
+        splits = splits or build.read_rows(recipe)[1]
     except DataError as error:
         if data.path is not None or data.suite == "builtin":
             raise
@@ -113,29 +112,17 @@ def _read(recipe: Recipe, rows: Splits | None, published: bool) -> Reading:
         if not published:
             raise
         raise _OutOfReach(error.message) from error
-    kind = make_kind(data)
-    kind.check(rows.all_examples, tokenizer)
-    encoded = kind.encode(
-        rows.train, tokenizer, max_length=data.max_length, train_on_inputs=data.train_on_inputs
-    )
-    training = build.make_data(
-        kind,
-        encoded,
-        tokenizer,
-        batch_size=recipe.train.per_device_train_batch_size,
-        seed=recipe.seed,
-        group_by_length=recipe.train.group_by_length,
-    )
-    first = encoded.rows[0]
+    rows = build.encode_rows(recipe, splits, tokenizer)
+    first = rows.encoded.rows[0]
     return Reading(
-        steps=total_steps(build.make_settings(recipe), training.batches),
-        rows=len(encoded.rows),
-        truncated=encoded.truncated,
-        answerless=encoded.answerless,
-        dropped=rows.dropped,
-        padding_share=training.padding_share,
-        pieces=split_row(first, tokenizer, kind.loss == "causal"),
-        label=kind.shown_label(first),
+        steps=total_steps(build.make_settings(recipe), rows.data.batches),
+        rows=len(rows.encoded.rows),
+        truncated=rows.encoded.truncated,
+        answerless=rows.encoded.answerless,
+        dropped=splits.dropped,
+        padding_share=rows.data.padding_share,
+        pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),
+        label=rows.kind.shown_label(first),
     )
 
 

@@ -16,10 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from moc_cli.errors import MocError
+from moc_cli.methods import Adapted
 from moc_cli.training import loss, memory, optim, rng
-from moc_cli.training.best import judge, out_of_patience
+from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
-from moc_cli.training.contracts import (
+from moc_cli.training.interrupt import Interrupt, Interrupted
+from moc_cli.training.log import MEASURED, MetricsLog
+from moc_cli.training.loop_types import (
     Data,
     Evaluate,
     Outcome,
@@ -28,66 +31,34 @@ from moc_cli.training.contracts import (
     total_steps,
     warmup_steps,
 )
-from moc_cli.training.interrupt import Interrupt, Interrupted
-from moc_cli.training.log import MEASURED, MetricsLog
 from moc_cli.training.usage import Usage
 
 
-def fit(
-    adapted: Any,
-    data: Data,
-    settings: Settings,
-    *,
-    accelerator: Accelerator,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    identity: dict[str, Any] | None = None,
-    evaluate: Evaluate | None = None,
-    resume: Snapshot | None = None,
-    interrupt: Interrupt | None = None,
-    observe: Callable[[StepReport], None] | None = None,
-    command: str = "moc train RECIPE --resume auto",
-) -> Outcome:
-    """Train `adapted` in place, from its first step or from `resume`.
+class Loop:
+    """One training of `adapted`, in place.
 
     `identity` goes into every checkpoint. `evaluate` returns named values; it runs in evaluation
     mode, without gradients, and leaves no trace in the random numbers. `command` continues the run.
-
-    Raises Interrupted after a signal and MocError at a loss that is not finite, both with a
-    checkpoint of the last good state; FileError when the disk is full.
     """
-    loop = _Loop(adapted, data, settings, accelerator, checkpoints, log)
-    loop.identity, loop.command = identity or {}, command
-    loop.scorer, loop.interrupt = evaluate, interrupt or Interrupt()
-    with loop.usage:
-        loop.begin(resume)
-        while not loop.finished():
-            report = loop.train_step()
-            if observe is not None:
-                observe(report)
-            loop.after_step()
-    return loop.outcome()
-
-
-class _Loop:
-    """The state of one `fit`: counters, optimizer, and the epoch's list of micro-batches."""
-
-    identity: dict[str, Any]
-    command: str
-    scorer: Evaluate | None
-    interrupt: Interrupt
 
     def __init__(
         self,
-        adapted: Any,
+        adapted: Adapted,
         data: Data,
         settings: Settings,
+        *,
         accelerator: Accelerator,
         checkpoints: Checkpoints,
         log: MetricsLog,
+        identity: dict[str, Any] | None = None,
+        evaluate: Evaluate | None = None,
+        interrupt: Interrupt | None = None,
+        command: str = "moc train RECIPE --resume auto",
     ) -> None:
         self.adapted, self.data, self.settings = adapted, data, settings
         self.accelerator, self.checkpoints, self.log = accelerator, checkpoints, log
+        self.identity, self.scorer = identity or {}, evaluate
+        self.interrupt, self.command = interrupt or Interrupt(), command
         self.device = accelerator.device
         self.model = accelerator.prepare_model(adapted.model)
         self.named = adapted.named_trainables()
@@ -106,6 +77,26 @@ class _Loop:
         self.counters = Counters()
         self.grad_norm = 0.0
         self.saved_step: int | None = None
+
+    def run(
+        self,
+        *,
+        resume: Snapshot | None = None,
+        observe: Callable[[StepReport], None] | None = None,
+    ) -> Outcome:
+        """Train from the first step or from a checkpoint.
+
+        Raises Interrupted after a signal and MocError at a loss that is not finite, both with a
+        checkpoint of the last good state; FileError when the disk is full.
+        """
+        with self.usage:
+            self.begin(resume)
+            while not self.finished():
+                report = self.train_step()
+                if observe is not None:
+                    observe(report)
+                self.after_step()
+        return self.outcome()
 
     # Beginning and end
 
@@ -300,7 +291,7 @@ class _Loop:
         finally:
             self.model.train()
             rng.restore(before)
-        improved = judge(self.counters, values, self.settings.metric)
+        improved = update_best(self.counters, values, self.settings.metric)
         record = {"step": self.counters.step, "epoch": self.epoch(), "eval": values}
         measured = {MEASURED: {"seconds": time.perf_counter() - started}}
         self.log.write(record | {"best": improved} | measured)

@@ -1,4 +1,4 @@
-"""`moc train` behind the door: from a recipe to a finished run folder.
+"""`moc train`: from a recipe to a finished run folder.
 
 claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 -> fit -> the best controls -> score after -> results.json
@@ -12,26 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save
+from transformers import PreTrainedTokenizerBase
 
+from moc_cli.data.splits import Splits
 from moc_cli.errors import FileError
-from moc_cli.kinds import make_kind
 from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.schema import Recipe
+from moc_cli.report import train_lines
 from moc_cli.report.progress import TrainProgress, WorkProgress
 from moc_cli.results import FORMAT
 from moc_cli.runs import Call, RunFolder
-from moc_cli.scoring.results import Evaluation, average
-from moc_cli.training import build, words
+from moc_cli.scoring.results import Evaluation, ScoringOptions, average
+from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
-from moc_cli.training.contracts import Outcome, StepReport, total_steps
-from moc_cli.training.environment import describe_environment
+from moc_cli.training.environment import describe_device, describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog, require_trackers
-from moc_cli.training.loop import fit
+from moc_cli.training.loop import Loop
+from moc_cli.training.loop_types import Outcome, Settings, StepReport, total_steps
 from moc_cli.training.memory import peak_kind
 from moc_cli.training.resume import check_facts, check_recipe, make_identity
+
+Values = dict[str, dict[str, float]]  # task -> metric -> value
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,28 @@ class Finished:
     outcome: Outcome
 
 
+@dataclass(frozen=True)
+class Job:
+    """A training that is ready to begin: everything is read and checked, nothing is written.
+
+    `snapshot` is the checkpoint that it goes on from; `changes` says what differs from it.
+    """
+
+    recipe: Recipe
+    splits: Splits
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    built: build.Built
+    rows: build.TrainingRows
+    settings: Settings
+    scoring: ScoringOptions
+    identity: dict[str, Any]
+    snapshot: Snapshot | None
+    changes: list[str]
+
+
 class Session:
-    """One call of `moc train`; remarks go to `say`, unless `silent` and not a warning."""
+    """One call of `moc train`; messages go to `say`, only warnings if `silent`."""
 
     def __init__(
         self, recipe: Recipe, *, call: Call, say: Callable[[str], None], silent: bool = False
@@ -54,278 +79,264 @@ class Session:
         self.call = call
         self.again = f"{call.command} --resume auto"
         self.warn = say
-        self.say = (lambda text: None) if silent else say
+        self.say: Callable[[str], None] = (lambda text: None) if silent else say
         self.silent = silent
         self.interrupt = Interrupt()
-        self.trained = False
-        self.remarks: list[str] = []
 
     def run(self, *, resume: str | None = None, overwrite: bool = False) -> Finished:
         """Train from the start or from a checkpoint (`auto`, or its path), and score.
 
         Raises MocError for what the user can mend, Interrupted after a signal.
         """
-        recipe = self.recipe
-        require_trackers(recipe.output.report_to)
-        self.folder = RunFolder.claim(
-            recipe.output.output_dir,
-            call=self.call,
-            resume=resume is not None,
-            overwrite=overwrite,
+        output = self.recipe.output
+        require_trackers(output.report_to)
+        folder = RunFolder.claim(
+            output.output_dir, call=self.call, resume=resume is not None, overwrite=overwrite
         )
-        with self.folder:
-            self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.output.save_total_limit)
-            self.recipe, self.rows = build.read_rows(recipe)
-            self.snapshot = self.find_checkpoint(resume) if resume else None
-            self.prepare()
-            self.open_folder()
+        with folder:
+            checkpoints = Checkpoints(folder.checkpoints, output.save_total_limit)
+            job = self.prepare(folder, checkpoints, resume)
+            before = self.open_folder(job, folder, checkpoints)
             with self.interrupt:
                 try:
-                    return self.train_and_score()
-                except Interrupted as stop:
-                    raise self.explained(stop) from None
+                    return self.train_and_score(job, folder, checkpoints, before)
                 except FileError as error:
                     hint = f"make room or mend the disk, then: {self.again}"
                     raise FileError(error.message, error.hint or hint) from error
 
-    def find_checkpoint(self, resume: str) -> Snapshot | None:
-        """Return the checkpoint to go on from; None where `auto` finds none.
+    def prepare(self, folder: RunFolder, checkpoints: Checkpoints, resume: str | None) -> Job:
+        """Make rows, device, tokenizer, model and data, and check them against the checkpoint.
 
-        Raises RunError when it is damaged, or when the recipe became another one.
+        Everything that can be wrong is found here, before a file is touched.
         """
-        if resume != "auto":
-            path: Path = Path(resume)
-            snapshot = read_checkpoint(path)
-        else:
-            found = self.checkpoints.newest(self.warn)
-            if found is None:
-                self.say(f"no checkpoint in {self.folder.path}: starting from the first step")
-                return None
-            path, snapshot = found
-        self.remarks = check_recipe(
-            snapshot.identity["recipe"], self.recipe.model_dump(mode="json")
+        recipe, splits = build.read_rows(self.recipe)
+        snapshot = self.find_checkpoint(checkpoints, resume, folder) if resume else None
+        saved = snapshot.identity if snapshot else {}
+        changes = check_recipe(saved["recipe"], recipe.model_dump(mode="json")) if snapshot else []
+        accelerator = build.make_accelerator(
+            recipe.launch, recipe.output.report_to, folder.trackers
         )
-        self.say(words.columns("resume", f"{path}, step {snapshot.counters.step}"))
-        return snapshot
-
-    # Everything that can be wrong is found here, before a file is touched.
-
-    def prepare(self) -> None:
-        """Make device, rows, tokenizer, model and data; check them against the checkpoint."""
-        recipe, data = self.recipe, self.recipe.data
-        self.accelerator = build.make_accelerator(
-            recipe.launch, recipe.output.report_to, self.folder.trackers
+        self.say(train_lines.device_line(describe_device(accelerator.device)))
+        tokenizer = build.make_tokenizer(recipe.model)
+        rows = build.encode_rows(recipe, splits, tokenizer)
+        built = build.build(recipe, accelerator.device)
+        counts = built.adapted.counts()
+        self.say(train_lines.model_line(built.name, counts.base, built.dtype))
+        self.say(train_lines.method_line(recipe.method.name, counts))
+        self.say(
+            train_lines.rows_line(
+                train=len(splits.train),
+                validation=len(splits.validation),
+                scored=sum(map(len, splits.tests.values())),
+                max_length=recipe.data.max_length,
+                truncated=rows.encoded.truncated,
+                answerless=rows.encoded.answerless,
+                dropped=splits.dropped,
+            )
         )
-        self.device = self.accelerator.device
-        self.say(words.columns("device", words.device(self.device)))
-        self.tokenizer = build.make_tokenizer(recipe.model)
-        self.kind = make_kind(data)
-        self.kind.check(self.rows.all_examples, self.tokenizer)
-        self.built = build.build(recipe, self.device)
-        self.adapted = self.built.adapted
-        self.say(words.columns("model", words.model(self.built)))
-        self.say(words.columns("method", words.method(recipe.method.name, self.adapted.counts())))
-        self.encoded = self.kind.encode(
-            self.rows.train,
-            self.tokenizer,
-            max_length=data.max_length,
-            train_on_inputs=data.train_on_inputs,
-        )
-        self.data = build.make_data(
-            self.kind,
-            self.encoded,
-            self.tokenizer,
-            batch_size=recipe.train.per_device_train_batch_size,
-            seed=recipe.seed,
-            group_by_length=recipe.train.group_by_length,
-        )
-        self.say(words.columns("data", words.rows(self.rows, self.encoded, data.max_length)))
-        self.scoring = build.make_scoring_options(recipe)
-        named = self.adapted.named_trainables()
-        self.identity = make_identity(
+        trainables = built.adapted.named_trainables()
+        identity = make_identity(
             recipe.model_dump(mode="json"),
-            weights=self.built.weights_hash,
-            data=self.rows.fingerprints(),
-            trainables={name: list(parameter.shape) for name, parameter in named.items()},
+            weights=built.weights_hash,
+            data=splits.fingerprints(),
+            trainables={name: list(parameter.shape) for name, parameter in trainables.items()},
             threads=torch.get_num_threads(),
         )
-        if self.snapshot is not None:
-            self.remarks += check_facts(self.snapshot.identity, self.identity)
-        for remark in self.remarks:
-            self.warn(f"changed: {remark}")
-
-    def open_folder(self) -> None:
-        """Begin the run folder, or go on in it; checkpoints beyond the resumed one step aside."""
-        snapshot, fresh = self.snapshot, self.snapshot is None
-        history = [] if fresh else self.folder.history()
-        self.known_before = {} if fresh else self.folder.scores_before()
-        self.folder.begin(dump(self.recipe), fresh=fresh)
         if snapshot is not None:
-            for path in self.checkpoints.set_aside_after(snapshot.counters.step):
-                self.warn(f"moved a later checkpoint to {path}")
-        self.folder.write_environment(
-            describe_environment(
-                self.device,
-                model=self.recipe.model.model_name_or_path,
-                revision=self.recipe.model.revision,
-                weights=self.built.weights_hash,
-                data=self.rows.fingerprints(),
-            )
-            | {
-                "history": [
-                    *history,
-                    {
-                        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                        "from_step": snapshot.counters.step if snapshot else 0,
-                        "changed": self.remarks,
-                    },
-                ]
-            }
+            changes += check_facts(saved, identity)
+        for change in changes:
+            self.warn(f"changed: {change}")
+        return Job(
+            recipe,
+            splits,
+            accelerator,
+            tokenizer,
+            built,
+            rows,
+            build.make_settings(recipe),
+            build.make_scoring_options(recipe),
+            identity,
+            snapshot,
+            changes,
         )
 
-    def train_and_score(self) -> Finished:
-        """Score, train, keep the best controls, score again, and write the results."""
-        before = self.known_before
-        if self.recipe.eval.before and not before:
-            before = {name: scored.values for name, scored in self.score("before").items()}
-        self.folder.write_results({"format": FORMAT, "status": "running", "before": before})
-        outcome = self.fit()
-        self.trained = True
-        chosen = self.keep_controls(outcome)
-        recorder = self.adapted.recorder(detailed=False)
-        with recorder or nullcontext():
-            after = self.score("after")
-        routing = {} if recorder is None else recorder.record().summary()
-        results = self.results(outcome, after, before) | {"controls": chosen, "routing": routing}
-        self.folder.write_results(results)
-        return Finished(self.folder, results, self.adapted.counts(), outcome)
+    def find_checkpoint(
+        self, checkpoints: Checkpoints, resume: str, folder: RunFolder
+    ) -> Snapshot | None:
+        """Return the checkpoint to go on from; None where `auto` finds none.
 
-    def fit(self) -> Outcome:
+        Raises RunError when it is damaged.
+        """
+        if resume == "auto":
+            newest = checkpoints.newest(self.warn)
+            if newest is None:
+                self.say(f"no checkpoint in {folder.path}: starting from the first step")
+                return None
+            path, snapshot = newest
+        else:
+            path, snapshot = Path(resume), read_checkpoint(Path(resume))
+        self.say(train_lines.labelled("resume", f"{path}, step {snapshot.counters.step}"))
+        return snapshot
+
+    def open_folder(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Values:
+        """Begin the run folder, or go on in it; return the scores before training known from it.
+
+        Checkpoints beyond the resumed one are moved aside.
+        """
+        snapshot, fresh = job.snapshot, job.snapshot is None
+        history = [] if fresh else folder.history()
+        before = {} if fresh else folder.scores_before()
+        folder.begin(dump(job.recipe), fresh=fresh)
+        step = snapshot.counters.step if snapshot else 0
+        if snapshot is not None:
+            for path in checkpoints.set_aside_after(step):
+                self.warn(f"moved a later checkpoint to {path}")
+        environment = describe_environment(
+            job.accelerator.device,
+            model=job.recipe.model.model_name_or_path,
+            revision=job.recipe.model.revision,
+            weights=job.built.weights_hash,
+            data=job.identity["data"],
+        )
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        start = {"started": started, "from_step": step, "changed": job.changes}
+        folder.write_environment(environment | {"history": [*history, start]})
+        return before
+
+    def train_and_score(
+        self, job: Job, folder: RunFolder, checkpoints: Checkpoints, before: Values
+    ) -> Finished:
+        """Score, train, keep the best controls, score again, and write the results."""
+        if job.recipe.eval.before and not before:
+            untrained = self.score(job, "before", "stopped before the first step")
+            before = {name: evaluation.values for name, evaluation in untrained.items()}
+        folder.write_results({"format": FORMAT, "status": "running", "before": before})
+        outcome = self.fit(job, folder, checkpoints)
+        chosen = self.keep_controls(job, folder, checkpoints, outcome)
+        recorder = job.built.adapted.recorder(detailed=False)
+        with recorder or nullcontext():
+            after = self.score(job, "after", "training is done and kept")
+        routing = {} if recorder is None else recorder.record().summary()
+        results = make_results(job, outcome, after, before)
+        results |= {"controls": chosen, "routing": routing}
+        folder.write_results(results)
+        return Finished(folder, results, job.built.adapted.counts(), outcome)
+
+    def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
         """Run the loop under a progress bar."""
-        settings = build.make_settings(self.recipe)
-        log = MetricsLog(self.folder.metrics, build.start_trackers(self.accelerator, self.recipe))
+        settings, step = job.settings, job.snapshot.counters.step if job.snapshot else 0
+        trackers = build.start_trackers(job.accelerator, job.recipe)
         bar = TrainProgress(
-            total_steps(settings, self.data.batches),
+            total_steps(settings, job.rows.data.batches),
             silent=self.silent,
             every=settings.logging_steps,
-            memory_kind=peak_kind(self.device),
+            memory_kind=peak_kind(job.accelerator.device),
         )
-        self.step = self.snapshot.counters.step if self.snapshot else 0
 
         def observe(report: StepReport) -> None:
-            self.step = report.step
+            nonlocal step
+            step = report.step
             bar.observe_step(report)
 
+        def watch() -> dict[str, float]:
+            values = job.rows.kind.watch(
+                job.built.adapted,
+                job.tokenizer,
+                job.splits.validation,
+                job.scoring,
+                lambda *_: self.interrupt.check(),
+            )
+            self.say(train_lines.watched_line(step, values))
+            return values
+
+        loop = Loop(
+            job.built.adapted,
+            job.rows.data,
+            settings,
+            accelerator=job.accelerator,
+            checkpoints=checkpoints,
+            log=MetricsLog(folder.metrics, trackers),
+            identity=job.identity,
+            evaluate=watch if settings.eval_strategy != "no" else None,
+            interrupt=self.interrupt,
+            command=self.again,
+        )
         try:
             with bar:
-                return fit(
-                    self.adapted,
-                    self.data,
-                    settings,
-                    accelerator=self.accelerator,
-                    checkpoints=self.checkpoints,
-                    log=log,
-                    identity=self.identity,
-                    evaluate=self.watch if settings.eval_strategy != "no" else None,
-                    resume=self.snapshot,
-                    interrupt=self.interrupt,
-                    observe=observe,
-                    command=self.again,
-                )
+                return loop.run(resume=job.snapshot, observe=observe)
         finally:
-            if log.track is not None:
-                self.accelerator.end_training()
+            if trackers is not None:
+                job.accelerator.end_training()
 
-    def watch(self) -> dict[str, float]:
-        """Evaluate in the middle of training; a signal stops it."""
-        values = self.kind.watch(
-            self.adapted,
-            self.tokenizer,
-            self.rows.validation,
-            self.scoring,
-            lambda *_: self.interrupt.check(),
-        )
-        self.say(words.watched(self.step, values))
-        return values
-
-    def score(self, label: str) -> dict[str, Evaluation]:
-        """Score every task; a signal stops it."""
+    def score(self, job: Job, label: str, progress: str) -> dict[str, Evaluation]:
+        """Score every task; after a signal raises Interrupted, which tells of the `progress`."""
         scores = {}
-        for name, examples in self.rows.tests.items():
+        for name, examples in job.splits.tests.items():
             with WorkProgress(f"{label} {name}", len(examples), silent=self.silent) as bar:
 
-                def progress(done: int, total: int, bar: WorkProgress = bar) -> None:
+                def observe(done: int, total: int, bar: WorkProgress = bar) -> None:
                     bar.observe(done, total)
-                    self.interrupt.check()
+                    if self.interrupt.signal is not None:
+                        raise Interrupted(
+                            self.interrupt.signal,
+                            f"{progress}; scoring was stopped",
+                            f"continue with: {self.again}",
+                        )
 
-                scores[name] = self.kind.score(
-                    self.adapted, self.tokenizer, examples, self.scoring, progress
+                scores[name] = job.rows.kind.score(
+                    job.built.adapted, job.tokenizer, examples, job.scoring, observe
                 )
         return scores
 
-    def keep_controls(self, outcome: Outcome) -> dict[str, Any]:
+    def keep_controls(
+        self, job: Job, folder: RunFolder, checkpoints: Checkpoints, outcome: Outcome
+    ) -> dict[str, Any]:
         """Save the best checkpoint's controls, or the last ones, and say which."""
-        step, name = outcome.counters.step, "last"
+        adapted, step, name = job.built.adapted, outcome.counters.step, "last"
         best = outcome.counters.best_step
-        if best is not None and best not in self.checkpoints.steps():
+        if best is not None and best not in checkpoints.steps():
             # It lies in the folder of the run that this one was continued from.
             self.warn(f"the best step, {best}, has no checkpoint here: keeping the last controls")
         elif best is not None:
-            name = f"best {build.make_settings(self.recipe).metric}"
+            name = f"best {job.settings.metric}"
             if best != step:
-                self.adapted.load_state(read_checkpoint(self.checkpoints.path(best)).trainables)
+                adapted.load_state(read_checkpoint(checkpoints.path(best)).trainables)
                 step = best
-        config = self.adapted.adapter_config() | {
-            **build.base_facts(self.recipe, self.built),
-            "step": step,
-        }
-        self.folder.save_controls(config, save(self.adapted.state(), {"format": "pt"}))
+        config = adapted.adapter_config() | build.base_facts(job.recipe, job.built)
+        folder.save_controls(config | {"step": step}, save(adapted.state(), {"format": "pt"}))
         return {"step": step, "chosen": name}
 
-    def results(
-        self,
-        outcome: Outcome,
-        after: dict[str, Evaluation],
-        before: dict[str, dict[str, float]],
-    ) -> dict[str, Any]:
-        """Return what results.json holds, but for controls and routing."""
-        recipe, counters, counts = self.recipe, outcome.counters, self.adapted.counts()
-        return {
-            "format": FORMAT,
-            "status": "finished",
-            "tasks": {
-                name: scored.entry("before", before.get(name)) for name, scored in after.items()
-            },
-            "average": average(list(after.values())),
-            "protocol": self.scoring.protocol,
-            "train_on_inputs": recipe.data.train_on_inputs,
-            "stopped": outcome.stopped,
-            "steps": counters.step,
-            "epochs": outcome.epochs,
-            "examples": counters.examples,
-            "tokens": counters.tokens,
-            "seconds": counters.seconds,
-            "padding_share": outcome.padding_share,
-            "truncated": self.encoded.truncated,
-            "answerless": self.encoded.answerless,
-            "parameters": {
-                "adapter": counts.adapter,
-                "modules": counts.modules,
-                "base": counts.base,
-                "share": counts.share,
-            },
-            "memory": outcome.memory,
-            **self.rows.facts,
-            **self.kind.facts,
-        }
 
-    def explained(self, stop: Interrupted) -> Interrupted:
-        """Return the interruption with what was kept and how to go on."""
-        if stop.hint is not None:
-            return stop
-        kept = "training is done and kept" if self.trained else "stopped before the first step"
-        return Interrupted(
-            stop.number,
-            f"{kept}; scoring was stopped",
-            f"continue with: {self.again}",
-        )
+def make_results(
+    job: Job, outcome: Outcome, after: dict[str, Evaluation], before: Values
+) -> dict[str, Any]:
+    """Return what results.json holds, but for controls and routing."""
+    counters, counts, encoded = outcome.counters, job.built.adapted.counts(), job.rows.encoded
+    return {
+        "format": FORMAT,
+        "status": "finished",
+        "tasks": {
+            name: evaluation.entry("before", before.get(name)) for name, evaluation in after.items()
+        },
+        "average": average(list(after.values())),
+        "protocol": job.scoring.protocol,
+        "train_on_inputs": job.recipe.data.train_on_inputs,
+        "stopped": outcome.stopped,
+        "steps": counters.step,
+        "epochs": outcome.epochs,
+        "examples": counters.examples,
+        "tokens": counters.tokens,
+        "seconds": counters.seconds,
+        "padding_share": outcome.padding_share,
+        "truncated": encoded.truncated,
+        "answerless": encoded.answerless,
+        "parameters": {
+            "adapter": counts.adapter,
+            "modules": counts.modules,
+            "base": counts.base,
+            "share": counts.share,
+        },
+        "memory": outcome.memory,
+        **job.splits.facts,
+        **job.rows.kind.facts,
+    }

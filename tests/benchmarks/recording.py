@@ -19,48 +19,43 @@ import numpy as np
 import torch
 from spread import ratio_interval
 
-from moc_cli.kinds import make_kind
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints
+from moc_cli.training.interrupt import Interrupt
 from moc_cli.training.log import MetricsLog
-from moc_cli.training.loop import _Loop
+from moc_cli.training.loop import Loop
 from moc_cli.training.usage import Usage
 
 ARMS = ("counted", "plain", "plain again")
 
 
-def make(recipe: Recipe, folder: Path) -> _Loop:
+def make(recipe: Recipe, folder: Path) -> Loop:
     """A training that is ready for its first step."""
     accelerator = build.make_accelerator(recipe.launch, (), folder)
     recipe, rows = build.read_rows(recipe)
-    data = recipe.data
     tokenizer = build.make_tokenizer(recipe.model)
     adapted = build.build(recipe, accelerator.device).adapted
-    kind = make_kind(data)
-    encoded = kind.encode(
-        rows.train,
-        tokenizer,
-        max_length=data.max_length,
-        train_on_inputs=data.train_on_inputs,
-    )
-    given = build.make_data(
-        kind,
-        encoded,
-        tokenizer,
-        batch_size=recipe.train.per_device_train_batch_size,
-        seed=recipe.seed,
-        group_by_length=recipe.train.group_by_length,
-    )
+    given = build.encode_rows(recipe, rows, tokenizer).data
     log, checkpoints = MetricsLog(folder / "metrics.jsonl"), Checkpoints(folder, None)
-    loop = _Loop(adapted, given, build.make_settings(recipe), accelerator, checkpoints, log)
-    loop.scorer = None
+    loop = Loop(
+        adapted,
+        given,
+        build.make_settings(recipe),
+        accelerator=accelerator,
+        checkpoints=checkpoints,
+        log=log,
+        identity={},
+        evaluate=None,
+        interrupt=Interrupt(),
+        command="",
+    )
     loop.begin(None)
     return loop
 
 
-def block(loop: _Loop, usages: dict[str, Usage], steps: int, orders: Iterator) -> dict[str, float]:
+def block(loop: Loop, usages: dict[str, Usage], steps: int, orders: Iterator) -> dict[str, float]:
     """Time of some steps and their log line under each usage, which take turns at every step."""
     times = dict.fromkeys(usages, 0.0)
     for step in range(1, steps + 1):

@@ -219,7 +219,7 @@ def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, c
     results = json.loads((moc / "results.json").read_text())
     assert environment["model"]["weights_sha256"] in text
     assert environment["data"]["train"]["sha256"] in text
-    assert f"{100 * results['tasks']['world']['value']:.1f}" in text
+    assert f"{100 * results['tasks']['world']['metrics']['accuracy']['value']:.1f}" in text
     for words in (
         "protocol `rank`",
         "8 drawn rows a task",

@@ -46,8 +46,8 @@ VOLATILE = re.compile(
 NEAR_TIES = re.compile(
     r"routing\.|\buse\b|local_share|counts|\bshare\b|\bweight\b|per_site|per_control|summary"
     r"|\bdead\b|warnings|prediction|correct|margin|votes|choice|facts|notes|text$|output$|answer$"
-    r"|ended|tokens$|unparsed|average|tasks\.\w+\.(value|before|stderr)|base\.(value|stderr)|stderr"
-    r"|interval|differ|scores|ablation|matrix|better|worse|gained|lost"
+    r"|ended|tokens$|unparsed|average|stderr"
+    r"|metrics\.\w+\.(value|before|base)|interval|differ|scores|ablation|matrix|better|worse|gained|lost"
 )
 SUMS = re.compile(r"\b(counts|share|weight|per_site)\b")
 

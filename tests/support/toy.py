@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from moc_cli.training import rng
 from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
-from moc_cli.training.contracts import Data, Outcome, Settings
 from moc_cli.training.log import MetricsLog
-from moc_cli.training.loop import fit
+from moc_cli.training.loop import Loop
+from moc_cli.training.loop_types import Data, Outcome, Settings
 
 VOCABULARY = 11
 WIDTH = 6
@@ -111,10 +111,11 @@ def toy_data(batches: list[list[int]], shuffled: bool = False) -> Data:
 
 
 def toy_fit(folder, adapted: ToyAdapted, data: Data, settings: Settings, **more) -> Outcome:
-    """`fit` on the CPU with checkpoints and metrics in `folder`."""
+    """The loop on the CPU with checkpoints and metrics in `folder`."""
     folder.mkdir(exist_ok=True)
     limit = more.pop("limit", None)
-    return fit(
+    run = {name: more.pop(name) for name in ("resume", "observe") if name in more}
+    return Loop(
         adapted,
         data,
         settings,
@@ -122,7 +123,7 @@ def toy_fit(folder, adapted: ToyAdapted, data: Data, settings: Settings, **more)
         checkpoints=Checkpoints(folder / "checkpoints", limit),
         log=MetricsLog(folder / "metrics.jsonl"),
         **more,
-    )
+    ).run(**run)
 
 
 def snapshot(step: int = 4, best: int | None = None) -> Snapshot:

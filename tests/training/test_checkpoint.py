@@ -19,7 +19,7 @@ from moc_cli.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from moc_cli.training.contracts import Settings
+from moc_cli.training.loop_types import Settings
 
 PARTS = ("trainables.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 SETTINGS = Settings(num_train_epochs=1, save_strategy="steps", save_steps=2, logging_steps=1)

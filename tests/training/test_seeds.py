@@ -162,9 +162,9 @@ def test_a_stop_keeps_what_is_done_and_auto_goes_on(tmp_path, choices, capsys, m
 def test_a_signal_inside_a_run_says_how_all_seeds_go_on(tmp_path, choices, monkeypatch) -> None:
     recipe = load_recipe(choices[1], ["train.max_steps=4", "output.save_steps=1"])
 
-    def stopped(self):
+    def stopped(self, *parts):
         self.interrupt.signal = 15
-        return fit(self)
+        return fit(self, *parts)
 
     fit = module.Session.fit
     monkeypatch.setattr(module.Session, "fit", stopped)

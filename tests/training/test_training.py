@@ -19,11 +19,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moc_cli.errors import MocError
 from moc_cli.training import optim, rng
-from moc_cli.training.best import judge, out_of_patience
+from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, read_checkpoint
-from moc_cli.training.contracts import Data, Settings, StepReport, total_steps
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MEASURED, require_trackers, without_measured
+from moc_cli.training.loop_types import Data, Settings, StepReport, total_steps
 from moc_cli.training.loss import count_targets, task_loss
 
 SETTINGS = Settings(seed=3, learning_rate=0.05, num_train_epochs=2, logging_steps=1)
@@ -389,11 +389,11 @@ def test_loss_is_better_when_lower_and_nan_is_never_best():
     verdicts = []
     for step, value in enumerate([math.nan, 2.0, 1.5, 1.5, math.nan, 1.0], 1):
         counters.step = step
-        verdicts.append(judge(counters, {"loss": value}, "loss"))
+        verdicts.append(update_best(counters, {"loss": value}, "loss"))
     assert verdicts == [False, True, True, False, False, True]
     assert (counters.best_value, counters.best_step, counters.bad_evaluations) == (1.0, 6, 0)
     with pytest.raises(MocError, match=r"'f1'.*not give"):
-        judge(counters, {"loss": 1.0}, "f1")
+        update_best(counters, {"loss": 1.0}, "f1")
 
 
 def test_patience_stops_the_run(tmp_path):

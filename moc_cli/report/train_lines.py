@@ -1,0 +1,94 @@
+"""What a training says of itself while it runs, in one line each."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moc_cli.report.tables import Parameters, duration
+from moc_cli.results import LOWER_IS_BETTER
+
+
+def labelled(name: str, text: str) -> str:
+    """Return a line that begins with its name."""
+    return f"{name:<8}{text}"
+
+
+def device_line(facts: Mapping[str, Any]) -> str:
+    """Name the device and the threads; `facts` are the environment's."""
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return labelled("device", f"{facts['kind']} ({facts['name']}), {threads}")
+
+
+def model_line(name: str, weights: int, dtype: str) -> str:
+    """Name the base model with its size and type."""
+    return labelled("model", f"{name}, {short_count(weights)} frozen weights in {dtype}")
+
+
+def method_line(name: str, counts: Parameters) -> str:
+    """Name the method with what it trains."""
+    text = f"{name}, {counts.adapter:,} trained numbers, {100 * counts.share:.3g} % of the base"
+    if counts.modules:
+        text += f", and {counts.modules:,} of fresh modules"
+    return labelled("method", text)
+
+
+def rows_line(
+    *,
+    train: int,
+    validation: int,
+    scored: int,
+    max_length: int,
+    truncated: int,
+    answerless: int,
+    dropped: Mapping[str, Mapping[str, int]],
+) -> str:
+    """Count the rows of each part, those that were cut and those left out."""
+    parts = [f"{train:,} rows to train on"]
+    if validation:
+        parts.append(f"{validation:,} to watch")
+    parts.append(f"{scored:,} to score")
+    text = ", ".join(parts)
+    if truncated:
+        text += f"; {truncated:,} cut to {max_length} tokens"
+    if answerless:
+        text += f", {answerless:,} of them without an answer left"
+    if dropped:
+        text += f"; left out: {dropped_rows(dropped)}"
+    return labelled("data", text)
+
+
+def dropped_rows(dropped: Mapping[str, Mapping[str, int]]) -> str:
+    """Count by part and reason the rows that had nothing to learn."""
+    return "; ".join(
+        f"of {part} " + ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
+        for part, reasons in dropped.items()
+    )
+
+
+def watched_line(step: int, values: Mapping[str, float]) -> str:
+    """Return one evaluation's numbers."""
+    numbers = (
+        f"{name} {value:.4f}" if name in LOWER_IS_BETTER else f"{name} {100 * value:.1f}"
+        for name, value in values.items()
+    )
+    return f"step {step}: held-out {', '.join(numbers)}"
+
+
+def short_count(number: int) -> str:
+    """Return a number in thousands, millions or billions."""
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{name}"
+    return str(number)
+
+
+def summary_line(results: Mapping[str, Any], folder: Path) -> str:
+    """Return what a finished run took, and where it is."""
+    early = " (stopped early)" if results["stopped"] == "early" else ""
+    return (
+        f"{results['steps']:,} steps{early}, {results['epochs']:.3g} epochs, "
+        f"{results['tokens']:,} tokens in {duration(results['seconds'])}; "
+        f"{100 * results['padding_share']:.1f} % padding. "
+        f"Kept: the {results['controls']['chosen']} controls (step {results['controls']['step']}) "
+        f"in {folder / 'controls'}"
+    )
