@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moc_cli.evaluation.base_scores import earlier_evaluation
-from moc_cli.evaluation.results_folder import Report
+from moc_cli.evaluation.results_folder import ResultsFolder
 from moc_cli.report.evaluation_tables import evaluation_table
 from moc_cli.results import FORMAT, main_score, read_results
 
@@ -105,8 +105,8 @@ def test_an_evaluation_of_format_1_is_continued_and_found_as_a_base(tmp_path: Pa
     file.write_text(json.dumps(EVALUATED | {"samples_sha256": digest}))
     conditions = {"suite": "commonsense", "protocol": "generate"}
     entry = read_results(EVALUATED)["tasks"]["boolq"]
-    assert Report(tmp_path, conditions).tasks == {"boolq": entry}
-    (known,) = earlier_evaluation(file, conditions).scores
+    assert ResultsFolder(tmp_path, conditions).tasks == {"boolq": entry}
+    (known,) = earlier_evaluation(file, conditions)
     assert (known.task, known.values) == ("boolq", {"accuracy": 0.5})
 
 

@@ -1,18 +1,11 @@
 """`moc eval RUN` and `moc eval --model ID`: score a run, or the bare model that it started from."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moc_cli.cli.options import JsonOption
-from moc_cli.errors import MocError
-
-if TYPE_CHECKING:
-    from moc_cli.cli.eval_plans import Asked, Request
-
-PROTOCOLS = ("rank", "generate")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate(
@@ -75,7 +68,7 @@ def evaluate(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="|".join(DTYPES), help="With --model: type of its weights."),
+        typer.Option(metavar="float32|bfloat16|float16", help="With --model: type of its weights."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     output: Annotated[
@@ -92,64 +85,43 @@ def evaluate(
 
     Every task is written down as soon as it is scored; Ctrl-C keeps those.
     """
-    from moc_cli.cli.eval_plans import Request, model_asked, run_asked
-
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    request = Request(model, names, suite, path, protocol, limit, batch_size, dtype, device, base)
-    _check(request, run)
-    if harness is not None or tasks_path is not None or num_fewshot is not None:
-        from moc_cli.cli.eval_harness import Harness, score_harness
-
-        score_harness(run, request, Harness(harness, tasks_path, num_fewshot), output, json)
-        return
-    asked = model_asked(request) if run is None else run_asked(run, request)
-    _score(asked, output or asked.folder, json)
-
-
-def _check(request: "Request", run: Path | None) -> None:
-    """Refuse what is wrong whatever the run holds; all of it at once."""
-    from moc_cli.cli.eval_plans import refuse
-    from moc_cli.recipe.suggest import choices
-
-    if (run is None) == (request.model is None):
-        raise MocError("give a run folder or --model ID, one of them", "moc eval --help")
-    wrong = []
-    if run is not None:
-        given = {"--suite": request.suite, "--dtype": request.dtype}
-        wrong += [f"{name} goes with --model; a run has its own" for name in given if given[name]]
-    elif request.base:
-        wrong.append("--base goes with a run; with --model the base is all that is scored")
-    options: dict[str, tuple[str | None, tuple[str, ...]]] = {
-        "--protocol": (request.protocol, PROTOCOLS),
-        "--dtype": (request.dtype, DTYPES),
-        "--device": (request.device, ("auto", "cpu", "cuda")),
-    }
-    for name, (value, allowed) in options.items():
-        if value is not None and value not in allowed:
-            wrong.append(f"{name}: found '{value}'{choices(value, allowed)}")
-    size = request.batch_size
-    if size not in (None, "auto") and not (size.isdecimal() and int(size) > 0):
-        wrong.append(
-            f"--batch-size: found '{size}'; allowed: auto, or a whole number of at least 1"
-        )
-    if len(set(request.tasks)) < len(request.tasks):
-        wrong.append("--tasks: a task is named twice")
-    refuse(wrong)
-
-
-def _score(asked: "Asked", folder: Path, json: bool) -> None:
-    """Read the rows, load the model, score, and show. What is wrong with rows is told first."""
-    from moc_cli.evaluation.session import run
-    from moc_cli.files import check_folder
-    from moc_cli.report.evaluation_tables import evaluation_table
+    from moc_cli.evaluation.options import EvalOptions
     from moc_cli.report.output import print_json, print_table, say
 
-    check_folder(folder)
-    tasks = asked.plan.read_rows()
-    subject = asked.load()
-    report = run(subject, asked.plan, tasks, folder, known=asked.known(subject), silent=json)
+    options = EvalOptions(
+        run=run,
+        model=model,
+        tasks=tuple(_names(tasks)),
+        suite=suite,
+        path=path,
+        protocol=protocol,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        base=base,
+        output=output,
+        harness=None if harness is None else tuple(_names(harness)),
+        tasks_path=tasks_path,
+        num_fewshot=num_fewshot,
+    )
+    options.check()
+    if options.harness is not None:
+        from moc_cli.cli.eval_harness import score_harness
+
+        score_harness(options, json)
+        return
+    from moc_cli.evaluation.session import evaluate as score
+    from moc_cli.report.evaluation_tables import evaluation_table
+
+    results = score(options, silent=json)
     if json:
-        print_json(report.to_json() | {"folder": str(folder)})
+        print_json(results.to_json() | {"folder": str(results.folder)})
     else:
-        print_table(evaluation_table(report.to_json()))
-        say(f"every item: {report.samples_file}")
+        print_table(evaluation_table(results.to_json()))
+        say(f"every item: {results.samples_file}")
+
+
+def _names(listed: str | None) -> list[str]:
+    """Split names at commas."""
+    return [name.strip() for name in (listed or "").split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""What is known already of the base model on the rows that are scored, to stand beside a score."""
+"""Scores of the base model that are known already on the rows that are scored."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from moc_cli.scoring.results import Evaluation
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """An earlier score of the base model: its task, the sha256 of its rows, metric -> value, and
-    where it is from.
+class BaseScore:
+    """The base model's score: its task, the sha256 of its rows, metric -> value, and where it is
+    from.
     """
 
     task: str
@@ -25,53 +25,51 @@ class Earlier:
     source: str
 
 
-@dataclass(frozen=True)
-class Known:
-    """Earlier scores of the base model; of several on the same rows the first counts."""
-
-    scores: Sequence[Earlier] = ()
-
-    def find(self, task: TaskRows, evaluation: Evaluation) -> Earlier | None:
-        """Return the base model's score on exactly these rows, by the same metrics; or None."""
-        for score in self.scores:
-            same = (score.task, score.rows) == (task.name, task.fingerprint)
-            if same and set(evaluation.metrics) <= set(score.values):
-                return score
-        return None
+def find_score(
+    scores: Sequence[BaseScore], task: TaskRows, evaluation: Evaluation
+) -> BaseScore | None:
+    """Return the first score on exactly these rows by the same metrics, or None."""
+    for score in scores:
+        same_rows = (score.task, score.rows) == (task.name, task.fingerprint)
+        if same_rows and set(evaluation.metrics) <= set(score.values):
+            return score
+    return None
 
 
-def before_training(folder: RunFolder, protocol: str) -> Known:
+def before_training(folder: RunFolder, protocol: str) -> list[BaseScore]:
     """Return the scores that `moc train` took before training, by the same protocol."""
     try:
         results, data = folder.read_results(), folder.read_environment()["data"]
     except (RunError, KeyError):
-        return Known()
+        return []
     if results.get("protocol") != protocol:
-        return Known()
+        return []
     hashes = {name: part.get("sha256", "") for name, part in data.items()}
-    return Known(
-        [
-            Earlier(task, hashes.get(f"test {task}", ""), values, "before training")
-            for task, values in folder.scores_before().items()
-        ]
-    )
+    return [
+        BaseScore(task, hashes.get(f"test {task}", ""), values, "before training")
+        for task, values in folder.scores_before().items()
+    ]
 
 
-def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> Known:
+def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> list[BaseScore]:
     """Return the scores in the results.json of a bare model, if it has these conditions.
 
     Raises FileError where the file cannot be read.
     """
     if not file.is_file():
-        return Known()
+        return []
     try:
         results = read_results(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {error}") from error
     if any(results.get(key) != value for key, value in conditions.items()):
-        return Known()
-    scores = []
-    for task, entry in results["tasks"].items():
-        values = {name: score["value"] for name, score in entry["metrics"].items()}
-        scores.append(Earlier(task, entry["rows_sha256"], values, str(file.parent)))
-    return Known(scores)
+        return []
+    return [
+        BaseScore(
+            task,
+            entry["rows_sha256"],
+            {name: score["value"] for name, score in entry["metrics"].items()},
+            str(file.parent),
+        )
+        for task, entry in results["tasks"].items()
+    ]

@@ -22,8 +22,9 @@ import torch
 
 from moc_cli.errors import DataError, MocError
 from moc_cli.evaluation.harness_model import HarnessModel
-from moc_cli.evaluation.harness_results import HarnessReport, entries, samples
-from moc_cli.evaluation.session import Subject
+from moc_cli.evaluation.harness_results import HarnessResults, entries, samples
+from moc_cli.evaluation.session import model_facts
+from moc_cli.load_run import LoadedModel
 from moc_cli.report.progress import WorkProgress
 from moc_cli.scoring.batch_size import Asked
 
@@ -114,15 +115,15 @@ def _manager(plan: HarnessPlan) -> Any:
 
 
 def run(
-    subject: Subject,
+    subject: LoadedModel,
     plan: HarnessPlan,
     tasks: dict[str, dict[str, Any]],
     folder: Path,
     *,
     silent: bool = False,
-) -> HarnessReport:
+) -> HarnessResults:
     """Run the tasks, and write results.json and samples.jsonl after each name asked for."""
-    report = HarnessReport(folder, subject.facts | plan.conditions)
+    report = HarnessResults(folder, model_facts(subject) | plan.conditions)
     for name, loaded in tasks.items():
         found = _evaluate(subject, plan, name, loaded, silent)
         bare = None
@@ -145,7 +146,7 @@ class _Found:
 
 
 def _evaluate(
-    subject: Subject, plan: HarnessPlan, label: str, loaded: dict[str, Any], silent: bool
+    subject: LoadedModel, plan: HarnessPlan, label: str, loaded: dict[str, Any], silent: bool
 ) -> _Found:
     """Run what one name stands for: a task, or a group with all its subtasks."""
     from lm_eval.evaluator import evaluate

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.evaluation.results_folder import Report, mean_of_main
+from moc_cli.evaluation.results_folder import ResultsFolder, mean_of_main
 
 
-class HarnessReport(Report):
+class HarnessResults(ResultsFolder):
     """Subtasks stand beside their group; the average is that of what was asked for."""
 
     def to_json(self) -> dict[str, Any]:

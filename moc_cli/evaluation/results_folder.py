@@ -15,7 +15,7 @@ from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.results import FORMAT, main_score, read_results
 
 
-class Report:
+class ResultsFolder:
     """The two files of one evaluation; `conditions` is what its numbers depend on.
 
     `replaced` names the conditions in which what the folder holds differs: it will be overwritten.

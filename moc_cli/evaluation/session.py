@@ -1,117 +1,132 @@
-"""`moc eval` behind the door: tasks in turn, each written down as soon as it is scored."""
+"""`moc eval`: tasks in turn, each written to the results folder as soon as it is scored.
+
+options -> job -> rows -> model -> scores, the base model's beside them -> results folder
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from moc_cli.data.splits import TaskRows, read_scored
-from moc_cli.evaluation.base_scores import Known
-from moc_cli.evaluation.results_folder import Report, prompt_hash
-from moc_cli.kinds import Kind, make_kind
-from moc_cli.methods import Adapted
-from moc_cli.recipe.schema import DataSection
+from moc_cli.data.splits import TaskRows
+from moc_cli.evaluation.base_scores import (
+    BaseScore,
+    before_training,
+    earlier_evaluation,
+    find_score,
+)
+from moc_cli.evaluation.job import EvalJob, check_language_model, model_folder, model_job, run_job
+from moc_cli.evaluation.options import EvalOptions
+from moc_cli.evaluation.results_folder import ResultsFolder, prompt_hash
+from moc_cli.files import check_folder
+from moc_cli.kinds import Kind
+from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
+from moc_cli.recipe.load import load_recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
-from moc_cli.scoring.results import Evaluation, ScoringOptions
+from moc_cli.runs import RunFolder
+from moc_cli.scoring.results import Evaluation
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is scored, and what names it in results.json."""
+def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
+    """Score a run, or a bare model, as the options say.
 
-    adapted: Adapted
-    tokenizer: PreTrainedTokenizerBase
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows are scored and how; `path` takes the place of the section's. With `base` the base
-    model is scored too, on the same rows.
+    Raises MocError for all that is wrong with options and rows before weights are read.
     """
-
-    data: DataSection
-    tasks: Sequence[str]
-    options: ScoringOptions
-    path: str | None = None
-    limit: int | None = None
-    base: bool = False
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of the tasks."""
-        return make_kind(self.data)
-
-    @property
-    def label(self) -> str:
-        """Names the conditions in a folder's name."""
-        limit = "" if self.limit is None else f"-limit-{self.limit}"
-        return self.options.protocol + limit
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """What the numbers depend on, beside the subject and its rows."""
-        protocol = self.options.protocol
-        shared = {"suite": self.data.suite, "protocol": protocol, "limit": self.limit}
-        return shared | self.kind.facts
-
-    def read_rows(self) -> list[TaskRows]:
-        """Read the rows of every task; all that is wrong with the rows is found here."""
-        return read_scored(self.data, self.tasks, path=self.path, limit=self.limit)
+    if options.run is None:
+        assert options.model is not None  # EvalOptions.check has refused neither and both
+        job = model_job(options)
+        check_language_model(options.model)
+        folder = options.output or model_folder(options.model, job)
+        check_folder(folder)
+        rows = job.read_rows()
+        model = load_model(options)
+        return score_rows(job, model, rows, folder, silent=silent)
+    run = RunFolder.open(options.run)
+    recipe = load_recipe(run.recipe_file)
+    job = run_job(options, recipe)
+    folder = options.output or options.run / "eval" / job.label
+    check_folder(folder)
+    rows = job.read_rows()
+    model = open_run(options.run, device=options.device, recipe=recipe)
+    facts = model_facts(model)
+    shared = {key: facts[key] for key in ("model", "base_weights_sha256", "dtype")}
+    file = model_folder(facts["model"], job) / "results.json"
+    base_scores = [
+        *before_training(run, job.scoring.protocol),
+        *earlier_evaluation(file, shared | job.conditions | {"run": None}),
+    ]
+    return score_rows(job, model, rows, folder, base_scores=base_scores, silent=silent)
 
 
-def run(
-    subject: Subject,
-    plan: Plan,
+def load_model(options: EvalOptions) -> LoadedModel:
+    """Load the run or the bare model that the options name."""
+    if options.run is not None:
+        return open_run(options.run, device=options.device)
+    assert options.model is not None
+    return open_model(
+        options.model, device=options.device or "auto", dtype=options.dtype or "float32"
+    )
+
+
+def model_facts(model: LoadedModel) -> dict[str, Any]:
+    """Return what names the scored model in results.json."""
+    facts: dict[str, Any] = {
+        "run": None,
+        "method": "none",
+        "model": model.name,
+        "base_weights_sha256": model.weights_hash,
+        # The last bits of a score depend on type and device.
+        "dtype": model.dtype,
+        "device": model.device.type,
+    }
+    if isinstance(model, LoadedRun):
+        data = model.recipe.data
+        prompted = model.causal and data.format != "text"  # all of a plain text is learned
+        facts |= {
+            "run": model.name,
+            "method": model.recipe.method.name,
+            "model": model.recipe.model.model_name_or_path,
+            "controls_sha256": model.adapter_config["payload_sha256"],
+            "train_on_inputs": data.train_on_inputs if prompted else None,
+        }
+    return facts
+
+
+def score_rows(
+    job: EvalJob,
+    model: LoadedModel,
     tasks: Sequence[TaskRows],
     folder: Path,
     *,
-    known: Known | None = None,
+    base_scores: Sequence[BaseScore] = (),
     silent: bool = False,
-) -> Report:
+) -> ResultsFolder:
     """Score the tasks, and write results.json and samples.jsonl after each.
 
-    What is `known` of the base model stands beside them, unless it is scored here.
+    `base_scores` that are known of the same rows stand beside them, unless the job scores the base.
     """
-    report = Report(folder, subject.facts | plan.conditions)
-    if report.replaced and not silent:
-        say(f"{folder}: other {', '.join(report.replaced)} than before: its scores are replaced")
+    results = ResultsFolder(folder, model_facts(model) | job.conditions)
+    if results.replaced and not silent:
+        say(f"{folder}: other {', '.join(results.replaced)} than before: its scores are replaced")
     try:
         for task in tasks:
-            found = _score(subject, plan, task, silent)
-            bare = _score(subject, plan, task, silent, base=True) if plan.base else None
-            base: Mapping[str, float] | None
-            if bare:
-                base, source = bare.values, "scored beside it"
-            elif earlier := known.find(task, found) if known else None:
-                base, source = earlier.values, earlier.source
-            else:
-                base, source = None, None
-            told = entry(task, found, base, source)
-            report.add(task.name, told, samples(plan.kind, task, found, bare))
+            evaluation = _score(job, model, task, silent)
+            base, values, source = None, None, None
+            if job.base:
+                base = _score(job, model, task, silent, base=True)
+                values, source = base.values, "scored beside it"
+            elif known := find_score(base_scores, task, evaluation):
+                values, source = dict(known.values), known.source
+            entry = make_entry(task, evaluation, values, source)
+            results.add(task.name, entry, samples(job.kind, task, evaluation, base))
     except KeyboardInterrupt:
-        say(f"stopped; {len(report.tasks)} scored tasks are in {report.results_file}")
+        say(f"stopped; {len(results.tasks)} scored tasks are in {results.results_file}")
         raise
-    return report
+    return results
 
 
-def _score(
-    subject: Subject, plan: Plan, task: TaskRows, silent: bool, base: bool = False
-) -> Evaluation:
-    """Score one task under a progress bar; with `base` the base model."""
-    label = f"{task.name} (base)" if base else task.name
-    off: AbstractContextManager[None] = subject.adapted.disabled() if base else nullcontext()
-    with off, WorkProgress(label, len(task.examples), silent=silent) as bar:
-        return plan.kind.score(
-            subject.adapted, subject.tokenizer, task.examples, plan.options, bar.observe
-        )
-
-
-def entry(
+def make_entry(
     task: TaskRows,
     evaluation: Evaluation,
     base: Mapping[str, float] | None,
@@ -119,27 +134,36 @@ def entry(
 ) -> dict[str, Any]:
     """Return what results.json says of a scored task, beside the base model where it is known."""
     scored = evaluation.entry() if base is None else evaluation.entry("base", base)
-    return (
-        scored
-        | {
-            "rows": task.total,
-            "limited": task.limited,
-            "rows_sha256": task.fingerprint,
-            "batch_size": evaluation.batch.used,
-            "halved": evaluation.batch.halved,
-        }
-        | ({} if base is None else {"base_source": base_source})
-    )
+    entry = scored | {
+        "rows": task.total,
+        "limited": task.limited,
+        "rows_sha256": task.fingerprint,
+        "batch_size": evaluation.batch.used,
+        "halved": evaluation.batch.halved,
+    }
+    return entry | ({} if base is None else {"base_source": base_source})
 
 
 def samples(
-    kind: Kind, task: TaskRows, found: Evaluation, base: Evaluation | None = None
+    kind: Kind, task: TaskRows, evaluation: Evaluation, base: Evaluation | None = None
 ) -> list[dict[str, Any]]:
     """Return the lines of samples.jsonl, the base model's item under `base`."""
     lines = [
         {"row": row, "prompt": prompt_hash(kind.prompt(example)), **item.sample()}
-        for row, example, item in zip(task.rows, task.examples, found.items, strict=True)
+        for row, example, item in zip(task.rows, task.examples, evaluation.items, strict=True)
     ]
     for line, item in zip(lines, base.items if base else (), strict=base is not None):
         line["base"] = item.sample()
     return lines
+
+
+def _score(
+    job: EvalJob, model: LoadedModel, task: TaskRows, silent: bool, base: bool = False
+) -> Evaluation:
+    """Score one task under a progress bar; with `base` the base model."""
+    label = f"{task.name} (base)" if base else task.name
+    off: AbstractContextManager[None] = model.adapted.disabled() if base else nullcontext()
+    with off, WorkProgress(label, len(task.examples), silent=silent) as bar:
+        return job.kind.score(
+            model.adapted, model.tokenizer, task.examples, job.scoring, bar.observe
+        )

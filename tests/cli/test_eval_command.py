@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from support.models import make_pair_tokenizer, make_tiny_model
 
@@ -15,10 +16,12 @@ from moc_cli.cli import run
 from moc_cli.data.commonsense import make_example
 from moc_cli.data.splits import TaskRows
 from moc_cli.evaluation import session
-from moc_cli.evaluation.base_scores import Earlier, Known
-from moc_cli.evaluation.results_folder import Report, prompt_hash
-from moc_cli.evaluation.session import Plan, Subject
+from moc_cli.evaluation.base_scores import BaseScore, find_score
+from moc_cli.evaluation.job import EvalJob
+from moc_cli.evaluation.results_folder import ResultsFolder, prompt_hash
 from moc_cli.kinds import Choice
+from moc_cli.load_run import LoadedModel
+from moc_cli.methods import bare
 from moc_cli.models import load
 from moc_cli.recipe.schema import DataSection
 from moc_cli.report.evaluation_tables import evaluation_table
@@ -252,15 +255,15 @@ def glue_rows(folder: Path, split: str, rows: int) -> None:
 def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
     glue_rows(tmp_path, "validation_matched", 12)
     glue_rows(tmp_path, "validation_mismatched", 7)
-    plan = Plan(
+    job = EvalJob(
         DataSection(suite="glue", tasks=["mnli"], path=str(tmp_path)),
         ["mnli"],
         ScoringOptions("auto", 64, "classify"),
     )
     model = make_tiny_model("bert", num_labels=3, type_vocab_size=2)
-    subject = Subject(SimpleNamespace(model=model), make_pair_tokenizer(), {"run": "r"})
-    tasks = plan.read_rows()
-    report = session.run(subject, plan, tasks, tmp_path / "out", silent=True).to_json()
+    loaded = loaded_model(model, make_pair_tokenizer())
+    tasks = job.read_rows()
+    report = session.score_rows(job, loaded, tasks, tmp_path / "out", silent=True).to_json()
     assert {name: main_score(entry)["n"] for name, entry in report["tasks"].items()} == {
         "mnli": 12,
         "mnli (mismatched)": 7,
@@ -273,6 +276,10 @@ def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
     assert "average of 2" in text
 
 
+def loaded_model(model: Any, tokenizer: Any) -> LoadedModel:
+    return LoadedModel("m", bare(model), tokenizer, "0" * 64, torch.device("cpu"))
+
+
 def choices(task: str, count: int) -> list:
     return [make_example(task, f"{task} {n}?", ["x", "y"], n % 2) for n in range(count)]
 
@@ -280,9 +287,9 @@ def choices(task: str, count: int) -> list:
 def test_ctrl_c_keeps_the_tasks_that_are_scored(
     tmp_path: Path, byte_tokenizer, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
-    plan = Plan(DataSection(suite="commonsense", tasks=["boolq"]), [], ScoringOptions(4))
+    job = EvalJob(DataSection(suite="commonsense", tasks=["boolq"]), [], ScoringOptions(4))
     tasks = [TaskRows.draw(name, choices(name, 5), None) for name in ("boolq", "piqa")]
-    subject = Subject(SimpleNamespace(model=make_tiny_model("llama")), byte_tokenizer, {"run": "r"})
+    loaded = loaded_model(make_tiny_model("llama"), byte_tokenizer)
     score = Choice.score
 
     def stopped(kind, adapted, tokenizer, examples, *more):
@@ -292,12 +299,12 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
 
     monkeypatch.setattr(Choice, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
-        session.run(subject, plan, tasks, tmp_path, silent=True)
+        session.score_rows(job, loaded, tasks, tmp_path, silent=True)
     assert "stopped; 1 scored tasks are in" in capsys.readouterr().err
     monkeypatch.setattr(Choice, "score", score)
     kept = json.loads((tmp_path / "results.json").read_text())
     assert list(kept["tasks"]) == ["boolq"]
-    report = session.run(subject, plan, tasks[1:], tmp_path, silent=True)
+    report = session.score_rows(job, loaded, tasks[1:], tmp_path, silent=True)
     assert list(report.tasks) == ["boolq", "piqa"]
     assert report.tasks["boolq"] == kept["tasks"]["boolq"]
     lines = samples(tmp_path)
@@ -307,25 +314,25 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
 
 def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
     entry = {"metric": "f1", "metrics": {"f1": {"value": 0.5}}, "limited": False}
-    Report(tmp_path, {"limit": None, "run": "r"}).add("boolq", entry, [{"row": 0}])
-    assert Report(tmp_path, {"limit": None, "run": "r"}).tasks == {"boolq": entry}
-    other = Report(tmp_path, {"limit": 5, "run": "r"})
+    ResultsFolder(tmp_path, {"limit": None, "run": "r"}).add("boolq", entry, [{"row": 0}])
+    assert ResultsFolder(tmp_path, {"limit": None, "run": "r"}).tasks == {"boolq": entry}
+    other = ResultsFolder(tmp_path, {"limit": 5, "run": "r"})
     assert (other.tasks, other.replaced) == ({}, ["limit"])
     (tmp_path / "samples.jsonl").write_text('{"task": "boolq", "row": 1}\n')
-    assert Report(tmp_path, {"limit": None, "run": "r"}).tasks == {}
+    assert ResultsFolder(tmp_path, {"limit": None, "run": "r"}).tasks == {}
 
 
 def test_a_known_base_is_of_these_rows_and_metrics() -> None:
     task = TaskRows.draw("boolq", choices("boolq", 4), None)
     found = SimpleNamespace(metrics={"accuracy": None})
-    first = Earlier("boolq", task.fingerprint, {"accuracy": 0.25}, "first")
-    second = Earlier("boolq", task.fingerprint, {"accuracy": 0.75}, "second")
-    other_rows = Earlier("boolq", "0" * 64, {"accuracy": 1.0}, "other")
-    other_metric = Earlier("boolq", task.fingerprint, {"f1": 1.0}, "other")
-    assert Known([other_rows, other_metric, first, second]).find(task, found) is first
-    assert Known([other_rows, other_metric]).find(task, found) is None
-    assert Known([first]).find(TaskRows.draw("boolq", choices("boolq", 3), None), found) is None
-    assert Known([first]).find(TaskRows.draw("piqa", choices("boolq", 4), None), found) is None
+    first = BaseScore("boolq", task.fingerprint, {"accuracy": 0.25}, "first")
+    second = BaseScore("boolq", task.fingerprint, {"accuracy": 0.75}, "second")
+    other_rows = BaseScore("boolq", "0" * 64, {"accuracy": 1.0}, "other")
+    other_metric = BaseScore("boolq", task.fingerprint, {"f1": 1.0}, "other")
+    assert find_score([other_rows, other_metric, first, second], task, found) is first
+    assert find_score([other_rows, other_metric], task, found) is None
+    assert find_score([first], TaskRows.draw("boolq", choices("boolq", 3), None), found) is None
+    assert find_score([first], TaskRows.draw("piqa", choices("boolq", 4), None), found) is None
 
 
 # The table

@@ -1,0 +1,95 @@
+"""The options of `moc eval`, and what is wrong with them whatever a run holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moc_cli.errors import MocError
+from moc_cli.recipe.suggest import choices
+from moc_cli.recipe.tasks import PROTOCOLS
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options as they were typed; None where nothing was. Either `run` or `model` is given.
+
+    `harness`, `tasks_path` and `num_fewshot` are for tasks of lm-evaluation-harness.
+    """
+
+    run: Path | None = None
+    model: str | None = None
+    tasks: tuple[str, ...] = ()
+    suite: str | None = None
+    path: str | None = None
+    protocol: str | None = None
+    limit: int | None = None
+    batch_size: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    base: bool = False
+    output: Path | None = None
+    harness: tuple[str, ...] | None = None
+    tasks_path: Path | None = None
+    num_fewshot: int | None = None
+
+    def rows_per_batch(self, default: "int | Literal['auto']") -> "int | Literal['auto']":
+        """Return the batch size that was typed, or the default."""
+        if self.batch_size is None:
+            return default
+        return "auto" if self.batch_size == "auto" else int(self.batch_size)
+
+    def check(self) -> None:
+        """Raise MocError naming all that is wrong with the options themselves."""
+        if (self.run is None) == (self.model is None):
+            raise MocError("give a run folder or --model ID, one of them", "moc eval --help")
+        mistakes = []
+        if self.run is not None:
+            given = {"--suite": self.suite, "--dtype": self.dtype}
+            mistakes += [
+                f"{name} goes with --model; a run has its own" for name in given if given[name]
+            ]
+        elif self.base:
+            mistakes.append("--base goes with a run; with --model the base is all that is scored")
+        closed = {
+            "--protocol": (self.protocol, PROTOCOLS["choice"]),
+            "--dtype": (self.dtype, DTYPES),
+            "--device": (self.device, DEVICES),
+        }
+        for name, (value, allowed) in closed.items():
+            if value is not None and value not in allowed:
+                mistakes.append(f"{name}: found '{value}'{choices(value, allowed)}")
+        size = self.batch_size
+        if size not in (None, "auto") and not (size.isdecimal() and int(size) > 0):
+            mistakes.append(
+                f"--batch-size: found '{size}'; allowed: auto, or a whole number of at least 1"
+            )
+        if len(set(self.tasks)) < len(self.tasks):
+            mistakes.append("--tasks: a task is named twice")
+        refuse(mistakes)
+        if self.harness is None:
+            if self.tasks_path is not None or self.num_fewshot is not None:
+                raise MocError(
+                    "--tasks-path and --num-fewshot go with --harness", "moc eval --help"
+                )
+            return
+        others = {
+            "--tasks": self.tasks,
+            "--suite": self.suite,
+            "--path": self.path,
+            "--protocol": self.protocol,
+        }
+        mistakes = [f"{name}: --harness has its own" for name, value in others.items() if value]
+        if not self.harness:
+            mistakes.append("--harness: no task is named")
+        if len(set(self.harness)) < len(self.harness):
+            mistakes.append("--harness: a task is named twice")
+        refuse(mistakes)
+
+
+def refuse(mistakes: list[str]) -> None:
+    """Raise MocError naming all mistakes, if there are any."""
+    if mistakes:
+        raise MocError("\n".join(mistakes), "moc eval --help")
