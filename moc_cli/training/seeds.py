@@ -20,7 +20,8 @@ from moc_cli.errors import RunError
 from moc_cli.files import write_json_atomic
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.tasks import is_classifier, kind_of
+from moc_cli.recipe.tasks import kind_of
+from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.resume import check_recipe
@@ -51,17 +52,24 @@ def plan(recipe: Recipe, count: int) -> list[Seeded]:
             f"{count} seeds from {recipe.seed} on end beyond the last one, {LAST_SEED}",
             "start lower: --set seed=0",
         )
-    found = []
+    data = recipe.data
+    # Of a custom dataset without a format only its rows say whether a head is drawn.
+    has_head = kind_of(data.suite, data.tasks[0], data.format) in (
+        "classification",
+        "regression",
+        None,
+    )
+    seeds = []
     for seed in range(recipe.seed, recipe.seed + count):
         folder = Path(recipe.output.output_dir) / f"seed-{seed}"
-        before = recipe.eval.before and (seed == recipe.seed or _has_head(recipe))
+        before = recipe.eval.before and (seed == recipe.seed or has_head)
         changes = {
             "seed": seed,
             "output": recipe.output.model_copy(update={"output_dir": str(folder)}),
             "eval": recipe.eval.model_copy(update={"before": before}),
         }
-        found.append(Seeded(seed, recipe.model_copy(update=changes)))
-    return found
+        seeds.append(Seeded(seed, recipe.model_copy(update=changes)))
+    return seeds
 
 
 def train_seeds(
@@ -85,25 +93,26 @@ def train_seeds(
     _check_folders(home, seeds, call, resume=resume, overwrite=overwrite)
     tell: Callable[[str], None] = (lambda text: None) if silent else say
     done: list[Seeded] = []
-    for one in seeds:
+    summary: dict[str, Any] = {}
+    for run in seeds:
         try:
-            if resume and _is_finished(one):
-                tell(f"seed {one.seed}: finished before, in {one.folder.path}")
+            if resume and _is_finished(run):
+                tell(f"seed {run.seed}: finished before, in {run.folder.path}")
             else:
-                tell(f"seed {one.seed} ({len(done) + 1} of {count}), in {one.folder.path}")
-                going_on = "auto" if resume and one.folder.recipe_file.is_file() else None
-                session = Session(one.recipe, call=call, say=say, silent=silent)
-                session.run(resume=going_on, overwrite=overwrite)
+                tell(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
+                checkpoint = "auto" if resume and run.folder.recipe_file.is_file() else None
+                session = Session(run.recipe, call=call, say=say, silent=silent)
+                session.run(resume=checkpoint, overwrite=overwrite)
                 del session  # before the next model is loaded
                 gc.collect()
         except KeyboardInterrupt:
             again = f"continue with: {call.command} --resume auto"
-            raise Interrupted(signal.SIGINT, f"stopped at seed {one.seed}", again) from None
-        done.append(one)
-        found = summarize(done)
+            raise Interrupted(signal.SIGINT, f"stopped at seed {run.seed}", again) from None
+        done.append(run)
         status = "finished" if len(done) == count else "running"
-        write_json_atomic(home / SUMMARY, {"status": status} | found)
-    return {"status": "finished"} | found
+        summary = {"status": status} | summarize(done)
+        write_json_atomic(home / SUMMARY, summary)
+    return summary
 
 
 def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
@@ -113,41 +122,45 @@ def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
     task's main metric, of several tasks by the average of theirs; of an even number the lower
     middle one, so that it is always a run that there is.
     """
-    results = [one.folder.read_results() for one in seeds]
+    results = [run.folder.read_results() for run in seeds]
     runs = [
         {
-            "seed": one.seed,
-            "path": str(one.folder.path),
-            "average": found["average"],
-            "tasks": {task: _values(entry, "value") for task, entry in found["tasks"].items()},
-            "seconds": found["seconds"],
+            "seed": run.seed,
+            "path": str(run.folder.path),
+            "average": result["average"],
+            "tasks": {task: _values(entry, "value") for task, entry in result["tasks"].items()},
+            "seconds": result["seconds"],
         }
-        for one, found in zip(seeds, results, strict=True)
+        for run, result in zip(seeds, results, strict=True)
     ]
-    main = {task: entry["metric"] for task, entry in results[0]["tasks"].items()}
-    before = {task: _values(entry, "before") for task, entry in results[0]["tasks"].items()}
+    first = results[0]["tasks"]
+    before = {task: _values(entry, "before") for task, entry in first.items()}
+    main = {task: entry["metric"] for task, entry in first.items()}
     worse_first = sorted(
-        runs, key=lambda run: run["average"], reverse=set(main.values()) == {"perplexity"}
+        runs,
+        key=lambda run: run["average"],
+        reverse=all(metric in LOWER_IS_BETTER for metric in main.values()),
     )
-    middle = worse_first[(len(runs) - 1) // 2]
-    bases = [before[task][metric] for task, metric in main.items()]
-    known = [value for value in bases if value is not None]
-    tasks = {
-        task: {
-            metric: _spread([run["tasks"][task][metric] for run in runs], before[task][metric])
-            for metric in metrics
-        }
-        for task, metrics in before.items()
-    }
-    base = sum(known) / len(known) if len(known) == len(bases) else None
+    median = worse_first[(len(runs) - 1) // 2]
+    main_before = [before[task][metric] for task, metric in main.items()]
+    known = [value for value in main_before if value is not None]
     return {
         "seeds": runs,
-        "tasks": tasks,
-        "average": _spread([run["average"] for run in runs], base),
+        "tasks": {
+            task: {
+                metric: _spread([run["tasks"][task][metric] for run in runs], value)
+                for metric, value in metrics.items()
+            }
+            for task, metrics in before.items()
+        },
+        "average": _spread(
+            [run["average"] for run in runs],
+            sum(known) / len(known) if len(known) == len(main_before) else None,
+        ),
         "median": {
-            "seed": middle["seed"],
-            "path": middle["path"],
-            "value": middle["average"],
+            "seed": median["seed"],
+            "path": median["path"],
+            "value": median["average"],
             "by": next(iter(main.values())) if len(main) == 1 else "average",
         },
     }
@@ -167,26 +180,20 @@ def _spread(values: Sequence[float], before: float | None) -> dict[str, float | 
     }
 
 
-def _has_head(recipe: Recipe) -> bool:
-    """Whether a fresh head is drawn from the seed, so that untrained models differ by seed."""
-    data = recipe.data
-    kind = kind_of(data.suite, data.tasks[0], data.format)
-    return kind is None or is_classifier(data.suite, data.tasks[0], data.format)
-
-
-def _is_finished(one: Seeded) -> bool:
+def _is_finished(run: Seeded) -> bool:
     """Whether the seed's run is done as this recipe has it; a longer one is to be continued."""
-    if not (one.folder.path / "results.json").is_file():
+    folder = run.folder
+    if not (folder.path / "results.json").is_file():
         return False
-    if one.folder.read_results().get("status") != "finished":
+    if folder.read_results().get("status") != "finished":
         return False
-    known = load_recipe(one.folder.recipe_file).model_dump(mode="json")
-    asked = one.recipe.model_dump(mode="json")
-    for key, value in asked["data"].items():
-        if value is None:  # one's own rows have told it
-            asked["data"][key] = known["data"][key]
-    check_recipe(known, asked)
-    return all(known["train"][key] == asked["train"][key] for key in LENGTH)
+    saved = load_recipe(folder.recipe_file).model_dump(mode="json")
+    wanted = run.recipe.model_dump(mode="json")
+    for key, value in wanted["data"].items():
+        if value is None:  # the rows of a custom dataset have told it
+            wanted["data"][key] = saved["data"][key]
+    check_recipe(saved, wanted)
+    return all(saved["train"][key] == wanted["train"][key] for key in LENGTH)
 
 
 def _check_folders(
@@ -198,7 +205,7 @@ def _check_folders(
             f"{home} holds a single run, and seeds would be mixed with it",
             f"choose another folder: {call.base} --output-dir OTHER",
         )
-    taken = [one.folder.path for one in seeds if _holds_files(one.folder.path)]
+    taken = [run.folder.path for run in seeds if _holds_files(run.folder.path)]
     if taken and not resume and not overwrite:
         raise RunError(
             f"{', '.join(map(str, taken))}: not empty",
@@ -207,9 +214,9 @@ def _check_folders(
             f"      {call.base} --output-dir OTHER   # leave them alone",
         )
     if resume:
-        for one in seeds:
-            if one.folder.recipe_file.is_file():
-                _is_finished(one)
+        for run in seeds:
+            if run.folder.recipe_file.is_file():
+                _is_finished(run)  # raises RunError where the recipe became another one
 
 
 def _holds_files(path: Path) -> bool:
