@@ -119,15 +119,16 @@ def from_fields(task: str, row: Fields) -> ChoiceExample:
 
     The options are what the instruction's last line names, and the answer must be among them.
     """
-    found = _FORMAT.search(take(row, "instruction", str))
-    if not found:
+    last_line = _FORMAT.search(take(row, "instruction", str))
+    if not last_line:
         raise BadRow("'instruction' does not end in 'Answer format: ' and the options")
-    words = found[1].split("/")
-    known = TASKS["commonsense"][task].answers
-    stem = known[0].rstrip("1")  # a row may have more or fewer options than most
-    expected = [f"{stem}{n}" for n in range(1, len(words) + 1)] if stem != known[0] else [*known]
+    words = last_line[1].split("/")
+    expected = list(TASKS["commonsense"][task].answers)
+    stem = expected[0].rstrip("1")
+    if stem != expected[0]:  # numbered words: a row may have more or fewer options than most
+        expected = [f"{stem}{n}" for n in range(1, len(words) + 1)]
     if words != expected:
-        raise BadRow(f"the options are '{found[1]}', not like '{'/'.join(expected)}'")
+        raise BadRow(f"the options are '{last_line[1]}', not like '{'/'.join(expected)}'")
     return answered(task, row, words)
 
 

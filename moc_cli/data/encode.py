@@ -30,8 +30,8 @@ class Encoded:
     A row of a language model holds `input_ids` and as many `labels`; a row of a classifier holds
     one label, and `token_type_ids` where its tokenizer makes them. `prompt_lengths` counts each
     row's tokens before its first answer (for a classifier: all; for a plain text: the first token,
-    which nothing predicts). `truncated` rows were longer than
-    max_length; of those, `answerless` ones lost all their answer.
+    which nothing predicts). `truncated` rows were longer than max_length; of those, `answerless`
+    rows lost all their answer.
     """
 
     rows: list[Row]
@@ -92,13 +92,13 @@ def encode_chats(
     """
     rows, prompt_lengths = [], []
     truncated = answerless = 0
-    for whole, answers in chat_tokens(examples, tokenizer):
-        ids, learned = whole[:max_length], answers[:max_length]
-        truncated += len(whole) > max_length
+    for tokens, answers in chat_tokens(examples, tokenizer):
+        ids, learned = tokens[:max_length], answers[:max_length]
+        truncated += len(tokens) > max_length
         answerless += not any(learned[1:])
-        first = next((place for place, one in enumerate(learned) if one), len(ids))
-        kept = [True] * len(ids) if train_on_inputs else learned
-        labels = [token if keep else IGNORED for token, keep in zip(ids, kept, strict=True)]
+        first = learned.index(True) if any(learned) else len(ids)
+        targets = [True] * len(ids) if train_on_inputs else learned
+        labels = [token if target else IGNORED for token, target in zip(ids, targets, strict=True)]
         rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
         prompt_lengths.append(max(first, 1))
     return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
@@ -112,11 +112,11 @@ def encode_pairs(
     truncated = 0
     names = ("input_ids", "token_type_ids")
     for example in examples:
-        whole = _tokens(tokenizer, example)
-        if len(whole["input_ids"]) > max_length:
+        tokens = _tokens(tokenizer, example)
+        if len(tokens["input_ids"]) > max_length:
             truncated += 1
-            whole = _tokens(tokenizer, example, truncation=True, max_length=max_length)
-        row = {name: list(whole[name]) for name in names if name in whole}
+            tokens = _tokens(tokenizer, example, truncation=True, max_length=max_length)
+        row = {name: list(tokens[name]) for name in names if name in tokens}
         rows.append(row | {"labels": example.label})
     lengths = [len(row["input_ids"]) for row in rows]
     return Encoded(rows, lengths, truncated, 0, fingerprint(examples))
@@ -152,9 +152,9 @@ def _train_tokens(
                 yield list(ids), _first_beyond(ends, example.answer_start)
         else:
             prompts = [example.train_text[: example.answer_start] for example in chunk]
-            whole = tokenizer(texts, verbose=False)["input_ids"]
-            part = tokenizer(prompts, verbose=False)["input_ids"]
-            for ids, prompt in zip(whole, part, strict=True):
+            tokens = tokenizer(texts, verbose=False)["input_ids"]
+            prompt_tokens = tokenizer(prompts, verbose=False)["input_ids"]
+            for ids, prompt in zip(tokens, prompt_tokens, strict=True):
                 yield list(ids), common_prefix([ids, prompt])
 
 

@@ -74,7 +74,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """The turns of a talk: (role, content). `place` is where the row stands, no part of it."""
+    """A conversation: (role, content) of each turn. `place`, not compared: where its row is."""
 
     task: str
     messages: tuple[tuple[str, str], ...]
@@ -87,11 +87,11 @@ E = TypeVar("E", bound=Example)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Sha256 of the examples, every field of each but where it stood, in their order."""
+    """Sha256 of the examples in their order: every field but the place of the row."""
     digest = hashlib.sha256()
     for example in examples:
-        kept = [getattr(example, one.name) for one in fields(example) if one.compare]
-        digest.update(json.dumps(kept, ensure_ascii=False).encode())
+        values = [getattr(example, field.name) for field in fields(example) if field.compare]
+        digest.update(json.dumps(values, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -114,8 +114,8 @@ def hold_out(examples: list[E], count: int, *, seed: int) -> tuple[list[E], list
     order = list(range(len(examples)))
     random.Random(f"held-out {seed}").shuffle(order)
     held = list(dict.fromkeys(examples[index] for index in order))[:count]
-    gone = set(held)
-    rest = [example for example in examples if example not in gone]
+    removed = set(held)
+    rest = [example for example in examples if example not in removed]
     if len(held) < count or not rest:
         different = len(set(examples))
         alike = f", only {different} of them different" if different < len(examples) else ""

@@ -105,12 +105,12 @@ def read_scored(
         return [TaskRows.draw(data.tasks[0], read_custom_scored(data, path), limit)]
     for name in tasks:
         check_task(data.suite, name)
-    found = []
+    scored = []
     for name in tasks:
         for shown, part in ({name: split} if split else scored_names(data.suite, name)).items():
             examples = load_examples(data.suite, name, part, path=path or data.path)
-            found.append(TaskRows.draw(shown, examples, limit))
-    return found
+            scored.append(TaskRows.draw(shown, examples, limit))
+    return scored
 
 
 def read_splits(data: DataSection, *, max_test: int | None = None) -> tuple[DataSection, Splits]:

@@ -68,8 +68,8 @@ def scored_names(suite: str, task: str) -> dict[str, str]:
 
 
 def _split(suite: str, task: str, split: str) -> str:
-    known, first = splits(suite, task), TASKS[suite][task].scored[0]
-    if split in known:
+    allowed, first = splits(suite, task), TASKS[suite][task].scored[0]
+    if split in allowed:
         return split
     if split == "validation" and first.startswith(split):
         return first
@@ -80,7 +80,7 @@ def _split(suite: str, task: str, split: str) -> str:
     reason = reasons.get((suite, split))
     raise DataError(
         f"{suite}/{task} has no split '{split}'" + (f": {reason}" if reason else ""),
-        f"splits: {', '.join(known)}",
+        f"splits: {', '.join(allowed)}",
     )
 
 

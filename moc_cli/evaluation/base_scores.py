@@ -1,4 +1,4 @@
-"""Scores of the base model that are known already on the rows that are scored."""
+"""Scores of the base model that earlier commands have left on disk."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""What an evaluation leaves behind: results.json and one line of samples.jsonl for every item.
+"""The files of an evaluation: results.json, and a line of samples.jsonl for every item.
 
-Both are written after every task, whole. A folder holds one set of conditions: tasks scored later
-under the same ones are added, under others they begin anew.
+Both are written after every task. A folder holds one set of conditions: tasks scored later under
+the same conditions are added, under others the folder begins anew.
 """
 
 import hashlib
@@ -68,16 +68,15 @@ class ResultsFolder:
         if not self.results_file.is_file() or not self.samples_file.is_file():
             return
         try:
-            known = read_results(json.loads(self.results_file.read_text(encoding="utf-8")))
+            saved = read_results(json.loads(self.results_file.read_text(encoding="utf-8")))
             text = self.samples_file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise FileError(f"{self.results_file} cannot be read: {error}") from error
-        other = [key for key, value in self.conditions.items() if known.get(key) != value]
-        self.replaced = other
-        whole = known.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
-        if other or not whole:
+        self.replaced = [key for key, value in self.conditions.items() if saved.get(key) != value]
+        intact = saved.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
+        if self.replaced or not intact:
             return
-        self.tasks = dict(known["tasks"])
+        self.tasks = dict(saved["tasks"])
         self._lines = dict.fromkeys(self.tasks, "")
         for line in text.splitlines(keepends=True):
             self._lines[json.loads(line)["task"]] += line
@@ -85,9 +84,8 @@ class ResultsFolder:
 
 def mean_of_main(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Return the plain mean of `value` or `base` of the main metrics; None where one lacks it."""
-    values = [main_score(entry).get(key) for entry in entries]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    values: list[Any] = [main_score(entry).get(key) for entry in entries]
+    return None if not values or None in values else float(sum(values) / len(values))
 
 
 def prompt_hash(text: str) -> str:

@@ -104,7 +104,7 @@ def score_rows(
 ) -> ResultsFolder:
     """Score the tasks, and write results.json and samples.jsonl after each.
 
-    `base_scores` that are known of the same rows stand beside them, unless the job scores the base.
+    `base_scores` of the same rows are added to them, unless the job scores the base itself.
     """
     results = ResultsFolder(folder, model_facts(model) | job.conditions)
     if results.replaced and not silent:
@@ -116,8 +116,8 @@ def score_rows(
             if job.base:
                 base = _score(job, model, task, silent, base=True)
                 values, source = base.values, "scored beside it"
-            elif known := find_score(base_scores, task, evaluation):
-                values, source = dict(known.values), known.source
+            elif score := find_score(base_scores, task, evaluation):
+                values, source = dict(score.values), score.source
             entry = make_entry(task, evaluation, values, source)
             results.add(task.name, entry, samples(job.kind, task, evaluation, base))
     except KeyboardInterrupt:
@@ -132,7 +132,7 @@ def make_entry(
     base: Mapping[str, float] | None,
     base_source: str | None,
 ) -> dict[str, Any]:
-    """Return what results.json says of a scored task, beside the base model where it is known."""
+    """Return what results.json says of a scored task, with the base model's values if known."""
     scored = evaluation.entry() if base is None else evaluation.entry("base", base)
     entry = scored | {
         "rows": task.total,

@@ -22,7 +22,7 @@ from moc_cli.scoring.results import ScoringOptions
 
 @contextmanager
 def local_at(mixture: Mixture, index: int) -> Iterator[None]:
-    """Within it one site runs its own control in the place of the routed ones."""
+    """Within it one site runs its own control in place of the routed controls."""
 
     def reroute(site: Site, route: Route) -> Route:
         if site.index != index:

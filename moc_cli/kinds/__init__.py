@@ -108,7 +108,7 @@ def make_kind(data: DataSection) -> Kind:
     """
     name = kind_of(data.suite, data.tasks[0], data.format)
     if name is None:
-        raise DataError("data.format is told by the rows, and they are not read yet")
+        raise DataError("data.format is known only when the rows are read")
     if name == "choice":
         return Choice()
     if data.suite != "custom":

@@ -44,7 +44,7 @@ class Pairs:
     def model_arguments(self) -> dict[str, Any]:
         """A classifier with a fresh head."""
         if not self.num_labels:
-            raise DataError("data.labels are told by the rows, and they are not read yet")
+            raise DataError("data.labels are known only when the rows are read")
         problem = "regression" if self.num_labels == 1 else "single_label_classification"
         return {"kind": "classification", "num_labels": self.num_labels, "problem_type": problem}
 

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError
 from moc_cli.methods import Adapted
+from moc_cli.recipe.tasks import Frame
 from moc_cli.report.output import printable
 from moc_cli.scoring.forward import evaluating
 from moc_cli.serving.options import Sampling
-from moc_cli.serving.prompts import Frame, Message, encode
+from moc_cli.serving.prompts import Message, encode
 
 OnText = Callable[[str], None]
 JOINERS = "\u200c\u200d"  # they shape letters and emoji, and steer no terminal

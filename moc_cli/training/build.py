@@ -174,14 +174,9 @@ def build_shapes(recipe: Recipe) -> Adapted:
     """
     model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
     fresh: tuple[str, ...] = ()
-    if not recipe_is_causal(recipe):
+    if make_kind(recipe.data).loss != "causal":
         fresh = tuple(n for n, _ in model.named_children() if n != model.base_model_prefix)
     return attach(model, recipe.method, new_modules=fresh, seed=recipe.seed)
-
-
-def recipe_is_causal(recipe: Recipe) -> bool:
-    """Return whether the recipe trains a language model rather than a classifier."""
-    return make_kind(recipe.data).loss == "causal"
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -195,8 +190,8 @@ def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
     data = recipe.data
-    known = watched_metrics(data.suite, data.tasks[0], data.format)
-    metric = scoring.metric_for_best_model or known[0]
+    main, *_ = watched_metrics(data.suite, data.tasks[0], data.format)
+    metric = scoring.metric_for_best_model or main
     return Settings(
         seed=recipe.seed,
         num_train_epochs=train.num_train_epochs,

@@ -1,4 +1,4 @@
-"""`moc train --dry-run`: everything short of weights, and one row as the loss will see it."""
+"""`moc train --dry-run`: all checks but loading weights, and one row as the loss will see it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,7 +52,7 @@ class Preview:
 
     def to_json(self) -> dict[str, Any]:
         """Return the preview as plain values; `share` is a fraction of the base."""
-        found: dict[str, Any] = {
+        content: dict[str, Any] = {
             "trainable": self.counts.trainable,
             "adapter": self.counts.adapter,
             "modules": self.counts.modules,
@@ -63,7 +63,7 @@ class Preview:
         }
         read = self.reading
         if read is not None:
-            found |= {
+            content |= {
                 "steps": read.steps,
                 "rows": read.rows,
                 "truncated": read.truncated,
@@ -72,17 +72,17 @@ class Preview:
                 "padding_share": read.padding_share,
                 "row": {"pieces": [asdict(piece) for piece in read.pieces], "label": read.label},
             }
-        return found
+        return content
 
 
 def preview(recipe: Recipe) -> Preview:
     """Place the method in the model's shapes, then read the rows and the tokenizer.
 
     Raises MocError for all that would stop the run before its weights are read, but for rows or a
-    tokenizer of the hub that cannot be had at present: those are only told.
+    tokenizer of the hub that cannot be had at present: those are only reported.
     """
     rows = None
-    if recipe.data.suite == "custom":  # they tell what the model has to be
+    if recipe.data.suite == "custom":  # its rows say what the model has to be
         recipe, rows = build.read_rows(recipe)
     adapted = build.build_shapes(recipe)
     published = bool(getattr(adapted.model, "published_shape", False))

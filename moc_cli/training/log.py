@@ -30,9 +30,9 @@ class MetricsLog:
     def keep(self, lines: int) -> None:
         """Drop all after the first `lines` lines: what a killed run wrote beyond its checkpoint."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        kept = text.splitlines(keepends=True)[:lines]
-        self.lines = len(kept)
-        write_text_atomic(self.path, "".join(kept))
+        first = text.splitlines(keepends=True)[:lines]
+        self.lines = len(first)
+        write_text_atomic(self.path, "".join(first))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line.

@@ -59,7 +59,7 @@ class Data:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an observer is told after each step; numbers count from the run's first step."""
+    """What an observer sees after each step; numbers count from the run's first step."""
 
     step: int
     total: int

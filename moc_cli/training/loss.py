@@ -18,8 +18,8 @@ def task_loss(outputs: Any, labels: Tensor, kind: LossKind) -> Tensor:
     logits = outputs.logits
     if kind == "causal":
         targets = labels[:, 1:]
-        kept = targets != IGNORED  # (B, T-1)
-        return F.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="sum")
+        labelled = targets != IGNORED  # (B, T-1)
+        return F.cross_entropy(logits[:, :-1][labelled].float(), targets[labelled], reduction="sum")
     if kind == "classification":
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")

@@ -5,7 +5,7 @@ from typing import Any
 from moc_cli.errors import RunError
 from moc_cli.recipe.schema import FORMER
 
-# Key or section -> what to tell the user when it changed; "" where nothing needs to be told.
+# Key or section -> what the user is warned of when it changed; "" where no warning is needed.
 CHANGEABLE = {
     "output": "",
     "launch": "results may differ in their last bits",
@@ -46,13 +46,13 @@ def make_identity(
     }
 
 
-def check_recipe(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Return a remark on each harmless change of the recipe.
+def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return a sentence on each harmless change of the recipe.
 
     Raises RunError naming every key that makes it another run.
     """
-    before, after = _flat(saved), _flat(asked)
-    remarks, refused = [], []
+    before, after = _flat(saved), _flat(wanted)
+    changes, refused = [], []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old == new or key in FORMER and new is None and old == FORMER[key]:
@@ -61,21 +61,21 @@ def check_recipe(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         if not rule:
             refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")
         elif CHANGEABLE[rule]:
-            remarks.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
+            changes.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
     if refused:
         raise RunError(
             f"the recipe is not the one this run was started with: {', '.join(refused)}",
             "resume with the old values, or start another run: --output-dir OTHER",
         )
-    return remarks
+    return changes
 
 
 def check_facts(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a remark when the number of threads changed.
+    """Return a sentence when the number of threads changed.
 
     Raises RunError when weights, rows or trainables are not those of the checkpoint.
     """
-    changed = [words for key, words in FACTS.items() if saved.get(key) != now.get(key)]
+    changed = [name for key, name in FACTS.items() if saved.get(key) != now.get(key)]
     if changed:
         raise RunError(
             f"{' and '.join(changed)} changed since the checkpoint was written",

@@ -1,4 +1,4 @@
-"""`moc train --seeds N`: one run for each of N seeds, and what they come to together.
+"""`moc train --seeds N`: one run for each of N seeds, and their scores together.
 
     OUTPUT_DIR/seed-42/   a run folder, as `moc train --set seed=42` would have made it
     OUTPUT_DIR/seed-43/   ...
@@ -53,7 +53,7 @@ def plan(recipe: Recipe, count: int) -> list[Seeded]:
             "start lower: --set seed=0",
         )
     data = recipe.data
-    # Of a custom dataset without a format only its rows say whether a head is drawn.
+    # None: only the rows of a custom dataset say whether a head is drawn.
     has_head = kind_of(data.suite, data.tasks[0], data.format) in (
         "classification",
         "regression",
@@ -120,7 +120,7 @@ def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
 
     Deviations are of a sample (n - 1), None for one seed. The median run is the middle one by the
     task's main metric, of several tasks by the average of theirs; of an even number the lower
-    middle one, so that it is always a run that there is.
+    middle one, so that it is always an existing run.
     """
     results = [run.folder.read_results() for run in seeds]
     runs = [
@@ -190,7 +190,7 @@ def _is_finished(run: Seeded) -> bool:
     saved = load_recipe(folder.recipe_file).model_dump(mode="json")
     wanted = run.recipe.model_dump(mode="json")
     for key, value in wanted["data"].items():
-        if value is None:  # the rows of a custom dataset have told it
+        if value is None:  # read from the rows of a custom dataset
             wanted["data"][key] = saved["data"][key]
     check_recipe(saved, wanted)
     return all(saved["train"][key] == wanted["train"][key] for key in LENGTH)

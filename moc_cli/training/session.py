@@ -86,7 +86,7 @@ class Session:
     def run(self, *, resume: str | None = None, overwrite: bool = False) -> Finished:
         """Train from the start or from a checkpoint (`auto`, or its path), and score.
 
-        Raises MocError for what the user can mend, Interrupted after a signal.
+        Raises MocError for what the user can correct, Interrupted after a signal.
         """
         output = self.recipe.output
         require_trackers(output.report_to)
@@ -101,7 +101,7 @@ class Session:
                 try:
                     return self.train_and_score(job, folder, checkpoints, before)
                 except FileError as error:
-                    hint = f"make room or mend the disk, then: {self.again}"
+                    hint = f"free some disk space, then: {self.again}"
                     raise FileError(error.message, error.hint or hint) from error
 
     def prepare(self, folder: RunFolder, checkpoints: Checkpoints, resume: str | None) -> Job:
