@@ -31,13 +31,13 @@ from moc_cli.adapter.config import make_method
 from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
-from moc_cli.models.hooks import Host
+from moc_cli.models.hooks import HookedModel
 from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
 NAME = "MOC"
 TESTED = "0.21"
-HOLDER = "moc"  # the module of the base model that holds every set; no name with the prefix
+MODULE = "moc"  # the submodule of the base model with every set; not a name with `prefix`
 SETS = "moc_mixtures"  # its sets, by the adapter's name
 
 
@@ -84,7 +84,7 @@ class MocConfig(PeftConfig):
             self.state_sha256 = known
 
 
-class Holder(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
+class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
     """Every set of a model, by name; the active one has its hooks in the model."""
 
     adapter_layer_names = (SETS,)
@@ -94,7 +94,7 @@ class Holder(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no ty
         super().__init__()
         self.moc_mixtures = nn.ModuleDict()
         self._model = (model,)  # not as a submodule: it holds this one
-        self._host: Host | None = None
+        self._hooked: HookedModel | None = None
         self._placed: str | None = None
         self._families: dict[str, Any] = {}
         self._active_adapter = []
@@ -136,20 +136,22 @@ class Holder(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no ty
     def _show(self, name: str | None) -> None:
         if name == self._placed:
             return
-        if self._host is not None:
-            self._host.remove()
-            self._host = None
+        if self._hooked is not None:
+            self._hooked.remove()
+            self._hooked = None
         self._placed = name
         if name is not None:
             (model,) = self._model
-            self._host = Host(model, self.moc_mixtures[name], self._families[name], held=True)
+            self._hooked = HookedModel(
+                model, self.moc_mixtures[name], self._families[name], register=False
+            )
 
 
 class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
     """The tuner that `peft` asks for: controls and gates beside the base model's modules."""
 
     prefix = "moc_"
-    tuner_layer_cls = Holder
+    tuner_layer_cls = ControlSets
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(
@@ -168,20 +170,20 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         check_base(
             getattr(model, "name_or_path", "") or type(model).__name__,
             vars(config),
-            fingerprint=fingerprint(model, [HOLDER, *(config.modules_to_save or ())]),
+            fingerprint=fingerprint(model, [MODULE, *(config.modules_to_save or ())]),
             required=False,
         )
         mixture, family = make_mixture(model, config.section, config.seed)
-        holder = getattr(model, HOLDER, None)
-        if holder is None:
-            holder = Holder(model)
-            model.add_module(HOLDER, holder)
-        elif not isinstance(holder, Holder):
+        control_sets = getattr(model, MODULE, None)
+        if control_sets is None:
+            control_sets = ControlSets(model)
+            model.add_module(MODULE, control_sets)
+        elif not isinstance(control_sets, ControlSets):
             raise MocError(
                 "the model holds controls of moc_cli.attach already", "detach them first"
             )
-        holder.add(adapter_name, mixture, family)
-        self.targeted_module_names = [HOLDER]
+        control_sets.add(adapter_name, mixture, family)
+        self.targeted_module_names = [MODULE]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         heads = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
         flags = [(parameter, parameter.requires_grad) for parameter in heads.values()]
@@ -221,15 +223,15 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
 
     def unload(self) -> nn.Module:
         """Take every set out; the base model is as it came."""
-        self.model.get_submodule(HOLDER).set_adapter([])
-        delattr(self.model, HOLDER)
+        self.model.get_submodule(MODULE).set_adapter([])
+        delattr(self.model, MODULE)
         vars(self.model).pop("peft_config", None)
         found: nn.Module = self.model
         return found
 
     def set_loss_scale(self, scale: float) -> None:
         """Multiply the balance loss by this: 1 / the number of micro-batches of a step."""
-        for mixture in self.model.get_submodule(HOLDER).moc_mixtures.values():
+        for mixture in self.model.get_submodule(MODULE).moc_mixtures.values():
             mixture.loss_scale = scale
 
     @classmethod

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from moc_cli.models.families import Family, Port
-from moc_cli.models.hooks import Host, cast_inputs, find_layers
+from moc_cli.models.families import Family, Place
+from moc_cli.models.hooks import HookedModel, cast_inputs, find_layers
 from moc_cli.nn.control import Control
-from moc_cli.nn.gate import CosineGate, LinearGate
+from moc_cli.nn.gate import GATES
 from moc_cli.nn.mixture import Mixture, Routing
 
 
@@ -23,7 +23,7 @@ class Controlled:
         settings = config.moc
         place = settings["placement"]
         family = Family(
-            place["layers"], Port(**place["attn"]), Port(**place["ffn"]), place["causal"]
+            place["layers"], Place(**place["attn"]), Place(**place["ffn"]), place["causal"]
         )
         layers = find_layers(self, family)
         device = next(layers.parameters()).device
@@ -36,13 +36,13 @@ class Controlled:
             Routing(**settings["routing"]),
             device="meta" if device.type == "meta" else "cpu",
         )
-        Host(self, mixture.to(device), family)
+        HookedModel(self, mixture.to(device), family)
         self._keep_in_fp32_modules_strict |= {"moc", *settings["modules"]}
         for name in settings["modules"]:
             self.get_submodule(name).register_forward_pre_hook(cast_inputs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Control | LinearGate | CosineGate):
+        if isinstance(module, (Control, *GATES.values())):
             module.reset()
         else:
             super()._init_weights(module)

@@ -43,6 +43,11 @@ class Frozen:
     ids: tuple[int, ...]
     weights: tuple[float, ...]
 
+    def route(self, device: torch.device) -> Route:
+        """The choice as one decision."""
+        ids = torch.tensor([self.ids], device=device)
+        return Route(ids, torch.tensor([self.weights], dtype=torch.float32, device=device))
+
 
 def check(recipe: "Recipe", options: Options) -> None:
     """Raise MocError where there are no routes to freeze, and for a narrower type."""
@@ -124,10 +129,8 @@ def held(mixture: Mixture, frozen: dict[int, Frozen]) -> Iterator[None]:
     """Within it every decision of a site is its frozen choice."""
 
     def reroute(site: Site, route: Route) -> Route:
-        choice, size = frozen[site.index], (route.voters, 1)
-        ids = torch.tensor([choice.ids], device=route.ids.device).repeat(size)
-        weights = route.weights.new_tensor([choice.weights]).repeat(size)
-        return Route(ids, weights)
+        choice = frozen[site.index].route(route.ids.device)
+        return choice.rows(lambda values: values.expand(route.voters, -1))
 
     before, mixture.reroute = mixture.reroute, reroute
     try:
@@ -147,18 +150,13 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
     """The adapter's state: A (r(K+1), d), B (d, r(K+1)) with α, 1−α, π and the scale in it."""
     mixture = adapted.mixture
     assert mixture is not None
-    alpha = mixture.routing.alpha
     state = {k: v for k, v in adapted.state().items() if k.startswith("modules.")}
     for site in mixture.sites:
-        choice, pool = frozen[site.index], mixture.pools[site.pool]
-        parts = [(mixture.control(site.index), alpha)]
-        for k, weight in zip(choice.ids, choice.weights, strict=True):
-            parts.append((mixture.control(pool[k]), (1 - alpha) * weight))
+        route = frozen[site.index].route(mixture.control(site.index).A.device)
+        pair = mixture.combine(site, route).stack(torch.float32)
         key = f"controls.{site.layer}.{site.block}"
-        A = torch.cat([control.A for control, _ in parts])
-        B = torch.cat([mixture.scale * weight * control.B for control, weight in parts], dim=1)
-        state[f"{key}.A"] = A.detach().cpu().contiguous()
-        state[f"{key}.B"] = B.detach().cpu().contiguous()
+        state[f"{key}.A"] = pair.A.detach().cpu().contiguous()
+        state[f"{key}.B"] = pair.B.detach().cpu().contiguous()
     return state
 
 

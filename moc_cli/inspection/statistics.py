@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moc_cli.methods.route_counts import ENTROPY, MARGIN, ONE_TOKEN, ROWS, SIZE, Record
+from moc_cli.methods.route_counts import Record
 from moc_cli.nn.control import Control
 from moc_cli.nn.mixture import Mixture
 
@@ -56,23 +56,23 @@ def sites(mixture: Mixture) -> list[dict[str, Any]]:
 
 def per_site(record: Record, level: str) -> list[dict[str, Any]]:
     """Return each site's numbers; `one_token` is null where every token decides for itself."""
-    layout, rows = record.layout, []
+    layout, sums, rows = record.layout, record.sums, []
     for site, name in enumerate(layout.names):
         members, counts = layout.members(site), record.counts(site)
-        decisions, seen = max(record.decisions(site), 1), max(record.total(site, ROWS), 1)
+        decisions, seen = max(record.decisions(site), 1), max(sums.rows[site].item(), 1)
         share = counts / counts.sum().clamp(min=1)
         entropy = _entropy(share)
-        alone = None if level == "token" else record.total(site, ONE_TOKEN) / decisions
+        alone = None if level == "token" else sums.one_token[site].item() / decisions
         rows.append(
             {
                 "name": name,
                 "local_share": share[members.index(site)].item(),
-                "gate_entropy": record.total(site, ENTROPY) / decisions,
+                "gate_entropy": sums.entropy[site].item() / decisions,
                 "use_entropy": entropy,
                 "effective": math.exp(entropy),
-                "margin": record.total(site, MARGIN) / decisions,
+                "margin": sums.margin[site].item() / decisions,
                 "one_token": alone,
-                "relative_size": record.total(site, SIZE) / seen,
+                "relative_size": sums.relative_size[site].item() / seen,
                 "top": layout.names[members[int(counts.argmax())]],
             }
         )
@@ -109,10 +109,7 @@ def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
         for _, members in pools
     ]
     seen = [record.decisions(site) for site in range(len(layout.names))]
-    gate, lead = (
-        sum(record.total(site, what) for site in range(len(layout.names)))
-        for what in (ENTROPY, MARGIN)
-    )
+    gate, lead = record.sums.entropy.sum().item(), record.sums.margin.sum().item()
     excluded = mixture.routing.exclude_local
     chance = [0.0 if excluded else 1 / len(members) for _, members in pools]
     return {

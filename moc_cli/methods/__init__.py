@@ -1,4 +1,4 @@
-"""A method is mathematics placed in a host; `attach` is the one way in."""
+"""Methods: what is trained, placed in a model by `attach`."""
 
 import logging
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Pla
 __all__ = ["Adapted", "Counts", "attach", "bare"]
 
 
-def _state(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    from moc_cli.methods.controls import StateMethod
+def _controls(model: PreTrainedModel, method: Any, seed: int) -> Placed:
+    from moc_cli.methods.controls import ControlsMethod
 
-    return StateMethod(model, method, seed)
+    return ControlsMethod(model, method, seed)
 
 
 def quiet_import() -> None:
-    """Say nothing of the 4-bit CPU kernel that peft's import of bitsandbytes may find missing."""
+    """Silence the warning about a 4-bit CPU kernel when peft imports bitsandbytes."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -37,8 +37,8 @@ def _molex(model: PreTrainedModel, method: Any, seed: int) -> Placed:
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Any, int], Placed]] = {
-    "moc": _state,
-    "control": _state,
+    "moc": _controls,
+    "control": _controls,
     "lora": _low_rank,
     "dora": _low_rank,
     "molex": _molex,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moc_cli.errors import MocError, compare_entries
 from moc_cli.methods.route_counts import Recorder
 from moc_cli.models.hooks import cast_inputs
+from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.nn.mixture import Mixture
 
 
@@ -164,6 +165,16 @@ class Adapted:
         """The controls and gates of a state-based method; None where it is another."""
         found = getattr(self._placed, "mixture", None)
         return found if isinstance(found, Mixture) else None
+
+    def routes(self) -> dict[str, Tensor]:
+        """What each site, or layer of `molex`, chose in the last forward: ids (V, K) in its pool.
+
+        V is 1 for a batch, the rows, or rows times tokens. Sites that chose nothing then, because a
+        generation goes on or there is no gate, are left out.
+        """
+        mixture = getattr(self._placed, "mixture", None)
+        sites = mixture.sites if isinstance(mixture, Mixture | LayerMixture) else []
+        return {site.name: site.choice for site in sites if site.choice is not None}
 
     def adapter_config(self) -> dict[str, Any]:
         """What `adapter_config.json` says about the method and where it sits."""

@@ -1,4 +1,4 @@
-"""The state-based methods: Mixture-of-Control (`moc`) and Parallel Control (`control`)."""
+"""The methods that add controls: Mixture-of-Control (`moc`) and Parallel Control (`control`)."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,29 +10,29 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.route_counts import Recorder, layout_of
-from moc_cli.models.families import Family, Port, find_family
-from moc_cli.models.hooks import Host, describe_layers, find_layers
+from moc_cli.models.families import Family, Place, find_family
+from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
 from moc_cli.nn.mixture import Mixture, Routing
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
 
-class StateMethod:
-    """A mixture in its host."""
+class ControlsMethod:
+    """A mixture of controls in its model."""
 
     def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
         self._method = method
         self.mixture, family = make_mixture(model, method, seed)
         self._family = family
-        self.host = Host(model, self.mixture, family)
+        self.hooked = HookedModel(model, self.mixture, family)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.mixture.named_parameters())
 
     def config(self) -> dict[str, Any]:
-        ports = {block: vars(self._family.port(block)) for block in ("attn", "ffn")}
+        places = {block: vars(self._family.place(block)) for block in ("attn", "ffn")}
         return {
             "method": self._method.model_dump(mode="json"),
-            "placement": {"layers": self._family.layers, **ports, "causal": self._family.causal},
+            "placement": {"layers": self._family.layers, **places, "causal": self._family.causal},
         }
 
     def set_loss_scale(self, scale: float) -> None:
@@ -49,13 +49,12 @@ class StateMethod:
             mixture,
             layout_of(mixture, mixture.routing.top_k),
             next(mixture.parameters()).device,
-            vote=mixture.routing.vote,
             detailed=detailed,
             training=training,
         )
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        return self.host.voting(mask)
+        return self.hooked.voting(mask)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -66,7 +65,7 @@ class StateMethod:
             self.mixture.active = before
 
     def detach(self) -> None:
-        self.host.remove()
+        self.hooked.remove()
 
 
 def make_mixture(
@@ -120,8 +119,8 @@ def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family
         return find_family(model.config.model_type, describe_layers(model))
     return Family(
         layers=place.layers,
-        attn=Port(place.attn.read, place.attn.write),
-        ffn=Port(place.ffn.read, place.ffn.write),
+        attn=Place(place.attn.read, place.attn.write),
+        ffn=Place(place.ffn.read, place.ffn.write),
         causal=place.causal,
     )
 

@@ -13,7 +13,7 @@ from moc_cli.methods.low_rank import LowRank
 from moc_cli.methods.route_counts import Recorder, layout_of
 from moc_cli.models.families import FAMILIES, Family
 from moc_cli.models.hooks import find_layers
-from moc_cli.models.layer_mixing import SecondPass
+from moc_cli.models.layer_mixing import LayerMixedModel
 from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.recipe.methods import MolexMethod
 
@@ -39,7 +39,7 @@ class Molex:
             device="meta" if first.device.type == "meta" else "cpu",
         ).to(first.device)
         self.mixture.train(model.training)
-        self.host = SecondPass(model, self.mixture, family)
+        self.hooked = LayerMixedModel(model, self.mixture, family)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return self.low_rank.named_parameters() | dict(self.mixture.named_parameters())
@@ -63,7 +63,7 @@ class Molex:
         return Recorder(self.mixture, layout, device, detailed=detailed, training=training)
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        return self.host.voting(mask)
+        return self.hooked.voting(mask)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -74,7 +74,7 @@ class Molex:
             yield
 
     def detach(self) -> None:
-        self.host.remove()
+        self.hooked.remove()
         self.low_rank.detach()
 
 

@@ -1,31 +1,28 @@
-"""A record of what the gates do: running sums, one slot of fixed size a site.
+"""A record of what the gates do: running sums of fixed size.
 
     with adapted.recorder() as recorder:
         ...                      # forwards, generations, training steps
     record = recorder.record()   # merged over the processes that train together
 
-Counted is each decision once: not what a backward pass recomputes, not padding, not a generation's
+Each decision counts once: not what a backward pass recomputes, not padding, not a generation's
 later tokens that keep its route (with `decode: running` they decide, and count), and of the beams
 of a prompt the first.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, distributed
 
-from moc_cli.nn.gate import Vote
+from moc_cli.nn.mixture import Forward
 from moc_cli.nn.watch import Decision, Watcher, one_token_decides
-
-# What a slot holds after the pool's counts, weights and probabilities.
-ENTROPY, MARGIN, ONE_TOKEN, ROWS, SIZE = range(5)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sites in their order, and the pools that their gates choose from."""
+    """The sites in their order, and the pools that their gates choose from, all of one size."""
 
     names: tuple[str, ...]
     pool_of: tuple[str, ...]
@@ -36,68 +33,96 @@ class Layout:
         """The sites whose controls this site chooses from."""
         return self.pools[self.pool_of[site]]
 
+    @property
+    def size(self) -> int:
+        """N, the number of controls in each pool."""
+        return len(next(iter(self.pools.values())))
+
+
+@dataclass
+class Sums:
+    """Sums over the decisions of T sites with N controls each, in float64.
+
+    (T, N): how often each control of the pool was chosen, the weights that it got, its mean
+    probability. (T,): the entropy of the mean probability (nats), the lead of the chosen controls
+    over the rest, the decisions turned by one token; and the measured rows with their sum of
+    ‖update‖ / ‖block's output‖.
+    """
+
+    counts: Tensor
+    weights: Tensor
+    probabilities: Tensor
+    entropy: Tensor
+    margin: Tensor
+    one_token: Tensor
+    rows: Tensor
+    relative_size: Tensor
+
+    @classmethod
+    def zeros(cls, sites: int, size: int, device: torch.device | str = "cpu") -> "Sums":
+        """Nothing seen yet."""
+        shapes = [(sites, size)] * 3 + [(sites,)] * (len(fields(cls)) - 3)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def copy_(self, other: "Sums") -> None:
+        """Take the values of others over."""
+        for own, value in zip(self.arrays, other.arrays, strict=True):
+            own.copy_(value)
+
 
 @dataclass
 class Record:
-    """Sums over the decisions of each site, on the CPU in float64.
-
-    `slots[t]` is (3N + 5,): how often each of the pool's N controls was chosen, the weights that it
-    got, its mean probability; then the entropy of the mean probability (nats), the lead of the
-    chosen over the rest, the decisions turned by one token, and the rows with their sum of
-    ‖update‖ / ‖block's output‖. Records of the same sites add up.
-    """
+    """The sums over the decisions of each site, on the CPU; records of the same sites add up."""
 
     layout: Layout
-    slots: list[Tensor]
+    sums: Sums
 
     def __add__(self, other: "Record") -> "Record":
         if self.layout != other.layout:
             raise ValueError("records of different sites cannot be added")
-        slots = [a + b for a, b in zip(self.slots, other.slots, strict=True)]
-        return Record(self.layout, slots)
+        pairs = zip(self.sums.arrays, other.sums.arrays, strict=True)
+        return Record(self.layout, Sums(*(a + b for a, b in pairs)))
 
     @property
     def empty(self) -> bool:
         """Whether nothing was decided."""
-        return not any(bool(self.counts(t).any()) for t in range(len(self.slots)))
+        return not bool(self.sums.counts.any())
 
     def counts(self, site: int) -> Tensor:
         """How often the site chose each member of its pool, (N,)."""
-        return self._part(site, 0)
+        return self.sums.counts[site]
 
     def weights(self, site: int) -> Tensor:
         """The sum of the weights that it gave them, (N,)."""
-        return self._part(site, 1)
+        return self.sums.weights[site]
 
     def probabilities(self, site: int) -> Tensor:
         """The sum over decisions of their mean probabilities, (N,)."""
-        return self._part(site, 2)
+        return self.sums.probabilities[site]
 
     def decisions(self, site: int) -> float:
         """How often the site decided; each decision chooses `top_k` controls."""
         return self.counts(site).sum().item() / self.layout.top_k
 
-    def total(self, site: int, what: int) -> float:
-        """One of the sums at the end of the slot."""
-        return self.slots[site][3 * len(self.layout.members(site)) + what].item()
-
     def table(self, pool: str) -> Tensor:
         """Counts of one pool, (its sites, its controls)."""
-        return torch.stack([self.counts(site) for site in self.layout.pools[pool]])
-
-    def _part(self, site: int, number: int) -> Tensor:
-        size = len(self.layout.members(site))
-        return self.slots[site][number * size : (number + 1) * size]
+        return self.sums.counts[self.layout.pools[pool]]
 
     def choices(self) -> list[list[int]] | None:
         """Every site's counts as whole numbers; None where nothing was decided."""
         if self.empty:
             return None
-        return [self.counts(site).long().tolist() for site in range(len(self.slots))]
+        choices: list[list[int]] = self.sums.counts.long().tolist()
+        return choices
 
     def use(self) -> dict[str, Any]:
         """Each control's share of its pool's choices, in the sites' order, and the local share."""
-        use, local, total = [0.0] * len(self.slots), 0.0, 0.0
+        use, local, total = [0.0] * len(self.layout.names), 0.0, 0.0
         for pool, members in self.layout.pools.items():
             table = self.table(pool)
             total, local = total + table.sum().item(), local + table.diagonal().sum().item()
@@ -131,6 +156,7 @@ class Watched(Protocol):
     """A mixture that lets watchers see its decisions."""
 
     training: bool
+    current: Forward
     watchers: list[Watcher]
 
 
@@ -147,23 +173,17 @@ class Recorder:
         layout: Layout,
         device: torch.device,
         *,
-        vote: Vote = "mean",
         detailed: bool = True,
         training: bool | None = None,
     ) -> None:
         self._mixture = mixture
         self._layout = layout
-        self._vote: Vote = vote
         self.measures = detailed
         self._training = training
-        self._sizes = [3 * len(layout.members(site)) + 5 for site in range(len(layout.names))]
-        self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
-        self._slots = self._sums.split(self._sizes)
-        self._marked = self._sums.clone()
-        starts = [sum(self._sizes[:site]) for site in range(len(self._sizes))]
-        self._starts = torch.tensor(starts, device=device)[:, None, None]
+        self._sums = Sums.zeros(len(layout.names), layout.size, device)
+        self._marked = Sums.zeros(len(layout.names), layout.size, device)
         self._pending: list[Tensor] = []  # choices (V, K) of the first sites of a forward
-        self._rows: Tensor | None = None  # of the decision just taken: which rows it counts
+        self._new_rows: Tensor | None = None  # (B,) of the decision just taken; None: all rows
 
     def __enter__(self) -> Self:
         self._mixture.watchers.append(self)
@@ -175,12 +195,17 @@ class Recorder:
     def record(self, *, reset: bool = False) -> Record:
         """What was seen so far, of all processes where several train together."""
         self._flush()
-        joint = self._sums.clone()
+        joint = Sums(*(values.clone() for values in self._sums.arrays))
         if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(joint)
+            flat = torch.cat([values.flatten() for values in joint.arrays])
+            distributed.all_reduce(flat)
+            parts = flat.split([values.numel() for values in joint.arrays])
+            pairs = zip(parts, joint.arrays, strict=True)
+            joint = Sums(*(part.view_as(values) for part, values in pairs))
         if reset:
-            self._sums.zero_()
-        return Record(self._layout, list(joint.cpu().split(self._sizes)))
+            for values in self._sums.arrays:
+                values.zero_()
+        return Record(self._layout, Sums(*(values.cpu() for values in joint.arrays)))
 
     def mark(self) -> None:
         """Remember the sums, for `rewind`."""
@@ -199,62 +224,62 @@ class Recorder:
         """
         if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
             return
-        for slot, counts in zip(self._slots, choices, strict=True):
-            slot[: len(counts)] = slot.new_tensor(counts)
+        self._sums.counts.copy_(self._sums.counts.new_tensor(choices))
 
     def decided(self, site: Any, decision: Decision) -> None:
         """Add one forward's decisions of a site; they stay on the device."""
         if self._training is not None and self._mixture.training != self._training:
             return
-        if self.measures or decision.counted is not None:
-            self._add(site, decision)
+        if self.measures or decision.is_new is not None:
+            self._add(site.index, decision)
         else:
             self._queue(site.index, decision.route.ids)
 
     @torch.no_grad()
-    def _add(self, site: Any, decision: Decision) -> None:
-        ids, counted = decision.route.ids, decision.counted
-        slot, k = self._slots[site.index], ids.shape[1]
-        mark = slot.new_ones(len(ids)) if counted is None else counted.to(slot.dtype)  # (V,)
-        slot.index_add_(0, ids.flatten(), mark if k == 1 else mark.repeat_interleave(k))
-        if self.measures:
-            self._add_details(slot, decision, mark)
-            self._rows = mark if decision.level == "sample" else None
+    def _add(self, site: int, decision: Decision) -> None:
+        ids, is_new, counts = decision.route.ids, decision.is_new, self._sums.counts[site]
+        k = ids.shape[1]
+        mark = counts.new_ones(len(ids)) if is_new is None else is_new.to(counts.dtype)  # (V,)
+        counts.index_add_(0, ids.flatten(), mark if k == 1 else mark.repeat_interleave(k))
+        if not self.measures:
+            return
+        self._new_rows = mark if decision.level == "sample" else None
+        sums = self._sums
+        mean = decision.ballot.mean.to(mark.dtype)  # (V, N)
+        weights = decision.route.weights.to(mark.dtype) * mark[:, None]
+        sums.weights[site].index_add_(0, ids.flatten(), weights.flatten())
+        sums.probabilities[site] += mark @ mean
+        sums.entropy[site] += (mark * -torch.special.xlogy(mean, mean).sum(dim=1)).sum()
+        chosen = mean.gather(1, ids).amin(dim=1)
+        rest = mean.scatter(1, ids, 0.0).amax(dim=1)
+        sums.margin[site] += (mark * (chosen - rest)).sum()
+        turned = one_token_decides(decision)
+        if turned is not None:
+            sums.one_token[site] += (mark * turned).sum()
 
     def _queue(self, site: int, ids: Tensor) -> None:
-        """Count choices of which all count: those of all sites of a forward in one go."""
+        """Count choices of which all count: those of all sites of a forward at once.
+
+        Adding them site by site costs a training step more. Sites decide in their order; one that
+        is out of order begins a new queue or is added alone.
+        """
         if site != len(self._pending):
             self._flush()
         if site == len(self._pending):
             self._pending.append(ids)
         else:
-            slot = self._slots[site]
-            slot.index_add_(0, ids.flatten(), slot.new_ones(ids.numel()))
-        if len(self._pending) == len(self._slots):
+            counts = self._sums.counts[site]
+            counts.index_add_(0, ids.flatten(), counts.new_ones(ids.numel()))
+        if len(self._pending) == len(self._layout.names):
             self._flush()
 
     def _flush(self) -> None:
         """Add the choices that wait."""
         if self._pending:
-            ids = torch.stack(self._pending) + self._starts[: len(self._pending)]  # (S, V, K)
-            self._sums.index_add_(0, ids.flatten(), self._sums.new_ones(ids.numel()))
+            ids = torch.stack(self._pending).flatten(1)  # (sites, V·K)
+            counts = self._sums.counts[: len(ids)]
+            counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
             self._pending.clear()
-
-    def _add_details(self, slot: Tensor, decision: Decision, mark: Tensor) -> None:
-        """Add weights, probabilities and what follows from them, of decisions with mark 1."""
-        mean = decision.ballot.mean.to(slot.dtype)  # (V, N)
-        size, k = mean.shape[1], decision.route.ids.shape[1]
-        ids, weights = decision.route.ids, decision.route.weights.to(slot.dtype)
-        slot.index_add_(0, size + ids.flatten(), (weights * mark[:, None]).flatten())
-        slot[2 * size : 3 * size] += mark @ mean
-        end = slot[3 * size :]
-        end[ENTROPY] += (mark * -torch.special.xlogy(mean, mean).sum(dim=1)).sum()
-        chosen = mean.gather(1, ids).amin(dim=1)
-        rest = mean.scatter(1, ids, 0.0).amax(dim=1)
-        end[MARGIN] += (mark * (chosen - rest)).sum()
-        turned = one_token_decides(decision, k, self._vote)
-        if turned is not None:
-            end[ONE_TOKEN] += (mark * turned).sum()
 
     @torch.no_grad()
     def added(self, site: Any, output: Tensor, update: Tensor) -> None:
@@ -266,8 +291,8 @@ class Recorder:
             return
         if self._training is not None and self._mixture.training != self._training:
             return
-        current = site.mixture.current
-        if update.ndim == 2:
+        current = self._mixture.current
+        if update.ndim == 2 and current.shape is not None:
             output, update = (t.unflatten(0, current.shape) for t in (output, update))
         mark = update.new_ones(update.shape[:2]) if current.valid is None else current.valid
         mark = mark.to(torch.float64)
@@ -275,10 +300,10 @@ class Recorder:
             (t.to(torch.float64).square().sum(dim=-1) * mark).sum(dim=1).sqrt()
             for t in (output, update)
         )
-        rows = mark.amax(dim=1) if self._rows is None else self._rows
-        end = self._slots[site.index][3 * len(self._layout.members(site.index)) :]
-        end[ROWS] += rows.sum()
-        end[SIZE] += (rows * more / own.clamp(min=torch.finfo(own.dtype).tiny)).sum()
+        rows = mark.amax(dim=1) if self._new_rows is None else self._new_rows
+        self._sums.rows[site.index] += rows.sum()
+        ratio = rows * more / own.clamp(min=torch.finfo(own.dtype).tiny)
+        self._sums.relative_size[site.index] += ratio.sum()
 
 
 def layout_of(mixture: Any, top_k: int) -> Layout:

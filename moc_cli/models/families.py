@@ -14,7 +14,7 @@ from moc_cli.errors import FamilyError
 
 
 @dataclass(frozen=True)
-class Port:
+class Place:
     """Read the input of one module, add to the output of another; "" is the layer itself."""
 
     read: str
@@ -26,11 +26,11 @@ class Family:
     """Where the layers are, where each block's control goes, and whether attention is causal."""
 
     layers: str
-    attn: Port
-    ffn: Port
+    attn: Place
+    ffn: Place
     causal: bool
 
-    def port(self, block: str) -> Port:
+    def place(self, block: str) -> Place:
         return self.attn if block == "attn" else self.ffn
 
 
@@ -38,8 +38,8 @@ class Family:
 # input norm, so its input is the state after the attention block and that block's control.
 _PRE_NORM = Family(
     layers="layers",
-    attn=Port("input_layernorm", "self_attn"),
-    ffn=Port("post_attention_layernorm", "mlp"),
+    attn=Place("input_layernorm", "self_attn"),
+    ffn=Place("post_attention_layernorm", "mlp"),
     causal=True,
 )
 
@@ -48,8 +48,8 @@ _PRE_NORM = Family(
 # `pre_feedforward_layernorm` sees the FFN's x_t.
 _TWO_NORMS = Family(
     layers="layers",
-    attn=Port("input_layernorm", "post_attention_layernorm"),
-    ffn=Port("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    attn=Place("input_layernorm", "post_attention_layernorm"),
+    ffn=Place("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     causal=True,
 )
 
@@ -57,8 +57,8 @@ _TWO_NORMS = Family(
 # none, so the control is added after it.
 _PHI3 = Family(
     layers="layers",
-    attn=Port("input_layernorm", "resid_attn_dropout"),
-    ffn=Port("post_attention_layernorm", "resid_mlp_dropout"),
+    attn=Place("input_layernorm", "resid_attn_dropout"),
+    ffn=Place("post_attention_layernorm", "resid_mlp_dropout"),
     causal=True,
 )
 
@@ -66,8 +66,8 @@ _PHI3 = Family(
 # themselves see x_t.
 _OUTPUT_NORM = Family(
     layers="layers",
-    attn=Port("self_attn", "post_attention_layernorm"),
-    ffn=Port("mlp", "post_feedforward_layernorm"),
+    attn=Place("self_attn", "post_attention_layernorm"),
+    ffn=Place("mlp", "post_feedforward_layernorm"),
     causal=True,
 )
 
@@ -76,8 +76,8 @@ _OUTPUT_NORM = Family(
 # the state after the attention block instead, as eq. 9 asks there. Dropouts as in phi3.
 _GPT_NEOX = Family(
     layers="layers",
-    attn=Port("input_layernorm", "post_attention_dropout"),
-    ffn=Port("post_attention_layernorm", "post_mlp_dropout"),
+    attn=Place("input_layernorm", "post_attention_dropout"),
+    ffn=Place("post_attention_layernorm", "post_mlp_dropout"),
     causal=True,
 )
 
@@ -85,16 +85,16 @@ _GPT_NEOX = Family(
 # that LayerNorm, so the control is added after it.
 _POST_NORM = Family(
     layers="encoder.layer",
-    attn=Port("attention.self", "attention"),
-    ffn=Port("intermediate", "output"),
+    attn=Place("attention.self", "attention"),
+    ffn=Place("intermediate", "output"),
     causal=False,
 )
 
 # Post-norm with its LayerNorms beside the blocks.
 _DISTILBERT = Family(
     layers="transformer.layer",
-    attn=Port("attention", "sa_layer_norm"),
-    ffn=Port("ffn", "output_layer_norm"),
+    attn=Place("attention", "sa_layer_norm"),
+    ffn=Place("ffn", "output_layer_norm"),
     causal=False,
 )
 
@@ -102,8 +102,8 @@ _DISTILBERT = Family(
 # its input is x_t all the same.
 _MODERNBERT = Family(
     layers="layers",
-    attn=Port("attn_norm", "attn"),
-    ffn=Port("mlp_norm", "mlp"),
+    attn=Place("attn_norm", "attn"),
+    ffn=Place("mlp_norm", "mlp"),
     causal=False,
 )
 

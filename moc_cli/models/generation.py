@@ -1,4 +1,4 @@
-"""What surrounds a forward of a model: which tokens vote, and which generation it belongs to.
+"""Which tokens vote in a forward of a model, and which generation the forward belongs to.
 
 Hooks on one module only, as a rule the base model. The routes of a generation are tied to its KV
 cache, so that several may run interleaved, and follow the cache's rows when beams reorder them.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from moc_cli.nn.mixture import Pass
+from moc_cli.nn.mixture import Forward
 
 _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
 _OWNER = "_moc_owner"  # and whose they are
@@ -39,19 +39,19 @@ class Store(Protocol):
 
 
 class Routed(Protocol):
-    """A mixture: it reads its forward's `current` pass."""
+    """A mixture: it reads `current`, the running forward."""
 
     training: bool
-    current: Pass
+    current: Forward
 
 
 @dataclass
 class _Generation:
-    """A running `generate()`: whose, how long its prompt is and of how many rows, if that can be
-    seen already, and whether a forward of it has been run.
+    """A running `generate()`: its tracker, the length and rows of its prompt (None: not known yet),
+    and whether a forward of it has been run.
     """
 
-    passes: "Passes"
+    tracker: "GenerationTracker"
     prompt_length: int | None = None
     rows: int | None = None
     begun: bool = False
@@ -60,12 +60,12 @@ class _Generation:
 _GENERATION: ContextVar[_Generation | None] = ContextVar("moc_generation", default=None)
 
 
-class Passes:
+class GenerationTracker:
     """Keeps `mixture.current` true for each forward of a model, its generations included.
 
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
-    without a cache vote too. `runner` is the module of which every forward passes, with its token
-    ids and mask; by default the base model.
+    without a cache vote too. `runner` is the module that sees every forward, with its token ids and
+    mask; by default the base model.
     """
 
     def __init__(
@@ -114,7 +114,8 @@ class Passes:
         """The model's own `generate`, knowing that its forwards belong together.
 
         On a GPU it would compile a model with a static cache by itself; the hooks break the graph
-        at every site, so that this costs minutes and gains nothing. Who wants it must ask.
+        at every site, so that this costs minutes and gains nothing. `disable_compile=False` asks
+        for it.
         """
         kwargs.setdefault("disable_compile", True)
         names = ("inputs", "input_ids", "inputs_embeds")
@@ -127,25 +128,25 @@ class Passes:
         finally:
             _GENERATION.reset(token)
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the runner: the voting tokens and the route store of this forward."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         length = tokens.shape[1]
         cache = given.get("past_key_values")
-        known = self._kept(cache)
-        if known is not None and known.settled and not self.mixture.training:
-            self.mixture.current = Pass(store=known, shape=tuple(tokens.shape[:2]))
+        earlier = self._store_of(cache)
+        if earlier is not None and earlier.settled and not self.mixture.training:
+            self.mixture.current = Forward(store=earlier, shape=(tokens.shape[0], length))
             return
         past = int(cache.get_seq_length()) if cache is not None else 0
         valid = self.voters
         if valid is None:
             valid = valid_tokens(given.get("attention_mask"), length, past)
-        store = late = None
+        store = deciding = None
         copies, again = self._copies(tokens.shape[0])
         if self.causal and not self.mixture.training:
-            store = known
+            store = earlier
             if store is None or past == 0:
                 valid = self._prompt_only(valid, tokens)
                 store = self._new_store()
@@ -154,14 +155,14 @@ class Passes:
                     follow(cache, store, self._number)
             elif store.waiting is not None:
                 seen = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
-                late = _marked(store.waiting & seen)
+                deciding = _marked(store.waiting & seen)
                 store.waiting = _marked(store.waiting & ~seen)
         repeat = again and past == 0 and not self.running
-        shape = tuple(tokens.shape[:2])
-        self.mixture.current = Pass(valid, store, late, shape, past, copies, repeat)
+        shape = tokens.shape[0], length
+        self.mixture.current = Forward(valid, store, deciding, shape, past, copies, repeat)
 
-    def _kept(self, cache: Cache | None) -> Store | None:
-        """What the cache's generation remembers, unless it began with controls that are gone."""
+    def _store_of(self, cache: Cache | None) -> Store | None:
+        """What the cache's generation remembers; None where it began with other controls."""
         if getattr(cache, _OWNER, None) != self._number:
             return None
         store: Store | None = getattr(cache, _STORE, None)
@@ -172,7 +173,7 @@ class Passes:
         whether it had a forward before; later ones of `running` decide for each beam anew.
         """
         generation = _GENERATION.get()
-        if generation is None or generation.passes is not self:
+        if generation is None or generation.tracker is not self:
             return 1, False
         begun, generation.begun = generation.begun, True
         if generation.rows is None or (begun and self.running):
@@ -186,7 +187,7 @@ class Passes:
         holds more than the prompt. `running` counts the new tokens too, so it keeps them.
         """
         generation = _GENERATION.get()
-        if generation is None or generation.passes is not self:
+        if generation is None or generation.tracker is not self:
             return valid
         length = tokens.shape[1]
         if generation.prompt_length is None:
@@ -198,14 +199,14 @@ class Passes:
         prompt = torch.arange(length, device=tokens.device) < generation.prompt_length
         return valid & prompt
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the runner: a cache made inside the forward gets the routes decided in it."""
         current = self.mixture.current
         current.ended = True
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and current.store is not None:
-            if self._kept(cache) is None:
+            if self._store_of(cache) is None:
                 follow(cache, current.store, self._number)
             current.store.settle()
 
@@ -259,12 +260,12 @@ def _reset(cache: Cache) -> None:
 
 def _reorder(cache: Cache, beam_idx: Tensor) -> None:
     type(cache).reorder_cache(cache, beam_idx)
-    getattr(cache, _STORE).rows(lambda kept: kept[beam_idx])
+    getattr(cache, _STORE).rows(lambda rows: rows[beam_idx])
 
 
 def _repeat(cache: Cache, repeats: int) -> None:
     type(cache).batch_repeat_interleave(cache, repeats)
-    getattr(cache, _STORE).rows(lambda kept: kept.repeat_interleave(repeats, dim=0))
+    getattr(cache, _STORE).rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
 
 def _crop(cache: Cache, tokens_to_remove: int) -> None:
@@ -283,7 +284,7 @@ def _record(cache: Cache) -> None:
 
 def _select(cache: Cache, indices: Tensor) -> None:
     type(cache).batch_select_indices(cache, indices)
-    getattr(cache, _STORE).rows(lambda kept: kept[indices])
+    getattr(cache, _STORE).rows(lambda rows: rows[indices])
 
 
 _FOLLOWED = {

@@ -1,67 +1,100 @@
-"""Place a mixture of controls in a model by hooks at its sites.
+"""Hooks that place controls in a model, and the paths that they are registered at.
 
-Hooks are bound methods of plain objects, so that a
-deep copy or a pickle of the model keeps its own controls.
+Hooks are bound methods of plain objects, so that a deep copy or a pickle of the model keeps its own
+controls.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError
-from moc_cli.models.families import Family
-from moc_cli.models.generation import Passes
-from moc_cli.nn.mixture import Mixture, Pass
+from moc_cli.models.families import Family, Place
+from moc_cli.models.generation import GenerationTracker
+from moc_cli.nn.mixture import Forward, Mixture
 
 
-class _Remember(torch.autograd.Function):
-    """Identity on a layer's output; its backward restores the pass for the recomputed layer.
+class Adds(Protocol):
+    """What adds an update to a block's output at one of its sites."""
+
+    def add(self, site: Any, x: Tensor, output: Tensor) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class BlockHook:
+    """Reads the input x_t of one block, and lets `owner` add to the block's output."""
+
+    owner: Adds
+    site: Any
+    _input: Tensor | None = None
+
+    def register(self, layer: nn.Module, place: Place) -> list[RemovableHandle]:
+        """Register both hooks at a place of a layer."""
+        read, write = layer.get_submodule(place.read), layer.get_submodule(place.write)
+        return [
+            read.register_forward_pre_hook(self._read, with_kwargs=True),
+            write.register_forward_hook(self._write),
+        ]
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = args[0] if args else kwargs["hidden_states"]
+
+    def _write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x, self._input = self._input, None
+        if x is None:
+            raise RuntimeError(f"{self.site}: the block's output came before its input")
+        if isinstance(output, tuple):
+            return (self.owner.add(self.site, x, output[0]), *output[1:])
+        return self.owner.add(self.site, x, output)
+
+
+class _RememberForward(torch.autograd.Function):
+    """Identity on a layer's output; its backward restores the forward for the recomputed layer.
 
     Without it, two forwards before one backward would recompute the first with the mask of the
     second under activation checkpointing.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, mixture: Mixture, current: Pass) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, mixture: Mixture, current: Forward) -> Tensor:
         ctx.mixture, ctx.current = mixture, current
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ctx.mixture.current = ctx.current
         return grad, None, None
 
 
-class Host:
+class HookedModel:
     """A model with a mixture placed in it: hooks at every site, and around each forward.
 
-    The mixture becomes the model's submodule `moc`, unless it is `held` elsewhere in the model.
+    The mixture becomes the model's submodule `moc`; not with `register` false, where another module
+    of the model holds it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, mixture: Mixture, family: Family, *, held: bool = False
+        self, model: PreTrainedModel, mixture: Mixture, family: Family, *, register: bool = True
     ) -> None:
         self.model = model
         self.mixture = mixture
-        layers = find_layers(model, family)
-        places = [
-            (site, family.port(site.block), layers[site.layer]) for site in mixture.sites
-        ]  # all paths are resolved by find_layers before the first hook is registered
-        self._held = held
-        if not held:
+        layers = find_layers(model, family)  # resolves all paths before the first hook
+        self._registered = register
+        if register:
             model.add_module("moc", mixture)
-        self._handles = []
-        for site, port, layer in places:
-            read, write = layer.get_submodule(port.read), layer.get_submodule(port.write)
-            self._handles.append(read.register_forward_pre_hook(site.read, with_kwargs=True))
-            self._handles.append(write.register_forward_hook(site.write))
+        self._handles: list[RemovableHandle] = []
+        for site in mixture.sites:
+            hook = BlockHook(mixture, site)
+            self._handles += hook.register(layers[site.layer], family.place(site.block))
         for layer in layers:
             self._handles.append(layer.register_forward_hook(self._after_layer))
-        self.passes = Passes(
+        self.tracker = GenerationTracker(
             model,
             mixture,
             causal=family.causal,
@@ -75,20 +108,20 @@ class Host:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.passes.remove()
-        if not self._held:
+        self.tracker.remove()
+        if self._registered:
             del self.model.moc
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
-        return self.passes.voting(mask)
+        return self.tracker.voting(mask)
 
-    def _after_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook of a layer, outside its activation checkpoint."""
         hidden = output[0] if isinstance(output, tuple) else output
         if not (self.mixture.training and torch.is_grad_enabled() and hidden.requires_grad):
             return output
-        hidden = _Remember.apply(hidden, self.mixture, self.mixture.current)
+        hidden = _RememberForward.apply(hidden, self.mixture, self.mixture.current)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -122,9 +155,9 @@ def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     missing = []
     for number, layer in enumerate(layers):
         known = {name for name, _ in layer.named_modules()}
-        for block, port in (("attn", family.attn), ("ffn", family.ffn)):
-            for end in ("read", "write"):
-                path = getattr(port, end)
+        for block in ("attn", "ffn"):
+            place = family.place(block)
+            for end, path in (("read", place.read), ("write", place.write)):
                 if path not in known:
                     missing.append(f"{block}.{end} '{path}' (layer {number})")
     if missing:

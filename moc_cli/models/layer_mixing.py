@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from moc_cli.models.families import Family
-from moc_cli.models.generation import Passes
+from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import find_layers, find_runner
 from moc_cli.nn.gate import Route
 from moc_cli.nn.layer_mixture import LayerMixture, LayerSite
@@ -81,7 +81,7 @@ class LayerStore:
                 slot.layer.activate_past_recording()
 
 
-class SecondPass:
+class LayerMixedModel:
     """A model whose layers each run a second layer, chosen by the mixture; hooks and caches."""
 
     def __init__(self, model: PreTrainedModel, mixture: LayerMixture, family: Family) -> None:
@@ -95,13 +95,15 @@ class SecondPass:
         runner = find_runner(model, family)
         # First among a layer's hooks, so that any other sees the mixed output.
         self._handles = [
-            layer.register_forward_hook(_Depth(self, site).after, with_kwargs=True, prepend=True)
+            layer.register_forward_hook(
+                _LayerHook(self, site).after, with_kwargs=True, prepend=True
+            )
             for site, layer in zip(mixture.sites, self.layers, strict=True)
         ]
         if len(set(getattr(model.config.get_text_config(), "layer_types", None) or [])) > 1:
             self._handles.append(runner.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self._handles.append(runner.register_forward_hook(self._forget))
-        self.passes = Passes(
+        self.tracker = GenerationTracker(
             model, mixture, causal=family.causal, new_store=LayerStore, runner=runner
         )
 
@@ -110,12 +112,12 @@ class SecondPass:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.passes.remove()
+        self.tracker.remove()
         del self.model.moc
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
-        return self.passes.voting(mask)
+        return self.tracker.voting(mask)
 
     def after(self, site: LayerSite, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of layer t, outside its activation checkpoint: the mixed output."""
@@ -186,7 +188,7 @@ class SecondPass:
         """Pre-hook of the module around the layers: the masks and positions of each layer.
 
         Layers of several types get different ones, and a layer at another's depth needs its own.
-        They are had by running everything but the layers.
+        Running the module with every layer replaced by a recorder gives them.
         """
         if not self.mixture.active:
             return
@@ -210,15 +212,17 @@ class SecondPass:
         self._parts = None
 
 
-class _Depth:
+class _LayerHook:
     """A layer's hook as a bound method, so that copies and pickles of the model keep their own."""
 
-    def __init__(self, host: SecondPass, site: LayerSite) -> None:
-        self.host = host
+    def __init__(self, model: LayerMixedModel, site: LayerSite) -> None:
+        self.model = model
         self.site = site
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        return self.host.after(self.site, args, kwargs, output)
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        return self.model.after(self.site, args, kwargs, output)
 
 
 def _select(value: Any, rows: Tensor, size: int) -> Any:

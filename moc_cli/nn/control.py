@@ -1,18 +1,24 @@
-"""One low-rank control, and how a site's local and routed controls become one update."""
+"""Low-rank controls, and the one place where eq. 9's α, 1−α, π and scale are put together.
+
+Shapes: V decisions (1 for a batch, B for rows, B·T for tokens), C controls in use, r their rank.
+"""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moc_cli.nn.gate import Route
 
 
 class Control(nn.Module):
-    """g(x) = scale · B A x, with A (r, d) kaiming-uniform(a=√5) and B (d, r) zero.
+    """g(x) = w · B A x, with A (r, d) kaiming-uniform(a=√5) and B (d, r) zero.
 
     Learned: A and B, in float32; they are cast to x's type for the product. No bias, no dropout
-    (Parallel Control, arXiv 2505.17966; the plain `scale` instead of alpha/r follows its code).
+    (Parallel Control, arXiv 2505.17966; the plain weight instead of alpha/r follows its code).
     """
 
     def __init__(
@@ -29,43 +35,92 @@ class Control(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.B)
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """x (..., d) -> (..., d) in x's type."""
-        return (x @ self.A.to(x.dtype).T) @ (scale * self.B).to(x.dtype).T
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x (V, S, d) and weights (V,), None for 1 -> (V, S, d) in x's type."""
+        hidden = F.linear(x, self.A.to(x.dtype))
+        if weight is not None:
+            hidden = (hidden * weight[:, None, None]).to(x.dtype)
+        return F.linear(hidden, self.B.to(x.dtype))
 
 
-def mixed_update(
-    x: Tensor, local: Control, pool: list[Control], route: Route, alpha: float, scale: float
-) -> Tensor:
-    """α·g_t(x) + (1−α)·Σ_k π_k·g_k(x), the added part of eq. 9; x (B, T, d) -> (B, T, d).
+@dataclass
+class StackedControls:
+    """update = B (w ∘ A x), over R: the ranks of every control in use, one after another.
 
-    `route` holds one decision for the whole batch, one a row, or one a token.
+    `A` (R, d) and `B` (d, R) are in the type of x. `weights` (V, R), in float32 or wider, are 0
+    where a row does not use a control; None: they are the same for every row and multiplied into
+    `B`. All are copies: a step of training between two forwards of a generation does not show.
     """
-    if route.voters == 1:
-        return _update_by_batch(x, local, pool, route, alpha, scale)
-    update = local(x, scale * alpha)
-    return update + _routed_by_group(x, pool, route, (1 - alpha) * scale)
+
+    A: Tensor
+    B: Tensor
+    weights: Tensor | None
+
+    def update(self, x: Tensor) -> Tensor:
+        """x (V, S, d) -> what its site adds, the same shape and type."""
+        hidden = F.linear(x, self.A)
+        if self.weights is not None:
+            hidden = (hidden * self.weights[:, None]).to(x.dtype)
+        return F.linear(hidden, self.B)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "StackedControls":
+        """The same with its rows reordered, selected or repeated by `change`."""
+        if self.weights is None:
+            return self
+        return StackedControls(self.A, self.B, change(self.weights))
 
 
-def _update_by_batch(
-    x: Tensor, local: Control, pool: list[Control], route: Route, alpha: float, scale: float
-) -> Tensor:
-    """One decision for all rows: local and routed controls form one pair of rank r·(K+1)."""
-    chosen = [pool[k] for k in route.picks()[0]]
-    A = torch.cat([local.A, *(control.A for control in chosen)]).to(x.dtype)  # (r(K+1), d)
-    B = torch.cat([local.B, *(control.B for control in chosen)], dim=1)  # (d, r(K+1))
-    weights = torch.cat([route.weights.new_full((1,), alpha), (1 - alpha) * route.weights[0]])
-    weights = weights.repeat_interleave(local.A.shape[0])  # (r(K+1),): all controls have rank r
-    return (x @ A.T) @ (B * (scale * weights).to(B.dtype)).to(x.dtype).T
+@dataclass
+class WeightedControls:
+    """Σ_c w_vc · g_c(x_v): the controls in use at a site, with weights (V, C)."""
+
+    controls: list[Control]
+    weights: Tensor
+
+    def update(self, x: Tensor) -> Tensor:
+        """x (B, T, d) -> the same shape and type.
+
+        One decision for all rows is one pair of rank r·C. Otherwise each control runs on those that
+        use it.
+        """
+        if len(self.weights) == 1:
+            return self.stack(x.dtype).update(x)
+        groups = x.reshape(len(self.weights), -1, x.shape[-1])  # (V, S, d)
+        update = torch.zeros_like(groups)
+        for control, weight in zip(self.controls, self.weights.unbind(1), strict=True):
+            users = weight.detach().nonzero()[:, 0]
+            if len(users) == len(groups):
+                update = update + control(groups, weight)
+            else:
+                update = update.index_add(0, users, control(groups[users], weight[users]))
+        return update.reshape(x.shape)
+
+    def stack(self, dtype: torch.dtype) -> StackedControls:
+        """All as one pair in `dtype`; weights that are equal for every row are folded into B."""
+        A = torch.cat([control.A for control in self.controls]).to(dtype)
+        B = torch.cat([control.B for control in self.controls], dim=1)
+        weights = self.weights
+        if len(weights) > 1 and bool((weights == weights[:1]).all()):
+            weights = weights[:1]
+        ranks = [control.A.shape[0] for control in self.controls]
+        columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        spread = weights[:, columns.to(weights.device)]  # (V, R)
+        if len(spread) == 1:
+            return StackedControls(A, (spread * B).to(dtype), None)
+        return StackedControls(A, B.to(dtype), spread)
 
 
-def _routed_by_group(x: Tensor, pool: list[Control], route: Route, scale: float) -> Tensor:
-    """Σ_k π_k·g_k with a decision per row or per token: each control runs on its own voters."""
-    width = x.shape[-1]
-    groups = x.reshape(route.voters, -1, width)  # (V, S, d): S = T by row, 1 by token
-    routed = torch.zeros_like(groups)
-    for k, voters, slots in route.groups():
-        weight = (scale * route.weights[voters, slots]).to(x.dtype)  # (V_k,)
-        part = pool[k](groups[voters]) * weight[:, None, None]
-        routed = routed.index_add(0, voters, part)
-    return routed.reshape(x.shape)
+def combine(
+    local: Control, pool: Sequence[Control], route: Route | None, alpha: float, scale: float
+) -> WeightedControls:
+    """scale · (α·g_t + (1−α)·Σ_k π_k·g_k), the added part of eq. 9; without a route scale · g_t.
+
+    `pool` gives the control of each of the route's ids.
+    """
+    if route is None:
+        return WeightedControls([local], local.A.new_full((1, 1), scale))
+    used = sorted({k for picks in route.picks() for k in picks})
+    columns = torch.tensor(used, device=route.ids.device)
+    shares = ((route.ids[..., None] == columns) * route.weights[..., None]).sum(dim=1)  # (V, used)
+    weights = F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)
+    return WeightedControls([local, *(pool[k] for k in used)], weights)

@@ -1,20 +1,19 @@
 """The shared gate: token probabilities, the vote that turns them into a route, the balance loss.
 
-Shapes: B rows, T tokens, d width, N controls in the pool, K routed controls, V voters' decisions
-(V = 1 for a batch, B for rows, B·T for tokens).
+Shapes: B rows, T tokens, d width, N controls in the pool, K routed controls, V decisions (1 for a
+batch, B for rows, B·T for tokens), S tokens that vote on one decision.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Level = Literal["batch", "sample", "token"]
-Vote = Literal["mean", "mode"]
 Estimator = Literal["renormalized", "straight_through", "probability"]
 
 
@@ -60,10 +59,15 @@ class Route:
 
 
 class LinearGate(nn.Module):
-    """logits = W x, W (N, d) kaiming-uniform(a=√5); no bias."""
+    """logits = W x, W (N, d) kaiming-uniform(a=√5); no bias, and no projection."""
 
     def __init__(
-        self, width: int, size: int, generator: torch.Generator | None = None, device: str = "cpu"
+        self,
+        width: int,
+        size: int,
+        projection_dim: int = 0,
+        generator: torch.Generator | None = None,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, width, dtype=torch.float32, device=device))
@@ -97,10 +101,10 @@ class CosineGate(nn.Module):
         device: str = "cpu",
     ) -> None:
         super().__init__()
-        empty = {"dtype": torch.float32, "device": device}
-        self.projection = nn.Parameter(torch.empty(projection_dim, width, **empty))
-        self.experts = nn.Parameter(torch.empty(size, projection_dim, **empty))
-        self.log_temperature = nn.Parameter(torch.empty((), **empty))
+        shapes = (projection_dim, width), (size, projection_dim), ()
+        self.projection, self.experts, self.log_temperature = (
+            nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) for shape in shapes
+        )
         if device != "meta":
             self.reset(generator)
 
@@ -117,6 +121,9 @@ class CosineGate(nn.Module):
         experts = F.normalize(self.experts.to(dtype), dim=-1)
         temperature = self.log_temperature.clamp(max=self.MAX_LOG_TEMPERATURE).exp()
         return temperature.to(dtype) * F.linear(features, experts)
+
+
+GATES: dict[str, type[LinearGate] | type[CosineGate]] = {"linear": LinearGate, "cosine": CosineGate}
 
 
 def probabilities(gate: nn.Module, x: Tensor, exclude: int | None = None) -> Tensor:
@@ -136,68 +143,108 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def own_picks(p: Tensor, k: int) -> Tensor:
+    """1 where a control is among the token's own k most probable, else 0; like p, no gradient."""
+    return torch.zeros_like(p).scatter_(-1, top_k(p.detach(), k), 1.0)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How the tokens of a decision rank the controls of the pool.
+
+    `score(p, weight, k)` gives each control a score (V, N), from the probabilities p (V, S, N) and
+    the weights (V, S), 1 where a token votes and 0 elsewhere. Equal scores: the larger mean
+    probability first, then the lower index. Without `score` the mean probability alone decides.
+    `additive`: the scores of two groups of tokens add up to the score of both, as `decode: running`
+    needs it.
+    """
+
+    score: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    additive: bool = True
+
+
+def _count_picks(p: Tensor, weight: Tensor, k: int) -> Tensor:
+    return (own_picks(p, k) * weight[..., None]).sum(dim=1)
+
+
+VOTES: dict[str, Vote] = {"mean": Vote(), "mode": Vote(_count_picks)}
+
+
 @dataclass
 class Ballot:
-    """What the voters of each decision said: mean probability, own picks counted, and how many.
+    """What the tokens of each decision say under one of VOTES.
 
-    `sums` (V, N) of p, `counts` (V, N) of own top-K picks, `voters` (V, 1).
+    `sums` (V, N) of their probabilities, `voters` (V, 1) the number of tokens, `scores` (V, N) what
+    the vote ranks by, None where that is the mean probability.
     """
 
     sums: Tensor
-    counts: Tensor
     voters: Tensor
+    scores: Tensor | None
+    vote: str
 
     @property
     def mean(self) -> Tensor:
+        """The mean probabilities P̄ (V, N)."""
         return self.sums / self.voters.clamp(min=1)
 
     def __add__(self, other: "Ballot") -> "Ballot":
-        return Ballot(
-            self.sums + other.sums, self.counts + other.counts, self.voters + other.voters
-        )
+        """The ballot of both groups of tokens; ValueError where scores do not add up."""
+        return self._joined(other, 1)
+
+    def __sub__(self, other: "Ballot") -> "Ballot":
+        """The ballot without the tokens of `other`; ValueError where scores do not add up."""
+        return self._joined(other, -1)
+
+    def _joined(self, other: "Ballot", sign: int) -> "Ballot":
+        if not VOTES[self.vote].additive:
+            raise ValueError(
+                f"vote '{self.vote}': the scores of two groups of tokens do not add up"
+            )
+        scores = None
+        if self.scores is not None and other.scores is not None:
+            scores = self.scores + sign * other.scores
+        sums, voters = self.sums + sign * other.sums, self.voters + sign * other.voters
+        return Ballot(sums, voters, scores, self.vote)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Ballot":
         """The ballot with its rows reordered, selected or repeated by `change`."""
-        return Ballot(change(self.sums), change(self.counts), change(self.voters))
+        scores = None if self.scores is None else change(self.scores)
+        return Ballot(change(self.sums), change(self.voters), scores, self.vote)
 
 
-def poll(p: Tensor, valid: Tensor | None, level: Level, k: int, vote: Vote) -> Ballot:
+def poll(p: Tensor, valid: Tensor | None, level: Level, k: int, vote: str) -> Ballot:
     """Collect the votes of p (B, T, N) by the tokens with `valid` (B, T), at one level.
 
-    At level `token` every token decides for itself, padding too (its output is never read).
+    At level `token` every token decides for itself, padding too (its output is never read). Raises
+    ValueError for a vote that is not in VOTES.
     """
+    if vote not in VOTES:
+        raise ValueError(f"vote '{vote}' is not known; allowed: {', '.join(VOTES)}")
     if level == "token":
         p = p.flatten(0, 1)[:, None]  # (B·T, 1, N)
         valid = None
     elif level == "batch":
         p = p.flatten(0, 1)[None]  # (1, B·T, N)
         valid = None if valid is None else valid.flatten()[None]
-    weight = p.new_ones(p.shape[:2]) if valid is None else valid.to(p.dtype)
-    counts = torch.zeros_like(p[:, 0])
-    if vote == "mode":
-        counts = (own_picks(p, k) * weight[..., None]).sum(dim=1)
-    return Ballot((p * weight[..., None]).sum(dim=1), counts, weight.sum(dim=1, keepdim=True))
+    weight = p.new_ones(p.shape[:2]) if valid is None else valid.to(p.device, p.dtype)
+    score = VOTES[vote].score
+    scores = None if score is None else score(p.detach(), weight, k)
+    voters = weight.sum(dim=1, keepdim=True)
+    return Ballot((p * weight[..., None]).sum(dim=1), voters, scores, vote)
 
 
-def own_picks(p: Tensor, k: int) -> Tensor:
-    """1 where a control is among the token's own k most probable, else 0; like p, no gradient."""
-    return torch.zeros_like(p).scatter_(-1, top_k(p.detach(), k), 1.0)
-
-
-def decide(ballot: Ballot, k: int, vote: Vote, estimator: Estimator) -> Route:
+def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
     """The route (V, K) that the ballot gives, with weights π (eq. 10 where there is one voter).
 
-    `mean` takes the K largest mean probabilities; `mode` the K most counted, ties by mean
-    probability and then by the lower index. π_k = P̄_k / Σ_S P̄ (`renormalized`), the same with the
+    The K controls that the vote ranks first. π_k = P̄_k / Σ_S P̄ (`renormalized`), the same with the
     gradient of P̄ (`straight_through`), or P̄_k itself (`probability`).
     """
     mean = ballot.mean
     ids = top_k(mean.detach(), k)
-    if vote == "mode":
+    if ballot.scores is not None:
         by_mean = mean.detach().sort(dim=-1, descending=True, stable=True).indices
-        counted = ballot.counts.gather(-1, by_mean)
-        order = counted.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        ids = by_mean.gather(-1, order)
+        ids = by_mean.gather(-1, top_k(ballot.scores.gather(-1, by_mean), k))
     chosen = mean.gather(-1, ids)
     if estimator == "probability":
         weights = chosen
@@ -206,7 +253,7 @@ def decide(ballot: Ballot, k: int, vote: Vote, estimator: Estimator) -> Route:
         # gradient, and Adam scales noise up to full steps.
         weights = torch.ones_like(chosen) + 0 * chosen
     else:
-        # A control without any probability can be chosen by count alone: never 0/0.
+        # A control without any probability can be chosen by its score alone: never 0/0.
         weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
         if estimator == "straight_through":
             weights = weights.detach() + chosen - chosen.detach()
@@ -242,12 +289,12 @@ class InjectLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
         ctx.coefficient = coefficient
         ctx.like = loss.dtype, loss.device
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dtype, device = ctx.like
         return grad, torch.full((), ctx.coefficient, dtype=dtype, device=device), None

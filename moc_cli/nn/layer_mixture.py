@@ -8,19 +8,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moc_cli.nn.gate import (
+    GATES,
     Ballot,
-    CosineGate,
     InjectLoss,
     Level,
-    LinearGate,
     Route,
     balance_loss,
     decide,
     poll,
     probabilities,
 )
-from moc_cli.nn.mixture import Pass
-from moc_cli.nn.watch import Decision, Watcher, newly_decided
+from moc_cli.nn.mixture import Forward, stored_route
+from moc_cli.nn.watch import Decision, Watcher, new_decisions
 
 POOL = "shared"
 
@@ -69,14 +68,11 @@ class LayerMixture(nn.Module):
         self.balance_weight = balance_weight
         self.active = True
         self.loss_scale = 1.0
-        self.current = Pass()
+        self.current = Forward()
         self.watchers: list[Watcher] = []
         self.sites = [LayerSite(index) for index in range(layers)]
         self.pools = {POOL: list(range(layers))}
-        if gate == "linear":
-            scorer: nn.Module = LinearGate(width, layers, generator, device)
-        else:
-            scorer = CosineGate(width, layers, projection_dim, generator, device)
+        scorer = GATES[gate](width, layers, projection_dim, generator, device)
         self.gates = nn.ModuleDict({POOL: scorer})
         if weight is None:
             start = torch.tensor([math.log(0.95), math.log(0.05)], dtype=torch.float32)
@@ -95,34 +91,32 @@ class LayerMixture(nn.Module):
         With `recompute` the gate's activations are not kept for the backward pass.
         """
         site.choice = site.loss = None
-        store, valid, late = self.current.store, self.current.valid, self.current.late
-        kept = None if store is None else store.routes.get(site.index)
-        if kept is not None and kept.voters != h.shape[0]:
-            raise RuntimeError(
-                f"layer {site.name}: the cache holds routes of {kept.voters} rows, the input has "
-                f"{h.shape[0]}"
-            )
-        if kept is not None and late is None:
-            return kept, h.new_zeros(())
-        if kept is None and self.current.past:
+        forward, store = self.current, self.current.store
+        earlier = None if store is None else stored_route(store.routes, site.index, h.shape[0])
+        if earlier is not None and forward.deciding is None:
+            return earlier, h.new_zeros(())
+        if earlier is None and forward.past:
             raise RuntimeError(
                 f"layer {site.name}: the cache was filled without this mixture, so the second "
                 "layer has no keys and values of its tokens"
             )
         if recompute and torch.is_grad_enabled():
             route, loss, ballot = checkpoint(
-                self._vote, h, valid, use_reentrant=False, preserve_rng_state=False
+                self._vote, h, forward.valid, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            route, loss, ballot = self._vote(h, valid)
+            route, loss, ballot = self._vote(h, forward.valid)
         level: Level = "batch" if self.training else "sample"
-        for watcher in () if self.current.ended or self.current.repeat else self.watchers:
-            counted = newly_decided(h.shape[:2], valid, late, level, self.current.copies)
-            watcher.decided(site, Decision(level, route, ballot, counted))
+        for watcher in () if forward.ended or forward.repeat else self.watchers:
+            rows, tokens = h.shape[:2]
+            is_new = new_decisions(
+                (rows, tokens), forward.valid, forward.deciding, level, forward.copies
+            )
+            watcher.decided(site, Decision(level, route, ballot, is_new))
         site.choice = route.ids
-        if kept is not None:
-            site.choice = route.ids[late]
-            route = kept.replaced(late, route)
+        if earlier is not None and forward.deciding is not None:
+            site.choice = route.ids[forward.deciding]
+            route = earlier.replaced(forward.deciding, route)
         if store is not None:
             store.routes[site.index] = route
         return route, loss
@@ -130,7 +124,7 @@ class LayerMixture(nn.Module):
     def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
         p = probabilities(self.gates[POOL], h)  # (B, T, L)
         ballot = poll(p, valid, "batch" if self.training else "sample", 1, "mean")
-        route = decide(ballot, 1, "mean", "renormalized").detach()
+        route = decide(ballot, 1, "renormalized").detach()
         if not self.training:
             return route, p.new_zeros(()), ballot
         return route, balance_loss(p, valid, 1, len(self.sites), route), ballot

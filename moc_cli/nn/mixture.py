@@ -7,29 +7,27 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from moc_cli.nn.control import Control, mixed_update
+from moc_cli.nn.control import Control, StackedControls, WeightedControls, combine
 from moc_cli.nn.gate import (
+    GATES,
+    VOTES,
     Ballot,
-    CosineGate,
     Estimator,
     InjectLoss,
     Level,
-    LinearGate,
     Route,
-    Vote,
     balance_loss,
     decide,
     poll,
     probabilities,
 )
-from moc_cli.nn.stacked import Bank, members, stack
-from moc_cli.nn.watch import Decision, Watcher, newly_decided
+from moc_cli.nn.watch import Decision, Watcher, new_decisions
 
 _KINDS: dict[str, tuple[str, ...]] = {
-    "gate": ("linear", "cosine"),
+    "gate": tuple(GATES),
     "estimator": get_args(Estimator),
     "level": get_args(Level),
-    "vote": get_args(Vote),
+    "vote": tuple(VOTES),
     "decode": ("frozen", "running"),
     "balance_f": ("top_k", "choice"),
     "balance_reduce": ("sum", "mean"),
@@ -47,7 +45,7 @@ class Routing:
     projection_dim: int = 256
     estimator: Estimator = "renormalized"
     level: Level = "batch"
-    vote: Vote = "mean"
+    vote: str = "mean"
     exclude_local: bool = False
     decode: str = "frozen"
     balance_weight: float = 0.01
@@ -55,20 +53,25 @@ class Routing:
     balance_reduce: str = "sum"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a kind that is not known here, which a file may name."""
+        """Raise ValueError for an unknown kind, and for two kinds that exclude each other."""
         for name, allowed in _KINDS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"routing.{name}: '{getattr(self, name)}' is not known; allowed: "
                     f"{', '.join(allowed)}"
                 )
+        if self.decode == "running" and not VOTES[self.vote].additive:
+            raise ValueError(
+                f"routing.decode: 'running' adds new tokens to a vote, and the scores of vote "
+                f"'{self.vote}' do not add up; use decode 'frozen'"
+            )
 
 
 @dataclass
 class RouteStore:
     """What one generation remembers between its forwards: a route (frozen) or ballot per site.
 
-    `banks` stack the routes' controls once they are used for a token at a time. `waiting` (B,)
+    `stacks` hold the routes' controls once they are used for one token at a time. `waiting` (B,)
     marks the rows of which only padding has been seen, None where there are none. Once `settled`,
     every later forward uses what is here, whatever its mask. Without a gate there are no routes.
     """
@@ -77,39 +80,47 @@ class RouteStore:
     settled: bool = False
     routes: dict[int, Route] = field(default_factory=dict)
     ballots: dict[int, Ballot] = field(default_factory=dict)
-    banks: dict[int, Bank] = field(default_factory=dict)
+    stacks: dict[int, StackedControls] = field(default_factory=dict)
     waiting: Tensor | None = None
 
     def settle(self) -> None:
         """Called after each forward that fills the cache."""
-        known = bool(self.routes) and not self.ballots
-        self.settled = self.waiting is None and (known or not self.gated)
+        decided = bool(self.routes) and not self.ballots
+        self.settled = self.waiting is None and (decided or not self.gated)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows what the cache does to its own: reorder, select or repeat them."""
         self.routes = {site: route.rows(change) for site, route in self.routes.items()}
         self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
-        self.banks = {site: bank.rows(change) for site, bank in self.banks.items()}
+        self.stacks = {site: stack.rows(change) for site, stack in self.stacks.items()}
         if self.waiting is not None:
             self.waiting = change(self.waiting)
 
 
+def stored_route(routes: dict[int, Route], index: int, rows: int) -> Route | None:
+    """The route of a site, None before its first; RuntimeError where it is for other rows."""
+    route = routes.get(index)
+    if route is not None and route.voters != rows:
+        raise RuntimeError(f"the cache holds routes of {route.voters} rows, the input has {rows}")
+    return route
+
+
 @dataclass
-class Pass:
+class Forward:
     """One forward of the model: which tokens vote (B, T; None = all), and its generation.
 
-    `late` (B,) marks the rows whose first real token comes in a later forward than the others':
+    `deciding` (B,) marks the rows whose first real token comes in a later forward than the others':
     they decide now, while the others keep their routes. None where there are none. `shape` is
     (B, T), for blocks that see rows and tokens as one axis; `past` counts the cache's tokens.
 
-    For those who watch: the rows are `copies` of each of the user's own, as beams are; `repeat`
-    marks a forward that takes its generation's decisions once more, `ended` one that is over, so
-    that what runs in it now is the recompute of a backward pass.
+    For watchers: the rows are `copies` of each of the user's own, as beams are; `repeat` marks a
+    forward that takes its generation's decisions once more, `ended` one that is over, so that what
+    runs in it now is the recompute of a backward pass.
     """
 
     valid: Tensor | None = None
     store: RouteStore | None = None
-    late: Tensor | None = None
+    deciding: Tensor | None = None
     shape: tuple[int, int] | None = None
     past: int = 0
     copies: int = 1
@@ -117,50 +128,25 @@ class Pass:
     ended: bool = False
 
 
+@dataclass(eq=False)
 class Site:
     """One place in the model where a control is added: its layer, its block, its pool.
 
-    A plain object, so that hooks can be its bound methods and still be copied and pickled.
-    `choice` and `loss` are slots: overwritten by each forward, never appended to, and detached.
+    `local` is its own place in its pool. `choice` and `loss` are slots: overwritten by each
+    forward, never appended to, and detached.
     """
 
-    def __init__(self, mixture: "Mixture", index: int, layer: int, block: str, pool: str) -> None:
-        self.mixture = mixture
-        self.index = index
-        self.layer = layer
-        self.block = block
-        self.pool = pool
-        self.choice: Tensor | None = None
-        self.loss: Tensor | None = None
-        self._state: Tensor | None = None
+    index: int
+    layer: int
+    block: str
+    pool: str
+    local: int
+    choice: Tensor | None = None
+    loss: Tensor | None = None
 
     @property
     def name(self) -> str:
         return f"{self.layer}.{self.block}"
-
-    @property
-    def local(self) -> int:
-        """This site's own place in its pool."""
-        return self.mixture.pools[self.pool].index(self.index)
-
-    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook where the block's input x_t is seen."""
-        self._state = args[0] if args else kwargs["hidden_states"]
-
-    def write(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        """Forward hook where the block's output is known: adds the site's update to it."""
-        state, self._state = self._state, None
-        if state is None:
-            raise RuntimeError(f"site {self.name}: the block wrote its output before its input")
-        if not self.mixture.active:
-            return output
-        update = self.mixture.update(self, state)
-        for watcher in self.mixture.watching():
-            if watcher.measures:
-                watcher.added(self, output[0] if isinstance(output, tuple) else output, update)
-        if isinstance(output, tuple):
-            return (output[0] + update, *output[1:])
-        return output + update
 
 
 class Mixture(nn.Module):
@@ -188,33 +174,29 @@ class Mixture(nn.Module):
         self.routing = routing
         self.active = True
         self.loss_scale = 1.0
-        self.current = Pass()
+        self.current = Forward()
         self.watchers: list[Watcher] = []
         self.reroute: Callable[[Site, Route], Route] | None = None  # another route than the voted
         self.controls = nn.ModuleList(
             nn.ModuleDict({block: Control(width, rank, generator, device) for block in blocks})
             for _ in range(layers)
         )
-        shared = len(blocks) == 1 or routing.share_gate
-        name = blocks[0] if len(blocks) == 1 else "shared"
-        self.sites = [
-            Site(self, layer * len(blocks) + i, layer, block, name if shared else block)
-            for layer in range(layers)
-            for i, block in enumerate(blocks)
-        ]
+        shared = routing.share_gate and len(blocks) > 1
+        self.sites: list[Site] = []
         self.pools: dict[str, list[int]] = {}
-        for site in self.sites:
-            self.pools.setdefault(site.pool, []).append(site.index)
+        for layer in range(layers):
+            for block in blocks:
+                name = "shared" if shared else block
+                pool = self.pools.setdefault(name, [])
+                self.sites.append(Site(len(self.sites), layer, block, name, len(pool)))
+                pool.append(self.sites[-1].index)
         self.gates = nn.ModuleDict()
         if routing.top_k:
-            for pool, members in self.pools.items():
-                if routing.gate == "linear":
-                    gate: nn.Module = LinearGate(width, len(members), generator, device)
-                else:
-                    gate = CosineGate(
-                        width, len(members), routing.projection_dim, generator, device
-                    )
-                self.gates[pool] = gate
+            make_gate = GATES[routing.gate]
+            for name, pool in self.pools.items():
+                self.gates[name] = make_gate(
+                    width, len(pool), routing.projection_dim, generator, device
+                )
 
     def control(self, index: int) -> Control:
         site = self.sites[index]
@@ -224,23 +206,31 @@ class Mixture(nn.Module):
         """Begin a generation."""
         return RouteStore(gated=self.routing.top_k > 0)
 
+    def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
+        """A block's output (B, T, d) with the site's update for the block's input x added to it."""
+        if not self.active:
+            return output
+        update = self.update(site, x)
+        for watcher in self.watching():
+            if watcher.measures:
+                watcher.added(site, output, update)
+        return output + update
+
     def update(self, site: Site, x: Tensor) -> Tensor:
         """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
         if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
             return self.update(site, x.unflatten(0, self.current.shape)).flatten(0, 1)
         site.choice = None
-        bank = self.bank(site, x)
-        if bank is not None:
-            return bank.update(x)
-        own = self.control(site.index)
+        stack = self._stack(site, x)
+        if stack is not None:
+            return stack.update(x)
         routing = self.routing
         if not routing.top_k:
-            return own(x, self.scale)
+            return self.combine(site, None).update(x)
         route, loss = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
         site.loss = None if loss is None else loss.detach()
-        pool = [self.control(index) for index in self.pools[site.pool]]
-        update = mixed_update(x, own, pool, route, routing.alpha, self.scale)
+        update = self.combine(site, route).update(x)
         if loss is not None:
             weight = routing.balance_weight * self.loss_scale
             if routing.balance_reduce == "mean":
@@ -248,7 +238,13 @@ class Mixture(nn.Module):
             update = InjectLoss.apply(update, loss, weight)
         return update
 
-    def bank(self, site: Site, x: Tensor) -> Bank | None:
+    def combine(self, site: Site, route: Route | None) -> WeightedControls:
+        """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
+        pool = [self.control(index) for index in self.pools[site.pool]]
+        own = self.control(site.index)
+        return combine(own, pool, route, self.routing.alpha, self.scale)
+
+    def _stack(self, site: Site, x: Tensor) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.
 
         None elsewhere: in training, in a prefill, and where each token is routed anew; nor where
@@ -259,24 +255,15 @@ class Mixture(nn.Module):
             return None
         if torch.is_grad_enabled() and self.control(site.index).A.requires_grad:
             return None
-        known = store.banks.get(site.index)
-        if known is None:
-            known = store.banks[site.index] = self._stack(site, x, store.routes.get(site.index))
-        return known
+        if site.index not in store.stacks:
+            self._fill(store, site, x)
+        return store.stacks[site.index]
 
-    @torch.compiler.disable  # reads the routes from the device, once a generation
-    def _stack(self, site: Site, x: Tensor, route: Route | None) -> Bank:
-        if route is not None and route.voters != x.shape[0]:
-            raise RuntimeError(
-                f"site {site.name}: the cache holds routes of {route.voters} rows, the input has "
-                f"{x.shape[0]}"
-            )
-        order, weights = members(site.index, self.pools[site.pool], route, self.routing.alpha)
-        if weights is None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            weights = torch.ones(1, 1, dtype=wide, device=x.device)
-        controls = [self.control(index) for index in order]
-        return stack(controls, self.scale * weights, x.dtype)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
+    def _fill(self, store: RouteStore, site: Site, x: Tensor) -> None:
+        """Stack a site's controls; reads the route from the device, once a generation."""
+        route = stored_route(store.routes, site.index, x.shape[0])
+        store.stacks[site.index] = self.combine(site, route).stack(x.dtype)
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:
         """The site's route for x (B, T, d), and its balance loss while training.
@@ -285,48 +272,59 @@ class Mixture(nn.Module):
         `token`); while a generation's store holds the row's route, that is reused (`frozen`) or
         its ballot grows by the new tokens first (`running`).
         """
-        routing, store, valid = self.routing, self.current.store, self.current.valid
-        level: Level = routing.level if self.training else _evaluation_level(routing.level)
-        keep = store is not None and not self.training and level == "sample"
-        kept = store.routes.get(site.index) if keep else None
-        if kept is not None and kept.voters != x.shape[0]:
-            raise RuntimeError(
-                f"site {site.name}: the cache holds routes of {kept.voters} rows, the input has "
-                f"{x.shape[0]}"
-            )
-        late = self.current.late
-        if kept is not None and late is None:
-            return kept, None
+        routing, forward = self.routing, self.current
+        level = routing.level
+        if level == "batch" and not self.training:
+            level = "sample"
+        store = forward.store if level == "sample" and not self.training else None
+        earlier = None if store is None else stored_route(store.routes, site.index, x.shape[0])
+        if earlier is not None and forward.deciding is None:
+            return earlier, None
+
+        p = self._probabilities(site, x)
+        ballot = poll(p, forward.valid, level, routing.top_k, routing.vote)
+        if store is not None and routing.decode == "running":
+            if site.index in store.ballots:
+                ballot = store.ballots[site.index] + ballot
+            store.ballots[site.index] = ballot
+        route = decide(ballot, routing.top_k, routing.estimator)
+        self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
+        if self.reroute is not None:
+            route = self.reroute(site, route)
+        site.choice = route.ids
+        if earlier is not None and forward.deciding is not None:
+            site.choice = route.ids[forward.deciding]
+            route = earlier.replaced(forward.deciding, route)
+        if store is not None and routing.decode == "frozen":
+            store.routes[site.index] = route.detach()
+
+        if not (self.training and routing.balance_weight):
+            return route, None
+        size = p.shape[-1] - routing.exclude_local
+        chosen = route if routing.balance_f == "choice" else None
+        return route, balance_loss(p, forward.valid, routing.top_k, size, chosen)
+
+    def _probabilities(self, site: Site, x: Tensor) -> Tensor:
+        """Each token's probabilities (B, T, N); RuntimeError for a mask of another shape."""
+        valid = self.current.valid
         if valid is not None and valid.shape != x.shape[:2]:
             raise RuntimeError(
                 f"site {site.name}: the mask of the voting tokens is {tuple(valid.shape)}, "
                 f"the block's input {tuple(x.shape[:2])}"
             )
-        exclude = site.local if routing.exclude_local else None
-        p = probabilities(self.gates[site.pool], x, exclude)
-        ballot = poll(p, valid, level, routing.top_k, routing.vote)
-        if keep and routing.decode == "running":
-            if site.index in store.ballots:
-                ballot = store.ballots[site.index] + ballot
-            store.ballots[site.index] = ballot
-        route = decide(ballot, routing.top_k, routing.vote, routing.estimator)
+        local = site.local if self.routing.exclude_local else None
+        return probabilities(self.gates[site.pool], x, local)
+
+    def _show(self, site: Site, decision: Decision, earlier: Route | None) -> None:
+        """Let watchers see a decision; of rows with an earlier route those that decide now."""
         for watcher in self.watching():
-            alone = None if kept is None else late  # of kept routes, only late rows' are new
-            counted = newly_decided(x.shape[:2], valid, alone, level, self.current.copies)
-            watcher.decided(site, Decision(level, route, ballot, counted, p, valid))
-        if self.reroute is not None:
-            route = self.reroute(site, route)
-        site.choice = route.ids
-        if kept is not None:
-            site.choice = route.ids[late]
-            route = kept.replaced(late, route)
-        if keep and routing.decode == "frozen":
-            store.routes[site.index] = route.detach()
-        if not (self.training and routing.balance_weight):
-            return route, None
-        size = p.shape[-1] - (exclude is not None)
-        chosen = route if routing.balance_f == "choice" else None
-        return route, balance_loss(p, valid, routing.top_k, size, chosen)
+            forward, p = self.current, decision.probabilities
+            assert p is not None
+            deciding = None if earlier is None else forward.deciding
+            decision.is_new = new_decisions(
+                (p.shape[0], p.shape[1]), forward.valid, deciding, decision.level, forward.copies
+            )
+            watcher.decided(site, decision)
 
     def watching(self) -> Sequence[Watcher]:
         """Who sees what happens now: nobody in a recompute, or where a decision is repeated."""
@@ -341,7 +339,3 @@ class Mixture(nn.Module):
         if self.routing.balance_reduce == "mean":
             total = total / len(self.sites)
         return self.routing.balance_weight * total.item()
-
-
-def _evaluation_level(level: Level) -> Level:
-    return "token" if level == "token" else "sample"

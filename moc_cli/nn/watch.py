@@ -1,4 +1,4 @@
-"""What a site has decided in one forward, as those see it who watch; nothing here is trained."""
+"""What watchers see of the decisions in one forward; nothing here is trained."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -6,23 +6,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moc_cli.nn.gate import Ballot, Level, Route, Vote, decide, own_picks
+from moc_cli.nn.gate import VOTES, Ballot, Level, Route, decide, poll
 
 
 @dataclass(slots=True)
 class Decision:
-    """V decisions among N controls, and how they came about; its tensors may carry a graph.
+    """V decisions among N controls, and how they were made; its tensors may carry a graph.
 
-    `ballot` holds what the voters said. `counted` (V,) marks the decisions that are new and whose
-    row is the user's own: not padding alone, not a beam's copy, not a repetition; None: all are.
-    `probabilities` (B, T, N) are the tokens' own and `valid` (B, T) marks who voted (None: all);
-    without them only the outcome is known.
+    `is_new` (V,) marks the decisions that count: not those of padding alone, of a beam's copy, or
+    taken before; None: all count. `probabilities` (B, T, N) are the tokens' own and `valid` (B, T)
+    marks who voted (None: all); without probabilities only the outcome is known.
     """
 
     level: Level
     route: Route
     ballot: Ballot
-    counted: Tensor | None
+    is_new: Tensor | None
     probabilities: Tensor | None = None
     valid: Tensor | None = None
 
@@ -39,46 +38,53 @@ class Watcher(Protocol):
     def decided(self, site: Any, decision: Decision) -> None: ...
 
 
-def newly_decided(
-    shape: tuple[int, int], valid: Tensor | None, late: Tensor | None, level: Level, copies: int
+def new_decisions(
+    shape: tuple[int, int],
+    valid: Tensor | None,
+    deciding: Tensor | None,
+    level: Level,
+    copies: int,
 ) -> Tensor | None:
     """Mark the decisions (V,) of a forward over (B, T) tokens that count; None: all of them.
 
     A batch always decides; a row without a voter decides nothing yet. Where the rows are `copies`
-    of each of the user's, as beams are, the first of each counts. `late` (B,): only these decide.
+    of each of the user's, as beams are, the first of each counts. `deciding` (B,): only these rows
+    decide.
     """
-    if level == "batch" or (valid is None and late is None and copies == 1):
+    if level == "batch" or (valid is None and deciding is None and copies == 1):
         return None
-    device = next(mark.device for mark in (valid, late, torch.empty(0)) if mark is not None)
+    device = next(mark.device for mark in (valid, deciding, torch.empty(0)) if mark is not None)
     tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
-    if late is not None:
-        tokens = tokens & late[:, None]
+    if deciding is not None:
+        tokens = tokens & deciding[:, None]
     if copies > 1:
-        own = torch.arange(shape[0], device=device) % copies == 0
-        tokens = tokens & own[:, None]
+        first = torch.arange(shape[0], device=device) % copies == 0
+        tokens = tokens & first[:, None]
     return tokens.flatten() if level == "token" else tokens.any(dim=1)
 
 
-def one_token_decides(decision: Decision, k: int, vote: Vote) -> Tensor | None:
+def one_token_decides(decision: Decision) -> Tensor | None:
     """Mark the decisions (V,) that a single voter turns: without it others would be chosen.
 
-    A row with one voter is decided by it. None where each token decides for itself anyway.
+    A row with one voter is decided by it. None where each token decides for itself anyway. With a
+    vote whose scores do not add up, the vote is taken again without each token in turn.
     """
-    p, ballot = decision.probabilities, decision.ballot
+    p, ballot, k = decision.probabilities, decision.ballot, decision.route.ids.shape[1]
     if p is None or decision.level == "token":
         return None
     valid = decision.valid
-    weight = p.new_ones(p.shape[:2]) if valid is None else valid.to(p.dtype)
+    mark = torch.ones_like(p[..., 0]) if valid is None else valid.to(p.dtype)
     if decision.level == "batch":
-        p, weight = p.flatten(0, 1)[None], weight.flatten()[None]
-    weight = weight[..., None]  # (V, S, 1)
-    picks = own_picks(p, k) * weight if vote == "mode" else torch.zeros_like(p)
-    rest = Ballot(
-        (ballot.sums[:, None] - p * weight).flatten(0, 1),
-        (ballot.counts[:, None] - picks).flatten(0, 1),
-        (ballot.voters[:, None] - weight).flatten(0, 1),
-    )
-    without = decide(rest, k, vote, "renormalized").ids.sort(dim=-1).values
+        p, mark = p.flatten(0, 1)[None], mark.flatten()[None]
+    voters, tokens = mark.shape
+    if VOTES[ballot.vote].additive:
+        single = poll(p.flatten(0, 1)[:, None], mark.flatten()[:, None], "sample", k, ballot.vote)
+        rest = ballot.rows(lambda values: values.repeat_interleave(tokens, dim=0)) - single
+        without = decide(rest, k, "renormalized").ids.unflatten(0, (voters, tokens))
+    else:
+        others = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
+        ballots = [poll(p, other, "sample", k, ballot.vote) for other in others]
+        without = torch.stack([decide(rest, k, "renormalized").ids for rest in ballots], dim=1)
     chosen = decision.route.ids.sort(dim=-1).values
-    turned = without.unflatten(0, p.shape[:2]) != chosen[:, None]  # (V, S, K)
+    turned = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
     return turned.flatten(1).any(dim=1) | (ballot.voters[:, 0] <= 1)

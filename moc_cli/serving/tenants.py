@@ -13,11 +13,11 @@ from moc_cli.adapter.check import check_adapter, check_free
 from moc_cli.errors import MocError
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.families import Family
-from moc_cli.models.generation import Passes
-from moc_cli.models.hooks import find_layers, find_runner
+from moc_cli.models.generation import GenerationTracker
+from moc_cli.models.hooks import BlockHook, find_layers, find_runner
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 from moc_cli.recipe.suggest import choices
-from moc_cli.serving.mixed_batch import ControlSet, Crowd, Place
+from moc_cli.serving.mixed_batch import ControlSet, MixedBatch
 
 
 class Tenants:
@@ -39,10 +39,10 @@ class Tenants:
         check_free(model)
         self.model = model
         self._sets: dict[str, ControlSet] = {}
-        self._crowd = Crowd()
+        self._batch = MixedBatch()
         self._family: Family | None = None
         self._handles: list[RemovableHandle] = []
-        self._passes: Passes | None = None
+        self._tracker: GenerationTracker | None = None
 
     def add(self, name: str, folder: str | Path, *, replace: bool = False) -> int:
         """Read an adapter folder and keep it under a name; returns the bytes that it takes.
@@ -53,12 +53,12 @@ class Tenants:
         """
         if name in self._sets and not replace:
             raise MocError(f"there is a control set '{name}' already", "give replace=True")
-        found = check_adapter(self.model, folder)
-        method = _shareable(str(folder), found.config.method, tuple(found.config.modules))
-        mixture, family = make_mixture(self.model, method, found.seed)
+        checked = check_adapter(self.model, folder)
+        method = _shareable(str(folder), checked.config.method, tuple(checked.config.modules))
+        mixture, family = make_mixture(self.model, method, checked.seed)
         if self._family is not None and family != self._family:
             raise MocError(f"{folder} places its controls elsewhere than the sets that are here")
-        mixture.load_state_dict(load(found.adapter.payload()), strict=True)
+        mixture.load_state_dict(load(checked.adapter.payload()), strict=True)
         mixture.requires_grad_(False).train(False)
         if self._family is None:
             self._place(family)
@@ -77,7 +77,7 @@ class Tenants:
 
     def memory(self) -> dict[str, int]:
         """The bytes of each set's controls and gates."""
-        return {name: kept.bytes for name, kept in self._sets.items()}
+        return {name: controls.bytes for name, controls in self._sets.items()}
 
     def __str__(self) -> str:
         """A line for each set: its name and the memory that it takes."""
@@ -90,21 +90,21 @@ class Tenants:
 
         Beams and returned sequences of a row share its set. Raises MocError for an unknown name.
         """
-        before = self._crowd.assigned
-        self._crowd.assigned = tuple(None if name is None else self._find(name) for name in names)
+        before = self._batch.assigned
+        self._batch.assigned = tuple(None if name is None else self._find(name) for name in names)
         try:
             yield
         finally:
-            self._crowd.assigned = before
+            self._batch.assigned = before
 
     def detach(self) -> PreTrainedModel:
         """Take every set and hook out: the model is as it came."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._passes is not None:
-            self._passes.remove()
-        self._passes = self._family = None
+        if self._tracker is not None:
+            self._tracker.remove()
+        self._tracker = self._family = None
         self._sets.clear()
         return self.model
 
@@ -119,17 +119,13 @@ class Tenants:
         self._family = family
         for number, layer in enumerate(find_layers(self.model, family)):
             for block in ("attn", "ffn"):
-                port, place = family.port(block), Place(self._crowd, number, block)
-                read, write = layer.get_submodule(port.read), layer.get_submodule(port.write)
-                self._handles += [
-                    read.register_forward_pre_hook(place.read, with_kwargs=True),
-                    write.register_forward_hook(place.write),
-                ]
-        self._passes = Passes(
+                hook = BlockHook(self._batch, (number, block))
+                self._handles += hook.register(layer, family.place(block))
+        self._tracker = GenerationTracker(
             self.model,
-            self._crowd,
+            self._batch,
             causal=family.causal,
-            new_store=self._crowd.new_store,
+            new_store=self._batch.new_store,
             runner=find_runner(self.model, family),
         )
 

@@ -73,8 +73,8 @@ def main() -> None:
     cache = host.generate(
         input_ids=ids, max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0
     ).past_key_values
-    banks = cache._moc_routes.banks.values()
-    extra = sum(t.numel() * t.element_size() for bank in banks for t in (bank.A, bank.B))
+    stacks = cache._moc_routes.stacks.values()
+    extra = sum(t.numel() * t.element_size() for stack in stacks for t in (stack.A, stack.B))
     ceiling = weights / (weights + extra)
     print(
         json.dumps(

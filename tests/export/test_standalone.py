@@ -139,9 +139,7 @@ def answers(adapted: Adapted, causal: bool) -> Case:
     given = padded("left" if causal else "right")
     with torch.no_grad():
         logits = adapted.model(**given).logits.float()
-        sites = adapted._placed.mixture.sites
-        choices = [site.choice for site in sites if site.choice is not None]
-        routes = max((len(choice.unique(dim=0)) for choice in choices), default=0)
+        routes = max((len(ids.unique(dim=0)) for ids in adapted.routes().values()), default=0)
         ids = adapted.model.generate(**given, **beams()) if causal else None
     return Case(given, logits, ids, routes)
 

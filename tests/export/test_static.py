@@ -17,7 +17,7 @@ from moc_cli.cli import run
 from moc_cli.errors import MocError
 from moc_cli.export import Options, standalone, static
 from moc_cli.methods import Adapted, attach
-from moc_cli.methods.route_counts import Layout, Record
+from moc_cli.methods.route_counts import Layout, Record, Sums
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
 
 TOLERANCE = 2e-6  # of the largest logit, in float32: other sums of the same products
@@ -99,20 +99,17 @@ class TestFolded:
         with static.held(adapted.mixture, static.choose(adapted.mixture, before)):
             pass
         after = count(adapted, batch)
-        assert all(torch.equal(a, b) for a, b in zip(before.slots, after.slots, strict=True))
+        pairs = zip(before.sums.arrays, after.sums.arrays, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def recorded(counts: list[list[float]], weights: list[list[float]], top_k: int) -> Record:
     names = tuple(f"{i // 2}.{'ffn' if i % 2 else 'attn'}" for i in range(4))
     layout = Layout(names, ("shared",) * 4, {"shared": [0, 1, 2, 3]}, top_k)
-    rest = torch.zeros(4 + 5, dtype=torch.float64)
-    return Record(
-        layout,
-        [
-            torch.cat([torch.tensor(c + w, dtype=torch.float64), rest])
-            for c, w in zip(counts, weights, strict=True)
-        ],
-    )
+    sums = Sums.zeros(4, 4)
+    sums.counts.copy_(torch.tensor(counts))
+    sums.weights.copy_(torch.tensor(weights))
+    return Record(layout, sums)
 
 
 class TestChoice:

@@ -15,7 +15,7 @@ from support.tiny import make_tiny, train_controls
 from torch import multiprocessing
 
 from moc_cli.methods import Adapted, attach
-from moc_cli.methods.route_counts import ENTROPY, MARGIN, ONE_TOKEN, ROWS, SIZE, Record
+from moc_cli.methods.route_counts import Record, Sums
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 
 LAYERS = 4
@@ -139,17 +139,17 @@ def count_one(found: Recount, site: int, tokens: np.ndarray, k: int, level: str)
 
 
 def check(record: Record, expected: Recount, *, exact: bool = True) -> None:
-    counts = np.stack([record.counts(site).numpy() for site in range(SITES)])
-    assert np.array_equal(counts, expected.counts)
+    sums = record.sums
+    assert np.array_equal(sums.counts, expected.counts)
     close = {"atol": 1e-4} if exact else {"atol": 0.1}
     for ours, theirs in (
-        ([record.weights(s).numpy() for s in range(SITES)], expected.weight),
-        ([record.probabilities(s).numpy() for s in range(SITES)], expected.probability),
-        ([record.total(s, ENTROPY) for s in range(SITES)], expected.entropy),
-        ([record.total(s, MARGIN) for s in range(SITES)], expected.margin),
-        ([record.total(s, ONE_TOKEN) for s in range(SITES)], expected.one_token),
+        (sums.weights, expected.weight),
+        (sums.probabilities, expected.probability),
+        (sums.entropy, expected.entropy),
+        (sums.margin, expected.margin),
+        (sums.one_token, expected.one_token),
     ):
-        assert np.allclose(np.stack(ours), theirs, **close)
+        assert np.allclose(ours, theirs, **close)
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -295,8 +295,10 @@ def test_sizes_are_of_what_is_added_beside_the_blocks_output():
         update = updates[site][0]
         own = outputs[site].double() - update  # this file's hook comes after the site's
         sizes = [(x.square().sum(-1) * mask).sum(-1).sqrt() for x in (update, own)]
-        assert record.total(site, ROWS) == 6
-        assert record.total(site, SIZE) == pytest.approx((sizes[0] / sizes[1]).sum().item(), 1e-4)
+        assert record.sums.rows[site] == 6
+        assert record.sums.relative_size[site].item() == pytest.approx(
+            (sizes[0] / sizes[1]).sum().item(), 1e-4
+        )
 
 
 def test_recording_changes_nothing():
@@ -355,9 +357,9 @@ def record_of_another() -> Record:
 
 
 def same(a: Record, b: Record) -> bool:
-    counts = all(torch.equal(a.counts(s), b.counts(s)) for s in range(SITES))
-    pairs = zip(a.slots, b.slots, strict=True)
-    return counts and all(torch.allclose(x, y, atol=1e-5) for x, y in pairs)
+    pairs = zip(a.sums.arrays, b.sums.arrays, strict=True)
+    equal = torch.equal(a.sums.counts, b.sums.counts)
+    return equal and all(torch.allclose(x, y, atol=1e-5) for x, y in pairs)
 
 
 def one_process(rank: int, port: int, folder: str) -> None:
@@ -371,7 +373,7 @@ def one_process(rank: int, port: int, folder: str) -> None:
     with torch.no_grad(), adapted.recorder() as recorder:
         adapted.model(**{name: value[part] for name, value in given.items()})
     record = recorder.record()
-    torch.save(record.slots, f"{folder}/{rank}.pt")
+    torch.save(record.sums.arrays, f"{folder}/{rank}.pt")
     # A resumed count is one process's alone: the sum of both must not hold it twice.
     again = adapted.recorder()
     again.resume(record.choices())
@@ -389,8 +391,8 @@ def test_two_processes_record_what_one_does(tmp_path):
         port = free.getsockname()[1]
     multiprocessing.spawn(one_process, (port, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        slots = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert same(Record(whole.layout, slots), whole)
+        arrays = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert same(Record(whole.layout, Sums(*arrays)), whole)
 
 
 def test_unshared_gates_have_pools_of_their_own():

@@ -92,7 +92,7 @@ def test_rows_routed_alone_equal_the_full_layers(case):
             batch = make_batch(6, side)
             sites = sites_of(adapted, batch["attention_mask"].bool(), level="sample")
             assert error(adapted.model, batch, full(case, batch, sites)) < TOLERANCE
-            ours = [site.choice.tolist() for site in adapted._placed.mixture.sites]
+            ours = [ids.tolist() for ids in adapted.routes().values()]
             assert ours == sites.picks
             rows = {tuple(tuple(site[row]) for site in ours) for row in range(6)}
             assert len(rows) >= 3
@@ -110,7 +110,7 @@ def test_a_batch_routed_together_equals_the_full_layers(case):
                 adapted, batch["attention_mask"].bool(), level="batch", kind="linear", vote="mode"
             )
             assert error(adapted.model, batch, full(case, batch, sites)) < TOLERANCE
-            ours = [site.choice.tolist() for site in adapted._placed.mixture.sites]
+            ours = [ids.tolist() for ids in adapted.routes().values()]
             assert ours == sites.picks
 
 

@@ -106,32 +106,21 @@ def frozen(value: Tensor) -> tuple:
 
 def watch(adapted: Adapted) -> SimpleNamespace:
     """Record what every site used in each forward (route ids), until `stop()`."""
-    mixture, log = adapted._placed.mixture, []
-    original_route, original_bank = mixture.route, getattr(mixture, "bank", None)
+    log: list[list[Tensor]] = []
 
-    def note(site, ids):
-        if site.index == 0:
-            log.append([None] * len(mixture.sites))
-        log[-1][site.index] = ids.clone()
+    def note(*_: object) -> None:
+        mixture = adapted.model.moc
+        stored = {} if mixture.current.store is None else mixture.current.store.routes
+        used = [
+            stored[site.index].ids if site.index in stored else site.choice
+            for site in mixture.sites
+        ]
+        log.append([ids.clone() for ids in used])
 
-    def route(site, x, *options):
-        found = original_route(site, x, *options)
-        note(site, found[0].ids)
-        return found
-
-    def bank(site, x):
-        found = original_bank(site, x)
-        if found is not None:
-            note(site, mixture.current.store.routes[site.index].ids)
-        return found
-
-    mixture.route = route
-    if original_bank is not None:
-        mixture.bank = bank
+    handle = adapted.model.base_model.register_forward_hook(note)
 
     def stop() -> list[list[Tensor]]:
-        del mixture.route
-        mixture.__dict__.pop("bank", None)
+        handle.remove()
         return log
 
     return SimpleNamespace(stop=stop)

@@ -32,13 +32,12 @@ def make(family: str, method=None, *, trained=True, new_modules=(), **changes):
 
 def routes(adapted) -> list:
     """The last decision of every site, copied."""
-    sites = adapted._placed.mixture.sites
-    return [None if site.choice is None else site.choice.clone() for site in sites]
+    return [ids.clone() for ids in adapted.routes().values()]
 
 
 def count_updates(adapted) -> list[int]:
     """A list that grows with each update of a site."""
-    mixture, seen = adapted._placed.mixture, []
+    mixture, seen = adapted.mixture, []
     original = mixture.update
 
     def spy(site, x):

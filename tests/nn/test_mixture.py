@@ -9,7 +9,7 @@ from torch import nn
 
 from moc_cli.nn.control import Control
 from moc_cli.nn.gate import top_k
-from moc_cli.nn.mixture import Mixture, Pass, RouteStore, Routing
+from moc_cli.nn.mixture import Forward, Mixture, RouteStore, Routing
 
 WIDTH, RANK, LAYERS = 6, 2, 3
 
@@ -91,7 +91,7 @@ def test_update_gradients_and_balance_equal_the_reference(case):
     x, valid = make_input()
     for site in (mixture.sites[1], mixture.sites[-1]):
         mixture.zero_grad()
-        mixture.current = Pass(valid)
+        mixture.current = Forward(valid)
         ours_in = x.clone().requires_grad_()
         update = mixture.update(site, ours_in)
         weight = torch.randn(update.shape, dtype=update.dtype)
@@ -121,7 +121,7 @@ def test_every_case_takes_several_routes():
     """The cases above would prove little if all decisions were the same."""
     mixture = make_mixture(level="sample")
     x, valid = make_input(rows=8)
-    mixture.current = Pass(torch.ones_like(x[..., 0], dtype=torch.bool))
+    mixture.current = Forward(torch.ones_like(x[..., 0], dtype=torch.bool))
     mixture.update(mixture.sites[0], x)
     assert len(set(mixture.sites[0].choice.flatten().tolist())) >= 3
 
@@ -129,11 +129,11 @@ def test_every_case_takes_several_routes():
 def test_gradcheck():
     mixture = make_mixture(top_k=2, estimator="renormalized")
     x, valid = make_input(rows=2, tokens=3)
-    mixture.current = Pass(valid[:2, :3])
+    mixture.current = Forward(valid[:2, :3])
     names, parameters = zip(*mixture.named_parameters(), strict=True)
 
     def run(x, *values):
-        mixture.current = Pass(valid[:2, :3])
+        mixture.current = Forward(valid[:2, :3])
         out = torch.func.functional_call(
             _Update(mixture), dict(zip(names, values, strict=True)), (x,)
         )
@@ -160,7 +160,7 @@ def test_padding_never_votes():
     x, valid = make_input()
     for level in ("batch", "sample"):
         mixture = make_mixture(level=level, top_k=2)
-        mixture.current = Pass(valid)
+        mixture.current = Forward(valid)
         first = mixture.update(mixture.sites[0], x)
         other = x.clone()
         other[~valid] = 100 * torch.randn(int((~valid).sum()), WIDTH, dtype=x.dtype)
@@ -173,7 +173,7 @@ def test_k_of_one_gives_the_gate_exactly_no_gradient(level):
     """In float32 c/c has a gradient of rounding noise, which Adam would scale up to full steps."""
     mixture = make_mixture(balance_weight=0.0, level=level).float()
     x = torch.randn(16, 9, WIDTH, requires_grad=True)
-    mixture.current = Pass(None)
+    mixture.current = Forward(None)
     for site in mixture.sites:
         mixture.update(site, x).square().sum().backward()
     for parameter in mixture.gates.parameters():
@@ -188,7 +188,7 @@ def test_alpha_one_is_control():
         k: v for k, v in mixture.state_dict().items() if k.startswith("controls")
     }
     control.load_state_dict(state)
-    mixture.current = control.current = Pass(valid)
+    mixture.current = control.current = Forward(valid)
     for ours, theirs in zip(mixture.sites, control.sites, strict=True):
         difference = mixture.update(ours, x) - control.update(theirs, x)
         assert difference.abs().max() < 1e-14
@@ -208,7 +208,7 @@ def test_balanced_use_gives_one():
     mixture = make_mixture(gate="linear", top_k=2)
     nn.init.zeros_(mixture.gates["shared"].weight)
     x, valid = make_input()
-    mixture.current = Pass(valid)
+    mixture.current = Forward(valid)
     mixture.update(mixture.sites[0], x)
     assert mixture.sites[0].loss.item() == pytest.approx(1.0)
 
@@ -216,10 +216,10 @@ def test_balanced_use_gives_one():
 def test_evaluation_routes_each_row_alone():
     mixture = make_mixture(top_k=2).eval()
     x, valid = make_input()
-    mixture.current = Pass(valid)
+    mixture.current = Forward(valid)
     together = mixture.update(mixture.sites[3], x)
     for row in range(len(x)):
-        mixture.current = Pass(valid[row : row + 1])
+        mixture.current = Forward(valid[row : row + 1])
         alone = mixture.update(mixture.sites[3], x[row : row + 1])
         assert torch.allclose(together[row], alone[0], atol=1e-13)
 
@@ -228,11 +228,11 @@ def test_running_counts_the_new_token_before_the_choice():
     mixture = make_mixture(top_k=1, vote="mode", decode="running").eval()
     x, _ = make_input(rows=2, tokens=4)
     store = RouteStore()
-    mixture.current = Pass(None, store)
+    mixture.current = Forward(None, store)
     mixture.update(mixture.sites[0], x[:, :3])
     mixture.update(mixture.sites[0], x[:, 3:])
     ours = mixture.sites[0].choice
-    mixture.current = Pass(None, RouteStore())
+    mixture.current = Forward(None, RouteStore())
     mixture.update(mixture.sites[0], x)
     assert torch.equal(ours, mixture.sites[0].choice)
 
