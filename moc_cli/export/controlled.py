@@ -21,10 +21,11 @@ class Controlled:
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         settings = config.moc
-        place = settings["placement"]
-        family = Family(
-            place["layers"], Place(**place["attn"]), Place(**place["ffn"]), place["causal"]
-        )
+        places = {
+            name: Place(**value) if isinstance(value, dict) else value
+            for name, value in settings["placement"].items()
+        }
+        family = Family(**places)
         layers = find_layers(self, family)
         device = next(layers.parameters()).device
         mixture = Mixture(

@@ -151,12 +151,14 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
     mixture = adapted.mixture
     assert mixture is not None
     state = {k: v for k, v in adapted.state().items() if k.startswith("modules.")}
+    # What the mixture's scale holds of the model's own multiplier, loading puts in again.
+    scale = adapted.adapter_config()["method"]["scale"] / mixture.scale
     for site in mixture.sites:
         route = frozen[site.index].route(mixture.control(site.index).A.device)
         pair = mixture.combine(site, route).stack(torch.float32)
         key = f"controls.{site.layer}.{site.block}"
         state[f"{key}.A"] = pair.A.detach().cpu().contiguous()
-        state[f"{key}.B"] = pair.B.detach().cpu().contiguous()
+        state[f"{key}.B"] = (scale * pair.B).detach().cpu().contiguous()
     return state
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,11 +30,10 @@ class ControlsMethod:
         return dict(self.mixture.named_parameters())
 
     def config(self) -> dict[str, Any]:
-        places = {block: vars(self._family.place(block)) for block in ("attn", "ffn")}
-        return {
-            "method": self._method.model_dump(mode="json"),
-            "placement": {"layers": self._family.layers, **places, "causal": self._family.causal},
-        }
+        placement = asdict(self._family)
+        if not self._family.multiplier:
+            del placement["multiplier"]
+        return {"method": self._method.model_dump(mode="json"), "placement": placement}
 
     def set_loss_scale(self, scale: float) -> None:
         self.mixture.loss_scale = scale
@@ -83,7 +83,7 @@ def make_mixture(
         model.config.get_text_config().hidden_size,
         blocks,
         method.rank,
-        method.scale,
+        method.scale / _multiplier(model, family),
         routing,
         generator=torch.Generator().manual_seed(seed),
         device="meta" if first.device.type == "meta" else "cpu",
@@ -122,7 +122,29 @@ def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family
         attn=Place(place.attn.read, place.attn.write),
         ffn=Place(place.ffn.read, place.ffn.write),
         causal=place.causal,
+        multiplier=place.multiplier or "",
     )
+
+
+def _multiplier(model: PreTrainedModel, family: Family) -> float:
+    """What the model multiplies a block's output with before it adds it to the residual stream."""
+    config = model.config.get_text_config()
+    if not family.multiplier:
+        usual = getattr(config, "residual_multiplier", 1.0)
+        if usual != 1.0:
+            raise FamilyError(
+                f"placement: this model multiplies each block's output by residual_multiplier = "
+                f"{usual}, and a control beside it would be as much smaller",
+                hint="Add method.placement.multiplier: residual_multiplier.",
+            )
+        return 1.0
+    value = getattr(config, family.multiplier, None)
+    if not isinstance(value, float | int) or not value:
+        raise FamilyError(
+            f"placement: multiplier '{family.multiplier}' is {value!r} in the config of "
+            f"{type(model).__name__}; it must be a number other than 0"
+        )
+    return float(value)
 
 
 def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:

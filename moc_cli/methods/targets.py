@@ -34,6 +34,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "mistral": _SPLIT,
     "qwen2": _SPLIT,
     "qwen3": _SPLIT,
+    "granite": _SPLIT,
     "gemma2": _SPLIT,
     "gemma3_text": _SPLIT,
     "gemma3": _SPLIT,

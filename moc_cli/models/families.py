@@ -23,12 +23,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the layers are, where each block's control goes, and whether attention is causal."""
+    """Where the layers are, where each block's control goes, and whether attention is causal.
+
+    `multiplier` names the value of the configuration with which the model multiplies a block's
+    output before it is added to the residual stream; the controls are divided by it.
+    """
 
     layers: str
     attn: Place
     ffn: Place
     causal: bool
+    multiplier: str = ""
 
     def place(self, block: str) -> Place:
         return self.attn if block == "attn" else self.ffn
@@ -112,6 +117,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": _PRE_NORM,
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
+    # x + m·attn(norm(x)), then x + m·mlp(norm(x)).
+    "granite": replace(_PRE_NORM, multiplier="residual_multiplier"),
     "gemma2": _TWO_NORMS,
     "gemma3_text": _TWO_NORMS,
     # The text layers of the model that also sees images.

@@ -38,6 +38,11 @@ class Placement(Section):
     attn: Place = Field(description="where the control of the attention block is attached")
     ffn: Place = Field(description="where the control of the FFN block is attached")
     causal: bool = Field(description="true for a decoder, false for an encoder")
+    multiplier: Text | None = Field(
+        default=None,
+        description="name of the value in the model's config with which it multiplies a block's "
+        "output before adding it; the controls are divided by it",
+    )
 
 
 class Gate(Section):

@@ -63,7 +63,7 @@ def freeze(adapted: Adapted, method: dict[str, Any], frozen: dict[int, static.Fr
 
 
 class TestFolded:
-    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+    @pytest.mark.parametrize("family", ["llama", "granite", "gpt_neox"])
     @pytest.mark.parametrize("name", VARIANTS)
     def test_it_is_the_mixture_with_its_routes_held(self, name: str, family: str) -> None:
         adapted, batch = make(family, VARIANTS[name]), make_batch(side="left")

@@ -160,6 +160,8 @@ SAME: dict[str, dict[str, set[str]]] = {
     "mistral": _SAME_PRE_NORM,
     "qwen2": _SAME_PRE_NORM,
     "qwen3": _SAME_PRE_NORM,
+    # Not the layer itself: its output is not multiplied as the blocks' are.
+    "granite": _SAME_PRE_NORM | {"ffn.write": {"mlp", "mlp.down_proj"}},
     "gemma2": _SAME_TWO_NORMS,
     "gemma3_text": _SAME_TWO_NORMS,
     "gemma3": _SAME_TWO_NORMS,
@@ -239,6 +241,7 @@ def test_no_other_place_is_right(case):
         "attn": asdict(family.attn),
         "ffn": asdict(family.ffn),
         "causal": family.causal,
+        "multiplier": family.multiplier or None,
     }
     with all_float64():
         model = make(case)
@@ -275,6 +278,18 @@ def test_no_other_place_is_right(case):
                 swaps = {p: {**place, block: {**place[block], end: p}} for p in places[end]}
                 right = {name for name, changed in swaps.items() if matches(changed)}
                 assert right == SAME[case][f"{block}.{end}"], f"{block}.{end}"
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "message"),
+    [(None, "residual_multiplier = 0.22"), ("hidden_act", "multiplier 'hidden_act' is 'silu'")],
+)
+def test_a_placement_must_know_what_the_model_multiplies_blocks_with(multiplier, message):
+    placement = asdict(TABLE["granite"]) | {"multiplier": multiplier}
+    model = make_tiny("granite")
+    with pytest.raises(FamilyError, match=message):
+        attach(model, moc(placement=placement))
+    assert not hasattr(model, "moc")
 
 
 def test_every_family_of_the_table_is_tested():

@@ -50,11 +50,16 @@ class Sites:
 
 
 def llama(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
-    """Pre-norm: both sites read the sum before the norm. Also mistral, qwen2 and qwen3."""
+    """Pre-norm: both sites read the sum before the norm. Also mistral, qwen2, qwen3, granite.
+
+    In granite every block's output is multiplied, but not what eq. 9 adds to it.
+    """
     config, w = base.config, Weights(base)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
-    x = F.embedding(ids, w["embed_tokens.weight"])
+    own = getattr(config, "residual_multiplier", 1.0)
+    scale = getattr(config, "attention_multiplier", size**-0.5)
+    x = getattr(config, "embedding_multiplier", 1.0) * F.embedding(ids, w["embed_tokens.weight"])
     for n, window in enumerate(windows(config)):
         at = f"layers.{n}"
         h = w.rms_norm(f"{at}.input_layernorm", x, eps)
@@ -63,11 +68,11 @@ def llama(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 
             q = w.rms_norm(f"{at}.self_attn.q_norm", q, eps)
             k = w.rms_norm(f"{at}.self_attn.k_norm", k, eps)
         q, k = rotate(q, theta, size), rotate(k, theta, size)
-        f = w.linear(f"{at}.self_attn.o_proj", attend(q, k, v, causal(mask, window), size**-0.5))
-        x = x + f + add(n, "attn", x)
+        f = w.linear(f"{at}.self_attn.o_proj", attend(q, k, v, causal(mask, window), scale))
+        x = x + own * f + add(n, "attn", x)
         h = w.rms_norm(f"{at}.post_attention_layernorm", x, eps)
         h = silu(w.linear(f"{at}.mlp.gate_proj", h)) * w.linear(f"{at}.mlp.up_proj", h)
-        x = x + w.linear(f"{at}.mlp.down_proj", h) + add(n, "ffn", x)
+        x = x + own * w.linear(f"{at}.mlp.down_proj", h) + add(n, "ffn", x)
     return w.rms_norm("norm", x, eps)
 
 
@@ -282,6 +287,7 @@ FULL: dict[str, Callable[..., Tensor]] = {
     "mistral": llama,
     "qwen2": llama,
     "qwen3": llama,
+    "granite": llama,
     "gemma2": gemma,
     "gemma3_text": gemma,
     "gemma3": gemma,
@@ -305,5 +311,6 @@ FULL: dict[str, Callable[..., Tensor]] = {
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """The language model's head on its last hidden states."""
     scores = F.linear(hidden, model.get_output_embeddings().weight)
+    scores = scores / getattr(model.config, "logits_scaling", 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return scores if cap is None else cap * (scores / cap).tanh()

@@ -53,6 +53,13 @@ _CHANGES: dict[str, dict] = {
     "mistral": _GROUPED | {"sliding_window": 4, "head_dim": 8},
     "qwen2": _GROUPED | _MIXED | {"use_sliding_window": True},
     "qwen3": _GROUPED | _MIXED | {"use_sliding_window": True, "head_dim": 8},
+    "granite": _GROUPED
+    | {
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 0.5,
+    },
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA,
     "gemma3": {},
