@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.machine import ROOT, absent
-from support.tiny import make_batch, make_tiny, train_controls
+from support.models import make_batch, make_tiny, train_controls
 from transformers import PreTrainedModel
 
 from moc_cli import attach, load_controls
@@ -324,7 +324,6 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from support.tiny import make_tiny
 from moc_cli import load_controls
 from moc_cli.errors import MocError
 def peak(folder):

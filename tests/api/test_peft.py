@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.tiny import DECODERS, make_batch, make_tiny, tiny_config, train_controls
+from support.models import DECODERS, make_batch, make_tiny, tiny_config, train_controls
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

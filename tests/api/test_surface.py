@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.models import make_tiny_model
-from support.tiny import make_batch, make_tiny, train_controls
+from support.models import make_batch, make_tiny, make_tiny_model, train_controls
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 

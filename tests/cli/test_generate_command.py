@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
-from support.tiny import train_controls
+from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model, train_controls
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

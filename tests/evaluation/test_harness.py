@@ -14,9 +14,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from support.kept_routes import watching
 from support.machine import ROOT
-from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model, train_controls
 from support.questions import MIXED, question
-from support.tiny import train_controls
 from tokenizers import processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer

@@ -15,8 +15,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.models import make_byte_tokenizer, make_pair_tokenizer
-from support.tiny import DECODERS, FAMILIES, WIDTH, make_batch, make_tiny, train_controls
+from support.models import (
+    DECODERS,
+    FAMILIES,
+    WIDTH,
+    make_batch,
+    make_byte_tokenizer,
+    make_pair_tokenizer,
+    make_tiny,
+    train_controls,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 

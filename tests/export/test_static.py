@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import make_byte_tokenizer, make_tiny_model
+from support.models import (
+    DECODERS,
+    make_batch,
+    make_byte_tokenizer,
+    make_tiny,
+    make_tiny_model,
+    train_controls,
+)
 from support.rows import choice_rows, write_rows
-from support.tiny import DECODERS, make_batch, make_tiny, train_controls
 from torch import Tensor
 
 from moc_cli.cli import run

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.tiny import make_tiny
+from support.models import make_tiny
 from torch import Tensor, nn
 
 from moc_cli.inspection import statistics

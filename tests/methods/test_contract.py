@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from support.tiny import DECODERS, FAMILIES, WIDTH, make_batch, make_tiny
+from support.models import DECODERS, FAMILIES, WIDTH, make_batch, make_tiny
 from torch import nn
 
 from moc_cli.methods import Adapted, attach

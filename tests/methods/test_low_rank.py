@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.machine import ROOT
+from support.models import DECODERS, FAMILIES, make_batch, make_tiny, tiny_config
 from support.published import published
-from support.tiny import DECODERS, FAMILIES, make_batch, make_tiny, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -210,7 +210,6 @@ import moc_cli.methods
 assert "peft" not in sys.modules  # it is imported by the methods that use it alone
 from safetensors.torch import load_file
 from pydantic import TypeAdapter
-from support.tiny import make_batch, make_tiny
 from moc_cli.recipe.methods import DoraMethod, LoraMethod, MolexMethod
 methods = TypeAdapter(list[LoraMethod | DoraMethod | MolexMethod]).validate_json(sys.argv[2])
 for number, method in enumerate(methods):

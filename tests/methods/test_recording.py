@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.machine import ROOT
-from support.tiny import make_tiny, train_controls
+from support.models import make_tiny, train_controls
 from torch import multiprocessing
 
 from moc_cli.methods import Adapted, attach

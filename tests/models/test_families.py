@@ -6,8 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from support.full_layers import FULL, Sites
-from support.reference import Settings
-from support.tiny import (
+from support.models import (
     DECODERS,
     FAMILIES,
     WIDTH,
@@ -16,6 +15,7 @@ from support.tiny import (
     make_tiny,
     train_controls,
 )
+from support.reference import Settings
 from torch import Tensor, nn
 
 from moc_cli.errors import FamilyError

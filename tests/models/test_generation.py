@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.full_layers import FULL, logits
+from support.models import DECODERS, all_float64, make_batch, make_tiny, train_controls
 from support.reference import Settings, choose, gate_logits, softmax_without
-from support.tiny import DECODERS, all_float64, make_batch, make_tiny, train_controls
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
 

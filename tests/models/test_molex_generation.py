@@ -20,7 +20,7 @@ from models.test_generation import (
 )
 from nn.test_molex import bare, expect, make
 from support.full_layers import logits
-from support.tiny import DECODERS, all_float64, make_batch
+from support.models import DECODERS, all_float64, make_batch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.machine import ROOT
-from support.tiny import DECODERS, FAMILIES, make_batch, make_tiny, train_controls
+from support.models import DECODERS, FAMILIES, make_batch, make_tiny, train_controls
 from transformers import DynamicCache, StaticCache
 
 from moc_cli.errors import MocError

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 from support.layers import Reference, mixture, write_lora
+from support.models import DECODERS, FAMILIES, all_float64, make_batch, make_tiny
 from support.published import published
-from support.tiny import DECODERS, FAMILIES, all_float64, make_batch, make_tiny
 from torch import Tensor, nn
 
 from moc_cli.errors import FamilyError, MocError

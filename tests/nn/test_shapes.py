@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import make_tiny
+from support.models import make_tiny
 from transformers import AutoConfig
 
 from moc_cli.errors import MocError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import DECODERS, make_tiny, train_controls
+from support.models import DECODERS, make_tiny, train_controls
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
