@@ -6,6 +6,7 @@ without its controls by mistake.
 """
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -113,7 +114,9 @@ def write(
     folder: Path,
 ) -> None:
     """Write model, tokenizer and modeling file; `adapter` is the method's own description."""
-    settings = describe(model.moc, adapter)
+    mixture = model.moc
+    assert isinstance(mixture, Mixture)  # `check` refuses methods without one
+    settings = describe(mixture, adapter)
     base, config = type(model), type(model.config)
     for known in (base, config):
         if getattr(transformers, known.__name__, None) is not known:
@@ -151,7 +154,7 @@ def modeling(base: str, config: str, model_type: str, auto: str) -> str:
     """Return the modeling file for a base class and its configuration class."""
     # transformers asks for GenerationMixin among a class's own bases.
     bases = [base, *(["GenerationMixin"] if auto == "AutoModelForCausalLM" else [])]
-    libraries = {"transformers": [config, *bases], "typing": ["Any"]}
+    libraries: dict[str, Sequence[str]] = {"transformers": [config, *bases], "typing": ["Any"]}
     names = {
         "config": f"Moc{config}",
         "base_config": config,

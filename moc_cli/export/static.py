@@ -5,7 +5,7 @@ scale are folded: an adapter of the method `control`. Routes are counted on trai
 the rows that are scored play no part in the choice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +199,7 @@ def _share(
     mixture: Mixture,
     record: Record,
     frozen: dict[int, Frozen],
-    rows: dict[str, Sequence[Example]],
+    rows: Mapping[str, Sequence[Example]],
 ) -> dict[str, Any]:
     """The share of all choices that are the frozen ones, over all sites; the lowest site's."""
     same, made = [], []

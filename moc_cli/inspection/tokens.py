@@ -19,8 +19,6 @@ class Votes:
     At level `token` each token has a choice of its own; elsewhere all share one.
     """
 
-    measures = False
-
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
         self.tokens: dict[int, Tensor] = {}
@@ -38,6 +36,9 @@ class Votes:
         self.tokens[site.index] = decision.probabilities[0].detach().float().cpu()
         self.choices[site.index] = members[ids].tolist()
         self.margins[site.index] = (chosen - rest).mean().item()
+
+    def added(self, site: Any, output: Tensor, update: Tensor) -> None:
+        """Sizes of updates are not kept."""
 
 
 def text_votes(trained: LoadedRun, text: str) -> tuple[Prompts, dict[str, Any]]:

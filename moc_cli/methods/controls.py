@@ -73,7 +73,10 @@ def make_mixture(
 ) -> tuple[Mixture, Family]:
     """The controls and gates that fit a model, on its device, and where they belong in it."""
     family = _family(model, method)
-    routing = _routing(method)
+    try:
+        routing = _routing(method)
+    except ValueError as error:  # kinds that exclude each other
+        raise MocError(f"method.{error}") from error
     blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
     layers = find_layers(model, family)
     _check(model, routing, blocks, len(layers))

@@ -178,7 +178,7 @@ class Recorder:
     ) -> None:
         self._mixture = mixture
         self._layout = layout
-        self.measures = detailed
+        self._detailed = detailed
         self._training = training
         self._sums = Sums.zeros(len(layout.names), layout.size, device)
         self._marked = Sums.zeros(len(layout.names), layout.size, device)
@@ -199,7 +199,7 @@ class Recorder:
         if distributed.is_available() and distributed.is_initialized():
             flat = torch.cat([values.flatten() for values in joint.arrays])
             distributed.all_reduce(flat)
-            parts = flat.split([values.numel() for values in joint.arrays])
+            parts = torch.split(flat, [values.numel() for values in joint.arrays])
             pairs = zip(parts, joint.arrays, strict=True)
             joint = Sums(*(part.view_as(values) for part, values in pairs))
         if reset:
@@ -230,7 +230,7 @@ class Recorder:
         """Add one forward's decisions of a site; they stay on the device."""
         if self._training is not None and self._mixture.training != self._training:
             return
-        if self.measures or decision.is_new is not None:
+        if self._detailed or decision.is_new is not None:
             self._add(site.index, decision)
         else:
             self._queue(site.index, decision.route.ids)
@@ -241,7 +241,7 @@ class Recorder:
         k = ids.shape[1]
         mark = counts.new_ones(len(ids)) if is_new is None else is_new.to(counts.dtype)  # (V,)
         counts.index_add_(0, ids.flatten(), mark if k == 1 else mark.repeat_interleave(k))
-        if not self.measures:
+        if not self._detailed:
             return
         self._new_rows = mark if decision.level == "sample" else None
         sums = self._sums
@@ -287,13 +287,13 @@ class Recorder:
 
         Only where the site has just decided; tokens that do not vote are left out.
         """
-        if site.choice is None:
+        if site.choice is None or not self._detailed:
             return
         if self._training is not None and self._mixture.training != self._training:
             return
         current = self._mixture.current
         if update.ndim == 2 and current.shape is not None:
-            output, update = (t.unflatten(0, current.shape) for t in (output, update))
+            output, update = (t.reshape(*current.shape, -1) for t in (output, update))
         mark = update.new_ones(update.shape[:2]) if current.valid is None else current.valid
         mark = mark.to(torch.float64)
         own, more = (

@@ -92,7 +92,7 @@ class GenerationTracker:
             runner.register_forward_hook(self._after),
         ]
         if hasattr(model, "generate"):
-            model.generate = self._generate
+            model.__dict__["generate"] = self._generate  # over the class's own
 
     def remove(self) -> None:
         """Take the hooks out of the model again."""
@@ -124,7 +124,8 @@ class GenerationTracker:
         rows = prompt.shape[0] if isinstance(prompt, Tensor) else None
         token = _GENERATION.set(_Generation(self, length, rows))
         try:
-            return type(self.model).generate(self.model, *args, **kwargs)
+            generate: Any = getattr(type(self.model), "generate")  # noqa: B009
+            return generate(self.model, *args, **kwargs)
         finally:
             _GENERATION.reset(token)
 
@@ -161,11 +162,11 @@ class GenerationTracker:
         shape = tokens.shape[0], length
         self.mixture.current = Forward(valid, store, deciding, shape, past, copies, repeat)
 
-    def _store_of(self, cache: Cache | None) -> Store | None:
+    def _store_of(self, cache: Cache | None) -> Any:
         """What the cache's generation remembers; None where it began with other controls."""
         if getattr(cache, _OWNER, None) != self._number:
             return None
-        store: Store | None = getattr(cache, _STORE, None)
+        store: Any = getattr(cache, _STORE, None)
         return store
 
     def _copies(self, rows: int) -> tuple[int, bool]:

@@ -121,7 +121,9 @@ class HookedModel:
         hidden = output[0] if isinstance(output, tuple) else output
         if not (self.mixture.training and torch.is_grad_enabled() and hidden.requires_grad):
             return output
-        hidden = _RememberForward.apply(hidden, self.mixture, self.mixture.current)
+        hidden = _RememberForward.apply(  # type: ignore[no-untyped-call]
+            hidden, self.mixture, self.mixture.current
+        )
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

@@ -4,7 +4,7 @@ Shapes: V decisions (1 for a batch, B for rows, B·T for tokens), C controls in 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -111,11 +111,15 @@ class WeightedControls:
 
 
 def combine(
-    local: Control, pool: Sequence[Control], route: Route | None, alpha: float, scale: float
+    local: Control,
+    member: Callable[[int], Control],
+    route: Route | None,
+    alpha: float,
+    scale: float,
 ) -> WeightedControls:
     """scale · (α·g_t + (1−α)·Σ_k π_k·g_k), the added part of eq. 9; without a route scale · g_t.
 
-    `pool` gives the control of each of the route's ids.
+    `member` gives the control of each of the route's ids.
     """
     if route is None:
         return WeightedControls([local], local.A.new_full((1, 1), scale))
@@ -123,4 +127,4 @@ def combine(
     columns = torch.tensor(used, device=route.ids.device)
     shares = ((route.ids[..., None] == columns) * route.weights[..., None]).sum(dim=1)  # (V, used)
     weights = F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)
-    return WeightedControls([local, *(pool[k] for k in used)], weights)
+    return WeightedControls([local, *map(member, used)], weights)

@@ -40,7 +40,8 @@ class Route:
         """(control, its voters (V_k,), its slot among each voter's K (V_k,)) of controls in use."""
         if self._groups is None:
             used = sorted({k for row in self.picks() for k in row})
-            self._groups = [(k, *torch.nonzero(self.ids == k, as_tuple=True)) for k in used]
+            places = [(k, (self.ids == k).nonzero()) for k in used]
+            self._groups = [(k, place[:, 0], place[:, 1]) for k, place in places]
         return self._groups
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Route":
@@ -133,7 +134,8 @@ def probabilities(gate: nn.Module, x: Tensor, exclude: int | None = None) -> Ten
         away = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         away[exclude] = True
         logits = logits.masked_fill(away, float("-inf"))
-    return logits.softmax(dim=-1)
+    p: Tensor = logits.softmax(dim=-1)
+    return p
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -281,13 +283,7 @@ def balance_loss(
     return size * (share * mean).sum()
 
 
-class InjectLoss(torch.autograd.Function):
-    """Identity on x whose backward also sends `coefficient` into `loss`.
-
-    It makes loss part of the objective without a module holding a tensor that carries a graph,
-    which would keep a recomputed layer alive under activation checkpointing.
-    """
-
+class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
         ctx.coefficient = coefficient
@@ -298,3 +294,13 @@ class InjectLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dtype, device = ctx.like
         return grad, torch.full((), ctx.coefficient, dtype=dtype, device=device), None
+
+
+def inject(x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
+    """Identity on x whose backward also sends `coefficient` into `loss`.
+
+    It makes loss part of the objective without a module holding a tensor that carries a graph,
+    which would keep a recomputed layer alive under activation checkpointing.
+    """
+    result: Tensor = _Inject.apply(x, loss, coefficient)  # type: ignore[no-untyped-call]
+    return result

@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from moc_cli.nn.gate import (
     GATES,
     Ballot,
-    InjectLoss,
     Level,
     Route,
     balance_loss,
     decide,
+    inject,
     poll,
     probabilities,
 )
@@ -82,8 +82,8 @@ class LayerMixture(nn.Module):
         """w·first + (1−w)·second, in first's type."""
         if self.weight is not None:
             return self.weight * first + (1 - self.weight) * second
-        own, other = self.weight_logits.softmax(dim=0).to(first.dtype)
-        return own * first + other * second
+        weights = self.weight_logits.softmax(dim=0).to(first.dtype)
+        return weights[0] * first + weights[1] * second
 
     def route(self, site: LayerSite, h: Tensor, recompute: bool = False) -> tuple[Route, Tensor]:
         """The layer's route for h (B, T, d), and in training its balance loss L·P̄_j.
@@ -139,8 +139,8 @@ class LayerMixture(nn.Module):
         if self.balance_weight:
             site.loss = loss.detach()
         if self.weight is None:
-            h = InjectLoss.apply(h, self.weight_logits.sum(), 0.0)
-        return InjectLoss.apply(h, loss, self.balance_weight * self.loss_scale)
+            h = inject(h, self.weight_logits.sum(), 0.0)
+        return inject(h, loss, self.balance_weight * self.loss_scale)
 
     def balance(self) -> float | None:
         """λ·Σ_t L·P̄_j of the last training forward, read from the device; for logs."""

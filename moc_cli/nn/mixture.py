@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from moc_cli.nn.gate import (
     VOTES,
     Ballot,
     Estimator,
-    InjectLoss,
     Level,
     Route,
     balance_loss,
     decide,
+    inject,
     poll,
     probabilities,
 )
@@ -200,7 +200,8 @@ class Mixture(nn.Module):
 
     def control(self, index: int) -> Control:
         site = self.sites[index]
-        return self.controls[site.layer][site.block]
+        layer = cast(nn.ModuleDict, self.controls[site.layer])
+        return cast(Control, layer[site.block])
 
     def new_store(self) -> RouteStore:
         """Begin a generation."""
@@ -212,14 +213,13 @@ class Mixture(nn.Module):
             return output
         update = self.update(site, x)
         for watcher in self.watching():
-            if watcher.measures:
-                watcher.added(site, output, update)
+            watcher.added(site, output, update)
         return output + update
 
     def update(self, site: Site, x: Tensor) -> Tensor:
         """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
         if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
-            return self.update(site, x.unflatten(0, self.current.shape)).flatten(0, 1)
+            return self.update(site, x.reshape(*self.current.shape, -1)).flatten(0, 1)
         site.choice = None
         stack = self._stack(site, x)
         if stack is not None:
@@ -235,14 +235,13 @@ class Mixture(nn.Module):
             weight = routing.balance_weight * self.loss_scale
             if routing.balance_reduce == "mean":
                 weight /= len(self.sites)
-            update = InjectLoss.apply(update, loss, weight)
+            return inject(update, loss, weight)
         return update
 
     def combine(self, site: Site, route: Route | None) -> WeightedControls:
         """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
-        pool = [self.control(index) for index in self.pools[site.pool]]
-        own = self.control(site.index)
-        return combine(own, pool, route, self.routing.alpha, self.scale)
+        pool, own = self.pools[site.pool], self.control(site.index)
+        return combine(own, lambda k: self.control(pool[k]), route, self.routing.alpha, self.scale)
 
     def _stack(self, site: Site, x: Tensor) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.

@@ -29,13 +29,11 @@ class Decision:
 class Watcher(Protocol):
     """Sees each decision once, never the recomputed ones of a backward pass.
 
-    `measures`: it also has `added(site, output, update)`, and sees there what a block put out
-    (B, T, d) and what the site adds to it.
+    `added` sees a block's own output (B, T, d) and what the site adds to it.
     """
 
-    measures: bool
-
     def decided(self, site: Any, decision: Decision) -> None: ...
+    def added(self, site: Any, output: Tensor, update: Tensor) -> None: ...
 
 
 def new_decisions(
@@ -80,11 +78,11 @@ def one_token_decides(decision: Decision) -> Tensor | None:
     if VOTES[ballot.vote].additive:
         single = poll(p.flatten(0, 1)[:, None], mark.flatten()[:, None], "sample", k, ballot.vote)
         rest = ballot.rows(lambda values: values.repeat_interleave(tokens, dim=0)) - single
-        without = decide(rest, k, "renormalized").ids.unflatten(0, (voters, tokens))
+        without = decide(rest, k, "renormalized").ids.view(voters, tokens, k)
     else:
         others = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
         ballots = [poll(p, other, "sample", k, ballot.vote) for other in others]
         without = torch.stack([decide(rest, k, "renormalized").ids for rest in ballots], dim=1)
     chosen = decision.route.ids.sort(dim=-1).values
-    turned = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
+    turned: Tensor = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
     return turned.flatten(1).any(dim=1) | (ballot.voters[:, 0] <= 1)

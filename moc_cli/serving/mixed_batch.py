@@ -6,6 +6,7 @@ token at a time, the controls of all sets in use are stacked into one pair of pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class MixedStore:
             if len(rows):
                 chosen = places[rows]
                 if group.store is not None:
-                    group.store.rows(lambda values, chosen=chosen: values[chosen])
+                    group.store.rows(partial(torch.index_select, dim=0, index=chosen))
                 remaining.append(RowGroup(group.controls, rows, group.store))
         self.groups, self.size = remaining, len(sources)
         if not remaining:
@@ -126,7 +127,7 @@ class MixedBatch:
         """A block's output (B, T, d) with the rows' updates for the block's input x added to it."""
         if x.ndim == 2 and self._current.shape is not None:  # (B·T, d)
             shape = self._current.shape
-            return self.add(block, x.unflatten(0, shape), output.unflatten(0, shape)).flatten(0, 1)
+            return self.add(block, x.reshape(*shape, -1), output.reshape(*shape, -1)).flatten(0, 1)
         store: Any = self._current.store
         if store is not None and store.settled and x.shape[1] == 1:
             if block not in store.stacks:

@@ -1,15 +1,19 @@
 """Each gate, vote, level, estimator and balance loss against the naive reference, in float64."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from support.reference import Settings, best, site_update
 from torch import nn
 
+from moc_cli.nn import mixture as mixture_module
 from moc_cli.nn.control import Control
-from moc_cli.nn.gate import top_k
+from moc_cli.nn.gate import GATES, VOTES, Vote, decide, poll, top_k
 from moc_cli.nn.mixture import Forward, Mixture, RouteStore, Routing
+from moc_cli.nn.watch import Decision, one_token_decides
+from moc_cli.recipe.methods import MocMethod
 
 WIDTH, RANK, LAYERS = 6, 2, 3
 
@@ -252,3 +256,60 @@ def test_bfloat16_states_keep_float32_parameters():
     mixture = Mixture(2, WIDTH, ("attn", "ffn"), RANK, 1.0, Routing(projection_dim=4))
     assert mixture.update(mixture.sites[0], x).dtype == torch.bfloat16
     assert {p.dtype for p in mixture.parameters()} == {torch.float32}
+
+
+def test_the_kinds_of_a_recipe_are_those_that_are_known():
+    fields = MocMethod.model_fields
+    gate, routing = fields["gate"].annotation, fields["routing"].annotation
+    assert set(get_args(gate.model_fields["kind"].annotation)) == set(GATES)
+    assert set(get_args(routing.model_fields["vote"].annotation)) == set(VOTES)
+
+
+@pytest.mark.parametrize("key", ["gate", "vote", "estimator", "level", "decode", "balance_f"])
+def test_an_unknown_kind_is_refused(key):
+    with pytest.raises(ValueError, match=f"routing.{key}: 'other' is not known; allowed: "):
+        Routing(**{key: "other"})
+
+
+class TestVoteWhoseScoresDoNotAddUp:
+    """The median of the tokens' probabilities, which a vote may be without being in the product."""
+
+    @pytest.fixture(autouse=True)
+    def median(self, monkeypatch):
+        def score(p, weight, k):
+            return p.masked_fill(weight[..., None] == 0, float("nan")).nanmedian(dim=1).values
+
+        monkeypatch.setitem(VOTES, "median", Vote(score, additive=False))
+        monkeypatch.setitem(mixture_module._KINDS, "vote", tuple(VOTES))
+
+    def test_running_decode_refuses_it(self):
+        with pytest.raises(ValueError, match="'running' adds new tokens to a vote"):
+            Routing(vote="median", decode="running")
+        ballot = poll(torch.rand(2, 3, 4), None, "sample", 1, "median")
+        with pytest.raises(ValueError, match="the scores of two groups of tokens do not add up"):
+            ballot + ballot
+
+    def test_it_ranks_by_the_median(self):
+        p = torch.tensor([[[0.1, 0.5, 0.4], [0.1, 0.5, 0.4], [1.0, 0.0, 0.0]]])
+        ballot = poll(p, None, "sample", 1, "median")
+        assert decide(ballot, 1, "renormalized").ids.tolist() == [[1]]
+        assert decide(poll(p, None, "sample", 1, "mean"), 1, "renormalized").ids.tolist() == [[0]]
+
+    @pytest.mark.parametrize("level", ["sample", "batch"])
+    @pytest.mark.parametrize("vote", ["mean", "mode", "median"])
+    def test_one_token_decides_as_a_vote_without_it_shows(self, vote, level):
+        p = torch.rand(5, 4, 3, dtype=torch.float64).softmax(-1)
+        valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
+        ballot = poll(p, valid, level, 1, vote)
+        route = decide(ballot, 1, "renormalized")
+        marked = one_token_decides(Decision(level, route, ballot, None, p, valid))
+        rows = [row[mark.bool()] for row, mark in zip(p, valid, strict=True)]
+        rows = rows if level == "sample" else [torch.cat(rows)]
+        for row, ids, mark in zip(rows, route.ids.tolist(), marked.tolist(), strict=True):
+            turned = len(row) == 1
+            for token in range(len(row)):
+                rest = torch.cat([row[:token], row[token + 1 :]])[None]
+                if len(row) > 1:
+                    other = decide(poll(rest, None, "sample", 1, vote), 1, "renormalized")
+                    turned |= other.ids.tolist()[0] != ids
+            assert mark == turned

@@ -102,7 +102,7 @@ def _additive(allowed: Tensor) -> Tensor:
 
 
 def _decoder(base: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Call, int]:
-    h = base.get_input_embeddings()(ids)
+    h = getattr(base.config, "embedding_multiplier", 1.0) * base.get_input_embeddings()(ids)
     positions = torch.arange(ids.shape[1])[None]
     masks = [_additive(causal(mask, window)) for window in windows(base.config)]
     by_type = base.config.model_type == "gemma3_text"
