@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def score_harness(options: "EvalOptions", json: bool) -> None:
-    """Read the tasks' rows, load the model, run them, and show; mistakes are reported first."""
+    """Read the tasks' rows, load the model, run the tasks, and print lm_eval's table.
+
+    Mistakes in options and tasks are reported before the model is loaded.
+    """
     from moc_cli.evaluation.job import check_language_model, model_home
 
     if options.run is None:
@@ -18,30 +21,28 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     else:
         _refuse_classifier(options)
         home = options.run / "eval"
-    from moc_cli.evaluation.harness import HarnessPlan, check_installed, load_tasks, run
+    from moc_cli.evaluation import lm_eval_tasks
     from moc_cli.evaluation.session import load_model
     from moc_cli.files import check_folder
-    from moc_cli.report.harness_table import harness_table
-    from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.report.output import print_json, say
 
-    check_installed()
-    plan = HarnessPlan(
-        list(options.harness or ()),
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.rows_per_batch("auto"),
-        path=options.tasks_path,
-        base=options.base,
-    )
-    folder = options.output or home / plan.label
+    lm_eval_tasks.check_installed()
+    folder = options.output or home / lm_eval_tasks.label(options)
     check_folder(folder)
-    tasks = load_tasks(plan)
-    results = run(load_model(options), plan, tasks, folder, silent=json)
+    tasks = lm_eval_tasks.load_tasks(options)
+    report = lm_eval_tasks.run(options, tasks, load_model(options), folder, silent=json)
+    results = report.folder.to_json()
     if json:
-        print_json(results.to_json() | {"folder": str(folder)})
-    else:
-        print_table(harness_table(results.to_json()))
-        say(f"every item: {results.samples_file}")
+        print_json(results | {"folder": str(folder)})
+        return
+    for model, table in report.tables().items():
+        print(f"{model}\n{table}" if options.base else table)
+    print(f"lm_eval {results['lm_eval_version']}; only contexts vote on routes")
+    if results["limited"]:
+        print(f"limited: the first {options.limit} rows of each task")
+    if cut := max(entry["cut"] for entry in results["tasks"].values()):
+        print(f"{cut:,} contexts were longer than the model takes: their ends were kept")
+    say(f"every item: {report.folder.samples_file}")
 
 
 def _refuse_classifier(options: "EvalOptions") -> None:
@@ -53,7 +54,7 @@ def _refuse_classifier(options: "EvalOptions") -> None:
     data = load_recipe(RunFolder.open(options.run).recipe_file).data
     if is_classifier(data.suite, data.tasks[0], data.format):
         raise MocError(
-            f"--harness asks language models; {options.run} is a classifier "
+            f"--harness scores language models; {options.run} is a classifier "
             f"({', '.join(data.tasks)})",
             f"score it: moc eval {options.run}",
         )

@@ -6,19 +6,17 @@ first, second) occurs, so counts are drawn instead of items; the others go throu
 """
 
 import zlib
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from scipy import stats
 
-from moc_cli.scoring.metrics import f1_of, matthews_of
+from moc_cli.scoring.metrics import OF_TABLES, correlations
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 DRAWN_AT_ONCE = 2_000_000  # items of one array: 16 MB
 
-OF_CLASSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"f1": f1_of, "matthews": matthews_of}
 OF_VALUES = ("pearson", "spearman")
 
 
@@ -47,13 +45,13 @@ def differences(
         gain = (second == labels).astype(int) - (first == labels).astype(int)  # -1, 0 or 1
         drawn = rng.multinomial(n, np.bincount(gain + 1, minlength=3) / n, size=resamples)
         return np.asarray((drawn[:, 2] - drawn[:, 0]) / n)
-    if metric in OF_CLASSES:
+    if metric in OF_TABLES:
         size = max(2, int(max(labels.max(), first.max(), second.max())) + 1)
         cells = np.bincount((labels * size + first) * size + second, minlength=size**3)
         drawn = rng.multinomial(n, cells / n, size=resamples)
         tables = drawn.reshape(-1, size, size, size).astype(float)  # (R, label, first, second)
-        score = OF_CLASSES[metric]
-        return score(tables.sum(2)) - score(tables.sum(3))
+        score = OF_TABLES[metric]
+        return np.asarray(score(tables.sum(2)) - score(tables.sum(3)))
     if metric not in (*OF_VALUES, "perplexity"):
         raise ValueError(f"no bootstrap for the metric {metric!r}")
     statistic = partial(_difference, metric)
@@ -86,17 +84,5 @@ def _difference(
     if metric == "perplexity":
         tokens = labels.sum(axis)
         return np.asarray(np.exp(second.sum(axis) / tokens) - np.exp(first.sum(axis) / tokens))
-    if metric == "spearman":
-        labels, first, second = (
-            stats.rankdata(side, axis=axis) for side in (labels, first, second)
-        )
-    return _correlation(labels, second) - _correlation(labels, first)
-
-
-def _correlation(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Pearson's correlations along the last axis; 0 where a side is constant."""
-    varied = (np.ptp(left, axis=-1) > 0) & (np.ptp(right, axis=-1) > 0)
-    values = np.zeros(varied.shape)
-    if varied.any():
-        values[varied] = stats.pearsonr(left[varied], right[varied], axis=-1).statistic
-    return values
+    before, after = (correlations(metric, labels, side, axis) for side in (first, second))
+    return np.asarray(after - before)

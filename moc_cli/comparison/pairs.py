@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moc_cli.comparison.bootstrap import (
-    OF_CLASSES,
+    OF_TABLES,
     OF_VALUES,
     RESAMPLES,
     differences,
@@ -129,9 +129,9 @@ def _sides(metric: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarra
         return np.ones(len(first), dtype=int), first, second
     if metric == "perplexity":
         return _losses(pairs)
-    if metric not in OF_CLASSES and metric not in OF_VALUES:
+    if metric not in OF_TABLES and metric not in OF_VALUES:
         return None
-    kind = int if metric in OF_CLASSES else float
+    kind = int if metric in OF_TABLES else float
     labels = np.array([item["label"] for item in pairs.first], dtype=kind)
     first, second = (np.array([item["prediction"] for item in side], dtype=kind) for side in sides)
     return labels, first, second

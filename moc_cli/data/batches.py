@@ -76,20 +76,15 @@ def collate(
     if the rows have them. The mask alone says what padding is: a tokenizer without a pad token is
     padded with its end token.
     """
-    length = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": pad_token_id(tokenizer), "token_type_ids": tokenizer.pad_token_type_id}
     batch = {
-        name: torch.tensor([_pad(row[name], length, fill[name], side) for row in rows])
+        name: pad_rows([row[name] for row in rows], fill[name], side)
         for name in fill
         if name in rows[0]
     }
-    batch["attention_mask"] = torch.tensor(
-        [_pad([1] * len(row["input_ids"]), length, 0, side) for row in rows]
-    )
+    batch["attention_mask"] = pad_rows([[1] * len(row["input_ids"]) for row in rows], 0, side)
     labels = [row["labels"] for row in rows]
-    if kind == "causal":
-        labels = [_pad(label, length, IGNORED, side) for label in labels]
-    batch["labels"] = torch.tensor(labels)
+    batch["labels"] = pad_rows(labels, IGNORED, side) if kind == "causal" else torch.tensor(labels)
     return batch
 
 
@@ -99,6 +94,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in ids if token is not None)
 
 
-def _pad(values: Sequence[int], length: int, fill: int, side: Side) -> list[int]:
-    padding = [fill] * (length - len(values))
-    return [*padding, *values] if side == "left" else [*values, *padding]
+def pad_rows(rows: Sequence[Sequence[int]], fill: int, side: Side) -> Tensor:
+    """Rows as integers (B, T), padded with `fill` on one side to the longest."""
+    width = max(map(len, rows))
+    gaps = [[fill] * (width - len(row)) for row in rows]
+    pairs = zip(gaps, rows, strict=True) if side == "left" else zip(rows, gaps, strict=True)
+    return torch.tensor([[*first, *last] for first, last in pairs], dtype=torch.long)

@@ -17,12 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moc_cli.data.batches import Side, pad_rows, pad_token_id
 from moc_cli.errors import MocError
 from moc_cli.load_run import LoadedRun
-from moc_cli.scoring.forward import evaluating
+from moc_cli.scoring.forward import evaluating, max_positions
 
 # Largest |Δlogit| that is let pass, as a share of the largest |logit|, by the type of the file.
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
+
+LONGEST = 512  # tokens of a reference row, where the model does not say how many it takes
 
 # Of several lengths, so that rows are padded and take routes of their own.
 TEXTS = (
@@ -78,20 +81,14 @@ def reference(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> Reference:
 def reference_rows(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
     """Encode texts as a padded batch: input_ids, attention_mask and, where known, token types."""
     encoded = [dict(trained.tokenizer(text)) for text in texts]
-    limit = getattr(trained.adapted.model.config.get_text_config(), "max_position_embeddings", 512)
-    width = min(max(len(row["input_ids"]) for row in encoded), limit or 512)
-    pad = trained.tokenizer.pad_token_id
-    fill = {"input_ids": 0 if pad is None else pad}
-    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in encoded[0]]
-    batch = {}
-    for name in names:
-        rows = []
-        for row in encoded:
-            values = list(row[name])[:width]
-            gap = [fill.get(name, 0)] * (width - len(values))
-            rows.append(gap + values if trained.causal else values + gap)
-        batch[name] = torch.tensor(rows)
-    return batch
+    limit = max_positions(trained.adapted.model) or LONGEST
+    fill = {"input_ids": pad_token_id(trained.tokenizer)}
+    side: Side = "left" if trained.causal else "right"
+    return {
+        name: pad_rows([row[name][:limit] for row in encoded], fill.get(name, 0), side)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+        if name in encoded[0]
+    }
 
 
 def check(

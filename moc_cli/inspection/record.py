@@ -12,8 +12,8 @@ from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
 from moc_cli.report.progress import WorkProgress
-from moc_cli.scoring.batch_size import Shape, run_batches
-from moc_cli.scoring.forward import call, check_fits, evaluating, positions
+from moc_cli.scoring.batch_size import RowCost, run_batches
+from moc_cli.scoring.forward import call, check_fits, evaluating, position_ids
 
 Progress = Callable[[int, int], None]
 BatchSize = int | Literal["auto"]
@@ -34,7 +34,7 @@ def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: 
     del batch["labels"]
     inputs: dict[str, Tensor] = {name: value.to(device) for name, value in batch.items()}
     if trained.causal:
-        inputs |= {"position_ids": positions(inputs["attention_mask"])}
+        inputs |= {"position_ids": position_ids(inputs["attention_mask"])}
         call(trained.adapted.model, **inputs, use_cache=False, logits_to_keep=1)
     else:
         trained.adapted.model(**inputs)
@@ -50,7 +50,7 @@ def record(
     """Record what the gates do on prompts: each row decides once at every site."""
     model = trained.adapted.model
     check_fits(model, max(prompts.lengths, default=0), "a prompt")
-    shapes = [Shape(length) for length in prompts.lengths]
+    costs = [RowCost(length) for length in prompts.lengths]
     recorder = trained.adapted.recorder()
     assert recorder is not None
     with evaluating(model) as device, recorder:
@@ -64,7 +64,7 @@ def record(
                 raise
             return [None] * len(items)
 
-        run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+        run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
     return recorder.record()
 
 

@@ -19,8 +19,8 @@ from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.scoring import metrics
-from moc_cli.scoring.batch_size import BatchSize, Shape, run_batches
-from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad_left
+from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
+from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad
 from moc_cli.scoring.generate import settings
 from moc_cli.scoring.loss import TextScore, lm_loss
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
@@ -150,17 +150,17 @@ def _generate(
     new_tokens = max(map(len, outputs)) + 1
     longest = max(map(len, prompts)) + new_tokens
     check_fits(model, longest, "the longest prompt with the longest output")
-    shapes = [Shape(len(prompt), new_tokens) for prompt in prompts]
-    pad = pad_token_id(tokenizer)
+    costs = [RowCost(len(prompt), new_tokens) for prompt in prompts]
+    pad_id = pad_token_id(tokenizer)
     with (
         evaluating(model) as device,
         settings(model, tokenizer, beams=1, new_tokens=new_tokens),
     ):
 
         def work(items: list[int]) -> list[str]:
-            ids, mask = pad_left([prompts[item] for item in items], pad, device)
+            ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
             written = model.generate(input_ids=ids, attention_mask=mask)
             decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
             return [str(text).strip() for text in decoded]
 
-        return run_batches(model, shapes, work, size=size, on_progress=on_progress)
+        return run_batches(model, costs, work, size=size, on_progress=on_progress)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.batches import collate
 from moc_cli.data.encode import encode_pairs
 from moc_cli.data.examples import PairExample
-from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
     Scorable,
@@ -43,7 +43,7 @@ def classify(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[PairExample],
     *,
-    batch_size: Asked | BatchSize,
+    batch_size: BatchSizeOption | BatchSize,
     max_length: int,
     on_progress: Progress | None = None,
 ) -> list[PairScore]:
@@ -54,7 +54,7 @@ def classify(
     model = adapted.model
     encoded = encode_pairs(examples, tokenizer, max_length=max_length)
     check_fits(model, max(encoded.lengths, default=0), "a text, cut to data.max_length,")
-    shapes = [Shape(length) for length in encoded.lengths]
+    costs = [RowCost(length) for length in encoded.lengths]
     with evaluating(model) as device:
 
         def work(items: list[int]) -> list[list[float]]:
@@ -64,7 +64,7 @@ def classify(
             logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
             return list(logits.float().tolist())
 
-        outputs = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+        outputs = run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
     return [_prediction(example, found) for example, found in zip(examples, outputs, strict=True)]
 
 

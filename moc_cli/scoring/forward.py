@@ -1,4 +1,4 @@
-"""What every kind of scoring shares: evaluation mode, padding, positions, finiteness."""
+"""What every kind of scoring shares: evaluation mode, padding, positions, finite outputs."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moc_cli.data.batches import Side, pad_rows
 from moc_cli.errors import DataError, MocError
 
 Progress = Callable[[int, int], None]  # items done, items in all
@@ -38,13 +39,19 @@ def evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
             module.training = True
 
 
+def prompt_mask(mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mask (B, T) of the first `lengths` tokens of each row of a padded mask."""
+    limits = torch.tensor(lengths, device=mask.device).unsqueeze(1)
+    return mask * (mask.cumsum(-1) <= limits)
+
+
 def voting(adapted: Scorable, mask: Tensor) -> AbstractContextManager[None]:
     """Within it the tokens of mask (B, T) vote; on a bare model there is nothing to vote on."""
     vote = getattr(adapted, "voting", None)
     return nullcontext() if vote is None else vote(mask)
 
 
-def positions(mask: Tensor) -> Tensor:
+def position_ids(mask: Tensor) -> Tensor:
     """Position ids that count only the tokens of a mask (B, T); padding gets 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
@@ -56,9 +63,15 @@ def call(model: PreTrainedModel, **inputs: Any) -> Any:
     return model(**{k: v for k, v in inputs.items() if k not in optional or k in known})
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has positions for; None where its config does not say."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_fits(model: PreTrainedModel, length: int, what: str) -> None:
     """Raise DataError where `length` tokens are more than the model has positions for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and length > limit:
         raise DataError(f"{what} has {length} tokens, the model takes {limit}")
 
@@ -72,21 +85,10 @@ def check_finite(scores: Sequence[float]) -> None:
         )
 
 
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens and mask (B, T), each row at the right end."""
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return _long(ids, device), _long(mask, device)
-
-
-def pad_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens and mask (B, T), each row at the left end."""
-    width = max(map(len, rows))
-    ids = [row + [pad] * (width - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return _long(ids, device), _long(mask, device)
-
-
-def _long(rows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=device)
+def pad(
+    rows: Sequence[Sequence[int]], fill: int, side: Side, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask (B, T): rows padded with `fill` on one side to the longest."""
+    ids = pad_rows(rows, fill, side)
+    mask = pad_rows([[1] * len(row) for row in rows], 0, side)
+    return ids.to(device), mask.to(device)

@@ -13,9 +13,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.data.examples import ANSWER, ChoiceExample
-from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.extract import extract, response
-from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad_left
+from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad
 
 BEAMS = 4
 NEW_TOKENS = 32
@@ -53,7 +53,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[ChoiceExample],
     *,
-    batch_size: Asked | BatchSize,
+    batch_size: BatchSizeOption | BatchSize,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
     """Answer every question, in the order of the examples.
@@ -65,16 +65,16 @@ def generate(
     prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
     for example, prompt in zip(examples, prompts, strict=True):
         check_fits(model, len(prompt) + NEW_TOKENS, f"{example.task}: a question with its answer")
-    shapes = [Shape(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
-    pad = pad_token_id(tokenizer)
+    costs = [RowCost(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
+    pad_id = pad_token_id(tokenizer)
     with evaluating(model) as device, settings(model, tokenizer):
 
         def work(items: list[int]) -> list[str]:
-            ids, mask = pad_left([prompts[item] for item in items], pad, device)
+            ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
             written = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
             return list(tokenizer.batch_decode(written, skip_special_tokens=True))
 
-        texts = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+        texts = run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
     return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
 
 
@@ -101,16 +101,22 @@ def settings(
     penalty for repetitions; only its end tokens are kept, beside the one that training appends.
     """
     own = model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         num_beams=beams,
         do_sample=False,
         max_new_tokens=new_tokens,
-        eos_token_id=ends or None,
+        eos_token_id=end_tokens(model, tokenizer) or None,
         pad_token_id=pad_token_id(tokenizer),
     )
     try:
         yield
     finally:
         model.generation_config = own
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: the checkpoint's and the tokenizer's."""
+    config = model.generation_config
+    own = config.eos_token_id if config else None
+    ends = own if isinstance(own, list) else [own]
+    return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})

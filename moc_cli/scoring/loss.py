@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import collate
 from moc_cli.data.encode import IGNORED, Encoded
 from moc_cli.errors import DataError
-from moc_cli.scoring.batch_size import Asked, BatchSize, Shape, run_batches
+from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
     Scorable,
@@ -19,7 +17,8 @@ from moc_cli.scoring.forward import (
     check_finite,
     check_fits,
     evaluating,
-    positions,
+    position_ids,
+    prompt_mask,
     voting,
 )
 
@@ -63,7 +62,7 @@ def lm_loss(
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
     *,
-    batch_size: Asked | BatchSize,
+    batch_size: BatchSizeOption | BatchSize,
     on_progress: Progress | None = None,
 ) -> HeldOutLoss:
     """Compute the loss of encoded rows; only tokens of their prompts vote on routes.
@@ -72,7 +71,7 @@ def lm_loss(
     """
     model = adapted.model
     check_fits(model, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
-    shapes = [Shape(length, logits=length) for length in encoded.lengths]
+    costs = [RowCost(length, logits=length) for length in encoded.lengths]
     with evaluating(model) as device:
 
         def work(items: list[int]) -> list[tuple[float, int]]:
@@ -80,13 +79,13 @@ def lm_loss(
             batch = collate(rows, tokenizer, side="left", kind="causal")
             batch = {name: value.to(device) for name, value in batch.items()}
             mask, targets = batch["attention_mask"], batch["labels"][:, 1:]
-            voters = _voters(mask, [encoded.prompt_lengths[item] for item in items])
+            voters = prompt_mask(mask, [encoded.prompt_lengths[item] for item in items])
             with voting(adapted, voters):
                 out = call(
                     model,
                     input_ids=batch["input_ids"],
                     attention_mask=mask,
-                    position_ids=positions(mask),
+                    position_ids=position_ids(mask),
                     use_cache=False,
                 )
             logits = out.logits[:, :-1].float().flatten(0, 1)
@@ -96,7 +95,7 @@ def lm_loss(
             summed = losses.view_as(targets).double().sum(1)
             return list(zip(summed.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
 
-        found = run_batches(model, shapes, work, size=batch_size, on_progress=on_progress)
+        found = run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
     total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
     if tokens == 0:
         raise DataError(
@@ -105,9 +104,3 @@ def lm_loss(
         )
     check_finite([total])
     return HeldOutLoss(total / tokens, tokens, tuple(found))
-
-
-def _voters(mask: Tensor, prompt_lengths: list[int]) -> Tensor:
-    """Mask (B, T) of the prompts' tokens: valid, and before the row's answer."""
-    limit = torch.tensor(prompt_lengths, device=mask.device).unsqueeze(1)
-    return mask * (mask.cumsum(-1) <= limit)

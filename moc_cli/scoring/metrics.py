@@ -6,6 +6,7 @@ A correlation of constant predictions is 0: they tell nothing about the labels.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -15,6 +16,7 @@ from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
 
 RESAMPLES = 1000  # of the bootstrap
+DRAWN_AT_ONCE = 1_000_000  # rows in one array of resamples: 8 MB
 Labels = Sequence[int | float] | np.ndarray
 
 
@@ -47,16 +49,28 @@ def matthews(labels: Labels, predictions: Labels) -> float:
 
 def pearson(labels: Labels, predictions: Labels) -> float:
     """Pearson's correlation; 0 where either side is constant."""
-    if _constant(labels) or _constant(predictions):
-        return 0.0
-    return float(stats.pearsonr(labels, predictions).statistic)
+    return float(correlations("pearson", np.asarray(labels), np.asarray(predictions)))
 
 
 def spearman(labels: Labels, predictions: Labels) -> float:
     """Spearman's rank correlation; 0 where either side is constant."""
-    if _constant(labels) or _constant(predictions):
-        return 0.0
-    return float(stats.spearmanr(labels, predictions).statistic)
+    return float(correlations("spearman", np.asarray(labels), np.asarray(predictions)))
+
+
+def correlations(
+    metric: str, labels: np.ndarray, predictions: np.ndarray, axis: int = -1
+) -> np.ndarray:
+    """Pearson's or Spearman's correlations along the last axis of (..., n), of shape (...); 0 where
+    either side is constant.
+    """
+    left, right = (np.asarray(side, dtype=np.float64) for side in (labels, predictions))
+    if metric == "spearman":
+        left, right = stats.rankdata(left, axis=axis), stats.rankdata(right, axis=axis)
+    varied = (np.ptp(left, axis=axis) > 0) & (np.ptp(right, axis=axis) > 0)
+    values = np.zeros(varied.shape)
+    if varied.any():
+        values[varied] = stats.pearsonr(left[varied], right[varied], axis=axis).statistic
+    return values
 
 
 METRICS: dict[str, Callable[[Labels, Labels], float]] = {
@@ -75,10 +89,28 @@ def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
     value = METRICS[metric](labels, predictions)
     if metric == "accuracy":
         return Measure(value, (value * (1 - value) / len(labels)) ** 0.5)
-    truth, guess = np.asarray(labels), np.asarray(predictions)
-    resampled = _by_class if metric in ("f1", "matthews") else _by_value
-    values = resampled(metric, truth, guess, np.random.default_rng(0))
-    return Measure(value, float(np.std(values, ddof=1)))
+    if len(labels) == 1:
+        return Measure(value, 0.0)  # every resample is the one item
+    truth, guess, rng = np.asarray(labels), np.asarray(predictions), np.random.default_rng(0)
+    if metric in OF_TABLES:
+        # How often each label met each prediction: drawing such tables is drawing rows with
+        # replacement, at a cost that does not grow with the rows.
+        size = max(2, int(max(truth.max(), guess.max())) + 1)
+        cells = np.bincount(truth * size + guess, minlength=size * size)
+        drawn = rng.multinomial(len(truth), cells / len(truth), size=RESAMPLES)
+        tables = drawn.reshape(-1, size, size).astype(np.float64)  # (R, label, prediction)
+        return Measure(value, float(np.std(OF_TABLES[metric](tables), ddof=1)))
+    resampled = stats.bootstrap(
+        (truth, guess),
+        partial(correlations, metric),
+        n_resamples=RESAMPLES,
+        batch=max(1, DRAWN_AT_ONCE // len(truth)),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=rng,
+    )
+    return Measure(value, float(resampled.standard_error))
 
 
 def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
@@ -96,35 +128,6 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
         return Measure(value, None)
     spread = float(((losses - mean * tokens) ** 2).sum()) * n / (n - 1)
     return Measure(value, value * spread**0.5 / float(tokens.sum()))
-
-
-def _by_class(
-    metric: str, truth: np.ndarray, guess: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Values (R,) of resamples, each a table of how often each label met each prediction.
-
-    Drawing such tables is drawing rows with replacement, at a cost that rows do not raise.
-    """
-    size = max(2, int(max(truth.max(), guess.max())) + 1)
-    cells = np.bincount(truth * size + guess, minlength=size * size)
-    drawn = rng.multinomial(len(truth), cells / len(truth), size=RESAMPLES)
-    tables = drawn.reshape(-1, size, size).astype(np.float64)  # (R, label, prediction)
-    return f1_of(tables) if metric == "f1" else matthews_of(tables)
-
-
-def _by_value(
-    metric: str, truth: np.ndarray, guess: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    values = []
-    for _ in range(RESAMPLES):
-        draw = rng.integers(0, len(truth), size=len(truth))
-        left, right = truth[draw].astype(np.float64), guess[draw].astype(np.float64)
-        if metric == "spearman":
-            left, right = stats.rankdata(left), stats.rankdata(right)
-        values.append(
-            0.0 if _constant(left) or _constant(right) else np.corrcoef(left, right)[0, 1]
-        )
-    return np.array(values)
 
 
 def f1_of(tables: np.ndarray) -> np.ndarray:
@@ -146,6 +149,9 @@ def matthews_of(tables: np.ndarray) -> np.ndarray:
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     ratio: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
     return ratio
+
+
+OF_TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"f1": f1_of, "matthews": matthews_of}
 
 
 def majority(metric: str, labels: Labels) -> float:

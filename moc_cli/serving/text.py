@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError
 from moc_cli.methods import Adapted
 from moc_cli.recipe.tasks import Frame
 from moc_cli.report.output import printable
-from moc_cli.scoring.forward import evaluating
+from moc_cli.scoring.forward import evaluating, max_positions
+from moc_cli.scoring.generate import end_tokens
 from moc_cli.serving.options import Sampling
 from moc_cli.serving.prompts import Message, encode
 
@@ -73,7 +74,7 @@ class Writer:
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length`; raises DataError if none."""
-        limit = positions(self.adapted.model)
+        limit = max_positions(self.adapted.model)
         wanted = self.sampling.max_new_tokens
         if limit is None:
             return wanted
@@ -175,18 +176,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the tokens' text, without special tokens and with every blank."""
     text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the checkpoint's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    known = configured if isinstance(configured, list) else [configured]
-    return sorted({end for end in [*known, tokenizer.eos_token_id] if end is not None})
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def harmless(text: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moc_cli.comparison import bootstrap
-from moc_cli.comparison.bootstrap import OF_CLASSES, differences, generator, interval
+from moc_cli.comparison.bootstrap import OF_TABLES, differences, generator, interval
 from moc_cli.scoring.metrics import METRICS
 
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -54,7 +54,7 @@ def test_it_is_the_plain_loop(metric: str) -> None:
     """Mean, spread and both ends agree within what some hundred plain resamples can tell."""
     runs = MAKERS[metric](80, 1)
     fast = differences(metric, *runs, rng=generator("a"))
-    slow = plain(metric, runs, 300 if metric in OF_CLASSES else 600, seed=2)
+    slow = plain(metric, runs, 300 if metric in OF_TABLES else 600, seed=2)
     spread = slow.std()
     assert fast.mean() == pytest.approx(slow.mean(), abs=0.18 * spread)
     assert fast.std() == pytest.approx(spread, rel=0.15)

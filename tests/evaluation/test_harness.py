@@ -21,17 +21,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moc_cli.cli import run
+from moc_cli.data.batches import Side
 from moc_cli.errors import DataError, MocError
-from moc_cli.evaluation import harness_model
-from moc_cli.evaluation.harness import HarnessPlan, load_tasks
-from moc_cli.evaluation.harness_model import HarnessModel, until
+from moc_cli.evaluation import lm_eval_model
+from moc_cli.evaluation.lm_eval_model import MocLM
+from moc_cli.evaluation.lm_eval_tasks import load_tasks
+from moc_cli.evaluation.options import EvalOptions
 from moc_cli.methods import Adapted, attach, bare
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.results import main_score
-from moc_cli.scoring import forward
-from moc_cli.scoring import rank as ranking
+from moc_cli.scoring import forward, likelihood
 from moc_cli.scoring.forward import voting
-from moc_cli.scoring.rank import rank
+from moc_cli.scoring.likelihood import Query
+from moc_cli.scoring.rank import query_of, rank
 
 MARGIN = 1e-3
 CLOSE = 3e-4  # float32 sums of log-probabilities, in different orders of the same products
@@ -55,12 +57,17 @@ def routed() -> Adapted:
     return make_routed()
 
 
-def asked(found: Adapted, batch_size: int = 8) -> HarnessModel:
-    return HarnessModel(found, make_byte_tokenizer(), batch_size=batch_size)
+def asked(found: Adapted, batch_size: int = 8) -> MocLM:
+    return MocLM(found, make_byte_tokenizer(), batch_size=batch_size)
 
 
 def requests(*args: tuple) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=arg) for arg in args]
+
+
+def score(model: MocLM, tokens: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """Score the second tokens of each pair after its first."""
+    return model._loglikelihood_tokens([(None, *pair) for pair in tokens])
 
 
 def pairs(contexts: list[str], answers: tuple[str, ...] = ANSWERS) -> list[SimpleNamespace]:
@@ -93,7 +100,7 @@ def test_likelihoods_are_those_of_plain_forwards(routing: dict | None) -> None:
     wanted = pairs(CONTEXTS[:9])
     scores = me.loglikelihood(wanted)
     for request, (total, greedy) in zip(wanted, scores, strict=True):
-        expected = by_full_forward(found, *me.split(*request.args))
+        expected = by_full_forward(found, *me._encode_pair(*request.args))
         assert total == pytest.approx(expected[0], abs=CLOSE)
         assert greedy == expected[1]
 
@@ -115,12 +122,12 @@ def test_greedy_answers_are_known(routed: Adapted) -> None:
     me = asked(routed)
     greedy, other = [], []
     for place, context in enumerate(CONTEXTS[:6]):
-        ids = me.encode(context)
+        ids = me.tok_encode(context)
         more = by_step(routed, ids, 1 + place % 3)
         greedy.append((ids, more))
         other.append((ids, [*more[:-1], (more[-1] + 1) % VOCABULARY]))
-    assert all(flag for _, flag in me.score(greedy, "x"))
-    assert not any(flag for _, flag in me.score(other, "x"))
+    assert all(flag for _, flag in score(me, greedy))
+    assert not any(flag for _, flag in score(me, other))
 
 
 def test_likelihoods_equal_those_of_ranking(routed: Adapted, byte_tokenizer: Tokenizer) -> None:
@@ -129,9 +136,11 @@ def test_likelihoods_equal_those_of_ranking(routed: Adapted, byte_tokenizer: Tok
     expected = [
         score for item in rank(routed, byte_tokenizer, items, batch_size=5) for score in item.scores
     ]
-    split = [ranking._split(byte_tokenizer, item) for item in items]
-    tokens = [(one.prompt, one.trunk + branch) for one in split for branch in one.branches]
-    scores = [total for total, _ in asked(routed).score(tokens, "x")]
+    queries = [query_of(byte_tokenizer, item) for item in items]
+    tokens = [
+        (query.context, query.trunk + branch) for query in queries for branch in query.branches
+    ]
+    scores = [total for total, _ in score(asked(routed), tokens)]
     assert scores == pytest.approx(expected, abs=CLOSE)
 
 
@@ -199,8 +208,12 @@ def test_every_answer_has_its_contexts_route(routed: Adapted) -> None:
     with watching(routed) as seen:
         asked(routed, 64).loglikelihood(pairs(CONTEXTS))
     contexts, answers = seen
+    tokens = [asked(routed)._encode_pair(CONTEXTS[0], answer) for answer in ANSWERS]
+    query = Query.of(tokens[0][0], [continuation for _, continuation in tokens])
+    fed = sum(len(branch) > 1 for branch in query.branches)
+    assert fed > 2
     for site, ids in contexts.items():
-        assert torch.equal(answers[site], ids.repeat_interleave(len(ANSWERS), dim=0))
+        assert torch.equal(answers[site], ids.repeat_interleave(fed, dim=0))
 
 
 def test_an_answers_text_changes_no_route(routed: Adapted) -> None:
@@ -208,10 +221,9 @@ def test_an_answers_text_changes_no_route(routed: Adapted) -> None:
     for answers in (ANSWERS, (" zebra crossing", " zoo", " z", " zzz")):
         with watching(routed) as seen:
             scores = asked(routed, 64).loglikelihood(pairs(CONTEXTS, answers))
-        found.append((seen, scores))
+        found.append((seen[0], scores))
     assert all(a != b for a, b in zip(found[0][1], found[1][1], strict=True))
-    for one, other in zip(found[0][0], found[1][0], strict=True):
-        assert all(torch.equal(one[site], other[site]) for site in one)
+    assert all(torch.equal(found[0][0][site], found[1][0][site]) for site in found[0][0])
 
 
 @pytest.mark.parametrize("routing", [{}, {"decode": "running"}, {"level": "token"}])
@@ -235,17 +247,19 @@ def test_masked_tokens_change_nothing(routing: dict, monkeypatch: pytest.MonkeyP
     filled = 0
 
     def noisy(pad: Callable) -> Callable:
-        def padded(rows: list, fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        def padded(
+            rows: list, fill: int, side: Side, device: torch.device
+        ) -> tuple[Tensor, Tensor]:
             nonlocal filled
-            ids, mask = pad(rows, fill, device)
+            ids, mask = pad(rows, fill, side, device)
             noise = torch.randint(5, VOCABULARY, ids.shape, generator=generator)
             filled += int((mask == 0).sum())
             return torch.where(mask == 1, ids, noise), mask
 
         return padded
 
-    monkeypatch.setattr(harness_model, "pad_left", noisy(forward.pad_left))
-    monkeypatch.setattr(harness_model, "pad_right", noisy(forward.pad_right))
+    monkeypatch.setattr(lm_eval_model, "pad", noisy(forward.pad))
+    monkeypatch.setattr(likelihood, "pad", noisy(forward.pad))
     likelihoods, texts, generated = answers()
     # Of tokens with routes of their own those of equal routes are computed together, padding too.
     close = 1e-5 if routing == {"level": "token"} else 0
@@ -265,7 +279,7 @@ def test_contexts_and_answers_are_split_as_lm_eval_does() -> None:
     me = asked(bare(make_tiny_model("llama")))
     tokenizer = me.tokenizer
     for context, answer in (("a b", " c"), ("a b  ", "c"), ("a ", " the cat")):
-        before, after = me.split(context, answer)
+        before, after = me._encode_pair(context, answer)
         assert tokenizer.decode(before) == context.rstrip()
         assert tokenizer.decode(before + after) == context + answer
     first = tokenizer.bos_token_id
@@ -273,12 +287,16 @@ def test_contexts_and_answers_are_split_as_lm_eval_does() -> None:
     begun.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", first)]
     )
-    with_first = HarnessModel(me.adapted, begun)
+    with_first = MocLM(me.adapted, begun)
     letters = tokenizer("abc")["input_ids"]
-    assert with_first.split("a", "bc") == ([first, letters[0]], letters[1:])
-    assert with_first.split("<s>a", "bc") == ([first, letters[0]], letters[1:])
-    assert me.split("", "abc") == ([first], tokenizer("abc")["input_ids"])
-    assert me.split("", "<s>abc") == ([first], tokenizer("abc")["input_ids"])
+    assert with_first._encode_pair("a", "bc") == ([first, letters[0]], letters[1:])
+    assert with_first._encode_pair("<s>a", "bc") == ([first, letters[0]], letters[1:])
+    empty = [("", "abc"), ("  ", "abc"), ("", "<s>abc")]
+    (total, _), blank, begun_twice = me.loglikelihood(requests(*empty))
+    expected, _ = by_full_forward(me.adapted, [first], tokenizer("abc")["input_ids"])
+    assert total == begun_twice[0] == pytest.approx(expected, abs=CLOSE)
+    expected, _ = by_full_forward(me.adapted, [first], tokenizer("  abc")["input_ids"])
+    assert blank[0] == pytest.approx(expected, abs=CLOSE)
 
 
 def test_long_contexts_lose_their_beginning(routed: Adapted) -> None:
@@ -295,7 +313,9 @@ def test_long_contexts_lose_their_beginning(routed: Adapted) -> None:
     with pytest.raises(DataError, match="an answer has 513 tokens, the model takes 512"):
         me.loglikelihood(requests(("a", "b" * 513)))
     with pytest.raises(DataError, match="no token to score"):
-        me.score([([5], [])], "x")
+        score(me, [([5], [])])
+    with pytest.raises(DataError, match="no token to score"):
+        me.loglikelihood(requests(("", "")))
     with pytest.raises(DataError, match="asks for 600 new tokens, the model takes 512"):
         me.generate_until(requests(("a", {"max_gen_toks": 600})))
 
@@ -305,7 +325,7 @@ def test_a_long_text_is_scored_token_by_token_once(routed: Adapted) -> None:
     me = asked(routed)
     me.max_length = 6
     text = "abcdefghijklmnop"
-    ids = me.encode(text)
+    ids = me.tok_encode(text)
     first = me.tokenizer.bos_token_id
     windows = [([first], ids[:6]), ([ids[5]], ids[6:12]), (ids[9:12], ids[12:])]
     expected = sum(by_full_forward(routed, before, after)[0] for before, after in windows)
@@ -319,7 +339,7 @@ def test_texts_end_at_the_first_stop(routed: Adapted) -> None:
     whole = {"until": [], "max_gen_toks": 20, "do_sample": False}
     texts = me.generate_until(requests(*((context, whole) for context in CONTEXTS[:12])))
     for context, text in zip(CONTEXTS[:5], texts, strict=False):
-        ids = me.encode(context)
+        ids = me.tok_encode(context)
         expected = me.tokenizer.decode(by_step(routed, ids, 20), skip_special_tokens=True)
         assert text == expected
     letters = [char for text in texts[:6] for char in text[3:] if char.isascii()]
@@ -335,7 +355,7 @@ def test_texts_end_at_the_first_stop(routed: Adapted) -> None:
         found = asked(routed, batch_size).generate_until(
             requests(*((context, cut) for context in CONTEXTS[:12]))
         )
-        assert found == [until(text, stops) for text in texts]
+        assert found == [min((text.split(stop)[0] for stop in stops), key=len) for text in texts]
     assert sum(a != b for a, b in zip(found, texts, strict=True)) >= 2
 
 
@@ -466,7 +486,9 @@ def test_a_task_is_scored_and_written_down(evaluate: Callable, tmp_path: Path) -
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
     items = [line for line in lines if line["task"] == "own_choice"]
     assert [item["row"] for item in items] == list(range(len(ROWS)))
-    right = [item["prediction"] == row["answer"] for item, row in zip(items, ROWS, strict=True)]
+    assert [item["doc"] for item in items] == ROWS
+    likeliest = [max(range(3), key=lambda i: item["filtered_resps"][i][0]) for item in items]
+    right = [place == row["answer"] for place, row in zip(likeliest, ROWS, strict=True)]
     assert [item["correct"] for item in items] == right
     share = sum(right) / len(right)
     assert score["value"] == pytest.approx(share)
@@ -479,7 +501,7 @@ def test_a_task_is_scored_and_written_down(evaluate: Callable, tmp_path: Path) -
     assert saved["lm_eval_version"] == told["lm_eval_version"]
     assert saved["protocol"] == "harness"
     letters = sum(len(row["text"].encode()) for row in ROWS)
-    total = sum(item["scores"][0] for item in lines if item["task"] == "own_text")
+    total = sum(item["filtered_resps"][0] for item in lines if item["task"] == "own_text")
     assert main_score(text)["value"] == pytest.approx(math.exp(-total / letters))
     assert saved["average"] is None  # of an accuracy and a perplexity
 
@@ -516,9 +538,9 @@ def test_local_tasks_ask_nothing_of_the_network(
 def test_a_limit_is_said_and_the_base_stands_beside(evaluate: Callable) -> None:
     out, _ = evaluate("--harness", "own_choice,own_writing", "--limit", "5", "--base")
     flat = " ".join(out.split())
-    assert "5 of 8" in flat
     assert "limited: the first 5 rows of each task" in flat
-    assert "base" in flat
+    model, base = flat.split("base model")
+    assert all(name in part for part in (model, base) for name in ("own_choice", "own_writing"))
     told = json.loads(evaluate("--harness", "own_choice", "--limit", "5", "--json")[0])
     assert told["limited"] is True
     assert main_score(told["tasks"]["own_choice"])["n"] == 5
@@ -548,7 +570,7 @@ def test_a_group_counts_its_tasks_together(evaluate: Callable) -> None:
     assert one["part_of"] == two["part_of"] == "own_group"
     assert told["average"] == value
     out, _ = evaluate("--harness", "own_group", "--limit", "6")
-    places = [out.index(name) for name in ("own_group", "  own_choice", "  own_more")]
+    places = [out.index(name) for name in ("own_group", " - own_choice", " - own_more")]
     assert places == sorted(places)
 
 
@@ -595,7 +617,7 @@ def test_unknown_tasks_are_named_with_the_nearest(
 
     monkeypatch.setattr(TaskManager, "__init__", own_only)
     with pytest.raises(DataError) as caught:
-        load_tasks(HarnessPlan(["own_chioce", "own_text", "zzz"], path=folder))
+        load_tasks(EvalOptions(harness=("own_chioce", "own_text", "zzz"), tasks_path=folder))
     assert caught.value.message.splitlines() == [
         "--harness: no task 'own_chioce'; did you mean 'own_choice'?",
         "--harness: no task 'zzz'",
@@ -623,7 +645,7 @@ def test_mistakes_are_sentences(
 def test_a_missing_extra_is_said_with_its_command(
     evaluate: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moc_cli.evaluation.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("moc_cli.evaluation.lm_eval_tasks.find_spec", lambda name: None)
     _, told = evaluate("--harness", "own_text", code=2)
     assert told.splitlines() == [
         "Error: --harness needs lm-evaluation-harness, which is not installed",

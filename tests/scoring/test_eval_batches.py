@@ -14,11 +14,11 @@ from moc_cli.data.encode import encode_texts
 from moc_cli.errors import MocError
 from moc_cli.kinds import Choice
 from moc_cli.scoring import batch_size as sizing
-from moc_cli.scoring.batch_size import BatchSize, Shape, free_bytes, row_bytes, run_batches
+from moc_cli.scoring.batch_size import BatchSize, RowCost, free_bytes, row_bytes, run_batches
 from moc_cli.scoring.classify import classify
 from moc_cli.scoring.generate import generate
 from moc_cli.scoring.loss import lm_loss
-from moc_cli.scoring.rank import rank
+from moc_cli.scoring.rank import query_of, rank
 from moc_cli.scoring.results import ScoringOptions
 
 FULL: dict[str, Callable[[], BaseException]] = {
@@ -148,7 +148,7 @@ def test_the_failed_batch_is_let_go() -> None:
             raise torch.OutOfMemoryError("full")
         return items
 
-    assert run_batches(model, [Shape(3)] * 9, work, size=9) == list(range(9))
+    assert run_batches(model, [RowCost(3)] * 9, work, size=9) == list(range(9))
 
 
 # The estimate
@@ -159,7 +159,7 @@ def test_auto_is_what_half_of_the_free_memory_holds(
     monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer, rows: float, expected: int
 ) -> None:
     found = bare(make_tiny_model("llama"))
-    longest = max((ranked.shape for ranked in questions(byte_tokenizer)), key=lambda s: s.tokens)
+    longest = max((query.cost for query in questions(byte_tokenizer)), key=lambda s: s.tokens)
     need = row_bytes(found.model, longest)
     monkeypatch.setattr(sizing, "free_bytes", lambda device: int(2 * rows * need) + 1)
     size = BatchSize("auto")
@@ -168,21 +168,19 @@ def test_auto_is_what_half_of_the_free_memory_holds(
 
 
 def questions(tokenizer: Tokenizer):
-    from moc_cli.scoring.rank import _split
-
-    return [_split(tokenizer, example) for example in MIXED]
+    return [query_of(tokenizer, example) for example in MIXED]
 
 
 def test_a_row_is_counted_from_the_models_shape() -> None:
     """Cache: keys and values of 2 layers, 2 groups of 8, for 10 tokens, and for 3 x 14."""
     model = make_tiny_model("llama")
-    once = row_bytes(model, Shape(10))
-    assert row_bytes(model, Shape(10, new=4, copies=3)) - row_bytes(model, Shape(10, copies=3)) == (
-        2 * 2 * 2 * 8 * 4 * 3 * 4
-    )
-    assert row_bytes(model, Shape(20)) > 2 * once - 3 * model.config.vocab_size * 4
-    assert row_bytes(model.to(torch.bfloat16), Shape(10)) < once
-    logits = row_bytes(model, Shape(10, logits=5)) - row_bytes(model, Shape(10))
+    once = row_bytes(model, RowCost(10))
+    assert row_bytes(model, RowCost(10, new=4, copies=3)) - row_bytes(
+        model, RowCost(10, copies=3)
+    ) == (2 * 2 * 2 * 8 * 4 * 3 * 4)
+    assert row_bytes(model, RowCost(20)) > 2 * once - 3 * model.config.vocab_size * 4
+    assert row_bytes(model.to(torch.bfloat16), RowCost(10)) < once
+    logits = row_bytes(model, RowCost(10, logits=5)) - row_bytes(model, RowCost(10))
     assert logits == 4 * 3 * model.config.vocab_size * 4
 
 
@@ -193,7 +191,7 @@ def test_the_estimate_covers_what_ranking_really_takes(byte_tokenizer: Tokenizer
     )
     found = adapted(model)
     asked = questions(byte_tokenizer)
-    longest = max((question.shape for question in asked), key=lambda shape: shape.tokens)
+    longest = max((query.cost for query in asked), key=lambda cost: cost.tokens)
     with torch.profiler.profile(profile_memory=True) as profile:
         rank(found, byte_tokenizer, MIXED, batch_size=13)
     level = peak = 0

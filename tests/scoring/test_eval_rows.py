@@ -11,16 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.generation import GenerationMixin
 
+from moc_cli.data.batches import Side
 from moc_cli.data.encode import encode_texts, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.methods import Adapted, attach
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.scoring import generate as generating
-from moc_cli.scoring import rank as ranking
-from moc_cli.scoring.forward import pad_left, pad_right, voting
+from moc_cli.scoring import likelihood
+from moc_cli.scoring.forward import pad, voting
 from moc_cli.scoring.generate import Answer, generate
 from moc_cli.scoring.loss import lm_loss
-from moc_cli.scoring.rank import ItemScore, rank
+from moc_cli.scoring.rank import ItemScore, query_of, rank
 
 MARGIN = 1e-3
 ITEMS = [*MIXED, *(question(number) for number in range(13, 50))]
@@ -63,7 +64,7 @@ def compare(name: str, one: Found, other: Found) -> None:
 
 
 def by_padded_forward(
-    found: Adapted, tokenizer: Tokenizer, examples: list[ChoiceExample], side: str, size: int
+    found: Adapted, tokenizer: Tokenizer, examples: list[ChoiceExample], side: Side, size: int
 ) -> list[ItemScore]:
     """Rank by whole texts in padded batches, without a cache; only the prompts vote."""
     texts = []
@@ -74,10 +75,9 @@ def by_padded_forward(
         )
         texts += [(item, ids, shared) for ids in joint]
     scores: list[list[float]] = [[] for _ in examples]
-    pad = pad_left if side == "left" else pad_right
     for first in range(0, len(texts), size):
         batch = texts[first : first + size]
-        ids, mask = pad([ids for _, ids, _ in batch], 0, torch.device("cpu"))
+        ids, mask = pad([ids for _, ids, _ in batch], 0, side, torch.device("cpu"))
         places = (mask.cumsum(1) - 1).clamp(min=0)
         prompts = torch.tensor([shared for _, _, shared in batch]).unsqueeze(1)
         with torch.no_grad(), voting(found, mask * (places < prompts)):
@@ -130,7 +130,7 @@ def test_ranking_depends_on_no_padding_side(
     alone: list[ItemScore],
     byte_tokenizer: Tokenizer,
     batch_size: int,
-    side: str,
+    side: Side,
 ) -> None:
     """The product pads prompts on the left; whole texts, padded on either side, say the same."""
     padded = by_padded_forward(routed, byte_tokenizer, ITEMS, side, batch_size)
@@ -144,13 +144,10 @@ def test_every_candidate_has_its_items_route(routed: Adapted, byte_tokenizer: To
     items = [example for example in ITEMS if len(example.candidates[0]) > 3]
     with watching(routed) as seen:
         rank(routed, byte_tokenizer, items, batch_size=64)
-    questions = [ranking._split(byte_tokenizer, example) for example in items]
-    questions.sort(key=lambda question: -question.shape.tokens)
+    queries = [query_of(byte_tokenizer, example) for example in items]
+    queries.sort(key=lambda query: -query.cost.tokens)
     rows = [
-        row
-        for row, question in enumerate(questions)
-        for branch in question.branches
-        if len(branch) > 1
+        row for row, query in enumerate(queries) for branch in query.branches if len(branch) > 1
     ]
     prompts, *_, branches = seen
     assert len(rows) > 2 * len(items)
@@ -187,18 +184,20 @@ def test_masked_tokens_change_nothing(
     routed: Adapted, byte_tokenizer: Tokenizer, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever ids stand where the mask is 0, every score and every answer is the same."""
-    module = ranking if protocol == "rank" else generating
+    module = likelihood if protocol == "rank" else generating
     score = rank if protocol == "rank" else generate
     plain = score(routed, byte_tokenizer, ITEMS[:16], batch_size=8)
     replaced = []
 
-    def scrambled(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        ids, mask = pad_left(rows, pad, device)
+    def scrambled(
+        rows: list[list[int]], fill: int, side: Side, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        ids, mask = pad(rows, fill, side, device)
         other = torch.randint(VOCABULARY, ids.shape)
         replaced.append(int(((other != ids) & (mask == 0)).sum()))
         return torch.where(mask == 1, ids, other), mask
 
-    monkeypatch.setattr(module, "pad_left", scrambled)
+    monkeypatch.setattr(module, "pad", scrambled)
     assert score(routed, byte_tokenizer, ITEMS[:16], batch_size=8) == plain
     assert sum(replaced) > 100
 
