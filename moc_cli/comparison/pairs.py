@@ -1,4 +1,4 @@
-"""Items of two runs, put side by side, and what the difference of the runs' scores on them is."""
+"""Items of two runs side by side, and the difference of the runs' scores on them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,15 @@ from moc_cli.scoring.metrics import METRICS
 BY_ITEM = ("accuracy", "exact_match")  # means of how many items are right
 
 Item = Mapping[str, Any]
+Sides = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels, first's and second's predictions (n,)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A run's score less the first run's, as fractions, on `items` items that both were scored on.
+    """A run's score minus the first run's, as fractions, on `items` that both were scored on.
 
-    `low` and `high` bound it with 95 % confidence; None where the items are not known, as are the
-    counts of items that only one of the two has right.
+    `low` and `high` are the ends of its 95 % interval; None where the items are not known. So are
+    the counts of items that only one of the two has right.
     """
 
     run: str
@@ -44,8 +45,8 @@ class Difference:
 class Pairs:
     """Items of two runs that are the same question with the same label.
 
-    `unpaired` counts the items of either run that the other lacks, `relabelled` the questions whose
-    labels differ; both are left out of `first` and `second`.
+    `unpaired` counts the items that only one run has, `relabelled` the questions whose labels
+    differ; both are left out of `first` and `second`.
     """
 
     first: list[Item]
@@ -56,17 +57,14 @@ class Pairs:
 
 def pair(first: Sequence[Item], second: Sequence[Item]) -> Pairs:
     """Match items by row and by the hash of their prompt."""
-    known = {(item["row"], item["prompt"]): item for item in first}
-    matched = [
-        (known[item["row"], item["prompt"]], item)
-        for item in second
-        if (item["row"], item["prompt"]) in known
-    ]
+    by_key = {(item["row"], item["prompt"]): item for item in first}
+    keys = [(item["row"], item["prompt"]) for item in second]
+    matched = [(by_key[key], item) for key, item in zip(keys, second, strict=True) if key in by_key]
     # A text has no label of its own.
-    same = [(one, other) for one, other in matched if one.get("label") == other.get("label")]
+    same = [(ours, theirs) for ours, theirs in matched if ours.get("label") == theirs.get("label")]
     return Pairs(
-        [one for one, _ in same],
-        [other for _, other in same],
+        [ours for ours, _ in same],
+        [theirs for _, theirs in same],
         unpaired=len(first) + len(second) - 2 * len(matched),
         relabelled=len(matched) - len(same),
     )
@@ -79,29 +77,18 @@ def difference(
 
     None where there are no pairs, or where items do not hold what the metric is made from.
     """
-    if not pairs.first:
-        return None
-    sides = _sides(metric, pairs)
+    sides = _sides(metric, pairs) if pairs.first else None
     if sides is None:
         return None
     labels, first, second = sides
     kind = "accuracy" if metric in BY_ITEM else metric
     score = METRICS.get(kind, _perplexity)
     resampled = differences(kind, labels, first, second, rng=generator(task), resamples=resamples)
-    low, high = interval(resampled)
-    only_first, only_this = _alone(pairs)
-    found = Difference(
-        run,
-        task,
-        metric,
-        score(labels, second) - score(labels, first),
-        low,
-        high,
-        len(labels),
-        only_first,
-        only_this,
+    value = score(labels, second) - score(labels, first)
+    return (
+        Difference(run, task, metric, value, *interval(resampled), len(labels), *_only(pairs)),
+        resampled,
     )
-    return found, resampled
 
 
 def average_difference(
@@ -111,54 +98,49 @@ def average_difference(
 
     `resampled` is empty where one of the tasks has no items.
     """
-    value = sum(one.value for one in tasks) / len(tasks)
+    value = sum(task.value for task in tasks) / len(tasks)
     if not resampled:
         return Difference(run, "average", "", value)
-    low, high = interval(np.mean(resampled, axis=0))
-    return Difference(run, "average", "", value, low, high, sum(one.items for one in tasks))
+    ends = interval(np.mean(resampled, axis=0))
+    return Difference(run, "average", "", value, *ends, sum(task.items for task in tasks))
 
 
-def _sides(metric: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Labels and both runs' predictions (n,), as the bootstrap wants them for this metric."""
-    sides = (pairs.first, pairs.second)
-    if metric in BY_ITEM:
-        # An answer that could not be read is wrong, whatever its label.
-        if not all("correct" in item for side in sides for item in side):
-            return None
-        first, second = (np.array([item["correct"] for item in side], dtype=int) for side in sides)
-        return np.ones(len(first), dtype=int), first, second
+def _sides(metric: str, pairs: Pairs) -> Sides | None:
+    """Return what the bootstrap takes for this metric; None where the items do not hold it."""
+    if metric in BY_ITEM:  # an answer that could not be parsed is wrong, whatever its label
+        right = _column(pairs, "correct", int)
+        return right and (np.ones(len(right[0]), dtype=int), *right)
     if metric == "perplexity":
-        return _losses(pairs)
-    if metric not in OF_TABLES and metric not in OF_VALUES:
-        return None
+        losses, tokens = _column(pairs, "loss", float), _column(pairs, "tokens", float)
+        if losses is None or tokens is None:
+            return None
+        if (tokens[0] != tokens[1]).any() or tokens[0].min() < 1:
+            return None  # other tokens were counted, so the losses are not comparable
+        return tokens[0], *losses
     kind = int if metric in OF_TABLES else float
-    labels = np.array([item["label"] for item in pairs.first], dtype=kind)
-    first, second = (np.array([item["prediction"] for item in side], dtype=kind) for side in sides)
-    return labels, first, second
+    labels, predictions = _column(pairs, "label", kind), _column(pairs, "prediction", kind)
+    if metric not in (*OF_TABLES, *OF_VALUES) or labels is None or predictions is None:
+        return None
+    return labels[0], *predictions
 
 
-def _losses(pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Tokens (n,) and both runs' summed losses; None where they count other tokens."""
-    sides = (pairs.first, pairs.second)
-    if not all("loss" in item for side in sides for item in side):
+def _column(pairs: Pairs, key: str, kind: type) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return a value of both runs' items, (n,) each; None where an item lacks it."""
+    if any(item.get(key) is None for item in (*pairs.first, *pairs.second)):
         return None
-    tokens, others = (np.array([item["tokens"] for item in side], dtype=float) for side in sides)
-    if (tokens != others).any() or tokens.min() < 1:
-        return None
-    first, second = (np.array([item["loss"] for item in side], dtype=float) for side in sides)
-    return tokens, first, second
+    return (
+        np.array([item[key] for item in pairs.first], dtype=kind),
+        np.array([item[key] for item in pairs.second], dtype=kind),
+    )
 
 
 def _perplexity(tokens: np.ndarray, losses: np.ndarray) -> float:
     return float(np.exp(losses.sum() / tokens.sum()))
 
 
-def _alone(pairs: Pairs) -> tuple[int | None, int | None]:
-    """How many items only the first run has right, and how many only the second."""
-    both = list(zip(pairs.first, pairs.second, strict=True))
-    if not all("correct" in item for one in both for item in one):
+def _only(pairs: Pairs) -> tuple[int | None, int | None]:
+    """Count the items that only the first run has right, and those that only the second has."""
+    right = _column(pairs, "correct", bool)
+    if right is None:
         return None, None
-    return (
-        sum(one["correct"] and not other["correct"] for one, other in both),
-        sum(other["correct"] and not one["correct"] for one, other in both),
-    )
+    return int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())

@@ -1,4 +1,4 @@
-"""What is known of a run: its recipe, results, evaluations and items, as far as its folder goes."""
+"""Runs to compare: recipe, results, evaluations and items, as far as their folders hold them."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.results import main_score, read_results
 from moc_cli.runs import RunFolder
 
-FINAL = "final"  # the scores that training ended with; the others are called as in RUN/eval
+FINAL = "final"  # training's own scores; the others are called as their folders in RUN/eval
+Items = dict[str, list[dict[str, Any]]]  # lines of samples.jsonl by task
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [_read(name, folder) for name, folder in zip(_short_names(paths), folders, strict=True)]
 
 
-def read_items(scores: Scores) -> dict[str, list[dict[str, Any]]]:
+def read_items(scores: Scores) -> Items:
     """Return the lines of samples.jsonl by task; raises RunError where they cannot be trusted."""
     if scores.folder is None:
         return {}
     path = scores.folder / "samples.jsonl"
     try:
         text = path.read_text(encoding="utf-8")
-        known = json.loads((scores.folder / "results.json").read_text(encoding="utf-8"))
-        if known["samples_sha256"] != hashlib.sha256(text.encode()).hexdigest():
+        results = json.loads((scores.folder / "results.json").read_text(encoding="utf-8"))
+        if results["samples_sha256"] != hashlib.sha256(text.encode()).hexdigest():
             raise RunError(f"{path} is not what results.json beside it was made from")
-        items: dict[str, list[dict[str, Any]]] = {}
+        items: Items = {}
         for line in text.splitlines():
             item = json.loads(line)
             items.setdefault(item["task"], []).append(item)
@@ -125,8 +126,8 @@ def _read(name: str, folder: RunFolder) -> Run:
     controls = read_config(folder.controls) if folder.controls.is_dir() else {}
     scores = _evaluations(folder)
     if results is not None:
-        recipe_side = {key: results.get(key) for key in ("protocol", "train_on_inputs")}
-        scores[FINAL] = Scores(FINAL, recipe_side, results["tasks"])
+        conditions = {key: results.get(key) for key in ("protocol", "train_on_inputs")}
+        scores[FINAL] = Scores(FINAL, conditions, results["tasks"])
     return Run(
         name=name,
         folder=folder,
@@ -140,21 +141,21 @@ def _read(name: str, folder: RunFolder) -> Run:
 
 
 def _evaluations(folder: RunFolder) -> dict[str, Scores]:
-    """What `moc eval` has left in the run, by the names of its folders."""
-    found = {}
+    """Read what `moc eval` has written into the run, by the names of its folders."""
+    evaluations = {}
     for path in sorted((folder.path / "eval").glob("*/results.json")):
         try:
-            known = read_results(json.loads(path.read_text(encoding="utf-8")))
-            tasks = known.pop("tasks")
+            conditions = read_results(json.loads(path.read_text(encoding="utf-8")))
+            tasks = conditions.pop("tasks")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise RunError(f"{path} cannot be read: {error}", "run moc eval again") from error
         label = path.parent.name
-        found[label] = Scores(label, known, tasks, path.parent)
-    return found
+        evaluations[label] = Scores(label, conditions, tasks, path.parent)
+    return evaluations
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """As many last parts of the folders' paths as tell all of them apart."""
+    """Return the last parts of the paths, as many as make all names different."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

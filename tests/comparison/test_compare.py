@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moc_cli.adapter.folder import write_adapter
 from moc_cli.cli import run
-from moc_cli.comparison.compare import compare, method_words
+from moc_cli.comparison.compare import compare, method_name
 from moc_cli.comparison.curves import draw_curves, smooth
 from moc_cli.comparison.pairs import BY_ITEM, pair
 from moc_cli.comparison.runs import Run, read_runs
@@ -264,8 +264,8 @@ def test_what_does_not_pair_is_left_out_and_said(make: Make) -> None:
     assert one.items == 6
     assert one.value == pytest.approx((4 - 3) / 6)
     said = " ".join(found.remarks)
-    assert "2 items stand in only one of a and b" in said
-    assert "1 items of a and b have another label" in said
+    assert "2 items are in only one of a and b" in said
+    assert "1 items have another label in a than in b" in said
     assert "b has no score of only" in said
 
 
@@ -395,7 +395,7 @@ def test_names_are_as_long_as_they_must_be(make: Make) -> None:
     other = make("x/control", "method=control", "method.sites=ffn", "method.rank=4")
     runs = read_runs([folders[0], other])
     assert [one.name for one in runs] == ["moc", "control"]
-    assert method_words(runs[1]) == "control r4 ffn"
+    assert method_name(runs[1]) == "control r4 ffn"
 
 
 def test_curves_are_drawn_the_same_each_time(make: Make, tmp_path: Path) -> None:
