@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moc_cli.evaluation.base_scores import earlier_evaluation
 from moc_cli.evaluation.results_folder import ResultsFolder
-from moc_cli.report.evaluation_tables import evaluation_table
+from moc_cli.report.score_tables import evaluation_table
 from moc_cli.results import FORMAT, main_score, read_results
 
 TRAINED = {

@@ -1,4 +1,4 @@
-"""The door: `moc` and its commands. Nothing here imports torch before a command needs it."""
+"""The program `moc` and its commands. Nothing here imports torch before a command needs it."""
 
 import gc
 import io
@@ -10,8 +10,8 @@ import typer
 
 # Looking for pydantic's plugins reads the metadata of every installed package at each start.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-# Even for a local file `datasets` would count a download at a server, and the hub's clients tell
-# what they run in. Nothing here asks for either.
+# Even for a local file `datasets` would count a download at a server, and the hub's clients send
+# facts about their environment. Both are switched off.
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -33,12 +33,12 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
+app.command()(train)  # moc --help lists the commands in this order
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(inspect_routing)
 app.command()(generate)
 app.command()(export)
-app.command()(inspect_routing)
 app.add_typer(recipes.app)
 
 
@@ -61,8 +61,8 @@ def _moc(
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code: 2 for a user's mistake, 130 after Ctrl-C.
 
-    A user's mistake becomes a sentence and a hint on stderr, or JSON on stdout under --json. What
-    is no MocError is a bug and passes through with its traceback.
+    A user's mistake is reported in a sentence and a hint on stderr, or as JSON on stdout under
+    --json. Any other exception than MocError is a bug and passes through with its traceback.
     """
     try:
         code = app(args=arguments, prog_name="moc", standalone_mode=False)
@@ -84,21 +84,21 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a bar or a name that the terminal cannot show
-    _put_off_collection()
+    _delay_collection()
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as in `moc recipes show quickstart | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    gc.freeze()  # Python's last collection would walk through all that is about to go anyway
+    gc.freeze()  # saves Python's last collection, of objects that are freed anyway
     sys.exit(code)
 
 
-def _put_off_collection() -> None:
-    """Put off the first garbage collection: starting makes many objects and no garbage.
+def _delay_collection() -> None:
+    """Delay the first garbage collection: the start makes many objects and no garbage.
 
-    With `gc.freeze` at the end it saves a quarter of a short command's time. After the first
-    collection all is as usual.
+    With `gc.freeze` at the end it saves a quarter of a short command's time. The first collection
+    restores the usual threshold.
     """
     usual = gc.get_threshold()
 

@@ -1,77 +1,79 @@
-"""`moc compare RUN RUN …`: scores, costs and loss curves side by side, with what differs."""
+"""`moc compare RUN RUN …`: scores, costs and loss curves of runs side by side."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption, program
+from moc_cli.cli.options import JsonOption, program, split_names
 
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN …", help="Run folders; the first is the base.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN …", help="Run folders; the others are compared with the first."
+        ),
     ],
     tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Tasks; default: all that were scored.")
+        str | None, typer.Option(metavar="A,B", help="Tasks to compare; default: all scored.")
     ] = None,
     scores: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Which scores: a folder below RUN/eval, or final (training's own). Default: "
-            "the evaluation that all runs have, with the most items.",
+            help="Scores to compare: a folder below RUN/eval, or final (those of the training); "
+            "default: the evaluation that all runs have, with the most items.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where comparison.json, loss.png and loss.svg go."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder for comparison.json, loss.png and loss.svg; default: runs/compare/<runs>.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare runs with the first: scores, intervals of the differences, costs, curves.
+    """Compare runs with the first one: scores, differences with intervals, costs, loss curves.
 
-    Intervals are paired bootstraps over items; run `moc eval` on each run to have its items.
+    Intervals are paired bootstraps over items. They need the items that `moc eval` writes.
     """
-    from moc_cli.comparison.compare import compare as compared
+    from moc_cli.comparison.compare import compare as compare_runs
     from moc_cli.comparison.curves import draw_curves
     from moc_cli.comparison.runs import read_runs
     from moc_cli.files import check_folder, write_json_atomic
     from moc_cli.report.output import out, print_json, print_table, say
 
-    read = read_runs(runs)
-    where = output or Path("runs") / "compare" / _folder([run.name for run in read])
-    check_folder(where)
-    found = compared(read, program=program(), tasks=_names(tasks), label=scores)
-    pictures = draw_curves(read, where)
-    whole = found.to_json() | {"pictures": pictures}
-    write_json_atomic(where / "comparison.json", whole)
+    loaded = read_runs(runs)
+    folder = output or Path("runs") / "compare" / _folder_name([run.name for run in loaded])
+    check_folder(folder)
+    comparison = compare_runs(loaded, program=program(), tasks=split_names(tasks), label=scores)
+    pictures = draw_curves(loaded, folder)
+    results = comparison.to_json() | {"pictures": pictures}
+    write_json_atomic(folder / "comparison.json", results)
     if json:
-        print_json(whole)
+        print_json(results)
         return
     from moc_cli.report.comparison_tables import comparison_tables
 
-    print_table(*comparison_tables(whole, width=out().width))
-    for remark in found.remarks:
+    print_table(*comparison_tables(results, width=out().width))
+    for remark in comparison.remarks:
         say(f"- {remark}")
-    if found.commands:
+    if comparison.commands:
         say("For intervals of the differences, score every item of each run:")
-        for command in found.commands:
+        for command in comparison.commands:
             say(f"  {command}")
-    elif any(one.low is not None for one in found.differences):
+    elif any(difference.low is not None for difference in comparison.differences):
         say(
-            f"- Intervals ({whole['resamples']:,} paired resamples) tell how far other items could "
-            "move a difference; another seed of training can move it too (moc train --seeds)."
+            f"- Intervals ({results['resamples']:,} paired resamples) say how far other items "
+            "could move a difference; another seed of training can move it too (moc train --seeds)."
         )
-    say(f"Written: {', '.join(map(str, [*pictures, where / 'comparison.json']))}")
+    say(f"Written: {', '.join(map(str, [*pictures, folder / 'comparison.json']))}")
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _folder(names: list[str]) -> str:
-    """Name a comparison after its runs."""
-    plain = [name.replace("/", "-") for name in names]
-    whole = "--".join(plain)
-    return whole if len(whole) <= 100 else f"{plain[0][:60]}--and-{len(plain) - 1}-others"
+def _folder_name(runs: list[str]) -> str:
+    """Return a name for the comparison of these runs."""
+    names = [name.replace("/", "-") for name in runs]
+    joined = "--".join(names)
+    return joined if len(joined) <= 100 else f"{names[0][:60]}--and-{len(names) - 1}-others"

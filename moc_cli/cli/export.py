@@ -1,15 +1,15 @@
-"""`moc export RUN --to FORMAT --output DIR`: carry what was learned to other places."""
+"""`moc export RUN --to FORMAT --output DIR`: write a run for use in other programs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption
+from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of `moc train`.")],
+    run: RunArgument,
     to: Annotated[
         str,
         typer.Option(
@@ -19,22 +19,28 @@ def export(
         ),
     ],
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder; it appears when all is proven.")
+        Path, typer.Option(metavar="DIR", help="A new folder; it is created after the check.")
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default: the run's.")
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16", help="Type of the weights; default: the run's."
+        ),
     ] = None,
     calibration: Annotated[
-        int, typer.Option(min=1, metavar="N", help="With static: rows a task to count routes on.")
+        int,
+        typer.Option(min=1, metavar="N", help="With static: rows of each task to count routes on."),
     ] = 64,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: DeviceOption = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Also upload the folder to this (private) repository."),
+        typer.Option(
+            metavar="ID", help="Also upload the folder to this repository; a new one is private."
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a run in a format that travels, and prove it in a fresh process."""
+    """Write a run in another format, and check its logits in a fresh process."""
     from moc_cli.errors import MocError
     from moc_cli.export import DTYPES, Options
     from moc_cli.recipe.suggest import choices
@@ -42,8 +48,9 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise MocError(f"--dtype {dtype!r} is not a type{choices(dtype, DTYPES)}")
     from moc_cli.export.session import export_run
-    from moc_cli.report.export_tables import export_table, parity_sentence
+    from moc_cli.report.lines import parity_line
     from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.report.tables import export_table
 
     chosen = next((name for name in DTYPES if name == dtype), None)
     outcome = export_run(
@@ -59,6 +66,6 @@ def export(
         print_json(outcome)
         return
     print_table(export_table(outcome.folder, outcome.sizes))
-    say("\n".join([parity_sentence(outcome.parity), *outcome.notes]))
+    say("\n".join([parity_line(outcome.parity), *outcome.notes]))
     if outcome.url:
-        say(f"uploaded to {outcome.url}")
+        say(f"Uploaded to {outcome.url}")

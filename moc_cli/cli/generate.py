@@ -1,56 +1,61 @@
-"""`moc generate RUN`: text from a run, for a prompt, a file of prompts, or a conversation."""
+"""`moc generate RUN`: text for a prompt, a file of prompts, or a conversation."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption
+from moc_cli.cli.options import DeviceOption, JsonOption, OptionalRunArgument
 
 
 def generate(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="The run folder of `moc train`.")
-    ] = None,
+    run: OptionalRunArgument = None,
     model: Annotated[
-        str | None, typer.Option(metavar="ID", help="Ask this bare model instead.")
+        str | None, typer.Option(metavar="ID", help="Use this base model instead, for reference.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The prompt; - reads it from stdin.")
+        str | None, typer.Option(metavar="TEXT", help="The prompt; - is stdin.")
     ] = None,
     file: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help='A prompt a line; of a .jsonl file its "prompt"; - is stdin.'
+            metavar="FILE", help='One prompt a line; in a .jsonl file its "prompt"; - is stdin.'
         ),
     ] = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Let the base model answer below, without controls.")
+        bool, typer.Option("--base", help="Show the base model's answer too, for reference.")
     ] = False,
     template: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="commonsense, instruction, chat or raw; auto: what the run was trained on.",
+            help="Prompt template: commonsense, instruction, chat or raw; auto: the training's.",
         ),
     ] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="The same as --template raw.")] = False,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="A system message, with --template chat.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token each time.")
+        float, typer.Option(min=0.0, metavar="T", help="0: always the most likely token.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, metavar="P")] = 1.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from this share of probability."),
+    ] = 1.0,
     num_beams: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Search with N beams; the text comes at once.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Beam search with N beams; the text is shown at the end."
+        ),
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Generate text with a run's controls; without a prompt on a terminal, hold a conversation."""
+    """Generate text with a run, or a base model; without a prompt, start a conversation."""
     from moc_cli.errors import MocError
     from moc_cli.serving.options import GenerateOptions, Sampling
 

@@ -1,59 +1,64 @@
-"""`moc inspect-routing RUN`: see what the gate of a run does, and on which inputs."""
+"""`moc inspect-routing RUN`: what the gate of a run does, and on which inputs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption
+from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument, split_names
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
 
 
 def inspect_routing(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of `moc train`.")],
+    run: RunArgument,
     tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Tasks; default: those of the recipe.")
+        str | None, typer.Option(metavar="A,B", help="Tasks to route; default: the recipe's.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of their rows; default: the one that is scored.")
+        str | None,
+        typer.Option(metavar="NAME", help="Split of their rows; default: the scored one."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, metavar="N", help="At most N rows of each task, always the same.")
+        int,
+        typer.Option(min=1, metavar="N", help="Use at most N rows of each task, always the same."),
     ] = 100,
     text: Annotated[
         str | None,
-        typer.Option(help="Look at this one text instead: each token's own vote, and the choice."),
+        typer.Option(
+            metavar="TEXT",
+            help="Route this one text instead; shows each token's vote and the choice.",
+        ),
     ] = None,
     site: Annotated[
-        str | None, typer.Option(metavar="3.ffn", help="With --text: show this site's votes.")
+        str | None, typer.Option(metavar="3.ffn", help="With --text: show the votes at this site.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="RUN2", help="Show what differs from another run.")
+        Path | None, typer.Option(metavar="RUN2", help="Show the differences to another run.")
     ] = None,
     ablate: Annotated[
         bool,
         typer.Option(
             "--ablate",
-            help="Make one site local at a time, and see by how much the loss of the answers "
-            "rises: as many passes over the rows as there are sites.",
+            help="Make one site local at a time, and measure how much the loss of the answers "
+            "rises: one pass over the rows for each site.",
         ),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the files go; default: RUN/routing, of a text RUN/routing/text.",
+            help="Folder for the files; default: RUN/routing, with --text RUN/routing/text.",
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Rows a batch; default: the recipe's.")
+        int | None, typer.Option(min=1, metavar="N", help="Rows in a batch; default: the recipe's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """See what a run's gate does: which control each site chooses, how surely, on which task.
+    """Show what a run's gate does: which control each site chooses, how surely, for which task.
 
     Writes routing.json, pictures (PNG and SVG) and one page, routing.html.
     """
@@ -74,7 +79,7 @@ def inspect_routing(
     options = InspectOptions(
         run=run,
         recipe=recipe,
-        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+        tasks=split_names(tasks),
         split=split,
         limit=limit,
         text=text,

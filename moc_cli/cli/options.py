@@ -1,4 +1,4 @@
-"""What several commands share: options, and how to start the program again."""
+"""What several commands share: arguments, options, and how to start the program again."""
 
 import shutil
 import sys
@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The run folder that `moc train` wrote.")
+]
+OptionalRunArgument = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="The run folder that `moc train` wrote.")
+]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with the program."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -15,21 +27,24 @@ SetOption = Annotated[
         help="Change one value of the recipe, as in train.max_steps=50; may be repeated.",
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="auto|cpu|cuda", help="Where to compute; default: the run's, or auto."),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")
 ]
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with the program."
-    ),
-]
+
+
+def split_names(text: str | None) -> list[str]:
+    """Return the names of a list with commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def program() -> str:
-    """How the user can start this program again: `moc`, or its path where it is not on PATH."""
+    """Return how the user can start this program again: `moc`, or its path if not on PATH."""
     typed = Path(sys.argv[0])
     if typed.name != "moc":
         return "moc"
-    found = shutil.which("moc")
-    return "moc" if found and Path(found).resolve() == typed.resolve() else str(typed)
+    installed = shutil.which("moc")
+    return "moc" if installed and Path(installed).resolve() == typed.resolve() else str(typed)

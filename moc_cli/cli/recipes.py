@@ -13,7 +13,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="As in moc recipes list.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a recipe, see `moc recipes list`.")
+]
 
 
 @app.command("list")
@@ -34,7 +36,7 @@ def list_recipes(json: JsonOption = False) -> None:
 
 @app.command()
 def show(name: NameArgument, json: JsonOption = False) -> None:
-    """Print one recipe as it is written (with --json: every value it stands for)."""
+    """Print one recipe file (with --json: all its values, with the defaults)."""
     from moc_cli.recipe.catalog import shipped
 
     entry = shipped(name)
@@ -52,20 +54,22 @@ def copy(
     name: NameArgument,
     to: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="Where to; by default a file here of that name."),
+        typer.Argument(
+            metavar="[FILE]", help="Target file or folder; default: a file of that name here."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Copy one recipe, to change it."""
+    """Copy one recipe to a file of your own."""
     from moc_cli.errors import FileError
     from moc_cli.files import write_text_atomic
     from moc_cli.recipe.catalog import shipped
     from moc_cli.report.output import print_json, say
 
     entry = shipped(name)
-    own = f"{entry.name.replace('/', '-')}.yaml"
-    target = Path(own) if to is None else to / own if to.is_dir() else to
+    file_name = f"{entry.name.replace('/', '-')}.yaml"
+    target = Path(file_name) if to is None else to / file_name if to.is_dir() else to
     if target.exists() and not force:
         raise FileError(f"{target} exists already", hint="Add --force to overwrite it.")
     write_text_atomic(target, entry.path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`moc train RECIPE`: fine-tune, score before and after, and say what to try next."""
+"""`moc train RECIPE`: fine-tune, score before and after, and name the next commands."""
 
 import shlex
 from collections.abc import Iterator
@@ -14,8 +14,6 @@ from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, program
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
     from moc_cli.runs import Call
-    from moc_cli.training.dry_run import Reading
-    from moc_cli.training.session import Finished
 
 
 def train(
@@ -25,7 +23,7 @@ def train(
         str | None,
         typer.Option(
             metavar="auto|PATH",
-            help="Continue from the newest whole checkpoint, or from this one.",
+            help="Continue from the newest complete checkpoint, or from this one.",
         ),
     ] = None,
     overwrite: Annotated[
@@ -33,26 +31,27 @@ def train(
     ] = False,
     output_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The run folder, instead of output.output_dir."),
+        typer.Option(metavar="DIR", help="The run folder; default: the recipe's."),
     ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Train N seeds, the recipe's and the next ones, each into DIR/seed-<n>; report "
-            "mean, spread and the median run.",
+            help="Train N seeds, from the recipe's seed on, each into DIR/seed-<n>; report mean, "
+            "standard deviation and the median run.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything short of weights; show one row."),
+        typer.Option("--dry-run", help="Check everything but the weights, and show one row."),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Fine-tune as a recipe says, and score before and after.
+    """Fine-tune the base model of a recipe, and score it before and after.
 
-    Exit codes: 0 done, 2 something to mend, 130 Ctrl-C and 143 SIGTERM with a checkpoint written.
+    Exit codes: 0 finished, 2 a mistake in the input, 130 Ctrl-C and 143 SIGTERM (a checkpoint is
+    written).
     """
     from moc_cli.errors import MocError
     from moc_cli.recipe.load import load_recipe
@@ -64,37 +63,64 @@ def train(
         raise MocError("--resume and --overwrite exclude each other", "give only one of them")
     if seeds is not None and resume not in (None, "auto"):
         raise MocError(
-            f"--resume {resume} is one run's checkpoint, and --seeds trains several",
+            f"--resume {resume} is the checkpoint of one run, and --seeds trains several",
             "use --resume auto, or leave out --seeds",
         )
     if dry_run:
-        _show_preview(loaded, json)
+        _dry_run(loaded, json)
         return
-    from moc_cli.runs import Call  # not before the recipe is right: a mistake is told soon
+    from moc_cli.runs import Call  # imported late: a mistake in the recipe is reported sooner
 
-    words = [program(), "train", recipe]
+    command = [program(), "train", recipe]
     for change in changes:
-        words += ["--set", change]
+        command += ["--set", change]
     if seeds is not None:
-        words += ["--seeds", str(seeds)]
-    call = Call(shlex.join(words), None if output_dir is None else str(output_dir))
-    if seeds is None:
-        _train(loaded, call, resume, overwrite, json)
-    else:
-        _train_seeds(loaded, seeds, call, resume is not None, overwrite, json)
+        command += ["--seeds", str(seeds)]
+    call = Call(shlex.join(command), None if output_dir is None else str(output_dir))
+    with _reporting_stops(json):
+        if seeds is None:
+            _train(loaded, call, resume, overwrite, json)
+        else:
+            _train_seeds(loaded, seeds, call, resume is not None, overwrite, json)
 
 
 def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, json: bool) -> None:
-    from moc_cli.report.output import print_json, say
+    from moc_cli.report.lines import summary_line
+    from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.training.session import Session
 
     session = Session(recipe, call=call, say=say, silent=json)
-    with _telling_stops(json):
-        finished = session.run(resume=resume, overwrite=overwrite)
+    results = session.run(resume=resume, overwrite=overwrite).results
     if json:
-        print_json(finished.results)
+        print_json(results)
+        return
+    from moc_cli.report.score_tables import results_table
+    from moc_cli.report.tables import memory_table, parameter_table, utilization_tables
+
+    print_table(
+        results_table(results["tasks"]),
+        parameter_table(results["parameters"]),
+        memory_table(results["memory"]),
+        *utilization_tables(results["routing"], width=out().width),
+    )
+    folder = recipe.output.output_dir
+    say(summary_line(results, Path(folder)))
+    run, method = shlex.quote(folder), recipe.method
+    if method.name == "control":
+        other, changes = "moc", f"--set method=moc --set method.rank={method.rank}"
+    elif method.name == "moc":
+        other, changes = "control", f"--set method=control --set method.rank={method.rank}"
     else:
-        _show(finished, recipe, call)
+        other, changes = "moc", "--set method=moc"
+    other_run = shlex.quote(f"{folder}-{other}")
+    commands = [(f"{program()} eval {run}", "score every item, for intervals")]
+    if method.name == "moc":
+        commands.append((f"{program()} inspect-routing {run}", "which controls the sites choose"))
+    commands += [
+        (f"{call.base} {changes} --output-dir {other_run}", f"method {other}"),
+        (f"{program()} compare {run} {other_run}", "then: the two runs side by side"),
+    ]
+    _show_next(commands)
 
 
 def _train_seeds(
@@ -104,29 +130,35 @@ def _train_seeds(
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.training.seeds import SUMMARY, train_seeds
 
-    with _telling_stops(json):
-        found = train_seeds(
-            recipe, count, call=call, say=say, silent=json, resume=resume, overwrite=overwrite
-        )
+    summary = train_seeds(
+        recipe, count, call=call, say=say, silent=json, resume=resume, overwrite=overwrite
+    )
     if json:
-        print_json(found)
+        print_json(summary)
         return
-    print_table(seeds_table(found))
-    median = found["median"]
+    print_table(seeds_table(summary))
+    median = summary["median"]
     say(f"The median run by {median['by']} is seed {median['seed']}: {median['path']}")
     say(f"Written: {Path(recipe.output.output_dir) / SUMMARY}")
-    say("\nTry next:")
-    lines = [f"eval {shlex.quote(median['path'])}   # score every item of the median run"]
+    commands = [
+        (f"{program()} eval {shlex.quote(median['path'])}", "score every item of the median run")
+    ]
     if count > 1:
-        runs = shlex.join(one["path"] for one in found["seeds"])
-        lines.append(f"compare {runs}   # the seeds side by side")
-    for line in lines:
-        say(f"  {program()} {line}")
+        runs = shlex.join(run["path"] for run in summary["seeds"])
+        commands.append((f"{program()} compare {runs}", "the seeds side by side"))
+    _show_next(commands)
+
+
+def _show_next(commands: list[tuple[str, str]]) -> None:
+    from moc_cli.report.output import say
+
+    lines = [f"  {command}   # {purpose}" for command, purpose in commands]
+    say("\n".join(["\nTry next:", *lines]))
 
 
 @contextmanager
-def _telling_stops(json: bool) -> Iterator[None]:
-    """Tell of an interrupted training what was kept and how to go on, and end the command."""
+def _reporting_stops(json: bool) -> Iterator[None]:
+    """Say of an interrupted training what was saved and how to continue, and end the command."""
     from moc_cli.report.output import print_json, say
     from moc_cli.training.interrupt import Interrupted
 
@@ -140,82 +172,20 @@ def _telling_stops(json: bool) -> Iterator[None]:
         raise typer.Exit(stop.exit_code) from None
 
 
-def _show(finished: "Finished", recipe: "Recipe", call: "Call") -> None:
-    """Print the tables, one line about the run, and the next commands."""
-    from moc_cli.report.output import out, print_table, say
-    from moc_cli.report.tables import (
-        memory_table,
-        parameter_table,
-        results_table,
-        utilization_tables,
-    )
-    from moc_cli.report.train_lines import summary_line
-
-    width = out().width
-    print_table(
-        results_table(finished.results["tasks"]),
-        parameter_table(finished.counts),
-        memory_table(finished.outcome.memory),
-        *utilization_tables(finished.results["routing"], width=width),
-    )
-    say(summary_line(finished.results, finished.folder.path))
-    say("\nTry next:")
-    folder = finished.folder.path
-    other = "control" if recipe.method.name != "control" else "moc"
-    for line, meaning in (
-        (f"{call.base} --set method={other} --output-dir {folder}-{other}", f"method {other}"),
-        (f"{call.base} --set seed=1 --output-dir {folder}-seed1", "another seed"),
-        (f"{program()} recipes list", "recipes for other models and tasks"),
-    ):
-        say(f"  {line}   # {meaning}")
-
-
-def _show_preview(recipe: "Recipe", json: bool) -> None:
+def _dry_run(recipe: "Recipe", json: bool) -> None:
     """Print what a run would do."""
     from moc_cli.report.output import out, print_json, print_table, say
-    from moc_cli.report.tables import parameter_table
+    from moc_cli.report.tables import dry_run_views
     from moc_cli.training.dry_run import preview
 
-    found = preview(recipe)
+    plan: dict[str, Any] = preview(recipe).to_json()
     if json:
-        print_json(found.to_json())
-        return
-    print_table(parameter_table(found.counts))
-    if found.published_shape:
-        say("The model's shapes are the published ones that come with the program.")
-    read = found.reading
-    if read is None:
-        say(f"Rows and tokenizer are not checked: {found.unread}")
+        print_json(plan)
         return
     console = out()
-    console.print(
-        f"{read.rows:,} rows, {read.truncated:,} of them cut to {recipe.data.max_length} tokens; "
-        f"{read.steps:,} steps; {100 * read.padding_share:.1f} % padding\n"
-    )
-    if read.dropped:
-        from moc_cli.report.train_lines import dropped_rows
-
-        console.print(f"Left out: {dropped_rows(read.dropped)}\n")
-    console.print(_row(read, colored=console.is_terminal and not console.no_color))
-
-
-def _row(found: "Reading", colored: bool) -> Any:
-    """The first training row: targets of the loss in green, or in brackets without colours."""
-    from rich.text import Text
-
-    from moc_cli.report.output import printable
-
-    targets = sum(piece.tokens for piece in found.pieces if piece.target)
-    tokens = sum(piece.tokens for piece in found.pieces)
-    how = "in green" if colored else "in ⟦brackets⟧"
-    text = Text("First row", "bold")
-    if found.label is None:
-        text.append(f"  {targets} of {tokens} tokens are learned, {how}\n", "not bold")
-    else:
-        text.append(f"  {tokens} tokens, label {found.label}\n", "not bold")
-    for piece in found.pieces:
-        shown = printable(piece.text)
-        if piece.target and not colored:
-            shown = f"⟦{shown}⟧"
-        text.append(shown, "green" if piece.target else "dim")
-    return text
+    colored = console.is_terminal and not console.no_color
+    print_table(*dry_run_views(plan, max_length=recipe.data.max_length, colored=colored))
+    if plan["published_shape"]:
+        say("The model's shapes are the published ones that come with the program.")
+    if plan["unread"] is not None:
+        say(f"Rows and tokenizer are not checked: {plan['unread']}")

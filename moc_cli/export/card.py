@@ -10,7 +10,7 @@ from moc_cli.export import Exported
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN
 from moc_cli.recipe.schema import Recipe
-from moc_cli.report.tables import score_text
+from moc_cli.report.numbers import score_text
 from moc_cli.results import read_results
 from moc_cli.runs import RunFolder
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from moc_cli.report import output
-from moc_cli.report.tables import duration, size
+from moc_cli.report.numbers import byte_size, duration
 
 if TYPE_CHECKING:
     from moc_cli.training.loop_types import StepReport
@@ -110,5 +110,5 @@ class TrainProgress(WorkProgress):
         if seconds := step.seconds - first.seconds:
             facts.append(f"{(step.examples - first.examples) / seconds:,.1f} examples/s")
             facts.append(f"{(step.tokens - first.tokens) / seconds:,.0f} tokens/s")
-        facts.append(f"{size(step.memory)} {self._memory_kind}".strip())
+        facts.append(f"{byte_size(step.memory)} {self._memory_kind}".strip())
         self.observe(step.step, facts="  ".join(facts))

@@ -4,17 +4,15 @@ Everything comes from the dict of routing.json; the `_rows` functions serve its 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from rich import box
-from rich.cells import cell_len
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from moc_cli.report.numbers import MISSING, decimal, hundredths, percent
 from moc_cli.report.output import printable
-from moc_cli.report.tables import MISSING, hundredths
+from moc_cli.report.tables import FittedTable
 
 Routing = Mapping[str, Any]
 Rows = tuple[list[str], list[list[str]]]  # the headings, and the cells of each row
@@ -35,7 +33,6 @@ SCALE = (
 WIDEST = 4  # characters of one control in the map
 SHOWN = 16  # rows of a table at most; all are in routing.json
 TOKENS = 60
-LEFT = {"what", "site", "control", "task", "token", "its vote", "most by site", "top"}
 
 
 def routing_views(
@@ -46,13 +43,13 @@ def routing_views(
         views = [token_view(routing, width, site)]
     else:
         views = [heat_map(routing, width=width, colored=colored)]
-    views += [summary_view(routing, width), site_view(routing, width), control_view(routing, width)]
+    views += [summary_view(routing), site_view(routing), control_view(routing)]
     if routing["task_distance"]["matrix"]:
-        views.append(distance_view(routing, width))
+        views.append(distance_view(routing))
     if routing["compare"] is not None:
-        views.append(comparison_view(routing, width))
+        views.append(comparison_view(routing))
     if routing["ablation"] is not None:
-        views.append(ablation_view(routing, width))
+        views.append(ablation_view(routing))
     return views
 
 
@@ -135,27 +132,27 @@ def summary_rows(routing: Routing) -> Rows:
             if site["block"] == block:
                 pool = [each["block"] for each in routing["sites"] if each["pool"] == site["pool"]]
                 shares.append(pool.count(other) / len(pool))
-        chance = _percent(sum(shares) / len(shares)) if any(shares) else MISSING
-        return [_percent(summary[f"{block}_to_{other}"]), chance]
+        chance = percent(sum(shares) / len(shares)) if any(shares) else MISSING
+        return [percent(summary[f"{block}_to_{other}"]), chance]
 
     return ["what", "value", "by chance"], [
-        ["local choices", _percent(summary["local_share"]), _percent(summary["chance_local"])],
+        ["local choices", percent(summary["local_share"]), percent(summary["chance_local"])],
         ["attention → FFN", *crossing("attn", "ffn")],
         ["FFN → attention", *crossing("ffn", "attn")],
-        ["entropy of the gate, nats", _number(summary["gate_entropy"], 3), even],
-        ["lead of the chosen, in probability", _number(summary["margin"], 4), "0"],
-        ["entropy of use, nats", _number(summary["use_entropy"], 3), even],
-        ["effective controls", _number(summary["effective"], 1), f"{size:g}"],
+        ["entropy of the gate, nats", decimal(summary["gate_entropy"], 3), even],
+        ["lead of the chosen, in probability", decimal(summary["margin"], 4), "0"],
+        ["entropy of use, nats", decimal(summary["use_entropy"], 3), even],
+        ["effective controls", decimal(summary["effective"], 1), f"{size:g}"],
         ["dead controls", str(len(summary["dead"])), "0"],
     ]
 
 
-def summary_view(routing: Routing, width: int) -> RenderableType:
+def summary_view(routing: Routing) -> RenderableType:
     """Show the whole model's numbers and its first dead controls."""
     dead = routing["summary"]["dead"]
     more = f" and {len(dead) - 12} more" if len(dead) > 12 else ""
     note = f"never chosen: {', '.join(dead[:12])}{more}" if dead else ""
-    return _table("Routing", *summary_rows(routing), width=width, notes=[note])
+    return FittedTable("Routing", *summary_rows(routing), notes=[note])
 
 
 def site_rows(routing: Routing) -> Rows:
@@ -168,9 +165,9 @@ def site_rows(routing: Routing) -> Rows:
             row["top"],
             hundredths(shares[names.index(row["top"])]),
             hundredths(row["local_share"]),
-            _number(row["effective"], 1),
-            _number(row["gate_entropy"], 3),
-            _number(row["margin"], 4),
+            decimal(row["effective"], 1),
+            decimal(row["gate_entropy"], 3),
+            decimal(row["margin"], 4),
             hundredths(row["one_token"]),
             hundredths(row["relative_size"]),
         ]
@@ -178,7 +175,7 @@ def site_rows(routing: Routing) -> Rows:
     ]
 
 
-def site_view(routing: Routing, width: int) -> RenderableType:
+def site_view(routing: Routing) -> RenderableType:
     """Show the sites whose update is largest beside their block's output, in their order."""
     head, rows = site_rows(routing)
     sizes = [row["relative_size"] for row in routing["per_site"]]
@@ -186,7 +183,7 @@ def site_view(routing: Routing, width: int) -> RenderableType:
     shown = [rows[index] for index in sorted(largest)]
     note = "share: of top; lead: in mean probability; size: update / block's output"
     notes = [note, _left_out(len(rows), "sites, those of the largest update")]
-    return _table("Sites", head, shown, width=width, notes=notes)
+    return FittedTable("Sites", head, shown, notes=notes)
 
 
 def control_rows(routing: Routing) -> Rows:
@@ -196,21 +193,21 @@ def control_rows(routing: Routing) -> Rows:
     for control in sorted(routing["per_control"], key=lambda control: -control["use"]):
         column = [shares[names.index(control["name"])] for shares in routing["share"]]
         share = max(column)
-        most = f"{names[column.index(share)]} ({_percent(share)})" if share else MISSING
+        most = f"{names[column.index(share)]} ({percent(share)})" if share else MISSING
         rows.append([control["name"], hundredths(control["use"]), f"{control['norm']:.3f}", most])
     return ["control", "use %", "norm of B A", "most by site"], rows
 
 
-def control_view(routing: Routing, width: int) -> RenderableType:
+def control_view(routing: Routing) -> RenderableType:
     """Show the controls that are chosen most; dead ones are red."""
     head, rows = control_rows(routing)
     dead = {control["name"] for control in routing["per_control"] if control["dead"]}
     shown = [[Text(cell, "red" if row[0] in dead else "") for cell in row] for row in rows[:SHOWN]]
     notes = ["use: share of all choices", _left_out(len(rows), "controls, the most chosen")]
-    return _table("Controls", head, shown, width=width, notes=notes)
+    return FittedTable("Controls", head, shown, notes=notes)
 
 
-def distance_view(routing: Routing, width: int) -> RenderableType:
+def distance_view(routing: Routing) -> RenderableType:
     """Show how far apart the tasks' routes are: 0 the same, 1 nothing shared."""
     section = routing["task_distance"]
     rows = [
@@ -219,10 +216,10 @@ def distance_view(routing: Routing, width: int) -> RenderableType:
     ]
     note = "0: the same, 1: none shared; Jensen-Shannon, mean over the sites"
     head = ["task", *section["tasks"]]
-    return _table("Distance of the tasks' routes", head, rows, width=width, notes=[note])
+    return FittedTable("Distance of the tasks' routes", head, rows, notes=[note])
 
 
-def comparison_view(routing: Routing, width: int) -> RenderableType:
+def comparison_view(routing: Routing) -> RenderableType:
     """Show the sites that differ most from the other run's."""
     section = routing["compare"]
     names, distances = [site["name"] for site in routing["sites"]], section["distance"]
@@ -237,10 +234,10 @@ def comparison_view(routing: Routing, width: int) -> RenderableType:
     note = "distance: 0 the same, 1 none shared; more and less: in points of the site's choices"
     notes = [note, _left_out(len(names), "sites, the most different")]
     head = ["site", "distance", "more here", "less here"]
-    return _table(title, head, rows, width=width, notes=notes)
+    return FittedTable(title, head, rows, notes=notes)
 
 
-def ablation_view(routing: Routing, width: int) -> RenderableType:
+def ablation_view(routing: Routing) -> RenderableType:
     """Show the sites at which the loss changes most when their routes are made local."""
     entries = sorted(routing["ablation"], key=lambda entry: -abs(entry["loss_change"]))
     rows = []
@@ -248,10 +245,10 @@ def ablation_view(routing: Routing, width: int) -> RenderableType:
         change, error = entry["loss_change"], entry["stderr"]
         sure = error is not None and abs(change) > 2 * error
         sign = "beyond 2 stderr" if sure else ""
-        rows.append([entry["site"], f"{change:+.5f}", _number(error, 5), sign])
+        rows.append([entry["site"], f"{change:+.5f}", decimal(error, 5), sign])
     notes = [_left_out(len(entries), "sites, the largest changes")]
     head = ["site", "change, nats", "± stderr", ""]
-    return _table("Loss with one site made local", head, rows, width=width, notes=notes)
+    return FittedTable("Loss with one site made local", head, rows, notes=notes)
 
 
 def token_view(routing: Routing, width: int, site: str | None) -> RenderableType:
@@ -277,7 +274,7 @@ def token_view(routing: Routing, width: int, site: str | None) -> RenderableType
             mark = "✓" if vote in choices[index] else ""
             rows.append([token, names[vote], f"{probability:.4f}", mark])
         head = ["token", "its vote", "probability", ""]
-        return _table(title, head, rows, width=width, notes=notes)
+        return FittedTable(title, head, rows, notes=notes)
     fitting = max(1, min(len(names), (width - 20) // (max(map(len, names)) + 3)))
     votes: list[list[str | Text]] = []
     for number, token in enumerate(tokens):
@@ -293,57 +290,8 @@ def token_view(routing: Routing, width: int, site: str | None) -> RenderableType
     if fitting < len(names):
         notes.append(f"{fitting} of {len(names)} sites fit; --site {names[-1]} shows another")
     head = ["token", *names[:fitting]]
-    return _table("Each token's vote, by site", head, votes, width=width, notes=notes)
-
-
-def _percent(value: float | None) -> str:
-    text = hundredths(value)
-    return text if text == MISSING else f"{text} %"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return MISSING if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return FittedTable("Each token's vote, by site", head, votes, notes=notes)
 
 
 def _left_out(total: int, what: str, shown: int = SHOWN) -> str:
     return f"{shown} of {total} {what}; all are in routing.json" if total > shown else ""
-
-
-def _table(
-    title: str,
-    head: Sequence[str],
-    rows: Sequence[Sequence[str | Text]],
-    *,
-    width: int,
-    notes: Sequence[str] = (),
-) -> RenderableType:
-    """Return a table with notes below it, in parts where its columns do not fit `width`.
-
-    Each part begins with the first column, so that no heading is cut.
-    """
-    cells = [[text if isinstance(text, Text) else Text(text) for text in row] for row in rows]
-    sizes = [
-        max(cell_len(str(text)) for text in column) for column in zip(head, *cells, strict=True)
-    ]
-    gap = 3 if sum(sizes) + 3 * len(sizes) <= width else 1
-    parts: list[list[int]] = [[0]]
-    used = sizes[0]
-    for index in range(1, len(head)):
-        if used + gap + sizes[index] > width and len(parts[-1]) > 1:
-            parts.append([0])
-            used = sizes[0]
-        parts[-1].append(index)
-        used += gap + sizes[index]
-    tables = []
-    for part in parts:
-        table = Table(
-            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0)
-        )
-        for index in part:
-            justify: Literal["left", "right"] = "left" if head[index] in LEFT else "right"
-            table.add_column(Text(head[index]), justify=justify, no_wrap=True)
-        for row in cells:
-            table.add_row(*(row[index] for index in part))
-        tables.append(table)
-    below = [Text(note, "dim") for note in notes if note]
-    return Group(Text(title, "bold"), *tables, *below, Text())

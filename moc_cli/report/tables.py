@@ -1,197 +1,196 @@
-"""Results, memory, parameters and the use of the controls, as rich tables and as plain rows.
+"""The table that all commands show, and those of a training, an export and the recipes.
 
-A function ending in `_rows` gives what `--json` prints; the one ending in `_table` shows the same.
+Tables are made from the plain values that `--json` prints.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from moc_cli.report.lines import dropped_rows
+from moc_cli.report.numbers import byte_size, hundredths, percent
+from moc_cli.report.output import printable
+
 BARS = " ▏▎▍▌▋▊▉█"
-MISSING = "–"
+LABEL = 24  # characters that the first column keeps where the others need room
+LEFT = {"metric", "its vote", "most by site", "top"}  # columns of names after the first
 
 
-class Bytes(Protocol):
-    """Bytes of a run's parts; `kind` says what the peak measures."""
+@dataclass(frozen=True)
+class FittedTable:
+    """A table that loses no heading, name or number, however narrow the terminal is.
 
-    @property
-    def weights(self) -> int: ...
-    @property
-    def trainable(self) -> int: ...
-    @property
-    def optimizer(self) -> int: ...
-    @property
-    def peak(self) -> int: ...
-    @property
-    def kind(self) -> str: ...
-
-
-class Parameters(Protocol):
-    """Numbers of parameters; `share` is adapter / base."""
-
-    @property
-    def adapter(self) -> int: ...
-    @property
-    def modules(self) -> int: ...
-    @property
-    def base(self) -> int: ...
-    @property
-    def share(self) -> float: ...
-
-
-def results_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Show the scores of results.json in hundredths, a perplexity as it is, after and before
-    training.
+    Where its columns do not fit they stand closer, then the first column wraps at LABEL characters,
+    then the table continues below: each part begins with the first column. Other columns wrap only
+    at `column_width`. `totals` is the number of last rows that stand below a line.
     """
-    table = _table("Scores", "task", "metric", "before", "after", "± stderr", "majority", "rows")
-    for task, entry in tasks.items():
-        for metric, score in entry["metrics"].items():
-            shown = [score[key] for key in ("before", "value", "stderr", "majority")]
-            numbers = [score_text(metric, value) for value in shown]
-            numbers[1] = f"[bold]{numbers[1]}[/bold]"
-            table.add_row(_plain(task), _plain(metric), *numbers, f"{score['n']:,}")
-    return table
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Text]]
+    notes: Sequence[str] = ()
+    totals: int = 0
+    column_width: int | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        cells = [[Text(c) if isinstance(c, str) else c for c in row] for row in self.rows]
+        first, *others = (
+            max(cell_len(line) for text in column for line in [*str(text).splitlines(), ""])
+            for column in zip(self.head, *cells, strict=True)
+        )
+        if self.column_width is not None:
+            others = [min(size, self.column_width) for size in others]
+        gap = 3 if first + sum(others) + 3 * len(others) <= width else 1
+        first = min(first, max(LABEL, width - sum(others) - gap * len(others)))
+        first = max(1, min(first, width - gap - max(others, default=0)))
+        parts: list[list[int]] = [[]]
+        used = first
+        for index, size in enumerate(others, 1):
+            if used + gap + size > width and parts[-1]:
+                parts.append([])
+                used = first
+            parts[-1].append(index)
+            used += gap + size
+        yield Text(self.title, "bold")
+        for part in parts:
+            table = _table(gap)
+            table.add_column(Text(self.head[0]), max_width=first, overflow="fold")
+            for index in part:
+                table.add_column(
+                    Text(self.head[index]),
+                    justify="left" if self.head[index] in LEFT else "right",
+                    no_wrap=self.column_width is None,
+                    max_width=others[index - 1],
+                    overflow="fold",
+                )
+            for number, row in enumerate(cells, 1):
+                last = number == len(cells) - self.totals
+                table.add_row(*(row[index] for index in [0, *part]), end_section=last)
+            yield table
+        for note in filter(None, self.notes):
+            yield Text(note, "dim")
+        yield Text()
 
 
-def memory_rows(memory: Bytes) -> list[dict[str, Any]]:
-    """Return the bytes of each part, and of the peak with what it measures."""
-    parts = {
-        "weights": memory.weights,
-        "trainable": memory.trainable,
-        "optimizer": memory.optimizer,
-        memory.kind: memory.peak,
-    }
-    return [{"part": name, "bytes": count} for name, count in parts.items()]
+def memory_table(memory: Mapping[str, Any]) -> FittedTable:
+    """Show the bytes of frozen weights, trainables, optimizer, and the peak with what it measures.
+
+    `memory` is that of a training's results.json.
+    """
+    sizes = {name: memory[name] for name in ("weights", "trainable", "optimizer")}
+    sizes[memory["kind"]] = memory["peak"]
+    rows = [[name, byte_size(size)] for name, size in sizes.items()]
+    return FittedTable("Memory", ["part", "size"], rows)
 
 
-def memory_table(memory: Bytes) -> Table:
-    """Show the bytes of frozen weights, trainables, optimizer, and the peak."""
-    table = _table("Memory", "part", "size")
-    for row in memory_rows(memory):
-        table.add_row(_plain(row["part"]), size(row["bytes"]))
-    return table
-
-
-def parameter_rows(counts: Parameters) -> list[dict[str, Any]]:
-    """Return the numbers of parameters: the method's, the heads', the base's."""
-    return [
-        {"part": "controls and gates", "parameters": counts.adapter, "share": counts.share},
-        {"part": "fresh modules", "parameters": counts.modules, "share": None},
-        {"part": "base, frozen", "parameters": counts.base, "share": None},
+def parameter_table(parameters: Mapping[str, Any]) -> FittedTable:
+    """Show the numbers of parameters: the method's with their share of the base, heads apart."""
+    rows = [
+        ["controls and gates", f"{parameters['adapter']:,}", percent(parameters["share"], 3)],
+        ["fresh modules", f"{parameters['modules']:,}", ""],
+        ["base, frozen", f"{parameters['base']:,}", ""],
     ]
-
-
-def parameter_table(counts: Parameters) -> Table:
-    """Show the trainable share of the base; heads are counted apart."""
-    table = _table("Parameters", "part", "number", "share of base")
-    for row in parameter_rows(counts):
-        share = "" if row["share"] is None else f"{100 * row['share']:.3f} %"
-        table.add_row(row["part"], f"{row['parameters']:,}", share)
-    return table
-
-
-def utilization_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each control of each pool: its share of all routed choices."""
-    return [
-        {"pool": pool, "control": name, "share": share, "dead": name in state["dead"]}
-        for pool, state in summary.get("pools", {}).items()
-        for name, share in zip(state["controls"], state["use"], strict=True)
-    ]
+    return FittedTable("Parameters", ["part", "number", "share of base"], rows)
 
 
 def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[Table]:
-    """Show for each pool the use of its controls as bars, as many columns of them as fit."""
+    """Show for each pool the use of its controls as bars, as many columns of them as fit.
+
+    `summary` is the `routing` of a training's results.json.
+    """
     tables = []
     for pool, state in summary.get("pools", {}).items():
-        names, use = state["controls"], state["use"]
+        names, use, dead = state["controls"], state["use"], state["dead"]
         longest = max((len(name) for name in names), default=0)
         columns = max(1, min((width - 2) // (longest + 17), 4, len(names)))
         rows = -(-len(names) // columns)
         top = max(use, default=0.0) or 1.0
-        table = Table(
-            title=_caption(pool, state), box=None, show_header=False, padding=(0, 1, 0, 0)
-        )
+        title = Text(f"Controls of the {pool} pool", "bold")
+        local = percent(state["local_share"])
+        title.append(f"  {state['decisions']:,} choices, {local} local, ")
+        title.append(f"{len(dead)} of {len(names)} dead", "red" if dead else "")
+        table = Table(title=title, box=None, show_header=False, padding=(0, 1, 0, 0))
         table.title_justify = "left"
         for _ in range(columns):
             table.add_column(no_wrap=True)
             table.add_column(no_wrap=True, width=8)
-            table.add_column(no_wrap=True, justify="right", width=5)
+            table.add_column(no_wrap=True, justify="right", width=6)
         for row in range(rows):
             cells: list[Text] = []
             for index in range(row, len(names), rows):
-                style = "red" if names[index] in state["dead"] else ""
+                style = "red" if names[index] in dead else ""
                 cells += [Text(names[index], style), Text(bar(use[index] / top, 8), "cyan")]
-                cells += [Text(f"{100 * use[index]:.1f}%", style)]
+                cells += [Text(f"{hundredths(use[index])}%", style)]
             table.add_row(*cells)
         tables.append(table)
     return tables
 
 
-def recipe_table(recipes: Sequence[tuple[str, str]]) -> Table:
-    """Show the shipped recipes: name and purpose."""
-    table = Table(box=box.SIMPLE)
-    table.add_column("recipe", no_wrap=True)  # a name is there to be copied
-    table.add_column("what it does")
-    for name, summary in recipes:
-        table.add_row(_plain(name), _plain(summary))
-    return table
-
-
 def bar(share: float, width: int) -> str:
-    """Return a bar of at most `width` characters; any share above 0 shows."""
+    """Return a bar of at most `width` characters; any share above 0 is visible."""
     eighths = max(round(8 * width * share), 1 if share > 0 else 0)
     full, rest = divmod(eighths, 8)
     return BARS[8] * full + (BARS[rest] if rest else "")
 
 
-def hundredths(value: float | None) -> str:
-    """Return a fraction as hundredths, 0.8312 as 83.1; a dash where there is none."""
-    return MISSING if value is None or value != value else f"{100 * value:.1f}"
+def dry_run_views(
+    preview: Mapping[str, Any], *, max_length: int, colored: bool
+) -> list[RenderableType]:
+    """Show what `moc train --dry-run --json` prints: parameters, rows, and the first row.
+
+    Targets of the loss are green, or in brackets without colours.
+    """
+    views: list[RenderableType] = [parameter_table(preview)]
+    if "row" not in preview:
+        return views
+    views.append(
+        f"{preview['rows']:,} rows, {preview['truncated']:,} of them cut to {max_length} tokens; "
+        f"{preview['steps']:,} steps; {percent(preview['padding_share'])} padding\n"
+    )
+    if preview["dropped"]:
+        views.append(f"Left out: {dropped_rows(preview['dropped'])}\n")
+    pieces, label = preview["row"]["pieces"], preview["row"]["label"]
+    tokens = sum(piece["tokens"] for piece in pieces)
+    targets = sum(piece["tokens"] for piece in pieces if piece["target"])
+    row = Text("First row", "bold")
+    if label is None:
+        where = "in green" if colored else "in ⟦brackets⟧"
+        count = f"{targets} of {tokens} tokens are learned, {where}"
+    else:
+        count = f"{tokens} tokens, label {label}"
+    row.append(f"  {count}\n", "not bold")
+    for piece in pieces:
+        text = printable(piece["text"])
+        if piece["target"] and not colored:
+            text = f"⟦{text}⟧"
+        row.append(text, "green" if piece["target"] else "dim")
+    return [*views, row]
 
 
-def score_text(metric: str, value: float | None) -> str:
-    """Return a score, or its error, as tables show it: in hundredths, but for a perplexity."""
-    if metric == "perplexity" and value is not None:
-        return f"{value:,.2f}"
-    return hundredths(value)
+def export_table(folder: str, sizes: Mapping[str, int]) -> FittedTable:
+    """Show the files of an export and their sizes in bytes."""
+    rows = [[name, byte_size(size)] for name, size in sizes.items()]
+    rows.append(["total", byte_size(sum(sizes.values()))])
+    return FittedTable(folder, ["file", "size"], rows, totals=1)
 
 
-def size(count: float) -> str:
-    """Return a number of bytes in decimal units, as 1.23 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as 1:02:03 or 2:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _caption(pool: str, state: Mapping[str, Any]) -> Text:
-    dead = state["dead"]
-    text = Text(f"Controls of the {pool} pool", "bold")
-    text.append(f"  {state['decisions']:,} choices, {hundredths(state['local_share'])} % local, ")
-    text.append(f"{len(dead)} of {len(state['controls'])} dead", "red" if dead else "")
-    return text
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table whose first column is left-justified and numbers are right-justified."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    words = {"task", "metric", "part"}
-    for name in columns:
-        table.add_column(name, justify="left" if name in words else "right")
+def recipe_table(recipes: Sequence[tuple[str, str]]) -> Table:
+    """Show the shipped recipes: name and purpose."""
+    table = _table(3)
+    table.add_column("recipe", no_wrap=True)  # a name is there to be copied
+    table.add_column("what it does")
+    for name, summary in recipes:
+        table.add_row(Text(name), Text(summary))
     return table
 
 
-def _plain(text: str) -> Text:
-    """Return `text` as it is: brackets in a name are no markup."""
-    return Text(text)
+def _table(gap: int) -> Table:
+    """Return an empty table of the style that all have, with `gap` spaces between its columns."""
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))

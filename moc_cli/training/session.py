@@ -6,7 +6,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from moc_cli.errors import FileError
 from moc_cli.methods import Counts
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.schema import Recipe
-from moc_cli.report import train_lines
+from moc_cli.report import lines
 from moc_cli.report.progress import TrainProgress, WorkProgress
 from moc_cli.results import FORMAT
 from moc_cli.runs import Call, RunFolder
@@ -116,15 +116,15 @@ class Session:
         accelerator = build.make_accelerator(
             recipe.launch, recipe.output.report_to, folder.trackers
         )
-        self.say(train_lines.device_line(describe_device(accelerator.device)))
+        self.say(lines.device_line(describe_device(accelerator.device)))
         tokenizer = build.make_tokenizer(recipe.model)
         rows = build.encode_rows(recipe, splits, tokenizer)
         built = build.build(recipe, accelerator.device)
         counts = built.adapted.counts()
-        self.say(train_lines.model_line(built.name, counts.base, built.dtype))
-        self.say(train_lines.method_line(recipe.method.name, counts))
+        self.say(lines.model_line(built.name, counts.base, built.dtype))
+        self.say(lines.method_line(recipe.method.name, counts))
         self.say(
-            train_lines.rows_line(
+            lines.rows_line(
                 train=len(splits.train),
                 validation=len(splits.validation),
                 scored=sum(map(len, splits.tests.values())),
@@ -175,7 +175,7 @@ class Session:
             path, snapshot = newest
         else:
             path, snapshot = Path(resume), read_checkpoint(Path(resume))
-        self.say(train_lines.labelled("resume", f"{path}, step {snapshot.counters.step}"))
+        self.say(lines.labelled("resume", f"{path}, step {snapshot.counters.step}"))
         return snapshot
 
     def open_folder(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Values:
@@ -246,7 +246,7 @@ class Session:
                 job.scoring,
                 lambda *_: self.interrupt.check(),
             )
-            self.say(train_lines.watched_line(step, values))
+            self.say(lines.watched_line(step, values))
             return values
 
         loop = Loop(
@@ -336,7 +336,7 @@ def make_results(
             "base": counts.base,
             "share": counts.share,
         },
-        "memory": outcome.memory,
+        "memory": asdict(outcome.memory),
         **job.splits.facts,
         **job.rows.kind.facts,
     }

@@ -7,27 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moc_cli.report import output, progress, tables
-
-
-@dataclass(frozen=True)
-class Memory:
-    weights: int
-    trainable: int
-    optimizer: int
-    peak: int
-    kind: str
-
-
-@dataclass(frozen=True)
-class Counts:
-    adapter: int
-    modules: int
-    base: int
-
-    @property
-    def share(self) -> float:
-        return self.adapter / self.base
+from moc_cli.report import numbers, output, progress, score_tables, tables
 
 
 def drawn(*renderables: RenderableType, width: int = 100) -> str:
@@ -48,6 +28,7 @@ def cells(text: str, first: str) -> list[str]:
 TASKS = {
     "mrpc": {
         "metric": "accuracy",
+        "seconds": 1.5,
         "metrics": {
             "accuracy": {
                 "value": 0.83123,
@@ -63,7 +44,7 @@ TASKS = {
 
 
 def test_results_stand_beside_the_untrained_and_the_majority() -> None:
-    text = drawn(tables.results_table(TASKS))
+    text = drawn(score_tables.results_table(TASKS))
     assert cells(text, "mrpc") == ["mrpc", "accuracy", "31.6", "83.1", "1.9", "68.4", "408"]
     assert ["mrpc", "f1", "–", "88.1", "–", "81.2", "408"] in [
         line.split() for line in text.splitlines()
@@ -71,26 +52,57 @@ def test_results_stand_beside_the_untrained_and_the_majority() -> None:
 
 
 def test_a_name_in_brackets_is_no_markup() -> None:
-    assert "[red]x[/red]" in drawn(tables.results_table({"[red]x[/red]": TASKS["mrpc"]}))
+    assert "[red]x[/red]" in drawn(score_tables.results_table({"[red]x[/red]": TASKS["mrpc"]}))
     assert "[b]" in drawn(tables.recipe_table([("[b]", "c")]))
 
 
 def test_memory_says_what_its_peak_is() -> None:
-    memory = Memory(5_000_000, 12_300, 900, 1_234_000_000, "peak resident of the process")
+    memory = {
+        "weights": 5_000_000,
+        "trainable": 12_300,
+        "optimizer": 900,
+        "peak": 1_234_000_000,
+        "kind": "peak resident of the process",
+    }
     text = drawn(tables.memory_table(memory))
     assert cells(text, "weights") == ["weights", "5.0", "MB"]
     assert cells(text, "trainable") == ["trainable", "12.3", "kB"]
     assert cells(text, "optimizer") == ["optimizer", "900", "B"]
     assert cells(text, "peak") == ["peak", "resident", "of", "the", "process", "1.23", "GB"]
-    assert [row["bytes"] for row in tables.memory_rows(memory)] == [5e6, 12_300, 900, 1.234e9]
 
 
 def test_parameters_leave_heads_out_of_the_share() -> None:
-    counts = Counts(adapter=5_000, modules=700, base=1_000_000)
+    counts = {"adapter": 5_000, "modules": 700, "base": 1_000_000, "share": 0.005}
     text = drawn(tables.parameter_table(counts))
     assert cells(text, "controls")[-3:] == ["5,000", "0.500", "%"]
     assert cells(text, "fresh")[-1] == "700"
-    assert [row["parameters"] for row in tables.parameter_rows(counts)] == [5_000, 700, 1_000_000]
+    assert cells(text, "base,")[-1] == "1,000,000"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_table_loses_nothing_at_any_width(width: int) -> None:
+    """Names wrap, and columns that do not fit continue below with the first column again."""
+    tasks = [f"custom-dataset-{number}-with-a-long-name-of-its-own" for number in range(3)]
+    score = {"value": 0.5, "stderr": 0.0149, "majority": 0.4987, "n": 500, "base": 0.2512}
+    entry = {
+        "metric": "accuracy",
+        "metrics": {"accuracy": score, "a_metric_of_26_characters": score},
+        "base_source": "before training",
+        **{"seconds": 1234.5, "rows": 10042, "limited": True, "batch_size": 32, "halved": 0},
+        "unparsed": 17,
+    }
+    results = {"tasks": dict.fromkeys(tasks, entry), "protocol": "rank", "limited": True}
+    results |= {"average": 0.5, "average_of_base": 0.25}
+    text = drawn(score_tables.evaluation_table(results), width=width)
+    assert "…" not in text
+    for name in ("value", "±", "base", "majority", "items", "unparsed", "seconds"):
+        assert any(name in line.split() for line in text.splitlines()), name
+    assert text.count("500 of 10,042") == 6
+    assert text.count("1,23") == 6
+    lines = text.splitlines()
+    for name in tasks:  # in the first column, of whatever width, over one line or more
+        wrapped = ("".join(line[:size].strip() for line in lines) for size in range(24, 50))
+        assert any(name in column for column in wrapped), name
 
 
 def summary(size: int, dead: int = 1) -> dict[str, Any]:
@@ -118,16 +130,15 @@ def test_use_of_64_controls_fits_in_100_columns_and_16_rows() -> None:
     assert drawn(*tables.utilization_tables(summary(64), width=40), width=40).count("%") == 65
 
 
-def test_use_rows_hold_every_share_and_the_dead() -> None:
-    rows = tables.utilization_rows(summary(4))
-    assert [row["control"] for row in rows] == ["0.attn", "0.ffn", "1.attn", "1.ffn"]
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
-    assert [row["dead"] for row in rows] == [True, False, False, False]
+def test_the_use_of_a_single_control_is_not_cut() -> None:
+    pool = {"controls": ["0.ffn"], "use": [1.0], "dead": [], "local_share": 1.0, "decisions": 8}
+    for width in (40, 80):
+        text = drawn(*tables.utilization_tables({"pools": {"layer": pool}}, width=width))
+        assert "100.0%" in text
 
 
 def test_a_method_without_a_gate_has_nothing_to_show() -> None:
     assert tables.utilization_tables({}) == []
-    assert tables.utilization_rows({}) == []
 
 
 def test_bars_grow_with_the_share_and_show_every_life() -> None:
@@ -138,12 +149,16 @@ def test_bars_grow_with_the_share_and_show_every_life() -> None:
     assert tables.bar(0.5, 8) == "████"
 
 
-def test_numbers_in_words() -> None:
-    assert tables.duration(3723) == "1:02:03"
-    assert tables.duration(59.6) == "1:00"
-    assert tables.size(999) == "999 B"
-    assert tables.size(16.59e9) == "16.59 GB"
-    assert tables.hundredths(float("nan")) == tables.hundredths(None) == "–"
+def test_numbers_as_text() -> None:
+    assert numbers.duration(3723) == "1:02:03"
+    assert numbers.duration(59.6) == "1:00"
+    assert numbers.byte_size(999) == "999 B"
+    assert numbers.byte_size(16.59e9) == "16.59 GB"
+    assert numbers.hundredths(float("nan")) == numbers.hundredths(None) == "–"
+    assert numbers.percent(0.12345, 2) == "12.35 %"
+    assert numbers.percent(None) == "–"
+    assert numbers.score_text("perplexity", 1234.5) == "1,234.50"
+    assert numbers.short_count(6_738_415_616) == "6.74B"
 
 
 @dataclass(frozen=True)

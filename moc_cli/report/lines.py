@@ -1,11 +1,22 @@
-"""What a training says of itself while it runs, in one line each."""
+"""Sentences about a training and an export, one line each."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from moc_cli.report.tables import Parameters, duration
+from moc_cli.report.numbers import duration, percent, short_count
 from moc_cli.results import LOWER_IS_BETTER
+
+
+class Parameters(Protocol):
+    """Numbers of parameters; `share` is adapter / base."""
+
+    @property
+    def adapter(self) -> int: ...
+    @property
+    def modules(self) -> int: ...
+    @property
+    def share(self) -> float: ...
 
 
 def labelled(name: str, text: str) -> str:
@@ -26,7 +37,8 @@ def model_line(name: str, weights: int, dtype: str) -> str:
 
 def method_line(name: str, counts: Parameters) -> str:
     """Name the method with what it trains."""
-    text = f"{name}, {counts.adapter:,} trained numbers, {100 * counts.share:.3g} % of the base"
+    share = percent(counts.share, 3)
+    text = f"{name}, {counts.adapter:,} trained parameters, {share} of the base"
     if counts.modules:
         text += f", and {counts.modules:,} of fresh modules"
     return labelled("method", text)
@@ -45,7 +57,7 @@ def rows_line(
     """Count the rows of each part, those that were cut and those left out."""
     parts = [f"{train:,} rows to train on"]
     if validation:
-        parts.append(f"{validation:,} to watch")
+        parts.append(f"{validation:,} to validate on")
     parts.append(f"{scored:,} to score")
     text = ", ".join(parts)
     if truncated:
@@ -74,21 +86,34 @@ def watched_line(step: int, values: Mapping[str, float]) -> str:
     return f"step {step}: held-out {', '.join(numbers)}"
 
 
-def short_count(number: int) -> str:
-    """Return a number in thousands, millions or billions."""
-    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{name}"
-    return str(number)
-
-
 def summary_line(results: Mapping[str, Any], folder: Path) -> str:
-    """Return what a finished run took, and where it is."""
+    """Return what a finished run took, and where its controls are."""
     early = " (stopped early)" if results["stopped"] == "early" else ""
     return (
         f"{results['steps']:,} steps{early}, {results['epochs']:.3g} epochs, "
         f"{results['tokens']:,} tokens in {duration(results['seconds'])}; "
-        f"{100 * results['padding_share']:.1f} % padding. "
-        f"Kept: the {results['controls']['chosen']} controls (step {results['controls']['step']}) "
+        f"{percent(results['padding_share'])} padding. "
+        f"Saved: the {results['controls']['chosen']} controls (step {results['controls']['step']}) "
         f"in {folder / 'controls'}"
     )
+
+
+def parity_line(parity: Mapping[str, Any]) -> str:
+    """Return how the logits that a fresh process computed compare with the run's."""
+    if "max_difference" not in parity:
+        return "read back by a fresh process"
+    limit = (
+        "equal to the bit"
+        if parity["bit_equal"]
+        else f"within {parity['max_difference']:.3g} ({parity['relative_difference']:.2g} of the "
+        f"largest; {parity['tolerance']:g} of it allowed)"
+    )
+    text = f"read back by a fresh process: logits of {parity['positions']} positions {limit}"
+    rounding = parity.get("rounding")
+    if rounding:
+        text += (
+            f" to the run rounded alike; rounding moved a logit by up to "
+            f"{rounding['max_difference']:.3g} ({rounding['relative_difference']:.2g} of the "
+            f"largest), {percent(rounding['same_best'])} keep their best"
+        )
+    return text
