@@ -119,4 +119,4 @@ def evaluate(
         print_json(results.to_json() | {"folder": str(results.folder)})
     else:
         print_table(evaluation_table(results.to_json()))
-        say(f"Written: {results.samples_file} (every item)")
+        say(f"every item: {results.samples_file}")

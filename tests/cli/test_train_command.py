@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -23,7 +24,15 @@ def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys)
     shown = capsys.readouterr()
     for words in ("ARC-Easy", "accuracy", "Memory", "Controls of the shared pool"):
         assert words in shown.out
-    assert f"moc train {choices[1]} --set method=control" in shown.err
+    home = tmp_path / "run"
+    commands = shown.err.partition("Try next:\n")[2].splitlines()
+    assert [line.split("   # ")[0].strip() for line in commands] == [
+        f"moc eval {home}",
+        f"moc inspect-routing {home}",
+        f"moc train {choices[1]} --set method=control --set method.rank=4 "
+        f"--output-dir {home}-control",
+        f"moc compare {home} {home}-control",
+    ]
     folder = RunFolder.open(tmp_path / "run")
     found = folder.read_results()
     task = found["tasks"]["ARC-Easy"]
@@ -49,6 +58,20 @@ def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys)
     losses = [line["loss"] for line in folder.read_metrics()]
     assert losses[-1] < losses[0]
     assert not [path for path in folder.path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_next_commands_can_be_pasted(tmp_path, choices, capsys):
+    """Folders are quoted, and the other method has the same rank; without a gate none is shown."""
+    folder = tmp_path / "a run"
+    changes = ["--set", "method=control", "--set", "method.rank=2", "--output-dir", str(folder)]
+    assert run([*choices, *changes]) == 0
+    commands = capsys.readouterr().err.partition("Try next:\n")[2].splitlines()
+    assert not [line for line in commands if "inspect-routing" in line]
+    (other,) = [shlex.split(line, comments=True) for line in commands if " train " in line]
+    assert other[-2:] == ["--output-dir", f"{folder}-moc"]
+    assert run([*other[1:], "--dry-run", "--json"]) == 0
+    # 4 controls of rank 2 and width 32; a projection to 256, 4 experts, one temperature.
+    assert json.loads(capsys.readouterr().out)["adapter"] == 4 * 2 * 2 * 32 + 256 * (32 + 4) + 1
 
 
 def test_json_is_all_that_stdout_gets(tmp_path, choices, capsys):
