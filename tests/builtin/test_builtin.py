@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builtin import world
+from builtin.pretrain import batches, build_model, train_tokenizer
+from builtin.words import RELATIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import moc_cli.builtin
-from moc_cli.builtin import world
-from moc_cli.builtin.pretrain import batches, build_model, train_tokenizer
-from moc_cli.builtin.words import RELATIONS
 
 HERE = Path(moc_cli.builtin.__file__).parent
 MODEL = HERE / "world-llama"

@@ -1,4 +1,4 @@
-"""Make the built-in model and task: `python -m moc_cli.builtin.pretrain [--output FOLDER]`.
+"""Make the built-in model and task: `PYTHONPATH=tests python -m builtin.pretrain`.
 
 Writes `world-llama/`, a plain Hugging Face folder with a Llama of about half a million weights that
 has read the text of `world.documents`, and `world/{train,validation,test}.jsonl.gz`, the task. The
@@ -21,6 +21,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import moc_cli.builtin
 from moc_cli.files import (
     write_bytes_atomic,
     write_folder_atomic,
@@ -30,8 +31,8 @@ from moc_cli.files import (
 
 from . import world
 
-HERE = Path(__file__).parent
-CARD = HERE / "card.md"
+HERE = Path(moc_cli.builtin.__file__).parent
+CARD = Path(__file__).parent / "card.md"
 VOCABULARY = 1536
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # A word takes the one space before it along. Line ends take the indentation after them along, and
