@@ -161,8 +161,8 @@ def keys_of(value) -> set[str]:
     return set()
 
 
-def test_the_readme_names_every_key(decoder, tmp_path, capsys):
-    """All keys of routing.json stand in the README's table, and no others."""
+def test_the_reference_names_every_key(decoder, tmp_path, capsys):
+    """All keys of routing.json stand in the table of REFERENCE.md, and no others."""
     looks = [
         inspect(capsys, decoder, "--ablate", "--compare", decoder, "--output", tmp_path / "a"),
         inspect(capsys, decoder, "--text", "A cup", "--output", tmp_path / "b"),
@@ -173,7 +173,7 @@ def test_the_readme_names_every_key(decoder, tmp_path, capsys):
         tasks = look.pop("tasks") or {}
         del look["method"], look["folder"]
         found |= {"tasks", "method"} | keys_of(look) | keys_of(list(tasks.values()))
-    section = (ROOT / "README.md").read_text().split("What `routing.json`")[1]
+    section = (ROOT / "REFERENCE.md").read_text().split("What `routing.json`")[1]
     words = set(re.findall(r"`([a-z_]+)`", section.split("What was not asked for")[0]))
     assert words - {"scored", "sample", "token"} == found
 

@@ -1,0 +1,80 @@
+"""README, REFERENCE and CONTRIBUTING say what is true: commands run, keys and files exist."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import recipe_table
+from support.machine import ROOT, absent
+
+from moc_cli import __version__
+from moc_cli.cli import run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```sh ?(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+SHORT = " --set train.max_steps=4"  # so that the commands take seconds; nothing else is changed
+
+
+def arguments(kind: str, line: str) -> list[str]:
+    """Return the arguments of `moc`; what needs the hub is only checked, which needs no network."""
+    if line.startswith("moc train") and "--dry-run" not in line:
+        line += " --dry-run" if kind == "hub" else SHORT
+    return shlex.split(line)[1:]
+
+
+def test_every_command_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of the README in their order, in one new folder, as a user types them."""
+    weights = Path(os.environ.get("MOC_WEIGHTS") or ROOT / ".weights").resolve()
+    if not (weights / "minilm").is_dir():
+        absent("no weights: make weights")
+    (tmp_path / ".weights").symlink_to(weights)
+    monkeypatch.chdir(tmp_path)
+    assert {kind for kind, _ in BLOCKS} == {"", "hub", "weights"}
+    for kind, text in BLOCKS:
+        files = "".join(re.findall(r"^cat > .*?^END$\n", text, flags=re.M | re.S))
+        subprocess.run(["bash", "-c", files], check=True)
+        for line in filter(lambda line: line.startswith("moc "), text.splitlines()):
+            assert run(arguments(kind, line)) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"quickstart", "reviews"}
+
+
+def test_the_readme_shows_every_command_of_the_program() -> None:
+    typed = {
+        shlex.split(line)[1]
+        for _, text in BLOCKS
+        for line in text.splitlines()
+        if "moc " in line and line.startswith("moc ")
+    }
+    assert typed == {"train", "eval", "compare", "inspect-routing", "generate", "export", "recipes"}
+
+
+def test_the_reference_has_every_key_of_a_recipe() -> None:
+    """Write it anew: PYTHONPATH=tests python -m support.recipe_table."""
+    assert recipe_table.written() == recipe_table.table()
+
+
+@pytest.mark.parametrize("name", ["README.md", "REFERENCE.md", "CONTRIBUTING.md"])
+def test_links_and_files_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:moc_cli|tests|recipes)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists(), path
+    anchors = re.findall(r"REFERENCE\.md#([\w-]+)", text) + (
+        re.findall(r"\]\(#([\w-]+)\)", text) if name == "REFERENCE.md" else []
+    )
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+        for line in (ROOT / "REFERENCE.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    }
+    assert set(anchors) <= headings
+
+
+def test_the_changelog_names_this_version() -> None:
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
