@@ -226,8 +226,8 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         self.model.get_submodule(MODULE).set_adapter([])
         delattr(self.model, MODULE)
         vars(self.model).pop("peft_config", None)
-        found: nn.Module = self.model
-        return found
+        model: nn.Module = self.model
+        return model
 
     def set_loss_scale(self, scale: float) -> None:
         """Multiply the balance loss by this: 1 / the number of micro-batches of a step."""
@@ -236,8 +236,8 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        found: str = key.replace(f".{SETS}.{adapter_name}.", f".{SETS}.")
-        return found
+        plain: str = key.replace(f".{SETS}.{adapter_name}.", f".{SETS}.")
+        return plain
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -246,20 +246,20 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         """Strict where `peft` is not: every key, every shape, and the hash if there is one."""
         if config.state_sha256 and state_hash(state_dict, adapter_name) != config.state_sha256:
             raise RunError("the adapter's payload is damaged: it does not match its hash")
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = {
             key: value
             for key, value in model.state_dict().items()
             if f".{SETS}.{adapter_name}." in f".{key}"
         }
-        given = {key: value for key, value in found.items() if f".{SETS}." in f".{key}"}
+        given = {key: value for key, value in state.items() if f".{SETS}." in f".{key}"}
         wrong = compare_entries(
             {key: tuple(value.shape) for key, value in given.items()},
             {key: tuple(value.shape) for key, value in own.items()},
         )
         if wrong:
             raise RunError(f"the adapter does not fit this model: {wrong}")
-        return dict(found)
+        return dict(state)
 
 
 def state_hash(state: Mapping[str, Tensor], adapter_name: str = "default") -> str:
@@ -285,14 +285,14 @@ def register() -> None:
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
     if known is MocConfig:
         return
-    found = version("peft")
-    if not found.startswith(f"{TESTED}."):
+    installed = version("peft")
+    if not installed.startswith(f"{TESTED}."):
         raise MocError(
-            f"peft {found} is not a version that moc was tested with: {TESTED}.*",
+            f"peft {installed} is not a version that moc was tested with: {TESTED}.*",
             f"pip install 'peft=={TESTED}.*', or load the controls with moc_cli.load_controls",
         )
     if known is not None or NAME in PeftType.__members__:
-        raise MocError(f"peft {found} has a method {NAME} of its own", "use load_controls")
+        raise MocError(f"peft {installed} has a method {NAME} of its own", "use load_controls")
     member = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME
     member.__objclass__ = PeftType

@@ -111,7 +111,7 @@ def choose(mixture: Mixture, record: Record) -> dict[int, Frozen]:
     Their weights are the mean of those that they got when they were chosen, with the sum 1 unless
     the gate's estimator is `probability`. Raises MocError where a site decided nothing.
     """
-    found = {}
+    frozen = {}
     for site in mixture.sites:
         counts, weights = record.counts(site.index), record.weights(site.index)
         if not counts.any():
@@ -120,8 +120,8 @@ def choose(mixture: Mixture, record: Record) -> dict[int, Frozen]:
         ids = order[: mixture.routing.top_k]
         means = [(weights[k] / counts[k].clamp(min=1)).item() for k in ids]
         total = 1.0 if mixture.routing.estimator == "probability" else sum(means)
-        found[site.index] = Frozen(tuple(ids), tuple(mean / total for mean in means))
-    return found
+        frozen[site.index] = Frozen(tuple(ids), tuple(mean / total for mean in means))
+    return frozen
 
 
 @contextmanager

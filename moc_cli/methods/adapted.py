@@ -162,9 +162,9 @@ class Adapted:
 
     @property
     def mixture(self) -> Mixture | None:
-        """The controls and gates of a state-based method; None where it is another."""
-        found = getattr(self._placed, "mixture", None)
-        return found if isinstance(found, Mixture) else None
+        """The controls and gates of `moc` and `control`; None with another method."""
+        mixture = getattr(self._placed, "mixture", None)
+        return mixture if isinstance(mixture, Mixture) else None
 
     def routes(self) -> dict[str, Tensor]:
         """What each site, or layer of `molex`, chose in the last forward: ids (V, K) in its pool.

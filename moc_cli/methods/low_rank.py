@@ -62,14 +62,14 @@ class LowRank:
             self._first = [parameter.detach().clone() for parameter in own]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        found = {}
+        parameters = {}
         for name, layer in self._layers.items():
-            found[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[_NAME].weight
-            found[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[_NAME].weight
+            parameters[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[_NAME].weight
+            parameters[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[_NAME].weight
             if _NAME in layer.lora_magnitude_vector:
                 magnitude = layer.lora_magnitude_vector[_NAME].weight
-                found[f"{_PREFIX}{name}.lora_magnitude_vector"] = magnitude
-        return found
+                parameters[f"{_PREFIX}{name}.lora_magnitude_vector"] = magnitude
+        return parameters
 
     def config(self) -> dict[str, Any]:
         """The method, and peft's own fields beside it."""

@@ -83,11 +83,11 @@ def find_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> lis
         )
     chosen: set[str] = set()
     for target in targets:
-        found = {path for path in paths if path == target}
-        found = found or {path for path in paths if path.endswith(f".{target}")}
-        if not found:
+        matches = {path for path in paths if path == target}
+        matches = matches or {path for path in paths if path.endswith(f".{target}")}
+        if not matches:
             raise _unmatched(model, target, paths)
-        chosen |= found
+        chosen |= matches
     return [name for name, path in linear.items() if path in chosen]
 
 
@@ -99,12 +99,12 @@ def linear_modules(model: PreTrainedModel) -> dict[str, str]:
         layers = find_list(model, family)
         name = next(name for name, module in model.named_modules() if module is layers)
         below = rf"{re.escape(name)}\.\d+\."
-    found = {}
+    linear = {}
     for name, module in model.named_modules():
         head = re.match(below, name)
         if head and isinstance(module, nn.Linear | Conv1D):
-            found[name] = name[head.end() :]
-    return found
+            linear[name] = name[head.end() :]
+    return linear
 
 
 def _unmatched(model: PreTrainedModel, target: str, paths: list[str]) -> MocError:

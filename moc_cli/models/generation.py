@@ -227,14 +227,17 @@ def valid_tokens(mask: Any, length: int, past: int) -> Tensor | None:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return None
+    valid: Tensor
     if mask.ndim == 2:
-        return mask[:, -length:].bool()
+        valid = mask[:, -length:].bool()
+        return valid
     allowed = mask if mask.dtype == torch.bool else mask >= 0
     keys = allowed.shape[-1]
     # A token may attend to itself exactly if it is real. A rolling window keeps the last keys.
     first = past if keys >= past + length else keys - length
     rows = torch.arange(length, device=mask.device)
-    return allowed[:, 0, rows, first + rows]
+    valid = allowed[:, 0, rows, first + rows]
+    return valid
 
 
 def follow(cache: Cache, store: Store, owner: int) -> None:
@@ -259,7 +262,7 @@ def _reset(cache: Cache) -> None:
     cache.reset()
 
 
-def _reorder(cache: Cache, beam_idx: Tensor) -> None:
+def _reorder(cache: Cache, beam_idx: torch.LongTensor) -> None:
     type(cache).reorder_cache(cache, beam_idx)
     getattr(cache, _STORE).rows(lambda rows: rows[beam_idx])
 
@@ -288,7 +291,7 @@ def _select(cache: Cache, indices: Tensor) -> None:
     getattr(cache, _STORE).rows(lambda rows: rows[indices])
 
 
-_FOLLOWED = {
+_FOLLOWED: dict[str, Callable[..., None]] = {
     "reorder_cache": _reorder,
     "batch_repeat_interleave": _repeat,
     "batch_select_indices": _select,

@@ -187,9 +187,9 @@ def find_runner(model: PreTrainedModel, family: Family) -> nn.Module:
 def describe_layers(model: PreTrainedModel) -> str:
     """The lists of layers in a model's base, and the modules in the first layer of each."""
     return "; ".join(
-        f"{name} ({len(found)} x {type(found[0]).__name__}: {_parts(found[0])})"
-        for name, found in model.base_model.named_modules()
-        if isinstance(found, nn.ModuleList) and len(found) and _parts(found[0])
+        f"{name} ({len(module_list)} x {type(module_list[0]).__name__}: {_parts(module_list[0])})"
+        for name, module_list in model.base_model.named_modules()
+        if isinstance(module_list, nn.ModuleList) and len(module_list) and _parts(module_list[0])
     )
 
 

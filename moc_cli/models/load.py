@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import fingerprint
@@ -109,7 +110,7 @@ def load_model(
     seed: int = 42,
 ) -> Loaded:
     """Load a checkpoint (safetensors only); modules it lacks are initialised from `seed`."""
-    options: dict = {
+    options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
@@ -154,7 +155,10 @@ def build_meta(
     Its `published_shape` says whether they are those that this package ships (see `find_shape`).
     """
     config, published = find_shape(name, revision=revision, trust_remote_code=trust_remote_code)
-    options: dict = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+    }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if kind == "classification":
@@ -188,10 +192,10 @@ def hash_weights(name: str, revision: str | None = None) -> str:
 def known_hash(name: str, revision: str | None = None) -> str | None:
     """`hash_weights` where the files lie here, else None; the hub is not asked."""
     try:
-        found = bool(name) and bool(_weight_files(name, revision))
+        known = bool(name) and bool(_weight_files(name, revision))
     except (OSError, ValueError):
         return None
-    return hash_weights(name, revision) if found else None
+    return hash_weights(name, revision) if known else None
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:
@@ -199,15 +203,15 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
     if Path(source).is_dir():
         return sorted(Path(source).glob("*.safetensors"))
     for entry in ("model.safetensors", "model.safetensors.index.json"):
-        found = cached_file(
+        path = cached_file(
             source,
             entry,
             revision=revision or "main",
             local_files_only=True,
             _raise_exceptions_for_missing_entries=False,
         )
-        if found:
-            return sorted(Path(found).parent.glob("*.safetensors"))
+        if path:
+            return sorted(Path(path).parent.glob("*.safetensors"))
     return []
 
 
@@ -244,7 +248,7 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _labels(num_labels: int | None, problem_type: str | None) -> dict:
+def _labels(num_labels: int | None, problem_type: str | None) -> dict[str, Any]:
     given = {"num_labels": num_labels, "problem_type": problem_type}
     return {key: value for key, value in given.items() if value is not None}
 
