@@ -98,16 +98,13 @@ class WeightedControls:
     def stack(self, dtype: torch.dtype) -> StackedControls:
         """All as one pair in `dtype`; weights that are equal for every row are folded into B."""
         A = torch.cat([control.A for control in self.controls]).to(dtype)
+        pairs = list(zip(self.controls, self.weights.unbind(1), strict=True))
+        if len(self.weights) == 1 or bool((self.weights == self.weights[:1]).all()):
+            B = torch.cat([weight[0] * control.B for control, weight in pairs], dim=1)
+            return StackedControls(A, B.to(dtype), None)
         B = torch.cat([control.B for control in self.controls], dim=1)
-        weights = self.weights
-        if len(weights) > 1 and bool((weights == weights[:1]).all()):
-            weights = weights[:1]
-        ranks = [control.A.shape[0] for control in self.controls]
-        columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-        spread = weights[:, columns.to(weights.device)]  # (V, R)
-        if len(spread) == 1:
-            return StackedControls(A, (spread * B).to(dtype), None)
-        return StackedControls(A, B.to(dtype), spread)
+        spread = [weight[:, None].expand(-1, len(control.A)) for control, weight in pairs]
+        return StackedControls(A, B.to(dtype), torch.cat(spread, dim=1))  # weights (V, R)
 
 
 def combine(
@@ -123,8 +120,11 @@ def combine(
     """
     if route is None:
         return WeightedControls([local], local.A.new_full((1, 1), scale))
-    used = sorted({k for picks in route.picks() for k in picks})
-    columns = torch.tensor(used, device=route.ids.device)
-    shares = ((route.ids[..., None] == columns) * route.weights[..., None]).sum(dim=1)  # (V, used)
+    if route.voters == 1:
+        used, shares = route.picks()[0], route.weights  # (V, used)
+    else:
+        used = sorted({k for picks in route.picks() for k in picks})
+        columns = torch.tensor(used, device=route.ids.device)
+        shares = ((route.ids[..., None] == columns) * route.weights[..., None]).sum(dim=1)
     weights = F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)
     return WeightedControls([local, *map(member, used)], weights)
