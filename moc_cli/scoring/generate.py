@@ -101,7 +101,7 @@ def settings(
     penalty for repetitions; only its end tokens are kept, beside the one that training appends.
     """
     own = model.generation_config
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         num_beams=beams,
         do_sample=False,
         max_new_tokens=new_tokens,
