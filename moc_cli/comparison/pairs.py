@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from moc_cli.comparison.bootstrap import (
-    OF_TABLES,
     OF_VALUES,
     RESAMPLES,
     differences,
     generator,
     interval,
 )
-from moc_cli.scoring.metrics import METRICS
+from moc_cli.scoring.metrics import METRICS, OF_TABLES
 
 BY_ITEM = ("accuracy", "exact_match")  # means of how many items are right
 

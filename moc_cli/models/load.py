@@ -74,7 +74,8 @@ def load_config(
     """A model's config.json; raises MocError where it cannot be had."""
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(resolve(name), **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(name), **options)
+        return config
     except (OSError, ValueError) as error:
         raise _unavailable("config", name, error) from error
 
@@ -165,8 +166,8 @@ def build_meta(
         for key, value in _labels(num_labels, problem_type).items():
             setattr(config, key, value)
     with torch.device("meta"):
-        model = _AUTO[kind].from_config(config, **options)
-    model.published_shape = published
+        model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
+    setattr(model, "published_shape", published)  # noqa: B010 - torch's stubs know no flags
     return model
 
 

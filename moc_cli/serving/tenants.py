@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load
 from torch.utils.hooks import RemovableHandle
@@ -15,7 +14,7 @@ from moc_cli.methods.controls import make_mixture
 from moc_cli.models.families import Family
 from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import BlockHook, find_layers, find_runner
-from moc_cli.recipe.methods import ControlMethod, MocMethod
+from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
 from moc_cli.recipe.suggest import choices
 from moc_cli.serving.mixed_batch import ControlSet, MixedBatch
 
@@ -130,7 +129,9 @@ class Tenants:
         )
 
 
-def _shareable(folder: str, method: Any, modules: tuple[str, ...]) -> MocMethod | ControlMethod:
+def _shareable(
+    folder: str, method: MethodConfig, modules: tuple[str, ...]
+) -> MocMethod | ControlMethod:
     """Return the method; refuse what cannot share a forward with other sets."""
     if not isinstance(method, MocMethod | ControlMethod):
         raise MocError(
