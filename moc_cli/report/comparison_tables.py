@@ -61,7 +61,7 @@ def seeds_table(summary: Mapping[str, Any]) -> FittedTable:
         row += [score_text(metric, run["tasks"][task].get(metric)) for task, metric in keys]
         row += [hundredths(run["average"])] if averaged else []
         rows.append([Text(cell, "bold" if median else "") for cell in row])
-    totals: Rows = [["mean ± std"], ["before training"]]
+    totals: Rows = [["mean ± std"], ["untrained"]]
     for metric, spread in spreads:
         totals[0].append(_with_error(metric, spread["mean"], spread["std"]))
         totals[1].append(score_text(metric, spread["before"]))
