@@ -1,22 +1,23 @@
-"""Carry what a run learned to other places: one module a format, each proven before it is done.
+"""Export of a trained run: one module for each format, and one proof for all of them.
 
-A format is a function `export(trained, folder, options) -> Exported` that fills an empty folder and
-has a fresh process read it back (see `parity`). The folder gets its name only afterwards; the
-session writes the model card and prints the sizes. A format's module may also have
-`check(recipe, options)`, which raises MocError for what can be known before weights are loaded.
+A format's module has a function `export(trained, folder, options) -> Written` that fills an empty
+folder and says how to load it and which logits to expect. The session then has a fresh process load
+the folder (see `parity`); the folder gets its name only if the logits agree. The module may also
+have `check(recipe)`, which raises MocError for a run that the format cannot hold, before weights
+are loaded.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
 
 if TYPE_CHECKING:
-    from moc_cli.load_run import LoadedRun
+    from moc_cli.export.parity import Reference
+    from moc_cli.recipe.schema import Recipe
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
@@ -24,7 +25,7 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose; a format refuses what it cannot give.
+    """What a user may choose.
 
     `dtype` is the type of the numbers in the file, None the format's own choice; `calibration` the
     rows of each task on which `static` counts routes.
@@ -36,38 +37,66 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What a format wrote.
+class Written:
+    """What a format wrote, and how it is to be proven.
 
-    `files` are names relative to the folder; `parity` is what `parity.check` gave, with a format's
-    own figures beside it; `notes` are sentences for the user and the card; `loading` is Python for
-    the card that leaves the model in `model`, given the path in `folder`; `library` is the card's
-    `library_name`.
+    `files` are names relative to the folder. `loading` is Python that leaves the model in `model`,
+    given the path in `folder`: a fresh process runs it, and the card shows it. Its logits must be
+    those of `expected` within `tolerance`, a share of the largest |logit| (None: that of `dtype`).
+    Without `needs_moc` the process cannot import moc_cli. `rounding` compares the run with the run
+    in the file's type, where that is another. `notes` are sentences for the user and the card;
+    `library` is the card's `library_name`.
     """
 
     files: tuple[str, ...]
-    parity: dict[str, Any]
+    loading: str
+    expected: "Reference"
+    dtype: str = "float32"
+    tolerance: float | None = None
+    needs_moc: bool = True
+    rounding: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
-    loading: str = ""
     library: str = "transformers"
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Export = Callable[["LoadedRun", Path, Options], Exported]
+@dataclass(frozen=True)
+class Format:
+    """A format's module, and the types that its file may have; none: the run's own type alone."""
 
-FORMATS: dict[str, str] = {
-    "controls": "moc_cli.export.controls:export",
-    "peft": "moc_cli.export.peft:export",
-    "standalone": "moc_cli.export.standalone:export",
-    "static": "moc_cli.export.static:export",
-    "merged": "moc_cli.export.merged:export",
+    module: str
+    dtypes: tuple[Dtype, ...] = ()
+
+    def load(self) -> ModuleType:
+        """Import the module."""
+        return import_module(self.module)
+
+
+FORMATS: dict[str, Format] = {
+    "controls": Format("moc_cli.export.controls", DTYPES),
+    "peft": Format("moc_cli.export.peft", ("float32",)),
+    "standalone": Format("moc_cli.export.standalone"),
+    "static": Format("moc_cli.export.static", ("float32",)),
+    "merged": Format("moc_cli.export.merged", DTYPES),
 }
 
 
-def find_format(name: str) -> Export:
-    """Return the function that writes a format; raises MocError naming those that there are."""
+def find_format(name: str) -> Format:
+    """Return a format; raises MocError with the names of all formats for an unknown one."""
     if name not in FORMATS:
         raise MocError(f"--to {name!r} is not a format{choices(name, FORMATS)}")
-    module, _, function = FORMATS[name].partition(":")
-    found: Export = getattr(import_module(module), function)
-    return found
+    return FORMATS[name]
+
+
+def check_format(name: str, recipe: "Recipe", options: Options) -> None:
+    """Raise MocError where a format cannot hold a run, or not in the type of the options."""
+    found = find_format(name)
+    refuse = getattr(found.load(), "check", None)
+    if refuse is not None:
+        refuse(recipe)
+    allowed = found.dtypes or ("bfloat16" if recipe.train.bf16 else "float32",)
+    if options.dtype not in (None, *allowed):
+        raise MocError(
+            f"--dtype {options.dtype}: {name} is written in {' or '.join(allowed)}",
+            "leave --dtype out",
+        )

@@ -6,7 +6,7 @@ from typing import Any
 
 from moc_cli import __version__
 from moc_cli.errors import RunError
-from moc_cli.export import Exported
+from moc_cli.export import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN
 from moc_cli.recipe.schema import Recipe
@@ -39,31 +39,33 @@ def base_code(trained: LoadedRun) -> str:
     return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{told})"])
 
 
-def make_card(trained: LoadedRun, exported: Exported, to: str, sizes: dict[str, int]) -> str:
+def make_card(
+    trained: LoadedRun, written: Written, proof: dict[str, Any], to: str, sizes: dict[str, int]
+) -> str:
     """Return README.md with the YAML front matter of the hub."""
     recipe, folder = trained.recipe, trained.folder
     parts = [
-        _front(trained, exported),
+        _front(trained, written),
         f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
         _what(recipe, to),
-        _section("How to load", _loading(exported)),
+        _section("How to load", _loading(written)),
         _section("Base model", _base(trained)),
         _section("Method", _method(recipe, _read(folder))),
         _section("Data", _data(recipe, folder)),
         _section("Scores", _scores(recipe, _read(folder)) + _evaluations(trained)),
         _section("Routing", _routing(_read(folder).get("routing", {}))),
-        _section("Proof and sizes", _proof(exported, sizes)),
+        _section("Proof and sizes", _proof(written, proof, sizes)),
         f"Written by moc {__version__}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(trained: LoadedRun, exported: Exported) -> str:
+def _front(trained: LoadedRun, written: Written) -> str:
     """The hub's metadata; a local folder is no base model that the hub knows."""
     name = trained.recipe.model.model_name_or_path
     method = trained.recipe.method.name
     tags = ["moc", *(["mixture-of-control"] if method == "moc" else []), method]
-    lines = [f"library_name: {exported.library}"]
+    lines = [f"library_name: {written.library}"]
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
         lines.append(f"base_model: {json.dumps(name)}")
     lines.append(f"pipeline_tag: {_TITLE[trained.base['kind']]}")
@@ -78,11 +80,11 @@ def _what(recipe: Recipe, to: str) -> str:
     return f"{made} ([arXiv 2606.31397]({PAPER})), trained on {tasks}; format `{to}`."
 
 
-def _loading(exported: Exported) -> list[str]:
-    if not exported.loading:
+def _loading(written: Written) -> list[str]:
+    if not written.loading:
         return []
     start = 'folder = "."  # where these files are'
-    return ["```python", start, *exported.loading.splitlines(), "```"]
+    return ["```python", start, *written.loading.splitlines(), "```"]
 
 
 def _base(trained: LoadedRun) -> list[str]:
@@ -194,26 +196,21 @@ def _routing(routing: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _proof(exported: Exported, sizes: dict[str, int]) -> list[str]:
-    figures = exported.parity
-    lines = []
-    if "max_difference" in figures:
-        told = (
-            "equal to the bit" if figures["bit_equal"] else f"|Δ| ≤ {figures['max_difference']:.3g}"
-        )
-        lines.append(
-            f"A fresh process read this folder: the logits of {figures['positions']} positions in "
-            f"{figures['rows']} padded rows are {told} to those of the run."
-        )
-    rounding = figures.get("rounding")
+def _proof(written: Written, proof: dict[str, Any], sizes: dict[str, int]) -> list[str]:
+    equal = "equal to the bit" if proof["bit_equal"] else f"|Δ| ≤ {proof['max_difference']:.3g}"
+    rounding = proof.get("rounding")
+    rounded = " with its controls rounded alike" if rounding else ""
+    lines = [
+        f"A fresh process loaded this folder: the logits of {proof['positions']} positions in "
+        f"{proof['rows']} padded rows are {equal} to those of the run{rounded}."
+    ]
     if rounding:
-        lines[-1] = lines[-1].removesuffix(".") + " with its controls rounded alike."
         lines.append(
             f"Rounding itself moved a logit by up to {rounding['max_difference']:.3g} "
             f"({100 * rounding['relative_difference']:.2g} % of the largest); "
             f"{100 * rounding['same_best']:.1f} % of the positions keep their best."
         )
-    lines += [*exported.notes, "", "| file | bytes |", "|---|---|"]
+    lines += [*written.notes, "", "| file | bytes |", "|---|---|"]
     return lines + [f"| {name} | {size:,} |" for name, size in sizes.items()]
 
 

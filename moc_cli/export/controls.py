@@ -11,22 +11,22 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
-from moc_cli.export import Exported, Options, parity
+from moc_cli.export import Options, Written, parity
 from moc_cli.export.card import base_code
 from moc_cli.load_run import LoadedRun
 
 _KEPT = ("gates.", "modules.")
 
 
-def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
-    """Write the adapter; what a fresh process makes of it must be our own logits to the bit.
+def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
+    """Write the adapter; loaded by a fresh process it must give our logits to the bit.
 
     In float16 and bfloat16 that is the run with its controls rounded in the same way; the distance
     to the unrounded run has to stay within the type's tolerance, and is reported.
     """
     dtype = options.dtype or "float32"
-    whole = trained.adapted.state()
-    state = rounded(whole, getattr(torch, dtype))
+    exact_state = trained.adapted.state()
+    state = rounded(exact_state, getattr(torch, dtype))
     config = (
         trained.adapted.adapter_config()
         | trained.base
@@ -36,16 +36,24 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
     exact = parity.reference(trained)
     trained.adapted.load_state(state)
     ours = parity.reference(trained)
-    trained.adapted.load_state(whole)
+    trained.adapted.load_state(exact_state)
     lines = ["from moc_cli import load_controls", base_code(trained)]
     loading = "\n".join([*lines, "load_controls(model, folder)"])
-    read = parity.check(folder, loading, ours, device=trained.device.type, tolerance=0)
-    figures = read | {"dtype": dtype}
+    rounding = None
     notes: tuple[str, ...] = ()
     if dtype != "float32":
-        figures["rounding"] = parity.judge(parity.compare(exact, ours.logits), dtype)
+        rounding = parity.check_tolerance(parity.compare(exact, ours.logits), dtype)
         notes = (f"Controls in {dtype}; gates, vectors and whole modules in float32.",)
-    return Exported((CONFIG, PAYLOAD), figures, notes, loading, library="moc")
+    return Written(
+        (CONFIG, PAYLOAD),
+        loading,
+        ours,
+        dtype=dtype,
+        tolerance=0,
+        rounding=rounding,
+        notes=notes,
+        library="moc",
+    )
 
 
 def rounded(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

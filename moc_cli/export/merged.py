@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options, parity
+from moc_cli.export import Options, Written, parity
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import without_bars
 from moc_cli.recipe.schema import Recipe
@@ -21,7 +21,7 @@ _WHY = {
 }
 
 
-def check(recipe: Recipe, options: Options) -> None:
+def check(recipe: Recipe) -> None:
     """Raise MocError for methods that weights alone cannot hold."""
     name = recipe.method.name
     if name in _WHY:
@@ -39,15 +39,14 @@ def check(recipe: Recipe, options: Options) -> None:
         )
 
 
-def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
-    """Merge in float32, round to the type asked for, and write model, tokenizer and settings.
+def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
+    """Merge in float32, round to the file's type, and write model, tokenizer and settings.
 
     W x + B (A x) and (W + B A) x agree up to rounding, not to the bit, hence the tolerance.
     """
     model = trained.adapted.model
-    own = str(model.dtype).removeprefix("torch.")
-    dtype = options.dtype or own
-    expected = parity.reference(trained)
+    dtype = options.dtype or trained.dtype
+    base_dtype, expected = trained.dtype, parity.reference(trained)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]
     trained.adapted.merge()
     model.to(getattr(torch, dtype))
@@ -61,7 +60,10 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
         f"from transformers import {auto}\n"
         f'model = {auto}.from_pretrained(folder, dtype="{dtype}"{chosen})'
     )
-    narrow = dtype if dtype != "float32" else own
-    figures = parity.check(folder, loading, expected, dtype=narrow, device=trained.device.type)
-    files = tuple(sorted(path.name for path in folder.iterdir()))
-    return Exported(files, figures, (f"Weights merged in float32, kept in {dtype}.",), loading)
+    return Written(
+        tuple(sorted(path.name for path in folder.iterdir())),
+        loading,
+        expected,
+        dtype=dtype if dtype != "float32" else base_dtype,
+        notes=(f"Weights merged in float32, kept in {dtype}.",),
+    )

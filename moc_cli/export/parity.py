@@ -1,4 +1,4 @@
-"""The proof of an export: a fresh process reads the folder, and its logits are compared with ours.
+"""The proof of an export: a fresh process loads the folder, and its logits are compared with ours.
 
 The other process gets the folder, reference rows and a few lines of Python that load the model; it
 shares nothing with this one.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moc_cli.data.batches import Side, pad_rows, pad_token_id
 from moc_cli.errors import MocError
+from moc_cli.export import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.scoring.forward import evaluating, max_positions
 
@@ -91,49 +92,43 @@ def reference_rows(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> dict[str
     }
 
 
-def check(
-    folder: Path,
-    load: str,
-    expected: Reference,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    tolerance: float | None = None,
-    environment: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    """Load `folder` in a fresh process and compare logits; raises MocError beyond the tolerance.
+def prove(folder: Path, written: Written, device: str) -> dict[str, Any]:
+    """Load `folder` in a fresh process and return how its logits compare with those expected.
 
-    `load` is Python that finds the path in `folder` and leaves the model in `model`; `tolerance`
-    is a share of the largest |logit|, by default that of `dtype`.
+    Raises MocError where they differ by more than the tolerance.
     """
-    found = fresh_logits(folder, load, expected.inputs, device=device, environment=environment)
-    return judge(compare(expected, found), dtype, tolerance)
+    load = written.loading
+    if not written.needs_moc:
+        load = f'sys.modules["moc_cli"] = None  # as where it is not installed\n{load}'
+    logits = fresh_logits(folder, load, written.expected.inputs, device=device)
+    proof = check_tolerance(compare(written.expected, logits), written.dtype, written.tolerance)
+    return proof | ({"rounding": written.rounding} if written.rounding else {})
 
 
-def judge(
-    figures: dict[str, Any], dtype: str = "float32", tolerance: float | None = None
+def check_tolerance(
+    figures: dict[str, Any], dtype: str, tolerance: float | None = None
 ) -> dict[str, Any]:
     """Return the figures of `compare` with their tolerance; raises MocError beyond it."""
     allowed = TOLERANCE[dtype] if tolerance is None else tolerance
-    found = figures["relative_difference"]
-    if not found <= allowed:
+    difference = figures["relative_difference"]
+    if not difference <= allowed:
         raise MocError(
-            "the export does not give the run's logits when it is read back: they differ by "
-            f"{figures['max_difference']:.3g}, which is {found:.2g} of the largest; "
+            "the export does not give the run's logits when it is loaded: they differ by "
+            f"{figures['max_difference']:.3g}, which is {difference:.2g} of the largest; "
             f"at most {allowed:g} is allowed in {dtype}",
             None if dtype == "float32" else "export with --dtype float32",
         )
     return figures | {"tolerance": allowed, "dtype": dtype}
 
 
-def compare(expected: Reference, found: Tensor) -> dict[str, Any]:
+def compare(expected: Reference, logits: Tensor) -> dict[str, Any]:
     """The largest |Δlogit| over what counts, absolute and relative, and whether all bits agree."""
-    if found.shape != expected.logits.shape:
+    if logits.shape != expected.logits.shape:
         raise MocError(
-            f"the export gives logits of shape {tuple(found.shape)} when it is read back, "
+            f"the export gives logits of shape {tuple(logits.shape)} when it is loaded, "
             f"the run {tuple(expected.logits.shape)}"
         )
-    ours, theirs = expected.logits[expected.counted], found[expected.counted]
+    ours, theirs = expected.logits[expected.counted], logits[expected.counted]
     difference = (ours - theirs).abs().max().item()
     largest = ours.abs().max().item()
     return {
@@ -147,30 +142,26 @@ def compare(expected: Reference, found: Tensor) -> dict[str, Any]:
 
 
 def fresh_logits(
-    folder: Path,
-    load: str,
-    inputs: dict[str, Tensor],
-    *,
-    device: str = "cpu",
-    environment: dict[str, str] | None = None,
+    folder: Path, load: str, inputs: dict[str, Tensor], *, device: str = "cpu"
 ) -> Tensor:
     """The logits that a fresh Python process gets from a folder, offline.
 
-    Raises MocError with the last line of what it said where it failed.
+    Raises MocError with the last line of its error output where it failed.
     """
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with TemporaryDirectory(prefix="moc-parity-") as place:
-        given, answer = Path(place, "inputs.safetensors"), Path(place, "logits.safetensors")
+    with TemporaryDirectory(prefix="moc-parity-") as scratch:
+        given, answer = Path(scratch, "inputs.safetensors"), Path(scratch, "logits.safetensors")
         save_file(inputs, given)
         arguments = [str(folder), str(given), str(answer), str(torch.get_num_threads()), device]
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", _PROGRAM.format(load=load), *arguments],
             capture_output=True,
             text=True,
             check=False,
-            env=os.environ | offline | (environment or {}),
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},  # modeling files of the folder
         )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise MocError(f"the export cannot be read back by a fresh process: {lines[-1]}")
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise MocError(f"the export cannot be loaded by a fresh process: {lines[-1]}")
         return load_file(answer)["logits"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from moc_cli.adapter.config import drawn_from_the_base
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options, parity
+from moc_cli.export import Options, Written, parity
 from moc_cli.export.card import base_code
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
 from moc_cli.load_run import LoadedRun
@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 _TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
-def check(recipe: Recipe, options: Options) -> None:
+def check(recipe: Recipe) -> None:
     """Raise MocError for what peft cannot hold or would not read back as it is."""
     if isinstance(recipe.method, MolexMethod):
         raise MocError(
@@ -37,11 +37,9 @@ def check(recipe: Recipe, options: Options) -> None:
             "which peft would do again, and not to the bit",
             "export with --to merged or --to controls",
         )
-    if options.dtype not in (None, "float32"):
-        raise MocError(f"--dtype {options.dtype}: peft trains on in float32", "use --to controls")
 
 
-def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
+def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     """Write config and payload under peft's keys; a fresh process must give our logits."""
     state = {_key(name): value for name, value in trained.adapted.state().items()}
     own = isinstance(trained.recipe.method, MocMethod | ControlMethod)
@@ -52,11 +50,14 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Exported:
     if own:
         lines.insert(1, "import moc_cli.peft  # makes the method known to peft")
     loading = "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
-    tolerance = 0.0 if own else None
-    ours = parity.reference(trained)
-    read = parity.check(folder, loading, ours, device=trained.device.type, tolerance=tolerance)
-    notes = ("peft must be of a version that moc was tested with.",) if own else ()
-    return Exported((CONFIG, PAYLOAD), read, notes, loading, library="peft")
+    return Written(
+        (CONFIG, PAYLOAD),
+        loading,
+        parity.reference(trained),
+        tolerance=0 if own else None,
+        notes=("peft must be of a version that moc was tested with.",) if own else (),
+        library="peft",
+    )
 
 
 def _key(name: str) -> str:

@@ -1,14 +1,13 @@
-"""`moc export` behind the door: check, load, write, prove, describe; then, if asked, upload."""
+"""A run's export: check, load, write, prove, describe; then, with `--push-to-hub`, upload."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from moc_cli.errors import MocError, RunError
-from moc_cli.export import FORMATS, Options, find_format
+from moc_cli.export import Options, Written, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
 from moc_cli.load_run import open_run
@@ -20,8 +19,8 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """An export that is done: where, how it compared, how many bytes each file has."""
+class ExportResult:
+    """An export that is done: where, how its logits compared, how many bytes each file has."""
 
     run: str
     to: str
@@ -42,34 +41,31 @@ def export_run(
     device: str | None = None,
     push_to_hub: str | None = None,
     say: Say = lambda text: None,
-) -> Outcome:
-    """Export a run into a new or empty folder, which appears only when it has been read back.
+) -> ExportResult:
+    """Export a run into a new or empty folder, which appears only when it is proven.
 
     Raises MocError for what can be known before weights are loaded, for an export that does not
     give the run's logits, and for an upload that fails (the folder is then complete).
     """
-    write = find_format(to)
+    found = find_format(to)
     check_output(output)
     if push_to_hub is not None:
         check_online()
     recipe = load_recipe(RunFolder.open(run).recipe_file)
-    refuse = getattr(import_module(FORMATS[to].partition(":")[0]), "check", None)
-    if refuse is not None:
-        refuse(recipe, options)
+    check_format(to, recipe, options)
     trained = open_run(run, device=device, recipe=recipe)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
-        exported = write(trained, temporary, options)
-        written = sizes_of(temporary)
-        absent = set(exported.files) - written.keys()
-        if absent:
-            raise RunError(f"the export lacks {', '.join(sorted(absent))}")
-        write_text_atomic(temporary / CARD, make_card(trained, exported, to, written))
+        written: Written = found.load().export(trained, temporary, options)
+        proof = parity.prove(temporary, written, trained.device.type)
+        sizes = sizes_of(temporary)
+        missing = set(written.files) - sizes.keys()
+        if missing:
+            raise RunError(f"the export lacks {', '.join(sorted(missing))}")
+        write_text_atomic(temporary / CARD, make_card(trained, written, proof, to, sizes))
         sizes = sizes_of(temporary)
     url = None if push_to_hub is None else push(output, push_to_hub)
-    return Outcome(
-        str(run), to, str(output), exported.parity, exported.notes, sizes, exported.facts, url
-    )
+    return ExportResult(str(run), to, str(output), proof, written.notes, sizes, written.facts, url)
 
 
 def check_output(output: Path) -> None:

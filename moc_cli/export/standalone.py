@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli import __version__
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options, parity
+from moc_cli.export import Options, Written, parity
 from moc_cli.export.one_file import join_modules
 from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.models.load import without_bars
@@ -55,39 +54,31 @@ class {model}({bases}):
 '''
 
 
-def export(trained: "LoadedRun", folder: Path, options: Options) -> Exported:
-    """Write the run's model with its controls, and read it back where moc cannot be imported.
+def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
+    """Write the run's model with its controls, to be loaded where moc cannot be imported.
 
     Raises MocError for a base that is itself custom code.
     """
     model = trained.adapted.model
     expected = parity.reference(trained)
     write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.causal, folder)
-    loading = _code(trained.causal, trained.recipe.model.attn_implementation)
-    with TemporaryDirectory(prefix="moc-modules-") as modules:
-        figures = parity.check(
-            folder,
-            f'sys.modules["moc_cli"] = None  # as where it is not installed\n{loading}',
-            expected,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=trained.device.type,
-            environment={"HF_MODULES_CACHE": modules},
-        )
-    return Exported(
+    return Written(
         files=tuple(sorted(path.name for path in folder.iterdir())),
-        parity=figures,
+        loading=_code(trained.causal, trained.recipe.model.attn_implementation),
+        expected=expected,
+        dtype=trained.dtype,
+        needs_moc=False,
         notes=(
             f"{MODELING}.py needs torch and transformers alone; it was tried with transformers "
             f"{transformers.__version__}.",
             "In training mode it routes and balances as the run did, once for each forward.",
         ),
-        loading=loading,
     )
 
 
-def check(recipe: "Recipe", options: Options) -> None:
-    """Raise MocError for a method whose forward the modeling file does not know, and for a type."""
-    name, dtype = recipe.method.name, "bfloat16" if recipe.train.bf16 else "float32"
+def check(recipe: "Recipe") -> None:
+    """Raise MocError for a method whose forward the modeling file does not know."""
+    name = recipe.method.name
     if name in ("lora", "dora"):
         raise MocError(
             f"standalone is for controls, and a run of {name} has none: it changes the base's "
@@ -98,11 +89,6 @@ def check(recipe: "Recipe", options: Options) -> None:
         raise MocError(
             f"standalone is for moc and control; a run of {name} needs the tool itself",
             "take --to controls",
-        )
-    if options.dtype not in (None, dtype):
-        raise MocError(
-            f"--dtype {options.dtype}: standalone keeps the run's own type, which is {dtype}",
-            f"leave --dtype out, and load with from_pretrained(..., dtype=torch.{options.dtype})",
         )
 
 

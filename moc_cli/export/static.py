@@ -18,7 +18,7 @@ from torch import Tensor
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.data.examples import ROW_SEED, Example, subset
 from moc_cli.errors import MocError
-from moc_cli.export import Exported, Options, parity
+from moc_cli.export import Options, Written, parity
 from moc_cli.export.card import base_code
 from moc_cli.kinds import make_kind
 from moc_cli.methods import Adapted
@@ -49,8 +49,8 @@ class Frozen:
         return Route(ids, torch.tensor([self.weights], dtype=torch.float32, device=device))
 
 
-def check(recipe: "Recipe", options: Options) -> None:
-    """Raise MocError where there are no routes to freeze, and for a narrower type."""
+def check(recipe: "Recipe") -> None:
+    """Raise MocError where there are no routes to freeze."""
     method = recipe.method
     if method.name != "moc" or not method.top_k:
         raise MocError(
@@ -58,11 +58,9 @@ def check(recipe: "Recipe", options: Options) -> None:
             + (" (top_k is 0)" if method.name == "moc" else ""),
             "take --to merged" if method.name in ("lora", "dora") else "take --to controls",
         )
-    if options.dtype not in (None, "float32"):
-        raise MocError(f"--dtype {options.dtype}: static writes float32", "leave --dtype out")
 
 
-def export(trained: "LoadedRun", folder: Path, options: Options) -> Exported:
+def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
     """Count routes, freeze them, write the pairs, and compare with the mixture so rerouted."""
     mixture = trained.adapted.mixture
     assert mixture is not None  # `check` refused what has none
@@ -80,13 +78,6 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Exported:
     loading = "\n".join(
         ["from moc_cli import load_controls", base_code(trained), "load_controls(model, folder)"]
     )
-    figures = parity.check(
-        folder,
-        loading,
-        expected,
-        dtype="bfloat16" if trained.recipe.train.bf16 else "float32",
-        device=trained.device.type,
-    )
     facts = {
         "agreement": {
             "calibration": _share(mixture, counted, frozen, calibration),
@@ -95,11 +86,12 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Exported:
         "scores": [_change(*pair) for pair in zip(before, after, strict=True)],
         "routes": _names(mixture, frozen),
     }
-    return Exported(
+    return Written(
         (CONFIG, PAYLOAD),
-        figures,
-        _notes(facts, method.rank),
         loading,
+        expected,
+        dtype=trained.dtype,
+        notes=_notes(facts, method.rank),
         library="moc",
         facts=facts,
     )

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.export import FORMATS, parity
+from moc_cli.export import FORMATS, Format, Written, parity
 from moc_cli.load_run import open_run
 
 STEPS = [
@@ -236,8 +238,32 @@ def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, c
     assert hasattr(names["model"], "moc")
 
 
+def nothing_written() -> tuple[Written, dict]:
+    """What a card needs of a format beside the run, with a proof of no positions."""
+    empty = torch.zeros(0)
+    proof = {"bit_equal": True, "max_difference": 0.0, "positions": 0, "rows": 0}
+    return Written((), "", parity.Reference({}, empty, empty)), proof
+
+
+def test_no_format_is_done_without_a_proof(moc, tmp_path, capsys, monkeypatch):
+    """A format that writes nothing loadable, or that has one type, cannot be taken for another."""
+    format_ = ModuleType("empty_format")
+    format_.export = lambda trained, folder, options: Written(
+        (), "raise ValueError('nothing to load')", parity.reference(trained)
+    )
+    monkeypatch.setitem(sys.modules, "empty_format", format_)
+    monkeypatch.setitem(FORMATS, "empty", Format("empty_format"))
+    code, said = export(capsys, moc, "--to", "empty", "--output", tmp_path / "out")
+    assert code == 2
+    assert "nothing to load" in said["error"]
+    options = ["--output", tmp_path / "out", "--dtype", "float16"]
+    code, said = export(capsys, moc, "--to", "empty", *options)
+    assert code == 2
+    assert "--dtype float16" in said["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_card_shows_the_base_beside_what_was_evaluated(moc, tmp_path, capsys):
-    from moc_cli.export import Exported
     from moc_cli.export.card import make_card
 
     folder = tmp_path / "run"
@@ -245,7 +271,7 @@ def test_the_card_shows_the_base_beside_what_was_evaluated(moc, tmp_path, capsys
     capsys.readouterr()
     assert run(["eval", str(folder), "--limit", "7", "--base", "--json"]) == 0
     task = json.loads(capsys.readouterr().out)["tasks"]["world"]
-    card = make_card(open_run(folder), Exported((), {}), "controls", {})
+    card = make_card(open_run(folder), *nothing_written(), "controls", {})
     part = card.split("`moc eval`: protocol `rank`, 7 drawn rows a task.")[1]
     score = task["metrics"]["accuracy"]
     base, value = 100 * score["base"], 100 * score["value"]
@@ -255,13 +281,12 @@ def test_the_card_shows_the_base_beside_what_was_evaluated(moc, tmp_path, capsys
 def test_the_card_names_a_base_of_the_hub(moc):
     from dataclasses import replace
 
-    from moc_cli.export import Exported
     from moc_cli.export.card import make_card
 
     trained = open_run(moc)
     model = trained.recipe.model.model_copy(update={"model_name_or_path": "some/model-7b"})
     told = replace(trained, recipe=trained.recipe.model_copy(update={"model": model}))
-    card = make_card(told, Exported((), {}), "controls", {})
+    card = make_card(told, *nothing_written(), "controls", {})
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "some/model-7b"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.export import Options, standalone, static
+from moc_cli.export import Options, check_format, standalone, static
 from moc_cli.methods import Adapted, attach
 from moc_cli.methods.route_counts import Layout, Record, Sums
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
@@ -228,7 +228,7 @@ class TestRefused:
     )
     def test_nothing_to_freeze(self, method: Any, words: str) -> None:
         with pytest.raises(MocError, match=words):
-            static.check(recipe(method), Options())
+            static.check(recipe(method))
 
     @pytest.mark.parametrize(
         ("method", "words"),
@@ -240,14 +240,14 @@ class TestRefused:
     )
     def test_standalone_holds_controls_alone(self, method: Any, words: str) -> None:
         with pytest.raises(MocError) as refused:
-            standalone.check(recipe(method), Options())
+            standalone.check(recipe(method))
         assert words in str(refused.value.hint)
 
     def test_other_types(self) -> None:
-        for module in (static, standalone):
-            module.check(recipe(MocMethod()), Options(dtype="float32"))
+        for name in ("static", "standalone", "peft"):
+            check_format(name, recipe(MocMethod()), Options(dtype="float32"))
             with pytest.raises(MocError, match="--dtype float16"):
-                module.check(recipe(MocMethod()), Options(dtype="float16"))
+                check_format(name, recipe(MocMethod()), Options(dtype="float16"))
 
 
 def recipe(method: Any) -> Any:
