@@ -1,7 +1,7 @@
-"""The Python surface: controls in a model of one's own, trained by any loop, saved, loaded.
+"""The Python API: place controls in a model, train them with any loop, save and load them.
 
-The model stays the user's `PreTrainedModel`; what is trained are parameters of it like all others,
-so that an optimizer or the Trainer of transformers finds them. Example, from start to end:
+The model stays the user's `PreTrainedModel`, and the controls are parameters of it, so that an
+optimizer or the Trainer of transformers finds them. A complete example:
 
     >>> from pathlib import Path
     >>> from tempfile import mkdtemp
@@ -49,17 +49,19 @@ from moc_cli.models.fingerprint import fingerprint
 
 
 class Controls:
-    """A method in a user's model, made by `attach` or `load_controls`.
+    """A method placed in a user's model by `attach` or `load_controls`.
 
-    While they are in it, `model.save_pretrained(folder)` writes the controls and not the base, so
-    that the checkpoints of the Trainer are small; each is a folder that `load_controls` reads, with
-    a `model.safetensors` of the trained parameters alone, from which the Trainer resumes.
+    Until `detach`, `model.save_pretrained(folder)` writes the controls without the base, so that
+    the checkpoints of the Trainer are small. `load_controls` reads each of these folders; its
+    `model.safetensors` holds the trained parameters only, and the Trainer resumes from it.
     """
 
-    def __init__(self, adapted: Adapted, facts: dict[str, Any], before: dict[str, Tensor]) -> None:
+    def __init__(
+        self, adapted: Adapted, base_facts: dict[str, Any], modules_before: dict[str, Tensor]
+    ) -> None:
         self.adapted = adapted
-        self._facts = facts
-        self._before = before
+        self._base_facts = base_facts
+        self._modules_before = modules_before
         self._ignored = self.model._keys_to_ignore_on_save
         vars(self.model)["save_pretrained"] = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}
@@ -71,19 +73,19 @@ class Controls:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that they are in."""
+        """The model that holds the controls."""
         return self.adapted.model
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained; everything else in the model is frozen."""
+        """The trained parameters; everything else in the model is frozen."""
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, under the keys of the adapter file."""
+        """The trained parameters, under the keys of the adapter file."""
         return self.adapted.named_trainables()
 
     def counts(self) -> Counts:
-        """Numbers of parameters: the method's own, whole modules, and the base."""
+        """Numbers of parameters: of the method, of `modules`, and of the base."""
         return self.adapted.counts()
 
     def set_loss_scale(self, scale: float) -> None:
@@ -98,33 +100,34 @@ class Controls:
         return self.adapted.balance_loss()
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Within `with controls.disabled():` the method adds nothing; whole modules stay."""
+        """Context in which the method adds nothing; trained `modules` stay as they are."""
         return self.adapted.disabled()
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter's two files into a folder that is new, empty, or an adapter's.
+        """Write the adapter's two files into a new or empty folder, or over an earlier adapter.
 
-        Raises MocError where it holds anything else, FileError where the disk refuses.
+        Raises MocError where the folder holds other files, FileError where it cannot be written.
         """
         target = Path(folder)
-        own = {CONFIG, PAYLOAD}
-        if target.exists() and (not target.is_dir() or {p.name for p in target.iterdir()} - own):
+        if target.exists() and (
+            not target.is_dir() or {path.name for path in target.iterdir()} - {CONFIG, PAYLOAD}
+        ):
             raise MocError(f"{target} is not an adapter's folder; it is left alone")
         with write_folder_atomic(target) as temporary:
             self._write(temporary)
 
     def detach(self) -> PreTrainedModel:
-        """Take the controls out: the model is as before, to the bit; whole modules too."""
+        """Remove the controls: the model and its `modules` are as before `attach`, to the bit."""
         self.model.__dict__.pop("save_pretrained", None)
         self.model._keys_to_ignore_on_save = self._ignored
-        own = self.named_parameters()
+        parameters = self.named_parameters()
         with torch.no_grad():
-            for name, value in self._before.items():
-                own[name].copy_(value)
+            for name, value in self._modules_before.items():
+                parameters[name].copy_(value)
         return self.adapted.detach()
 
     def _write(self, folder: Path) -> None:
-        config = self.adapted.adapter_config() | self._facts
+        config = self.adapted.adapter_config() | self._base_facts
         write_adapter(folder, config, save(self.adapted.state(), {"format": "pt"}))
 
     def _save_pretrained(
@@ -135,7 +138,7 @@ class Controls:
         push_to_hub: bool = False,
         **others: Any,
     ) -> None:
-        """In place of the model's own: see the class."""
+        """Replaces the model's `save_pretrained`, see the class."""
         if push_to_hub:
             raise MocError("save the controls, then upload the folder", "moc export RUN --help")
         if not is_main_process:
@@ -143,8 +146,8 @@ class Controls:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
-        found = self.model.state_dict() if state_dict is None else state_dict
-        trained = {name: found[name].detach().contiguous() for name in self._names}
+        state = self.model.state_dict() if state_dict is None else state_dict
+        trained = {name: state[name].detach().contiguous() for name in self._names}
         write_bytes_atomic(folder / "model.safetensors", save(trained, {"format": "pt"}))
 
 
@@ -156,10 +159,10 @@ def attach(
     seed: int = 42,
     **options: Any,
 ) -> Controls:
-    """Freeze a model and place fresh controls in it; the model's output is as before.
+    """Freeze a model and place new controls in it; the model's output stays the same.
 
-    `method` and `options` are the keys of a recipe's `method` section, `modules` names modules of
-    the model that are trained and saved whole, as a new classifier:
+    `method` and `options` are the keys of a recipe's `method` section. `modules` names modules of
+    the model that are trained and saved completely, such as a new classifier:
 
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from moc_cli import attach
@@ -170,8 +173,8 @@ def attach(
         >>> controls.counts().adapter, controls.counts().modules
         (1601, 66)
 
-    Raises RecipeError with all mistakes in the options; FamilyError where the model's layers are
-    not known (give `placement`); MocError where it holds controls already.
+    Raises RecipeError with all mistakes in the options; FamilyError where the layers of the model
+    are not known (give `placement`); MocError where the model holds controls already.
     """
     section = make_method(method, options)
     check_free(model)
@@ -180,45 +183,43 @@ def attach(
     base = fingerprint(model, names)
     before = _copies(model, names)
     adapted = place(model, section, new_modules=names, seed=seed)
-    return Controls(adapted, _facts(model, base, seed), before)
+    return Controls(adapted, _base_facts(model, base, seed), before)
 
 
 def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
-    """Put the controls of an adapter folder in a model, strictly; nothing else is changed.
+    """Place the controls of an adapter folder in a model; nothing else in it is changed.
 
-    Refused with the reason, and with the model unchanged: files that are missing, damaged or links
-    out of the folder; unknown keys in the config; another base than the one trained on (told by
-    the parameters in memory, see `moc_cli.models.fingerprint`, or for files of format 1 by the
-    hash of the weight files); missing, unexpected or wrongly shaped parameters; a payload that
-    fails its hash. Sizes are compared before anything is allocated.
+    Raises RunError, with the model unchanged, for: files that are missing, damaged or links out of
+    the folder; unknown keys in the config; another base than the one trained on (compared by the
+    parameters in memory, see `moc_cli.models.fingerprint`, or for files of format 1 by the hash of
+    the weight files); missing, unexpected or wrongly shaped parameters; a payload that does not
+    match its hash. Sizes are compared before anything is allocated.
 
-    The folder is a run's `controls`, what `moc export --to controls` wrote, or what `save` did:
+    The folder is a run's `controls`, or was written by `moc export --to controls` or by `save`:
 
         controls = load_controls(model, "runs/mine/controls")
-
-    Raises RunError.
     """
-    found = check_adapter(model, folder)
-    config, names = found.config, tuple(found.config.modules)
-    state = load(found.adapter.payload())
+    checked = check_adapter(model, folder)
+    config, names = checked.config, tuple(checked.config.modules)
+    state = load(checked.adapter.payload())
     before = _copies(model, names)
-    adapted = place(model, config.method, new_modules=names, seed=found.seed)
+    adapted = place(model, config.method, new_modules=names, seed=checked.seed)
     try:
         adapted.load_state(state)
     except MocError:
         adapted.detach()
         raise
-    told = found.adapter.config
-    known = {key: told[key] for key in _KEPT if told.get(key) is not None}
-    return Controls(adapted, _facts(model, found.base, found.seed) | known, before)
+    values = checked.adapter.config
+    inherited = {key: values[key] for key in _INHERITED if values.get(key) is not None}
+    return Controls(adapted, _base_facts(model, checked.base, checked.seed) | inherited, before)
 
 
-# What a loaded adapter hands on when it is saved again.
-_KEPT = ("base_model_name_or_path", "revision", "base_weights_sha256", "kind", "num_labels")
+# Keys of a loaded adapter's config that are written again when it is saved.
+_INHERITED = ("base_model_name_or_path", "revision", "base_weights_sha256", "kind", "num_labels")
 
 
-def _facts(model: PreTrainedModel, base: dict[str, str], seed: int) -> dict[str, Any]:
-    """What the config says about the base, as far as a model in memory knows it."""
+def _base_facts(model: PreTrainedModel, base: dict[str, str], seed: int) -> dict[str, Any]:
+    """What the config says about the base, as far as it is known of a model in memory."""
     return {
         "base_model_name_or_path": model.name_or_path or type(model).__name__,
         "base_weights_sha256": None,
@@ -228,7 +229,7 @@ def _facts(model: PreTrainedModel, base: dict[str, str], seed: int) -> dict[str,
 
 
 def _copies(model: PreTrainedModel, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """What whole modules hold now, under the keys of the adapter file."""
+    """Copies of the parameters of `modules`, under the keys of the adapter file."""
     return {
         f"modules.{name}.{key}": parameter.detach().clone()
         for name in names

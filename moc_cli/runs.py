@@ -30,8 +30,8 @@ from moc_cli.files import (
 from moc_cli.results import read_results
 
 LOCK = ".lock"
-# In the order in which an overwrite drops them: what marks a run folder goes last.
-KNOWN = (
+# In the order in which an overwrite deletes them: what marks a run folder goes last.
+ENTRIES = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
     *("eval", "routing", "trackers", "recipe.yaml", LOCK),
 )
@@ -44,7 +44,7 @@ FINISHED = (
 
 @dataclass(frozen=True)
 class Call:
-    """How a command was called, for hints that can be pasted: `base` names no run folder."""
+    """How a command was called, for hints that can be pasted; `base` is without the run folder."""
 
     base: str
     output_dir: str | None = None
@@ -60,7 +60,7 @@ class Call:
 class RunFolder:
     """Paths of one run, and the reading and writing of its small files.
 
-    As a context manager it gives its lock back at the end; a kill gives it back too.
+    As a context manager it releases its lock at the end; a killed process releases it too.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def controls(self) -> Path:
-        """The folder of what was trained."""
+        """The folder of the trained controls."""
         return self.path / "controls"
 
     @property
@@ -140,13 +140,13 @@ class RunFolder:
                 raise RunError(f"{self.path} was taken by another run in the meantime")
         clear_leftovers(self.path)
         if fresh:
-            for name in KNOWN:
+            for name in ENTRIES:
                 if name != LOCK:
                     _remove(self.path / name)
         write_text_atomic(self.recipe_file, recipe_text)
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -177,10 +177,7 @@ class RunFolder:
         write_json_atomic(self.path / "results.json", results)
 
     def read_results(self) -> dict[str, Any]:
-        """Return results.json in format 2.
-
-        Raises RunError when there is none, or one that lacks what it must hold.
-        """
+        """Return results.json in format 2; raises RunError where it is missing or incomplete."""
         path = self.path / "results.json"
         results = self._read_json(path)
         if results.get("status") == "finished":
@@ -224,21 +221,21 @@ class RunFolder:
         return self._read_json(self.path / "environment.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the whole lines of metrics.jsonl; a last one cut by a kill is left out.
+        """Return the complete lines of metrics.jsonl; a last line cut by a kill is left out.
 
         Raises RunError for any other line that cannot be read.
         """
         if not self.metrics.is_file():
             return []
-        found = []
+        lines = []
         for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 break
             try:
-                found.append(dict(json.loads(line)))
+                lines.append(dict(json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise RunError(f"{self.metrics}:{number}: not a JSON object") from error
-        return found
+        return lines
 
     # Claiming
 
@@ -253,9 +250,9 @@ class RunFolder:
                 f"      {call.command} --overwrite   # replace it\n"
                 f"      {call.base} --output-dir OTHER   # leave it alone",
             )
-        strange = [name for name in content if name not in KNOWN and not _leftover(name)]
-        if not self.recipe_file.is_file() or (overwrite and strange):
-            what = f"holds {', '.join(strange[:5])}" if strange else "holds no recipe.yaml"
+        foreign = [name for name in content if name not in ENTRIES and not _leftover(name)]
+        if not self.recipe_file.is_file() or (overwrite and foreign):
+            what = f"holds {', '.join(foreign[:5])}" if foreign else "holds no recipe.yaml"
             raise RunError(
                 f"{self.path} is not touched: it {what}, so it is not only a run folder",
                 f"look into it, or choose another folder: {call.base} --output-dir OTHER",

@@ -1,4 +1,4 @@
-"""An adapter folder against a model in memory: whether it fits, before anything is allocated."""
+"""Whether an adapter folder fits a model in memory, checked before anything is allocated."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from moc_cli.methods import attach
 from moc_cli.models.fingerprint import fingerprint, same_base
 from moc_cli.models.load import known_hash
 
-# Of peft's fields in the config of lora and dora those that decide what peft would make of them.
+# The fields of peft in a config of lora or dora that decide what peft makes of it.
 _PEFT = ("peft_type", "r", "lora_alpha", "use_dora", "target_modules")
 
 
 @dataclass(frozen=True)
-class Fitting:
+class CheckedAdapter:
     """An adapter that fits a model: what to place, with which seed, and the base's fingerprint."""
 
     adapter: Adapter
@@ -32,7 +32,7 @@ class Fitting:
     base: dict[str, str]
 
 
-def check_adapter(model: PreTrainedModel, folder: str | Path) -> Fitting:
+def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
     """Read a folder's config and header and compare them with the model, which stays as it is.
 
     Raises RunError with the reason where the controls cannot be those of this model.
@@ -57,23 +57,23 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> Fitting:
     if config.seed is None and drawn_from_the_base(config.method):
         raise RunError(
             f"{adapter.folder} does not say from which seed its method was placed",
-            "write it anew: moc export RUN --to controls --output DIR",
+            "write it again: moc export RUN --to controls --output DIR",
         )
     _check_fit(model, adapter, config, peft)
-    return Fitting(adapter, config, 42 if config.seed is None else config.seed, base)
+    return CheckedAdapter(adapter, config, 42 if config.seed is None else config.seed, base)
 
 
 def check_free(model: PreTrainedModel) -> None:
-    """Raise MocError where something is placed in the model already."""
+    """Raise MocError where the model holds controls or adapters already."""
     if hasattr(model, "moc") or "peft_config" in vars(model):
         raise MocError("this model holds controls or adapters already", "detach them first")
 
 
 def check_modules(model: PreTrainedModel, names: tuple[str, ...]) -> None:
     """Refuse modules that are not there, that hold the layers, or that share their weights."""
-    known = dict(model.named_modules())
+    modules = dict(model.named_modules())
     for name in names:
-        module = known.get(name)
+        module = modules.get(name)
         if not name or module is None:
             raise RunError(f"modules: {type(model).__name__} has no module '{name[:80]}'")
         if any(isinstance(part, nn.ModuleList) for part in module.modules()):
@@ -148,7 +148,7 @@ def _check_fit(
         raise RunError(f"{adapter.folder} does not fit this model: {wrong}")
     placed = to_plain(shapes.adapter_config())
     if adapter.config.get("placement") != placed.get("placement"):
-        raise RunError(f"{adapter.folder} says other places than its method takes in this model")
+        raise RunError(f"{adapter.folder} names other places than its method has in this model")
     unknown = sorted(peft.keys() - placed.keys())
     other = [key for key in _PEFT if key in peft and peft[key] != placed[key]]
     if unknown or other:
