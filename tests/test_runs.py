@@ -84,7 +84,7 @@ def test_resume_keeps_everything(tmp_path):
     with RunFolder.claim(tmp_path, call=CALL, resume=True, overwrite=False) as run:
         run.begin(RECIPE, fresh=False)
         assert run.read_metrics() == [{"step": 1}]
-        assert run.read_results() == {"status": "running", "before": {}}
+        assert run.read_results() == {"format": 2, "status": "running", "before": {}}
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
