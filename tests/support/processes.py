@@ -21,8 +21,12 @@ def in_this_process() -> Iterator[None]:
     def stand_in(command: list[str], **options: Any) -> Any:
         if list(command[:2]) != [sys.executable, "-c"]:
             return start(command, **options)
-        with mock.patch.object(sys, "argv", ["-c", *command[3:]]):
-            exec(command[2], {"__name__": "__main__"})
+        package = sys.modules["moc_cli"]
+        try:
+            with mock.patch.object(sys, "argv", ["-c", *command[3:]]):
+                exec(command[2], {"__name__": "__main__"})
+        finally:
+            sys.modules["moc_cli"] = package  # a standalone export's program blocks it
         return subprocess.CompletedProcess(command, 0, "", "")
 
     with mock.patch.object(subprocess, "run", stand_in):
