@@ -324,6 +324,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
+from support.models import make_tiny
 from moc_cli import load_controls
 from moc_cli.errors import MocError
 def peak(folder):

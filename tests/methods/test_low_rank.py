@@ -206,6 +206,7 @@ METHODS.append(MolexMethod(rank=RANK, alpha=ALPHA, weight="learned"))
 READ = [lora(), dora(), lora(init="pissa"), dora(init="olora")]
 _FRESH = """
 import sys, torch
+from support.models import make_batch, make_tiny
 import moc_cli.methods
 assert "peft" not in sys.modules  # it is imported by the methods that use it alone
 from safetensors.torch import load_file

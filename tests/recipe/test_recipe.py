@@ -13,7 +13,7 @@ from support.machine import ROOT
 
 from moc_cli.errors import RecipeError
 from moc_cli.recipe.load import dump, load_recipe
-from moc_cli.recipe.methods import METHODS
+from moc_cli.recipe.methods import METHODS, Placement
 from moc_cli.recipe.reader import parse_scalar, read_yaml
 from moc_cli.recipe.reference import Key, json_schema, keys
 from moc_cli.recipe.schema import Recipe
@@ -154,13 +154,16 @@ def test_every_key_is_described_in_plain_english(key: Key) -> None:
 
 def test_the_reference_shows_defaults_as_they_are_written() -> None:
     """Every default of the reference is a value that the recipe takes."""
+    places = {"layers": "x", "attn": {"read": "x", "write": "x"}, "causal": True}
+    placement = Placement.model_validate(places | {"ffn": places["attn"]})
     for key in KEYS:
         if key.default:
             value = read_yaml(key.default)
             assert not value.mistakes
             expected = METHODS[key.method]() if key.method else Recipe.model_validate(MINIMAL)
             for part in key.key.split(".")[1 if key.method else 0 :]:
-                expected = getattr(expected, part, {})  # `per_task` is resolved
+                # `per_task` is resolved; a method has no placement unless it is given one.
+                expected = getattr(placement if expected is None else expected, part, {})
             assert value.value == expected, key
 
 
