@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load
-from transformers import PreTrainedTokenizerBase
 
 from moc_cli.adapter.check import check_base
 from moc_cli.adapter.config import parse_adapter
 from moc_cli.errors import MocError, RecipeError, RunError
-from moc_cli.methods import Adapted, bare
+from moc_cli.methods import TextModel, bare
 from moc_cli.models.load import load_model, load_tokenizer
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.rules import broken_rules
@@ -24,16 +23,14 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model on its device, in evaluation mode; `adapted` holds it with its method, or with none.
+class LoadedModel(TextModel):
+    """A model on its device, in evaluation mode.
 
     `name` is the run folder or the model, as the user wrote it; `weights_hash` is over the weight
     files of the base that was loaded.
     """
 
     name: str
-    adapted: Adapted
-    tokenizer: PreTrainedTokenizerBase
     weights_hash: str
     device: torch.device
 
@@ -119,7 +116,7 @@ def open_model(
     )
     loaded.model.to(chosen)  # type: ignore[arg-type]
     loaded.model.train(False)
-    return LoadedModel(name, bare(loaded.model), tokenizer, loaded.weights_hash, chosen)
+    return LoadedModel(bare(loaded.model), tokenizer, name, loaded.weights_hash, chosen)
 
 
 def check_device(device: str | None) -> None:

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError
+from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
-from moc_cli.scoring.forward import Scorable, evaluating, max_positions, pad
+from moc_cli.scoring.forward import evaluating, max_positions, pad
 from moc_cli.scoring.generate import settings
 from moc_cli.scoring.likelihood import Likelihood, Query, Tokens, likelihoods
 
@@ -36,19 +37,18 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
 
     def __init__(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         *,
         batch_size: BatchSizeOption = "auto",
         observe: Observe | None = None,
     ) -> None:
         super().__init__()
-        self.adapted, self.tokenizer = adapted, tokenizer
+        self.text_model, self.tokenizer = model, model.tokenizer
         self.batch = BatchSize(batch_size)
         self.cut = 0
-        self.max_length = max_positions(adapted.model) or UNKNOWN_LENGTH
+        self.max_length = max_positions(model.adapted.model) or UNKNOWN_LENGTH
         self._observe = observe
-        self._pad_id = pad_token_id(tokenizer)
+        self._pad_id = pad_token_id(model.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -143,9 +143,8 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
 
     def _score(self, queries: list[Query], kind: str) -> list[list[Likelihood]]:
         return likelihoods(
-            self.adapted,
+            self.text_model,
             queries,
-            pad_id=self._pad_id,
             batch_size=self.batch,
             on_progress=self._progress(kind),
         )
@@ -181,7 +180,7 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
             )
         prompts = [self._end(self.tok_encode(context), new) for context in contexts]
         costs = [RowCost(len(prompt), new) for prompt in prompts]
-        model: Any = self.adapted.model
+        model: Any = self.text_model.adapted.model
         with evaluating(model) as device, settings(model, self.tokenizer, beams=1, new_tokens=new):
 
             def generate(items: list[int]) -> list[str]:

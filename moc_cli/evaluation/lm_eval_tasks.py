@@ -184,8 +184,7 @@ def _evaluate(
     begin = time.perf_counter()
     with ProgressPerKind(name, silent) as progress, lm_eval_seeds():
         language_model = MocLM(
-            model.adapted,
-            model.tokenizer,
+            model,
             batch_size=options.rows_per_batch("auto"),
             observe=progress.observe,
         )

@@ -164,6 +164,4 @@ def _score(
     label = f"{task.name} (base)" if base else task.name
     off: AbstractContextManager[None] = model.adapted.disabled() if base else nullcontext()
     with off, WorkProgress(label, len(task.examples), silent=silent) as bar:
-        return job.kind.score(
-            model.adapted, model.tokenizer, task.examples, job.scoring, bar.observe
-        )
+        return job.kind.score(model, task.examples, job.scoring, bar.observe)

@@ -181,9 +181,7 @@ def _score(
     with recorder:
         for name, examples in tasks.items():
             with WorkProgress(f"{what}: {name}", len(examples), silent=silent) as bar:
-                results.append(
-                    kind.score(trained.adapted, trained.tokenizer, examples, options, bar.observe)
-                )
+                results.append(kind.score(trained, examples, options, bar.observe))
     return recorder.record(), results
 
 

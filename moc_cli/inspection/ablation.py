@@ -69,7 +69,7 @@ def row_losses(
     """Return the loss of each row, without those whose answer was cut off."""
     data = trained.recipe.data
     options = ScoringOptions(batch_size, data.max_length)
-    return make_kind(data).row_losses(trained.adapted, trained.tokenizer, examples, options)
+    return make_kind(data).row_losses(trained, examples, options)
 
 
 def _stderr(changes: Sequence[float], mean: float) -> float | None:

@@ -19,9 +19,10 @@ from moc_cli.errors import DataError
 from moc_cli.kinds.choice import Choice
 from moc_cli.kinds.pairs import Pairs
 from moc_cli.kinds.writing import Writing
+from moc_cli.methods import TextModel
 from moc_cli.recipe.schema import DataSection
 from moc_cli.recipe.tasks import FORMATS, TASKS, kind_of
-from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, ScoringOptions
 
 __all__ = ["Choice", "Kind", "Pairs", "Writing", "make_kind"]
@@ -67,8 +68,7 @@ class Kind(Protocol):
 
     def score(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
         on_progress: Progress | None = None,
@@ -77,8 +77,7 @@ class Kind(Protocol):
 
     def watch(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
         on_progress: Progress | None = None,
@@ -87,8 +86,7 @@ class Kind(Protocol):
 
     def row_losses(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
     ) -> list[float]:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import LossKind, collate
 from moc_cli.data.encode import Encoded, Row
-from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.methods import TextModel
+from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
 from moc_cli.scoring.results import ScoringOptions
 
@@ -55,26 +56,24 @@ class Causal(ABC):
 
     def answer_loss(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> HeldOutLoss:
         """Compute the loss of the answers' tokens; rows are cut to `options.max_length`."""
-        encoded = self.encode_answers(examples, tokenizer, options.max_length)
+        encoded = self.encode_answers(examples, model.tokenizer, options.max_length)
         size = options.batch_size
-        return lm_loss(adapted, tokenizer, encoded, batch_size=size, on_progress=on_progress)
+        return lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
 
     def row_losses(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
     ) -> list[float]:
         """Return the mean loss of each row's answer, without rows whose answer was cut off."""
-        rows = self.answer_loss(adapted, tokenizer, examples, options).rows
+        rows = self.answer_loss(model, examples, options).rows
         return [loss / tokens for loss, tokens in rows if tokens]
 
     def shown_label(self, row: Row) -> int | float | str | None:

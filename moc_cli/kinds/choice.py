@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.encode import Encoded, Row, common_prefix, encode_texts, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.kinds.causal import Causal
+from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
-from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.generate import Answer, generate
 from moc_cli.scoring.rank import ItemScore, rank
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
@@ -48,8 +49,7 @@ class Choice(Causal):
 
     def score(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[ChoiceExample],
         options: ScoringOptions,
         on_progress: Progress | None = None,
@@ -61,10 +61,10 @@ class Choice(Causal):
         items: list[ItemScore] | list[Answer]
         unparsed = None
         if options.protocol == "generate":
-            items = generate(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
+            items = generate(model, examples, batch_size=size, on_progress=on_progress)
             unparsed = sum(item.answer is None for item in items)
         else:
-            items = rank(adapted, tokenizer, examples, batch_size=size, on_progress=on_progress)
+            items = rank(model, examples, batch_size=size, on_progress=on_progress)
         seconds = time.perf_counter() - begin
         # No option (None) equals no label, as the place -1 does.
         predictions = [-1 if item.prediction is None else item.prediction for item in items]
@@ -75,8 +75,7 @@ class Choice(Causal):
 
     def watch(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[ChoiceExample],
         options: ScoringOptions,
         on_progress: Progress | None = None,
@@ -85,14 +84,8 @@ class Choice(Causal):
 
         Questions are ranked whatever the protocol.
         """
-        held_out = self.answer_loss(adapted, tokenizer, examples, options, on_progress)
-        items = rank(
-            adapted,
-            tokenizer,
-            examples,
-            batch_size=options.batch_size,
-            on_progress=on_progress,
-        )
+        held_out = self.answer_loss(model, examples, options, on_progress)
+        items = rank(model, examples, batch_size=options.batch_size, on_progress=on_progress)
         return {"loss": held_out.loss, "accuracy": sum(i.correct for i in items) / len(items)}
 
     def prompt(self, example: ChoiceExample) -> str:

@@ -12,10 +12,11 @@ from moc_cli.data.batches import LossKind, collate
 from moc_cli.data.encode import Encoded, Row, encode_pairs
 from moc_cli.data.examples import PairExample
 from moc_cli.errors import DataError
+from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import classify, pair_loss
-from moc_cli.scoring.forward import Progress, Scorable
+from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
@@ -74,8 +75,7 @@ class Pairs:
 
     def score(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[PairExample],
         options: ScoringOptions,
         on_progress: Progress | None = None,
@@ -85,8 +85,7 @@ class Pairs:
         begin = time.perf_counter()
         size = BatchSize(options.batch_size)
         items = classify(
-            adapted,
-            tokenizer,
+            model,
             examples,
             batch_size=size,
             max_length=options.max_length,
@@ -104,16 +103,14 @@ class Pairs:
 
     def watch(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[PairExample],
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> dict[str, float]:
         """Return the loss and every metric."""
         items = classify(
-            adapted,
-            tokenizer,
+            model,
             examples,
             batch_size=options.batch_size,
             max_length=options.max_length,
@@ -125,15 +122,13 @@ class Pairs:
 
     def row_losses(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[PairExample],
         options: ScoringOptions,
     ) -> list[float]:
         """Return each row's loss."""
         items = classify(
-            adapted,
-            tokenizer,
+            model,
             examples,
             batch_size=options.batch_size,
             max_length=options.max_length,

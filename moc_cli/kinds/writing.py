@@ -18,9 +18,10 @@ from moc_cli.data.custom.chat import chat_tokens
 from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
+from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
-from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad
+from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
 from moc_cli.scoring.generate import settings
 from moc_cli.scoring.loss import TextScore, lm_loss
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
@@ -81,8 +82,7 @@ class Writing(Causal):
 
     def score(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
         on_progress: Progress | None = None,
@@ -94,11 +94,11 @@ class Writing(Causal):
         task = single_task(examples)
         begin = time.perf_counter()
         size = BatchSize(options.batch_size)
-        encoded = self.encode_answers(examples, tokenizer, options.max_length)
-        held_out = lm_loss(adapted, tokenizer, encoded, batch_size=size, on_progress=on_progress)
+        encoded = self.encode_answers(examples, model.tokenizer, options.max_length)
+        held_out = lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
         items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
         if self.format == "instruction":
-            outputs = _generate(adapted, tokenizer, examples, size, on_progress)
+            outputs = _generate(model, examples, size, on_progress)
             items = [
                 TextScore(item.loss, item.tokens, example.output.strip(), output)
                 for item, example, output in zip(items, examples, outputs, strict=True)
@@ -116,14 +116,13 @@ class Writing(Causal):
 
     def watch(
         self,
-        adapted: Scorable,
-        tokenizer: PreTrainedTokenizerBase,
+        model: TextModel,
         examples: Sequence[Any],
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> dict[str, float]:
         """Return loss and perplexity; nothing is generated while a model trains."""
-        held_out = self.answer_loss(adapted, tokenizer, examples, options, on_progress)
+        held_out = self.answer_loss(model, examples, options, on_progress)
         return {"loss": held_out.loss, "perplexity": math.exp(held_out.loss)}
 
     def prompt(self, example: InstructionExample | ChatExample | TextExample) -> str:
@@ -136,31 +135,31 @@ class Writing(Causal):
 
 
 def _generate(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
+    model: TextModel,
     examples: Sequence[InstructionExample],
     size: BatchSize,
     on_progress: Progress | None,
 ) -> list[str]:
     """Write an output for every prompt, white space at its ends left out."""
-    model: Any = adapted.model
+    network: Any = model.adapted.model
+    tokenizer = model.tokenizer
     texts = [example.prompt for example in examples]
     prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     outputs = tokenizer([example.output for example in examples], verbose=False)["input_ids"]
     new_tokens = max(map(len, outputs)) + 1
     longest = max(map(len, prompts)) + new_tokens
-    check_fits(model, longest, "the longest prompt with the longest output")
+    check_fits(network, longest, "the longest prompt with the longest output")
     costs = [RowCost(len(prompt), new_tokens) for prompt in prompts]
     pad_id = pad_token_id(tokenizer)
     with (
-        evaluating(model) as device,
-        settings(model, tokenizer, beams=1, new_tokens=new_tokens),
+        evaluating(network) as device,
+        settings(network, tokenizer, beams=1, new_tokens=new_tokens),
     ):
 
         def work(items: list[int]) -> list[str]:
             ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
-            written = model.generate(input_ids=ids, attention_mask=mask)
+            written = network.generate(input_ids=ids, attention_mask=mask)
             decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
             return [str(text).strip() for text in decoded]
 
-        return run_batches(model, costs, work, size=size, on_progress=on_progress)
+        return run_batches(network, costs, work, size=size, on_progress=on_progress)

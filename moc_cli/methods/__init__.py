@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Placed
+from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Placed, TextModel
 
-__all__ = ["Adapted", "Counts", "attach", "bare"]
+__all__ = ["Adapted", "Counts", "TextModel", "attach", "bare"]
 
 
 def _controls(model: PreTrainedModel, method: Any, seed: int) -> Placed:

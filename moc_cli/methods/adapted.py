@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.errors import MocError, compare_entries
 from moc_cli.methods.route_counts import Recorder
@@ -221,3 +221,11 @@ class Adapted:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, True))
         return self.model
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model that can read text: `adapted` holds it with its method, or with none."""
+
+    adapted: Adapted
+    tokenizer: PreTrainedTokenizerBase

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import collate
 from moc_cli.data.encode import encode_pairs
 from moc_cli.data.examples import PairExample
+from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
-    Scorable,
     check_finite,
     check_fits,
     evaluating,
@@ -39,8 +38,7 @@ class PairScore:
 
 
 def classify(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
+    model: TextModel,
     examples: Sequence[PairExample],
     *,
     batch_size: BatchSizeOption | BatchSize,
@@ -51,21 +49,21 @@ def classify(
 
     A model with one output is a regression. Texts are cut to `max_length` tokens as in training.
     """
-    model = adapted.model
-    encoded = encode_pairs(examples, tokenizer, max_length=max_length)
-    check_fits(model, max(encoded.lengths, default=0), "a text, cut to data.max_length,")
+    network = model.adapted.model
+    encoded = encode_pairs(examples, model.tokenizer, max_length=max_length)
+    check_fits(network, max(encoded.lengths, default=0), "a text, cut to data.max_length,")
     costs = [RowCost(length) for length in encoded.lengths]
-    with evaluating(model) as device:
+    with evaluating(network) as device:
 
         def work(items: list[int]) -> list[list[float]]:
             rows = [encoded.rows[item] for item in items]
-            batch = collate(rows, tokenizer, side="right", kind="classification")
+            batch = collate(rows, model.tokenizer, side="right", kind="classification")
             del batch["labels"]
-            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+            logits = network(**{name: value.to(device) for name, value in batch.items()}).logits
             return list(logits.float().tolist())
 
-        outputs = run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
-    return [_prediction(example, found) for example, found in zip(examples, outputs, strict=True)]
+        outputs = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
+    return [_prediction(example, row) for example, row in zip(examples, outputs, strict=True)]
 
 
 def pair_loss(scores: Sequence[PairScore]) -> float:

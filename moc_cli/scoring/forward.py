@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,6 @@ from moc_cli.data.batches import Side, pad_rows
 from moc_cli.errors import DataError, MocError
 
 Progress = Callable[[int, int], None]  # items done, items in all
-
-
-class Scorable(Protocol):
-    """Anything that holds a model; where it has routes, also a `voting(mask)`."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
 
 
 @contextmanager
@@ -43,12 +36,6 @@ def prompt_mask(mask: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mask (B, T) of the first `lengths` tokens of each row of a padded mask."""
     limits = torch.tensor(lengths, device=mask.device).unsqueeze(1)
     return mask * (mask.cumsum(-1) <= limits)
-
-
-def voting(adapted: Scorable, mask: Tensor) -> AbstractContextManager[None]:
-    """Within it the tokens of mask (B, T) vote; on a bare model there is nothing to vote on."""
-    vote = getattr(adapted, "voting", None)
-    return nullcontext() if vote is None else vote(mask)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.data.examples import ANSWER, ChoiceExample
+from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.extract import extract, response
-from moc_cli.scoring.forward import Progress, Scorable, check_fits, evaluating, pad
+from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
 
 BEAMS = 4
 NEW_TOKENS = 32
@@ -49,8 +50,7 @@ class Answer:
 
 
 def generate(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
+    model: TextModel,
     examples: Sequence[ChoiceExample],
     *,
     batch_size: BatchSizeOption | BatchSize,
@@ -60,21 +60,22 @@ def generate(
 
     Prompts are never cut: raises DataError where one leaves the model no room for 32 tokens more.
     """
-    model: Any = adapted.model
+    network: Any = model.adapted.model
+    tokenizer = model.tokenizer
     texts = [example.eval_prompt for example in examples]
     prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
     for example, prompt in zip(examples, prompts, strict=True):
-        check_fits(model, len(prompt) + NEW_TOKENS, f"{example.task}: a question with its answer")
+        check_fits(network, len(prompt) + NEW_TOKENS, f"{example.task}: a question with its answer")
     costs = [RowCost(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
     pad_id = pad_token_id(tokenizer)
-    with evaluating(model) as device, settings(model, tokenizer):
+    with evaluating(network) as device, settings(network, tokenizer):
 
         def work(items: list[int]) -> list[str]:
             ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
-            written = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
+            written = network.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
             return list(tokenizer.batch_decode(written, skip_special_tokens=True))
 
-        texts = run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
+        texts = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
     return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
 
 

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moc_cli.data.batches import pad_token_id
 from moc_cli.data.encode import common_prefix
+from moc_cli.methods import Adapted, TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
-    Scorable,
     call,
     check_finite,
     evaluating,
     pad,
     position_ids,
     prompt_mask,
-    voting,
 )
 
 Tokens = list[int]
@@ -73,36 +73,36 @@ class Query:
 
 
 def likelihoods(
-    adapted: Scorable,
+    model: TextModel,
     queries: Sequence[Query],
     *,
-    pad_id: int,
     batch_size: BatchSizeOption | BatchSize,
     on_progress: Progress | None = None,
 ) -> list[list[Likelihood]]:
-    """Score the continuations of every query, in their order; `pad_id` fills rows.
+    """Score the continuations of every query, in their order.
 
     Raises MocError where the model's outputs are not finite.
     """
+    network, pad_id = model.adapted.model, pad_token_id(model.tokenizer)
     costs = [query.cost for query in queries]
-    with evaluating(adapted.model) as device:
+    with evaluating(network) as device:
 
         def score(items: list[int]) -> list[list[Likelihood]]:
-            return _score(adapted, [queries[item] for item in items], pad_id, device)
+            return _score(model.adapted, [queries[item] for item in items], pad_id, device)
 
-        scores = run_batches(adapted.model, costs, score, size=batch_size, on_progress=on_progress)
+        scores = run_batches(network, costs, score, size=batch_size, on_progress=on_progress)
     check_finite([score.log_prob for row in scores for score in row])
     return scores
 
 
 def _score(
-    adapted: Scorable, queries: list[Query], pad_id: int, device: torch.device
+    adapted: Adapted, queries: list[Query], pad_id: int, device: torch.device
 ) -> list[list[Likelihood]]:
     """Score a batch of B queries with R continuations in all; S is the longest trunk or branch."""
     texts = [query.context + query.trunk for query in queries]
     ids, mask = pad(texts, pad_id, "left", device)  # (B, T)
     trunks, in_trunk = pad([query.trunk for query in queries], pad_id, "left", device)  # (B, S)
-    with voting(adapted, prompt_mask(mask, [len(query.context) for query in queries])):
+    with adapted.voting(prompt_mask(mask, [len(query.context) for query in queries])):
         out = call(
             adapted.model,
             input_ids=ids,
@@ -130,7 +130,7 @@ def _score(
         ids, valid = pad([branches[number][:-1] for number in longer], pad_id, "right", device)
         targets, _ = pad([branches[number][1:] for number in longer], pad_id, "right", device)
         extended = torch.cat([mask[rows], valid], dim=1)
-        with voting(adapted, torch.zeros_like(valid)):  # also where each new token could vote
+        with adapted.voting(torch.zeros_like(valid)):  # also where each new token could vote
             out = call(
                 adapted.model,
                 input_ids=ids,

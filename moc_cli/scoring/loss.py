@@ -4,22 +4,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import collate
 from moc_cli.data.encode import IGNORED, Encoded
 from moc_cli.errors import DataError
+from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
-    Scorable,
     call,
     check_finite,
     check_fits,
     evaluating,
     position_ids,
     prompt_mask,
-    voting,
 )
 
 
@@ -58,8 +56,7 @@ class TextScore:
 
 
 def lm_loss(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
+    model: TextModel,
     encoded: Encoded,
     *,
     batch_size: BatchSizeOption | BatchSize,
@@ -69,20 +66,20 @@ def lm_loss(
 
     Raises DataError where no token is labelled.
     """
-    model = adapted.model
-    check_fits(model, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
+    network = model.adapted.model
+    check_fits(network, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
     costs = [RowCost(length, logits=length) for length in encoded.lengths]
-    with evaluating(model) as device:
+    with evaluating(network) as device:
 
         def work(items: list[int]) -> list[tuple[float, int]]:
             rows = [encoded.rows[item] for item in items]
-            batch = collate(rows, tokenizer, side="left", kind="causal")
+            batch = collate(rows, model.tokenizer, side="left", kind="causal")
             batch = {name: value.to(device) for name, value in batch.items()}
             mask, targets = batch["attention_mask"], batch["labels"][:, 1:]
             voters = prompt_mask(mask, [encoded.prompt_lengths[item] for item in items])
-            with voting(adapted, voters):
+            with model.adapted.voting(voters):
                 out = call(
-                    model,
+                    network,
                     input_ids=batch["input_ids"],
                     attention_mask=mask,
                     position_ids=position_ids(mask),
@@ -95,12 +92,12 @@ def lm_loss(
             summed = losses.view_as(targets).double().sum(1)
             return list(zip(summed.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
 
-        found = run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
-    total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
+        losses = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
+    total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     if tokens == 0:
         raise DataError(
             "no held-out row has a labelled token",
             "raise data.max_length so that the answers are not cut off",
         )
     check_finite([total])
-    return HeldOutLoss(total / tokens, tokens, tuple(found))
+    return HeldOutLoss(total / tokens, tokens, tuple(losses))

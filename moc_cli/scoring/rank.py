@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.batches import pad_token_id
 from moc_cli.data.encode import common_prefix, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
+from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
-from moc_cli.scoring.forward import Progress, Scorable, check_fits
+from moc_cli.scoring.forward import Progress, check_fits
 from moc_cli.scoring.likelihood import Query, likelihoods
 
 
@@ -48,8 +48,7 @@ class ItemScore:
 
 
 def rank(
-    adapted: Scorable,
-    tokenizer: PreTrainedTokenizerBase,
+    model: TextModel,
     examples: Sequence[ChoiceExample],
     *,
     batch_size: BatchSizeOption | BatchSize,
@@ -59,16 +58,10 @@ def rank(
 
     Prompts are never cut: raises DataError for one that has more tokens than the model positions.
     """
-    queries = [query_of(tokenizer, example) for example in examples]
+    queries = [query_of(model.tokenizer, example) for example in examples]
     for example, query in zip(examples, queries, strict=True):
-        check_fits(adapted.model, query.length, f"{example.task}: a question")
-    rows = likelihoods(
-        adapted,
-        queries,
-        pad_id=pad_token_id(tokenizer),
-        batch_size=batch_size,
-        on_progress=on_progress,
-    )
+        check_fits(model.adapted.model, query.length, f"{example.task}: a question")
+    rows = likelihoods(model, queries, batch_size=batch_size, on_progress=on_progress)
     items = []
     for example, row in zip(examples, rows, strict=True):
         scores = tuple(score.log_prob for score in row)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError
-from moc_cli.methods import Adapted
+from moc_cli.methods import TextModel
 from moc_cli.recipe.tasks import Frame
 from moc_cli.report.output import printable
 from moc_cli.scoring.forward import evaluating, max_positions
@@ -47,11 +47,9 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Writer:
+class Writer(TextModel):
     """A model that answers prompts, with its controls or as its base model."""
 
-    adapted: Adapted
-    tokenizer: PreTrainedTokenizerBase
     frame: Frame = "raw"
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)

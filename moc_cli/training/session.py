@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.splits import Splits
 from moc_cli.errors import FileError
-from moc_cli.methods import Counts
+from moc_cli.methods import Counts, TextModel
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
@@ -67,6 +67,11 @@ class Job:
     identity: dict[str, Any]
     snapshot: Snapshot | None
     changes: list[str]
+
+    @property
+    def model(self) -> TextModel:
+        """The model in training, as it is scored."""
+        return TextModel(self.built.adapted, self.tokenizer)
 
 
 class Session:
@@ -240,11 +245,7 @@ class Session:
 
         def watch() -> dict[str, float]:
             values = job.rows.kind.watch(
-                job.built.adapted,
-                job.tokenizer,
-                job.splits.validation,
-                job.scoring,
-                lambda *_: self.interrupt.check(),
+                job.model, job.splits.validation, job.scoring, lambda *_: self.interrupt.check()
             )
             self.say(lines.watched_line(step, values))
             return values
@@ -283,9 +284,7 @@ class Session:
                             f"continue with: {self.again}",
                         )
 
-                scores[name] = job.rows.kind.score(
-                    job.built.adapted, job.tokenizer, examples, job.scoring, observe
-                )
+                scores[name] = job.rows.kind.score(job.model, examples, job.scoring, observe)
         return scores
 
     def keep_controls(

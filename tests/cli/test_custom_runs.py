@@ -15,7 +15,7 @@ from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds import Writing
 from moc_cli.load_run import open_run
-from moc_cli.methods import attach
+from moc_cli.methods import TextModel, attach
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.runs import RunFolder
@@ -259,7 +259,7 @@ def test_perplexity_is_that_of_each_row_alone_with_given_tokens_voting(kind):
     tokenizer.chat_template = TEMPLATE
     rows = examples(kind)
     watched = Recorded(adapted)
-    found = Writing(kind).score(watched, tokenizer, rows, ScoringOptions(2, 300))
+    found = Writing(kind).score(TextModel(watched, tokenizer), rows, ScoringOptions(2, 300))
     losses, tokens, givens = [], [], []
     for row in rows:
         if kind == "chat":

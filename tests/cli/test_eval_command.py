@@ -277,7 +277,7 @@ def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
 
 
 def loaded_model(model: Any, tokenizer: Any) -> LoadedModel:
-    return LoadedModel("m", bare(model), tokenizer, "0" * 64, torch.device("cpu"))
+    return LoadedModel(bare(model), tokenizer, "m", "0" * 64, torch.device("cpu"))
 
 
 def choices(task: str, count: int) -> list:
@@ -292,10 +292,10 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
     loaded = loaded_model(make_tiny_model("llama"), byte_tokenizer)
     score = Choice.score
 
-    def stopped(kind, adapted, tokenizer, examples, *more):
+    def stopped(kind, model, examples, *more):
         if examples[0].task == "piqa":
             raise KeyboardInterrupt
-        return score(kind, adapted, tokenizer, examples, *more)
+        return score(kind, model, examples, *more)
 
     monkeypatch.setattr(Choice, "score", stopped)
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from support.machine import share_of_the_cores
 
 from moc_cli.cli import run
 from moc_cli.data.suites import load_examples
-from moc_cli.methods import attach
+from moc_cli.methods import TextModel, attach
 from moc_cli.models.load import load_model, load_tokenizer
 from moc_cli.recipe.load import load_recipe
 from moc_cli.scoring.rank import rank
@@ -62,7 +62,7 @@ def zeroed(folder) -> float:
     state = load_file(folder / "controls" / "adapter_model.safetensors")
     adapted.load_state({k: v * 0 if k.endswith(".B") else v for k, v in state.items()})
     rows = load_examples("builtin", "world", "test")
-    items = rank(adapted, load_tokenizer(MODEL), rows, batch_size=64)
+    items = rank(TextModel(adapted, load_tokenizer(MODEL)), rows, batch_size=64)
     return sum(item.correct for item in items) / len(items)
 
 

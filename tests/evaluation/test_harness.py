@@ -27,11 +27,10 @@ from moc_cli.evaluation import lm_eval_model
 from moc_cli.evaluation.lm_eval_model import MocLM
 from moc_cli.evaluation.lm_eval_tasks import load_tasks
 from moc_cli.evaluation.options import EvalOptions
-from moc_cli.methods import Adapted, attach, bare
+from moc_cli.methods import Adapted, TextModel, attach, bare
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.results import main_score
 from moc_cli.scoring import forward, likelihood
-from moc_cli.scoring.forward import voting
 from moc_cli.scoring.likelihood import Query
 from moc_cli.scoring.rank import query_of, rank
 
@@ -58,7 +57,7 @@ def routed() -> Adapted:
 
 
 def asked(found: Adapted, batch_size: int = 8) -> MocLM:
-    return MocLM(found, make_byte_tokenizer(), batch_size=batch_size)
+    return MocLM(TextModel(found, make_byte_tokenizer()), batch_size=batch_size)
 
 
 def requests(*args: tuple) -> list[SimpleNamespace]:
@@ -79,7 +78,7 @@ def by_full_forward(found: Adapted, context: list[int], answer: list[int]) -> tu
     ids = context + answer
     voters = torch.zeros(1, len(ids), dtype=torch.long)
     voters[:, : len(context)] = 1
-    with torch.no_grad(), voting(found, voters):
+    with torch.no_grad(), found.voting(voters):
         logits = found.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     log_probs = logits.log_softmax(-1)
     places = range(len(context), len(ids))
@@ -111,7 +110,7 @@ def by_step(found: Adapted, ids: list[int], count: int) -> list[int]:
     for _ in range(count):
         voters = torch.zeros(1, len(ids) + len(more), dtype=torch.long)
         voters[:, : len(ids)] = 1
-        with torch.no_grad(), voting(found, voters):
+        with torch.no_grad(), found.voting(voters):
             logits = found.model(torch.tensor([ids + more]), use_cache=False).logits
         more.append(int(logits[0, -1].argmax()))
     return more
@@ -134,7 +133,9 @@ def test_likelihoods_equal_those_of_ranking(routed: Adapted, byte_tokenizer: Tok
     """The same tokens after the same context."""
     items = [*MIXED, *(question(number) for number in range(13, 20))]
     expected = [
-        score for item in rank(routed, byte_tokenizer, items, batch_size=5) for score in item.scores
+        score
+        for item in rank(TextModel(routed, byte_tokenizer), items, batch_size=5)
+        for score in item.scores
     ]
     queries = [query_of(byte_tokenizer, item) for item in items]
     tokens = [
@@ -287,15 +288,15 @@ def test_contexts_and_answers_are_split_as_lm_eval_does() -> None:
     begun.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", first)]
     )
-    with_first = MocLM(me.adapted, begun)
+    with_first = MocLM(TextModel(me.text_model.adapted, begun))
     letters = tokenizer("abc")["input_ids"]
     assert with_first._encode_pair("a", "bc") == ([first, letters[0]], letters[1:])
     assert with_first._encode_pair("<s>a", "bc") == ([first, letters[0]], letters[1:])
     empty = [("", "abc"), ("  ", "abc"), ("", "<s>abc")]
     (total, _), blank, begun_twice = me.loglikelihood(requests(*empty))
-    expected, _ = by_full_forward(me.adapted, [first], tokenizer("abc")["input_ids"])
+    expected, _ = by_full_forward(me.text_model.adapted, [first], tokenizer("abc")["input_ids"])
     assert total == begun_twice[0] == pytest.approx(expected, abs=CLOSE)
-    expected, _ = by_full_forward(me.adapted, [first], tokenizer("  abc")["input_ids"])
+    expected, _ = by_full_forward(me.text_model.adapted, [first], tokenizer("  abc")["input_ids"])
     assert blank[0] == pytest.approx(expected, abs=CLOSE)
 
 

@@ -22,6 +22,7 @@ from moc_cli.inspection.distances import distances
 from moc_cli.inspection.statistics import control_norm
 from moc_cli.inspection.warnings import find_warnings
 from moc_cli.load_run import open_run
+from moc_cli.methods import TextModel
 from moc_cli.nn.control import Control
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.scoring.classify import classify, pair_loss
@@ -145,7 +146,7 @@ def test_the_record_is_of_the_votes_that_scoring_takes(decoder, tmp_path, capsys
     data = opened.recipe.data
     examples = load_examples("commonsense", "ARC-Easy", "test", path=data.path)
     with opened.adapted.recorder() as recorder:
-        rank(opened.adapted, opened.tokenizer, examples, batch_size=3)
+        rank(TextModel(opened.adapted, opened.tokenizer), examples, batch_size=3)
     record = recorder.record()
     assert found["counts"] == record.choices()
     means = [(record.probabilities(s) / record.decisions(s)).tolist() for s in range(6)]
@@ -307,7 +308,7 @@ def test_an_encoder_is_inspected_and_ablated(encoder, tmp_path, capsys):
 
     def loss() -> float:
         return pair_loss(
-            classify(adapted, opened.tokenizer, examples, batch_size=4, max_length=400)
+            classify(TextModel(adapted, opened.tokenizer), examples, batch_size=4, max_length=400)
         )
 
     before = loss()

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.models import make_tiny_model
-from support.questions import MIXED, PAIRS, adapted, bare
+from support.questions import MIXED, PAIRS, adapted
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moc_cli.data.encode import encode_texts
 from moc_cli.errors import MocError
 from moc_cli.kinds import Choice
+from moc_cli.methods import TextModel, bare
 from moc_cli.scoring import batch_size as sizing
 from moc_cli.scoring.batch_size import BatchSize, RowCost, free_bytes, row_bytes, run_batches
 from moc_cli.scoring.classify import classify
@@ -61,13 +62,12 @@ def test_what_does_not_fit_is_halved_and_told(
 ) -> None:
     """Ranking may need a row for each candidate; the results are those of small batches."""
     found = adapted(make_tiny_model("llama"))
-    expected = rank(found, byte_tokenizer, MIXED, batch_size=1)
+    expected = rank(TextModel(found, byte_tokenizer), MIXED, batch_size=1)
     size = BatchSize(13)
     seen: list[tuple[int, int]] = []
     with room_for(found.model, 7, FULL[kind]):
         items = rank(
-            found,
-            byte_tokenizer,
+            TextModel(found, byte_tokenizer),
             MIXED,
             batch_size=size,
             on_progress=lambda *done: seen.append(done),
@@ -86,10 +86,10 @@ def test_what_does_not_fit_is_halved_and_told(
 def test_generation_is_halved_too(byte_tokenizer: Tokenizer) -> None:
     """Four beams a row: eight rows of the cache hold two questions."""
     found = adapted(make_tiny_model("llama"))
-    expected = generate(found, byte_tokenizer, MIXED[:5], batch_size=1)
+    expected = generate(TextModel(found, byte_tokenizer), MIXED[:5], batch_size=1)
     size = BatchSize(4)
     with room_for(found.model, 8) as tried:
-        assert generate(found, byte_tokenizer, MIXED[:5], batch_size=size) == expected
+        assert generate(TextModel(found, byte_tokenizer), MIXED[:5], batch_size=size) == expected
     assert (size.used, size.halved) == (2, 1)
     assert max(tried[tried.index(16) + 1 :]) == 8
 
@@ -99,15 +99,18 @@ def test_losses_and_classes_are_halved_too(
 ) -> None:
     found = adapted(make_tiny_model("llama"))
     encoded = encode_texts(MIXED, byte_tokenizer, max_length=500)
-    expected = lm_loss(found, byte_tokenizer, encoded, batch_size=1)
+    expected = lm_loss(TextModel(found, byte_tokenizer), encoded, batch_size=1)
     with room_for(found.model, 3):
-        loss = lm_loss(found, byte_tokenizer, encoded, batch_size=13)
+        loss = lm_loss(TextModel(found, byte_tokenizer), encoded, batch_size=13)
     assert loss.tokens == expected.tokens
     assert loss.loss == pytest.approx(expected.loss, abs=1e-5)
     classifier = adapted(make_tiny_model("bert", num_labels=2, type_vocab_size=2))
-    alone = classify(classifier, pair_tokenizer, PAIRS, batch_size=1, max_length=64)
+    model = TextModel(classifier, pair_tokenizer)
+    alone = classify(model, PAIRS, batch_size=1, max_length=64)
     with room_for(classifier.model, 5):
-        halved = classify(classifier, pair_tokenizer, PAIRS, batch_size=23, max_length=64)
+        halved = classify(
+            TextModel(classifier, pair_tokenizer), PAIRS, batch_size=23, max_length=64
+        )
     for one, other in zip(alone, halved, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
@@ -118,14 +121,14 @@ def test_a_row_that_never_fits_is_a_sentence(byte_tokenizer: Tokenizer) -> None:
         room_for(found.model, 0),
         pytest.raises(MocError, match=r"one row of \d+ tokens does not fit in memory"),
     ):
-        rank(found, byte_tokenizer, MIXED, batch_size=2)
+        rank(TextModel(found, byte_tokenizer), MIXED, batch_size=2)
 
 
 def test_other_errors_pass_through(byte_tokenizer: Tokenizer) -> None:
     found = bare(make_tiny_model("llama"))
     other = RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
     with room_for(found.model, 0, lambda: other), pytest.raises(RuntimeError, match="must match"):
-        rank(found, byte_tokenizer, MIXED, batch_size=2)
+        rank(TextModel(found, byte_tokenizer), MIXED, batch_size=2)
 
 
 def test_the_failed_batch_is_let_go() -> None:
@@ -163,7 +166,7 @@ def test_auto_is_what_half_of_the_free_memory_holds(
     need = row_bytes(found.model, longest)
     monkeypatch.setattr(sizing, "free_bytes", lambda device: int(2 * rows * need) + 1)
     size = BatchSize("auto")
-    rank(found, byte_tokenizer, MIXED, batch_size=size)
+    rank(TextModel(found, byte_tokenizer), MIXED, batch_size=size)
     assert size == BatchSize("auto", expected, 0)
 
 
@@ -193,7 +196,7 @@ def test_the_estimate_covers_what_ranking_really_takes(byte_tokenizer: Tokenizer
     asked = questions(byte_tokenizer)
     longest = max((query.cost for query in asked), key=lambda cost: cost.tokens)
     with torch.profiler.profile(profile_memory=True) as profile:
-        rank(found, byte_tokenizer, MIXED, batch_size=13)
+        rank(TextModel(found, byte_tokenizer), MIXED, batch_size=13)
     level = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
@@ -211,6 +214,6 @@ def test_results_tell_size_and_halving(byte_tokenizer: Tokenizer) -> None:
     found = bare(make_tiny_model("llama"))
     same = [example for example in MIXED if example.candidates == MIXED[0].candidates]
     with room_for(found.model, 6):
-        evaluation = Choice().score(found, byte_tokenizer, same, ScoringOptions(8))
+        evaluation = Choice().score(TextModel(found, byte_tokenizer), same, ScoringOptions(8))
     assert evaluation.batch == BatchSize(8, 2, 2)
     assert evaluation.main.n == len(same)

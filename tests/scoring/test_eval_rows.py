@@ -14,11 +14,11 @@ from transformers.generation import GenerationMixin
 from moc_cli.data.batches import Side
 from moc_cli.data.encode import encode_texts, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
-from moc_cli.methods import Adapted, attach
+from moc_cli.methods import Adapted, TextModel, attach
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.scoring import generate as generating
 from moc_cli.scoring import likelihood
-from moc_cli.scoring.forward import pad, voting
+from moc_cli.scoring.forward import pad
 from moc_cli.scoring.generate import Answer, generate
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import ItemScore, query_of, rank
@@ -48,7 +48,7 @@ def routed() -> Adapted:
 def alone(routed: Adapted) -> list[ItemScore]:
     """Every item in a batch of its own."""
     torch.set_num_threads(1)
-    return rank(routed, make_byte_tokenizer(), ITEMS, batch_size=1)
+    return rank(TextModel(routed, make_byte_tokenizer()), ITEMS, batch_size=1)
 
 
 def compare(name: str, one: Found, other: Found) -> None:
@@ -80,7 +80,7 @@ def by_padded_forward(
         ids, mask = pad([ids for _, ids, _ in batch], 0, side, torch.device("cpu"))
         places = (mask.cumsum(1) - 1).clamp(min=0)
         prompts = torch.tensor([shared for _, _, shared in batch]).unsqueeze(1)
-        with torch.no_grad(), voting(found, mask * (places < prompts)):
+        with torch.no_grad(), found.voting(mask * (places < prompts)):
             logits = found.model(
                 input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
             ).logits
@@ -97,7 +97,7 @@ def by_padded_forward(
 def test_rows_take_at_least_three_routes(routed: Adapted, byte_tokenizer: Tokenizer) -> None:
     """Otherwise the laws below would say little."""
     with watching(routed) as seen:
-        rank(routed, byte_tokenizer, ITEMS, batch_size=64)
+        rank(TextModel(routed, byte_tokenizer), ITEMS, batch_size=64)
     sites = seen[0]
     assert len(sites) == 6
     whole = torch.cat([sites[site] for site in sorted(sites)], dim=1)  # (B, 6)
@@ -118,7 +118,7 @@ def test_ranking_depends_on_no_batch(
     if order == "shuffled":
         places = torch.randperm(len(ITEMS), generator=torch.Generator().manual_seed(1)).tolist()
     items = [ITEMS[place] for place in places]
-    mixed = rank(routed, byte_tokenizer, items, batch_size=batch_size)
+    mixed = rank(TextModel(routed, byte_tokenizer), items, batch_size=batch_size)
     compare(f"batch {batch_size}, {order}", [alone[place] for place in places], mixed)
     assert sum(item.margin > MARGIN for item in alone) > 45
 
@@ -143,7 +143,7 @@ def test_every_candidate_has_its_items_route(routed: Adapted, byte_tokenizer: To
     """Of a batch, row by row: cache rows are repeated for candidates of several tokens."""
     items = [example for example in ITEMS if len(example.candidates[0]) > 3]
     with watching(routed) as seen:
-        rank(routed, byte_tokenizer, items, batch_size=64)
+        rank(TextModel(routed, byte_tokenizer), items, batch_size=64)
     queries = [query_of(byte_tokenizer, example) for example in items]
     queries.sort(key=lambda query: -query.cost.tokens)
     rows = [
@@ -166,12 +166,12 @@ def test_an_answers_text_changes_no_route(routed: Adapted, byte_tokenizer: Token
     routes, scores = [], []
     for examples in (items, changed):
         with watching(routed) as seen:
-            scores.append(rank(routed, byte_tokenizer, examples, batch_size=64))
+            scores.append(rank(TextModel(routed, byte_tokenizer), examples, batch_size=64))
         routes.append(seen[:1])
         for example in examples[:8]:  # the held-out loss has whole texts in one forward
             encoded = encode_texts([example], byte_tokenizer, max_length=500)
             with watching(routed) as seen:
-                lm_loss(routed, byte_tokenizer, encoded, batch_size=1)
+                lm_loss(TextModel(routed, byte_tokenizer), encoded, batch_size=1)
             routes[-1] += seen
     assert all(a.scores != b.scores for a, b in zip(*scores, strict=True))
     for one, two in zip(*routes, strict=True):
@@ -186,7 +186,7 @@ def test_masked_tokens_change_nothing(
     """Whatever ids stand where the mask is 0, every score and every answer is the same."""
     module = likelihood if protocol == "rank" else generating
     score = rank if protocol == "rank" else generate
-    plain = score(routed, byte_tokenizer, ITEMS[:16], batch_size=8)
+    plain = score(TextModel(routed, byte_tokenizer), ITEMS[:16], batch_size=8)
     replaced = []
 
     def scrambled(
@@ -198,7 +198,7 @@ def test_masked_tokens_change_nothing(
         return torch.where(mask == 1, ids, other), mask
 
     monkeypatch.setattr(module, "pad", scrambled)
-    assert score(routed, byte_tokenizer, ITEMS[:16], batch_size=8) == plain
+    assert score(TextModel(routed, byte_tokenizer), ITEMS[:16], batch_size=8) == plain
     assert sum(replaced) > 100
 
 
@@ -226,8 +226,9 @@ def test_generated_answers_are_those_of_plain_generate(
 ) -> None:
     items = ITEMS[:12]
     expected = [by_plain_generate(routed, byte_tokenizer, item).strip() for item in items]
+    model = TextModel(routed, byte_tokenizer)
     for batch_size in (1, 8, 64):
-        found = generate(routed, byte_tokenizer, items[::-1], batch_size=batch_size)[::-1]
+        found = generate(model, items[::-1], batch_size=batch_size)[::-1]
         assert [answer.output for answer in found] == expected
     assert len(set(expected)) > 6
     greedy = [by_plain_generate(routed, byte_tokenizer, item, num_beams=1) for item in items[:4]]
@@ -236,13 +237,13 @@ def test_generated_answers_are_those_of_plain_generate(
 
 def test_the_models_own_wishes_are_ignored(routed: Adapted, byte_tokenizer: Tokenizer) -> None:
     own = routed.model.generation_config
-    plain = generate(routed, byte_tokenizer, ITEMS[:6], batch_size=6)
+    plain = generate(TextModel(routed, byte_tokenizer), ITEMS[:6], batch_size=6)
     try:
         wishes = type(own)(
             repetition_penalty=5.0, do_sample=True, temperature=3.0, max_new_tokens=2
         )
         routed.model.generation_config = wishes
-        assert generate(routed, byte_tokenizer, ITEMS[:6], batch_size=6) == plain
+        assert generate(TextModel(routed, byte_tokenizer), ITEMS[:6], batch_size=6) == plain
         assert routed.model.generation_config is wishes
     finally:
         routed.model.generation_config = own

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.questions import MIXED, PAIRS, adapted, bare, question
+from support.questions import MIXED, PAIRS, adapted, question
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -18,8 +18,8 @@ from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.suites import load_examples
 from moc_cli.errors import DataError, MocError
 from moc_cli.kinds import Choice, Pairs
+from moc_cli.methods import TextModel, bare
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
-from moc_cli.scoring.forward import voting
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import ItemScore, rank
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, average
@@ -38,7 +38,7 @@ def by_full_forward(found, tokenizer: Tokenizer, example: ChoiceExample) -> list
     for ids in joint:
         voters = torch.zeros(1, len(ids), dtype=torch.long)
         voters[:, :prompt] = 1
-        with torch.no_grad(), voting(found, voters):
+        with torch.no_grad(), found.voting(voters):
             logits = found.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         log_probs = logits.log_softmax(-1)
         places = range(prompt, len(ids))
@@ -66,7 +66,7 @@ def test_scores_are_those_of_plain_forwards(
     found, byte_tokenizer: Tokenizer, batch_size: int
 ) -> None:
     """Over candidates of one token or many, of equal or different length, and prefixes."""
-    items = rank(found, byte_tokenizer, MIXED, batch_size=batch_size)
+    items = rank(TextModel(found, byte_tokenizer), MIXED, batch_size=batch_size)
     for item, example in zip(items, MIXED, strict=True):
         expected = by_full_forward(found, byte_tokenizer, example)
         assert item.scores == pytest.approx(expected, abs=CLOSE)
@@ -79,9 +79,11 @@ def test_scores_are_those_of_plain_forwards(
 def test_rows_do_not_influence_each_other(
     found, byte_tokenizer: Tokenizer, batch_size: int
 ) -> None:
-    alone = [rank(found, byte_tokenizer, [example], batch_size=1)[0] for example in MIXED]
+    alone = [
+        rank(TextModel(found, byte_tokenizer), [example], batch_size=1)[0] for example in MIXED
+    ]
     shuffled = MIXED[::-1]
-    together = rank(found, byte_tokenizer, shuffled, batch_size=batch_size)[::-1]
+    together = rank(TextModel(found, byte_tokenizer), shuffled, batch_size=batch_size)[::-1]
     for one, other in zip(alone, together, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=CLOSE)
         assert one.prediction == other.prediction or one.margin < 2 * CLOSE
@@ -89,8 +91,8 @@ def test_rows_do_not_influence_each_other(
 
 def test_controls_and_prompts_matter(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     """The laws above would hold for a scorer that ignores its input."""
-    plain = rank(bare(tiny_model("llama")), byte_tokenizer, MIXED, batch_size=8)
-    routed = rank(adapted(tiny_model("llama")), byte_tokenizer, MIXED, batch_size=8)
+    plain = rank(TextModel(bare(tiny_model("llama")), byte_tokenizer), MIXED, batch_size=8)
+    routed = rank(TextModel(adapted(tiny_model("llama")), byte_tokenizer), MIXED, batch_size=8)
     assert all(
         a.scores != pytest.approx(b.scores, abs=0.1) for a, b in zip(plain, routed, strict=True)
     )
@@ -102,7 +104,7 @@ def test_answers_do_not_influence_routes(byte_tokenizer: Tokenizer, tiny_model: 
     found = adapted(tiny_model("llama"))
     first = question(5, ("the kite", "the cat"))
     second = question(5, ("the kite", "the zzzzzzzzzzzzzzzzzzzzzzzzzz"))
-    one, other = rank(found, byte_tokenizer, [first, second], batch_size=2)
+    one, other = rank(TextModel(found, byte_tokenizer), [first, second], batch_size=2)
     assert one.scores[0] == pytest.approx(other.scores[0], abs=CLOSE)
 
 
@@ -111,7 +113,7 @@ def test_of_equal_scores_the_first_wins(byte_tokenizer: Tokenizer, tiny_model: M
     with torch.no_grad():
         model.lm_head.weight.zero_()
     equal = question(1, ("the kit", "the cat", "the cup"))
-    (item,) = rank(bare(model), byte_tokenizer, [equal], batch_size=1)
+    (item,) = rank(TextModel(bare(model), byte_tokenizer), [equal], batch_size=1)
     assert item == ItemScore(1, 0, item.scores, 0.0)
     assert not item.correct
 
@@ -123,7 +125,12 @@ def test_model_is_left_as_it_was(found, byte_tokenizer: Tokenizer) -> None:
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     seen: list[tuple[int, int]] = []
-    rank(found, byte_tokenizer, MIXED, batch_size=5, on_progress=lambda *done: seen.append(done))
+    rank(
+        TextModel(found, byte_tokenizer),
+        MIXED,
+        batch_size=5,
+        on_progress=lambda *done: seen.append(done),
+    )
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert seen == [(5, 13), (10, 13), (13, 13)]
@@ -132,9 +139,9 @@ def test_model_is_left_as_it_was(found, byte_tokenizer: Tokenizer) -> None:
 
 def test_dropout_is_off_while_scoring(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     model = tiny_model("llama", attention_dropout=0.5)
-    before = rank(bare(model), byte_tokenizer, MIXED, batch_size=8)
+    before = rank(TextModel(bare(model), byte_tokenizer), MIXED, batch_size=8)
     model.train()
-    assert rank(bare(model), byte_tokenizer, MIXED, batch_size=8) == before
+    assert rank(TextModel(bare(model), byte_tokenizer), MIXED, batch_size=8) == before
 
 
 def test_question_beyond_the_positions_is_refused(
@@ -142,7 +149,7 @@ def test_question_beyond_the_positions_is_refused(
 ) -> None:
     found = bare(tiny_model("llama", max_position_embeddings=40))
     with pytest.raises(DataError, match=r"has \d+ tokens, the model takes 40"):
-        rank(found, byte_tokenizer, MIXED, batch_size=8)
+        rank(TextModel(found, byte_tokenizer), MIXED, batch_size=8)
 
 
 def test_outputs_that_are_no_numbers_are_refused(
@@ -152,7 +159,7 @@ def test_outputs_that_are_no_numbers_are_refused(
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(MocError, match="not finite"):
-        rank(bare(model), byte_tokenizer, MIXED, batch_size=8)
+        rank(TextModel(bare(model), byte_tokenizer), MIXED, batch_size=8)
 
 
 def test_prompt_that_shares_nothing_is_refused(
@@ -160,7 +167,7 @@ def test_prompt_that_shares_nothing_is_refused(
 ) -> None:
     empty = replace(question(0), eval_prompt="")
     with pytest.raises(DataError, match="shares no token"):
-        rank(bare(tiny_model("llama")), byte_tokenizer, [empty], batch_size=1)
+        rank(TextModel(bare(tiny_model("llama")), byte_tokenizer), [empty], batch_size=1)
 
 
 # The held-out loss
@@ -182,8 +189,7 @@ def test_loss_is_the_mean_over_labelled_tokens(
             total, tokens = total + loss * count, tokens + count
     seen: list[tuple[int, int]] = []
     result = lm_loss(
-        bare(model),
-        byte_tokenizer,
+        TextModel(bare(model), byte_tokenizer),
         encoded,
         batch_size=batch_size,
         on_progress=lambda *done: seen.append(done),
@@ -203,7 +209,7 @@ def test_only_prompt_tokens_vote(byte_tokenizer: Tokenizer, tiny_model: MakeMode
 
     encoded = encode_texts(MIXED[:3], byte_tokenizer, max_length=500)
     spy = SimpleNamespace(model=tiny_model("llama"), voting=voting)
-    lm_loss(spy, byte_tokenizer, encoded, batch_size=3)
+    lm_loss(TextModel(spy, byte_tokenizer), encoded, batch_size=3)
     (mask,) = masks
     order = sorted(range(3), key=lambda item: -encoded.lengths[item])
     width = max(encoded.lengths)
@@ -219,10 +225,10 @@ def test_loss_does_not_depend_on_the_batch(
 ) -> None:
     found = adapted(tiny_model("llama"))
     encoded = encode_texts(MIXED, byte_tokenizer, max_length=500, train_on_inputs=False)
-    alone = lm_loss(found, byte_tokenizer, encoded, batch_size=1)
-    together = lm_loss(found, byte_tokenizer, encoded, batch_size=batch_size)
+    alone = lm_loss(TextModel(found, byte_tokenizer), encoded, batch_size=1)
+    together = lm_loss(TextModel(found, byte_tokenizer), encoded, batch_size=batch_size)
     assert together.loss == pytest.approx(alone.loss, abs=1e-5)
-    plain = lm_loss(bare(tiny_model("llama")), byte_tokenizer, encoded, batch_size=4)
+    plain = lm_loss(TextModel(bare(tiny_model("llama")), byte_tokenizer), encoded, batch_size=4)
     assert abs(plain.loss - alone.loss) > 0.01
 
 
@@ -230,7 +236,7 @@ def test_rows_without_labels_are_refused(byte_tokenizer: Tokenizer, tiny_model: 
     encoded = encode_texts(MIXED, byte_tokenizer, max_length=8, train_on_inputs=False)
     assert encoded.answerless == len(MIXED)
     with pytest.raises(DataError, match="no held-out row has a labelled token"):
-        lm_loss(bare(tiny_model("llama")), byte_tokenizer, encoded, batch_size=4)
+        lm_loss(TextModel(bare(tiny_model("llama")), byte_tokenizer), encoded, batch_size=4)
 
 
 # Classification
@@ -242,7 +248,7 @@ def test_classes_are_those_of_plain_forwards(
     pair_tokenizer: Tokenizer, tiny_model: MakeModel, family: str, batch_size: int
 ) -> None:
     found = adapted(tiny_model(family, num_labels=3, type_vocab_size=2))
-    items = classify(found, pair_tokenizer, PAIRS, batch_size=batch_size, max_length=16)
+    items = classify(TextModel(found, pair_tokenizer), PAIRS, batch_size=batch_size, max_length=16)
     rows = encode_pairs(PAIRS, pair_tokenizer, max_length=16).rows
     assert len({item.scores for item in items}) > 10
     for item, example, row in zip(items, PAIRS, rows, strict=True):
@@ -258,7 +264,7 @@ def test_one_output_is_a_regression(pair_tokenizer: Tokenizer, tiny_model: MakeM
     pairs = [PairExample("stsb", e.text_a, e.text_b, float(e.label)) for e in PAIRS]
     found = bare(tiny_model("bert", num_labels=1))
     kind = Pairs(("pearson", "spearman"), 1)
-    evaluation = kind.score(found, pair_tokenizer, pairs, ScoringOptions(8, 64))
+    evaluation = kind.score(TextModel(found, pair_tokenizer), pairs, ScoringOptions(8, 64))
     assert list(evaluation.metrics) == ["pearson", "spearman"]
     assert evaluation.main.majority == 0
     item = evaluation.items[0]
@@ -281,7 +287,7 @@ def test_pair_loss_is_the_loss_of_training(
 def test_choice_result(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     found = bare(tiny_model("llama"))
     examples = [question(number) for number in range(9)]
-    evaluation = Choice().score(found, byte_tokenizer, examples, ScoringOptions(4))
+    evaluation = Choice().score(TextModel(found, byte_tokenizer), examples, ScoringOptions(4))
     right = sum(item.correct for item in evaluation.items if isinstance(item, ItemScore))
     main = evaluation.main
     assert (evaluation.task, evaluation.metric, main.n) == ("boolq", "accuracy", 9)
@@ -292,9 +298,10 @@ def test_choice_result(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None
 
 def test_tasks_are_scored_one_at_a_time(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     mixed = [question(0), replace(question(1), task="piqa")]
+    model = TextModel(bare(tiny_model("llama")), byte_tokenizer)
     for examples in (mixed, []):
         with pytest.raises(DataError, match="one task is scored at a time"):
-            Choice().score(bare(tiny_model("llama")), byte_tokenizer, examples, ScoringOptions(4))
+            Choice().score(model, examples, ScoringOptions(4))
 
 
 def test_average_is_the_plain_mean() -> None:
@@ -318,8 +325,8 @@ def test_real_model_scores_the_same_in_any_batch(
     path = real_data / "commonsense"
     examples = load_examples("commonsense", "openbookqa", "test", path=path)[:2]
     examples += load_examples("commonsense", "boolq", "test", path=path)[:2]
-    alone = rank(found, tokenizer, examples, batch_size=1)
-    together = rank(found, tokenizer, examples, batch_size=4)
+    alone = rank(TextModel(found, tokenizer), examples, batch_size=1)
+    together = rank(TextModel(found, tokenizer), examples, batch_size=4)
     for one, other in zip(alone, together, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-3)
         assert one.prediction == other.prediction or one.margin < 1e-3

@@ -1,6 +1,4 @@
-"""Questions and pairs of many lengths, and models that answer them, bare and adapted."""
-
-from types import SimpleNamespace
+"""Questions and pairs of many lengths, and a model with a method that answers them."""
 
 import torch
 from transformers import PreTrainedModel
@@ -34,11 +32,6 @@ PAIRS = [
     PairExample("mrpc", "a" * (number * 5 % 17 + 1), "bc" * (number % 4 + 1), number % 2)
     for number in range(23)
 ]
-
-
-def bare(model: PreTrainedModel) -> SimpleNamespace:
-    """An unadapted model."""
-    return SimpleNamespace(model=model)
 
 
 def adapted(model: PreTrainedModel, **options: object) -> Adapted:

@@ -16,7 +16,7 @@ from support.machine import share_of_the_cores
 from moc_cli.cli import run
 from moc_cli.data.encode import encode_texts
 from moc_cli.data.suites import load_examples
-from moc_cli.methods import Adapted, attach
+from moc_cli.methods import Adapted, TextModel, attach
 from moc_cli.models.load import load_model, load_tokenizer
 from moc_cli.recipe.load import load_recipe
 from moc_cli.scoring.classify import classify, pair_loss
@@ -73,9 +73,9 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
     tokenizer = load_tokenizer(str(weights))
     rows = load_examples("commonsense", "boolq", "test", path=data)[:6]
     encoded = encode_texts(rows, tokenizer, max_length=256, train_on_inputs=True)
-    trained = lm_loss(adapted, tokenizer, encoded, batch_size=8).loss
+    trained = lm_loss(TextModel(adapted, tokenizer), encoded, batch_size=8).loss
     with adapted.disabled():
-        untrained = lm_loss(adapted, tokenizer, encoded, batch_size=8).loss
+        untrained = lm_loss(TextModel(adapted, tokenizer), encoded, batch_size=8).loss
     # Seen: 4.07 without, 1.73 with the controls.
     print(f"held-out loss {untrained:.3f} -> {trained:.3f}")
     assert trained < untrained - 1.0
@@ -102,9 +102,10 @@ def test_minilm_learns_from_sst2(tmp_path, real_weights, real_data):
     adapted = reload(folder, weights, "classification", num_labels=2)
     tokenizer = load_tokenizer(str(weights))
     rows = load_examples("glue", "sst2", "validation", path=data)[:200]
-    trained = pair_loss(classify(adapted, tokenizer, rows, batch_size=32, max_length=128))
+    model = TextModel(adapted, tokenizer)
+    trained = pair_loss(classify(model, rows, batch_size=32, max_length=128))
     with adapted.disabled():
-        switched_off = pair_loss(classify(adapted, tokenizer, rows, batch_size=32, max_length=128))
+        switched_off = pair_loss(classify(model, rows, batch_size=32, max_length=128))
     # Always giving the classes' shares has a loss of 0.693; seen: 0.704 without, 0.579 with them.
     print(f"validation loss {switched_off:.3f} without, {trained:.3f} with the controls")
     assert trained < 0.693 - 0.08
