@@ -11,6 +11,8 @@ The command line turns each into one sentence and a hint, with exit code 2. Anyt
 and keeps its traceback.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,3 +84,19 @@ def compare_entries(
     ]
     more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
     return "; ".join(sorted(wrong)[:5]) + more
+
+
+def system_reason(error: BaseException) -> str | None:
+    """Say why the system refused something, as in "No space left on device"; None if it did not.
+
+    Libraries written in Rust have errors of their own, which end in the system's number.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    number = re.search(r"\(os error (\d{1,4})\)", str(error))
+    return os.strerror(int(number[1])) if number else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, or else the name of its error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,9 @@
 """Writing files and folders so that a kill or a full disk leaves the old one or the new one.
 
-Everything is written under `.tmp-<name>-<pid>` in the same folder, flushed to the disk and renamed.
-A folder that replaces another passes through `.old-<name>-<pid>`, which `clear_leftovers` puts back
-if the rename never came.
+Everything is written under `.tmp-<name>-<random>-<pid>` in the same folder, flushed to the disk and
+renamed. A folder that replaces another passes through `.old-<name>-<random>-<pid>`, which
+`clear_leftovers` puts back if the rename never came. A folder may come from a stranger: no file is
+opened for writing through a link.
 """
 
 import contextlib
@@ -10,41 +11,43 @@ import dataclasses
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moc_cli.errors import FileError
+from moc_cli.errors import FileError, MocError, system_reason
 
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
+LOCK = ".lock"
+# Older versions wrote no random part.
+_LEFTOVER = re.compile(r"(\.tmp-|\.old-)(.+?)(?:-[0-9a-f]{16})?-([0-9]{1,10})")
 
 
-@contextlib.contextmanager
-def file_atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on a clean exit it becomes `path`, otherwise it goes.
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`, all of it or nothing.
 
     Raises FileError when the disk refuses.
     """
     target = Path(path)
-    temporary = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
+    temporary = unused_name(TEMPORARY, target)
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _flush(temporary)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, target)
             _flush(target.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path`, all of it or nothing."""
-    with file_atomic(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -64,10 +67,9 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
     Raises FileError when the disk refuses; the old folder is then still in place.
     """
     target = Path(path)
-    temporary = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
-    replaced = target.with_name(f"{REPLACED}{target.name}-{os.getpid()}")
+    temporary, replaced = unused_name(TEMPORARY, target), unused_name(REPLACED, target)
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(target.parent, target.name)
             temporary.mkdir()
@@ -76,7 +78,7 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
                 for name in names:
                     _flush(Path(folder, name))
                 _flush(Path(folder))
-            if target.exists():
+            if os.path.lexists(target):
                 os.rename(target, replaced)
             os.rename(temporary, target)
             _flush(target.parent)
@@ -85,17 +87,80 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
         _put_back(replaced, target)
 
 
-def check_folder(path: str | Path) -> None:
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a file for reading and writing, or what else `flags` say; return its descriptor.
+
+    Raises FileError where it is a link or no regular file: what it leads to is another's. A file
+    with several names is one of those links too.
+    """
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if os.path.islink(path):
+        raise FileError(f"{path} is a link, and is not followed", "remove it")
+    with disk_errors(path):
+        descriptor = os.open(path, flags, 0o666)
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
+        os.close(descriptor)
+        raise FileError(f"{path} is a link or no regular file, and is not written to", "remove it")
+    return descriptor
+
+
+def lock(folder: str | Path, *, wait: bool = False) -> int | None:
+    """Lock an existing folder for this process; return the descriptor that holds the lock.
+
+    None where another process has it, unless `wait`. Closing the descriptor gives it back, and so
+    does the end of the process. Raises FileError where the lock file cannot be opened.
+    """
+    import fcntl
+
+    descriptor = open_own(Path(folder, LOCK), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a folder, made if need be; waits while another process has it."""
+    with disk_errors(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = lock(folder, wait=True)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_folder(path: str | Path, *, within: str | Path | None = None) -> None:
     """Raise FileError unless `path` is a folder to write to, or can become one; nothing is made.
 
-    Asked before long work, whose results would otherwise have no place.
+    Asked before long work, whose results would otherwise have no place. `within` is a folder that
+    `path` lies in by its name: a link that leads out of it is refused.
     """
     folder = Path(path)
-    place = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
-    if not place.is_dir():
-        raise FileError(f"cannot write to {path}: {place} is not a folder")
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise FileError(f"cannot write to {path}: '{folder.parts[0]}' is not a folder's name here")
+    with disk_errors(path):
+        real = Path(os.path.realpath(folder))
+        if within is not None and not real.is_relative_to(os.path.realpath(within)):
+            raise FileError(f"cannot write to {path}: a link leads out of {within}", "--output DIR")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # says whether the name is too long, or out of reach
+        parents = (folder, *folder.absolute().parents)
+        place = next(each for each in parents if os.path.lexists(each))
+        if not place.is_dir():
+            raise FileError(f"cannot write to {path}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise FileError(f"cannot write to {path}: no permission to write in {place}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name was being written when its process was killed."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def clear_leftovers(folder: str | Path, name: str | None = None) -> None:
@@ -105,18 +170,24 @@ def clear_leftovers(folder: str | Path, name: str | None = None) -> None:
     are still alive are left alone.
     """
     for path in sorted(Path(folder).iterdir()):
-        prefix = path.name[: len(TEMPORARY)]
-        owner, _, pid = path.name[len(prefix) :].rpartition("-")
-        if prefix not in (TEMPORARY, REPLACED) or not pid.isdigit() or (name and owner != name):
+        parts = _LEFTOVER.fullmatch(path.name)
+        if parts is None or (name and parts[2] != name):
             continue
-        if int(pid) != os.getpid() and _alive(int(pid)):
+        if int(parts[3]) != os.getpid() and _alive(int(parts[3])):
             continue
-        if prefix == REPLACED:
-            _put_back(path, path.with_name(owner))
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        if parts[1] == REPLACED:
+            _put_back(path, path.with_name(parts[2]))
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> str:
@@ -138,12 +209,22 @@ def to_plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: str | Path) -> Iterator[None]:
+    """Turn what the system refuses, to Python or to a library, into a FileError naming `target`."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except MocError:
+        raise
+    except Exception as error:
+        reason = system_reason(error)
+        if reason is None:
+            raise
         raise FileError(f"cannot write {target}: {reason}") from error
+
+
+def unused_name(prefix: str, target: Path) -> Path:
+    """A name beside `target` that nobody can guess."""
+    return target.with_name(f"{prefix}{target.name}-{secrets.token_hex(8)}-{os.getpid()}")
 
 
 def _flush(path: Path) -> None:
@@ -156,9 +237,10 @@ def _flush(path: Path) -> None:
 
 def _put_back(replaced: Path, target: Path) -> None:
     """Drop `replaced`, or give it its name back where nothing took its place."""
-    if replaced.exists() and not target.exists():
+    if os.path.lexists(replaced) and not os.path.lexists(target):
         os.rename(replaced, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is in nobody's way
+        remove(replaced)
 
 
 def _alive(pid: int) -> bool:

@@ -13,23 +13,26 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moc_cli.adapter.folder import read_adapter, write_adapter
-from moc_cli.errors import RunError
+from moc_cli.errors import MocError, RunError
 from moc_cli.files import (
+    LOCK,
     check_folder,
     clear_leftovers,
+    disk_errors,
+    is_leftover,
+    lock,
+    remove,
     write_folder_atomic,
     write_json_atomic,
     write_text_atomic,
 )
 from moc_cli.results import read_results
 
-LOCK = ".lock"
 # In the order in which an overwrite deletes them: what marks a run folder goes last.
 ENTRIES = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
@@ -115,14 +118,17 @@ class RunFolder:
         for, or holds files that no run made.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
+        if os.path.isfile(run.path):
             raise RunError(f"{run.path} is a file; output.output_dir must be a folder")
         check_folder(run.path)
         if run.path.is_dir():
+            if not os.path.lexists(run.path / LOCK):
+                run._check(call, resume, overwrite)  # nothing is made in a folder that is refused
             run._acquire()
             try:
                 run._check(call, resume, overwrite)
-            except RunError:
+                run._sign()
+            except MocError:
                 run.release()
                 raise
         return run
@@ -133,16 +139,18 @@ class RunFolder:
         Raises RunError when another process was quicker; FileError when the disk refuses.
         """
         if self._lock is None:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            if self._content():
+            if self.content():
                 self.release()
                 raise RunError(f"{self.path} was taken by another run in the meantime")
-        clear_leftovers(self.path)
-        if fresh:
-            for name in ENTRIES:
+            self._sign()
+        with disk_errors(self.path):
+            clear_leftovers(self.path)
+            for name in ENTRIES if fresh else ():
                 if name != LOCK:
-                    _remove(self.path / name)
+                    remove(self.path / name)
         write_text_atomic(self.recipe_file, recipe_text)
 
     def release(self) -> None:
@@ -240,7 +248,7 @@ class RunFolder:
     # Claiming
 
     def _check(self, call: Call, resume: bool, overwrite: bool) -> None:
-        content = self._content()
+        content = self.content()
         if not content:
             return
         if not resume and not overwrite:
@@ -250,7 +258,7 @@ class RunFolder:
                 f"      {call.command} --overwrite   # replace it\n"
                 f"      {call.base} --output-dir OTHER   # leave it alone",
             )
-        foreign = [name for name in content if name not in ENTRIES and not _leftover(name)]
+        foreign = [name for name in content if name not in ENTRIES]
         if not self.recipe_file.is_file() or (overwrite and foreign):
             what = f"holds {', '.join(foreign[:5])}" if foreign else "holds no recipe.yaml"
             raise RunError(
@@ -258,28 +266,31 @@ class RunFolder:
                 f"look into it, or choose another folder: {call.base} --output-dir OTHER",
             )
 
-    def _content(self) -> list[str]:
-        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
+    def content(self) -> list[str]:
+        """Return the names in the folder, but for the lock and what killed processes left."""
+        if not self.path.is_dir():
+            return []
+        names = sorted(path.name for path in self.path.iterdir())
+        return [name for name in names if name != LOCK and not is_leftover(name)]
 
     def _acquire(self) -> None:
-        import fcntl
-
-        try:
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.read(descriptor, 32).decode(errors="replace").strip()
-            os.close(descriptor)
+        self._lock = lock(self.path)
+        if self._lock is None:
+            try:
+                owner = Path(self.path, LOCK).read_bytes()[:32].decode(errors="replace").strip()
+            except OSError:
+                owner = ""
             raise RunError(
                 f"{self.path} is in use by another process ({owner or 'unknown'})",
                 "wait for it, or choose another folder with --output-dir",
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()}".encode())
-        self._lock = descriptor
+            )
+
+    def _sign(self) -> None:
+        """Write into the lock who has it; only once the folder is accepted as a run's."""
+        assert self._lock is not None
+        with disk_errors(self.path / LOCK):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()}".encode(), 0)
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
@@ -291,14 +302,3 @@ class RunFolder:
         if not isinstance(value, dict):
             raise RunError(f"{path} cannot be read: not a JSON object")
         return value
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _leftover(name: str) -> bool:
-    return name.startswith((".tmp-", ".old-"))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from moc_cli import files
 from moc_cli.errors import FileError
@@ -19,11 +21,6 @@ DEAD = 2**22 + 1  # above the largest process id of Linux
 
 def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
-
-
-def stop_half_way(path: Path) -> None:
-    path.write_text("half")
-    raise ZeroDivisionError
 
 
 def test_a_place_without_room_for_a_folder_is_told(tmp_path: Path, monkeypatch) -> None:
@@ -58,15 +55,6 @@ def test_text_is_written_whole_and_alone(tmp_path: Path) -> None:
     assert names(path.parent) == ["a.txt"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    files.write_text_atomic(path, "old")
-    with pytest.raises(ZeroDivisionError), files.file_atomic(path) as temporary:
-        stop_half_way(temporary)
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["a.txt"]
-
-
 def test_a_full_disk_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -82,6 +70,69 @@ def test_a_full_disk_is_a_users_error(tmp_path: Path, monkeypatch: pytest.Monkey
         (new / "x").write_text("new")
     assert path.read_text() == (folder / "x").read_text() == "old"
     assert names(tmp_path) == ["a.txt", "b"]
+
+
+def test_what_a_library_says_of_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
+    """safetensors and tokenizers have errors of their own, no OSError."""
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    full = pytest.raises(FileError, match="cannot write .*/x: No space left on device$")
+    with full, files.write_folder_atomic(tmp_path / "x"):
+        raise SafetensorError(said)
+    with pytest.raises(ZeroDivisionError), files.write_folder_atomic(tmp_path / "x"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_no_file_is_written_through_a_link(tmp_path: Path, monkeypatch) -> None:
+    """Not even where somebody has guessed the process and the random part of the name."""
+    victim, target = tmp_path / "victim", tmp_path / "results.json"
+    victim.write_text("mine")
+    target.symlink_to("victim")
+    files.write_text_atomic(target, "new")
+    assert (victim.read_text(), target.read_text(), target.is_symlink()) == ("mine", "new", False)
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0" * 2 * count)
+    (tmp_path / f".tmp-results.json-{'0' * 16}-{os.getpid()}").symlink_to("victim")
+    with pytest.raises(FileError, match="File exists"):
+        files.write_text_atomic(target, "newer")
+    assert (victim.read_text(), target.read_text()) == ("mine", "new")
+
+
+def test_a_lock_is_a_file_of_its_own(tmp_path: Path) -> None:
+    victim, lock = tmp_path / "victim", tmp_path / ".lock"
+    victim.write_text("mine")
+    for make in (lambda: lock.symlink_to("victim"), lambda: os.link(victim, lock)):
+        make()
+        with pytest.raises(FileError, match=r"\.lock is a link"):
+            files.lock(tmp_path)
+        lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(FileError, match=r"no regular file"):
+        files.lock(tmp_path)
+    lock.unlink()
+    descriptor = files.lock(tmp_path)
+    assert descriptor is not None
+    assert files.lock(tmp_path) is None
+    os.close(descriptor)
+    with files.locked(tmp_path):
+        assert files.lock(tmp_path) is None
+    assert victim.read_text() == "mine"
+
+
+def test_folders_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for path, reason in {
+        "~/x": "'~' is not a folder's name here",
+        "n" * 300: "File name too long",
+        "run/eval/rank": "a link leads out of run",
+        "loop/x": "not a folder|symbolic links",
+    }.items():
+        monkeypatch.chdir(tmp_path)
+        within = "run" if path.startswith("run") else None
+        with pytest.raises(FileError, match=f"cannot write (to )?{path}: .*({reason})"):
+            files.check_folder(path, within=within)
+    files.check_folder(tmp_path / "run" / "routing", within="run")
 
 
 def test_json_keeps_dataclasses_and_says_null_for_nan(tmp_path: Path) -> None:
@@ -111,6 +162,8 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_leftovers_of_dead_processes_go(tmp_path: Path) -> None:
     (tmp_path / f".tmp-step-1-{DEAD}").mkdir()
+    (tmp_path / f".tmp-step-1-{'0' * 16}-{DEAD}").mkdir()
+    (tmp_path / f".tmp-step-1-{'f' * 16}-{DEAD}").symlink_to("nowhere")
     (tmp_path / f".tmp-a.txt-{DEAD}").write_text("half")
     (tmp_path / f".tmp-step-1-{os.getppid()}").mkdir()
     (tmp_path / ".tmp-notes").write_text("a user's own")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from moc_cli.errors import RunError
+from moc_cli.errors import FileError, MocError, RunError
 from moc_cli.runs import Call, RunFolder
 
 RECIPE = "seed: 1\n"
@@ -77,6 +77,37 @@ def test_overwrite_spares_what_no_run_made(tmp_path):
             RunFolder.claim(other, call=CALL, resume=resume, overwrite=not resume)
     assert (path / "controls").is_dir()
     assert (other / "checkpoints").is_dir()
+
+
+def test_a_refused_training_makes_and_empties_nothing(tmp_path):
+    """The lock of a stranger's folder is a link to a file of ours."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".lock", "thesis.tex"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).symlink_to(victim)
+        with pytest.raises(MocError):
+            RunFolder.claim(folder, call=CALL, resume=False, overwrite=True)
+        assert os.listdir(folder) == [name]
+    assert victim.read_text() == "mine"
+
+
+def test_a_folder_of_leftovers_counts_as_empty(tmp_path):
+    """A kill while recipe.yaml was written left them; no option is needed, and all work."""
+    for resume, overwrite in ((False, False), (True, False), (False, True)):
+        (tmp_path / ".tmp-recipe.yaml-4194305").write_text("half")
+        (tmp_path / ".lock").touch()
+        with RunFolder.claim(tmp_path, call=CALL, resume=resume, overwrite=overwrite) as run:
+            run.begin(RECIPE, fresh=True)
+        assert sorted(os.listdir(tmp_path)) == [".lock", "recipe.yaml"]
+        (tmp_path / "recipe.yaml").unlink()
+
+
+def test_a_place_where_no_folder_can_be_made_is_told(tmp_path):
+    run = RunFolder.claim("/proc/moc", call=CALL, resume=False, overwrite=False)
+    with pytest.raises(FileError, match="cannot write /proc/moc: "):
+        run.begin(RECIPE, fresh=True)
 
 
 def test_resume_keeps_everything(tmp_path):

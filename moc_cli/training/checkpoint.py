@@ -24,7 +24,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from moc_cli.errors import FileError, RunError
-from moc_cli.files import clear_leftovers, to_plain, write_folder_atomic
+from moc_cli.files import (
+    TEMPORARY,
+    clear_leftovers,
+    to_plain,
+    unused_name,
+    write_folder_atomic,
+)
 
 FORMAT = 1
 STATE = "state.json"
@@ -211,7 +217,7 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         """Drop a checkpoint; its name goes first, so that a half-deleted one is never found."""
-        doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        doomed = unused_name(TEMPORARY, path)
         with contextlib.suppress(OSError):  # the next save tries again
             os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

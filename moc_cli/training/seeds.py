@@ -205,7 +205,7 @@ def _check_folders(
             f"{home} holds a single run, and seeds would be mixed with it",
             f"choose another folder: {call.base} --output-dir OTHER",
         )
-    taken = [run.folder.path for run in seeds if _holds_files(run.folder.path)]
+    taken = [run.folder.path for run in seeds if run.folder.content()]
     if taken and not resume and not overwrite:
         raise RunError(
             f"{', '.join(map(str, taken))}: not empty",
@@ -217,7 +217,3 @@ def _check_folders(
         for run in seeds:
             if run.folder.recipe_file.is_file():
                 _is_finished(run)  # raises RunError where the recipe became another one
-
-
-def _holds_files(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
