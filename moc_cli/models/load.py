@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 
 from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import fingerprint
+from moc_cli.models.weight_files import check_weights, stored_shapes
 
 Kind = Literal["causal", "classification"]
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
@@ -62,10 +63,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises MocError where it cannot be had."""
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
+    with _told("tokenizer", name):
         return AutoTokenizer.from_pretrained(resolve(name), **options)
-    except (OSError, ValueError) as error:
-        raise _unavailable("tokenizer", name, error) from error
 
 
 def load_config(
@@ -73,11 +72,9 @@ def load_config(
 ) -> PreTrainedConfig:
     """A model's config.json; raises MocError where it cannot be had."""
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
+    with _told("config", name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(name), **options)
         return config
-    except (OSError, ValueError) as error:
-        raise _unavailable("config", name, error) from error
 
 
 def find_shape(
@@ -110,31 +107,29 @@ def load_model(
     trust_remote_code: bool = False,
     seed: int = 42,
 ) -> Loaded:
-    """Load a checkpoint (safetensors only); modules it lacks are initialised from `seed`."""
+    """Load a checkpoint (safetensors only); modules it lacks are initialised from `seed`.
+
+    Raises MocError where files are missing or damaged, and where weights and config disagree.
+    """
+    checkpoint_shapes(name, revision)
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, each with its name
     }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if kind == "classification":
-        options |= _labels(num_labels, problem_type) | {"ignore_mismatched_sizes": True}
-    with torch.random.fork_rng(devices=[]):
+        options |= _labels(num_labels, problem_type)
+    with torch.random.fork_rng(devices=[]), _told("weights", name), _quiet():
         torch.manual_seed(seed)
-        try:
-            with _quiet():
-                model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
-        except (OSError, ValueError) as error:
-            raise _unavailable("weights", name, error) from error
-    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    if kind == "causal" and absent:
-        raise MocError(
-            f"model '{name}': its checkpoint lacks {', '.join(sorted(absent)[:3])}, without which "
-            "it is no language model"
-        )
+        model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
+    mismatched = {key: (stored, wanted) for key, stored, wanted in info["mismatched_keys"]}
+    absent = info["missing_keys"] | mismatched.keys()
+    check_weights(name, model, mismatched, info["missing_keys"], info["unexpected_keys"])
     fresh = fresh_modules(model, absent)
     known = fingerprint(model, fresh)
     return Loaded(model, fresh, hash_weights(name, revision), resolve(name), known)
@@ -154,6 +149,7 @@ def build_meta(
     """The model's shapes on the meta device: no weights are read.
 
     Its `published_shape` says whether they are those that this package ships (see `find_shape`).
+    Raises MocError for a damaged config, and where the shapes in the checkpoint's files are others.
     """
     config, published = find_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
@@ -165,8 +161,12 @@ def build_meta(
     if kind == "classification":
         for key, value in _labels(num_labels, problem_type).items():
             setattr(config, key, value)
-    with torch.device("meta"):
+    with _told("config", name), torch.device("meta"):
         model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
+    stored = checkpoint_shapes(name, revision) or {}
+    wanted = {key: tuple(p.shape) for key, p in model.named_parameters() if key in stored}
+    other = {key: (stored[key], shape) for key, shape in wanted.items() if stored[key] != shape}
+    check_weights(name, model, other)
     setattr(model, "published_shape", published)  # noqa: B010 - torch's stubs know no flags
     return model
 
@@ -180,6 +180,18 @@ def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
         if name and inside and not covered and absent.issuperset(inside):
             fresh.append(name)
     return tuple(fresh)
+
+
+def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
+    """The names and shapes in a checkpoint's files where they lie here, else None.
+
+    The hub is not asked. Raises MocError for files that are cut off.
+    """
+    try:
+        paths = _weight_files(name, revision)
+    except (OSError, ValueError):
+        return None
+    return stored_shapes(name, paths) if paths else None
 
 
 def hash_weights(name: str, revision: str | None = None) -> str:
@@ -254,10 +266,24 @@ def _labels(num_labels: int | None, problem_type: str | None) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
+@contextmanager
+def _told(what: str, name: str) -> Iterator[None]:
+    """Turn whatever a library raises over a model's files into one sentence."""
+    try:
+        yield
+    except MocError:
+        raise
+    except Exception as error:  # a damaged config fails in as many ways as it has values
+        raise _unavailable(what, name, error) from error
+
+
 def _unavailable(what: str, name: str, error: Exception) -> MocError:
-    first = str(error).strip().splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    if not isinstance(error, OSError | ValueError):
+        reason = f"{type(error).__name__}: {reason}"
     return MocError(
-        f"model '{name}': its {what} cannot be loaded: {first}",
+        f"model '{name}': its {what} cannot be loaded: {reason}",
         hint="Give a hub id that is reachable or cached, a local folder in Hugging Face format "
         "(safetensors), or builtin:world-llama.",
     )

@@ -1,0 +1,100 @@
+"""Whether a checkpoint's files are whole, and hold what its config asks for.
+
+Names and shapes come from the headers of the safetensors files; values are not read.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from moc_cli.errors import MocError
+
+_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+
+
+def stored_shapes(model: str, paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in the files of a model.
+
+    Raises MocError for a file that is cut off, or no safetensors file.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names: list[str] = file.keys()
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise _damaged(model, path, error) from error
+    return shapes
+
+
+def check_weights(
+    name: str,
+    model: PreTrainedModel,
+    mismatched: Mapping[str, tuple[Collection[int], Collection[int]]],
+    missing: Collection[str] = (),
+    unexpected: Collection[str] = (),
+) -> None:
+    """Raise MocError where the weights of model `name` do not fit its config.
+
+    `mismatched` holds the shape in the file and the one that the config asks for. A classifier may
+    lack its head and small modules such as a pooler, but no layer; and no layer may be left over.
+    """
+    base, complete = f"{model.base_model_prefix}.", model.can_generate()
+    lists = {path: module for path, module in model.named_modules() if _is_list(module)}
+    layers = {f"{path}.{key}" for path, m in lists.items() for key, _ in m.named_parameters()}
+    wrong = [
+        f"{key} has shape {tuple(stored)}, its config asks for {tuple(wanted)}"
+        for key, (stored, wanted) in sorted(mismatched.items())
+        if complete or key.startswith(base)
+    ]
+    wrong += [f"{key} is missing" for key in sorted(missing) if complete or key in layers]
+    for path, module in lists.items():
+        numbers = {key.removeprefix(f"{path}.").partition(".")[0] for key in unexpected}
+        beyond = [int(number) for number in numbers if number.isdecimal()]
+        if beyond and max(beyond) >= len(module):
+            wrong.append(f"{path} has {max(beyond) + 1} layers, its config asks for {len(module)}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise MocError(
+            f"model '{name}': its weights do not fit its config: {'; '.join(wrong[:3])}{more}",
+            "give the folder or hub id in which config and weights belong together",
+        )
+
+
+def own_head(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]] | None
+) -> tuple[str, ...]:
+    """The modules around a classifier's base that its checkpoint holds, in the model's shapes.
+
+    `shapes` are those of the checkpoint's files; where they are not known, the class that the
+    config names tells.
+    """
+    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    if shapes is None:
+        named = getattr(model.config, "architectures", None) or ()
+        return tuple(heads) if type(model).__name__ in named else ()
+    return tuple(
+        name
+        for name in heads
+        if (parameters := dict(model.get_submodule(name).named_parameters()))
+        and all(shapes.get(f"{name}.{key}") == tuple(p.shape) for key, p in parameters.items())
+    )
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList)
+
+
+def _damaged(model: str, path: Path, error: Exception) -> MocError:
+    with path.open("rb") as stream:
+        pointer = stream.read(len(_POINTER)) == _POINTER
+    if pointer:
+        reason, hint = "is a pointer of git-lfs, not the file itself", "run: git lfs pull"
+    else:
+        reason = f"is incomplete or damaged ({error})"
+        hint = "download it again, or copy it again from where it is whole"
+    return MocError(f"model '{model}': its weights cannot be loaded: {path.name} {reason}", hint)

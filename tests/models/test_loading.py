@@ -1,0 +1,88 @@
+"""A model whose files are damaged, or do not belong together, is refused in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.models import make_byte_tokenizer, make_tiny_model
+
+from moc_cli.errors import MocError
+from moc_cli.models.load import build_meta, load_model, load_tokenizer
+
+CAUSAL = {"kind": "causal"}
+CLASSES = {"kind": "classification", "num_labels": 2}
+
+
+def saved(folder: Path, family: str = "llama", **changes: object) -> str:
+    """A model's folder, its config changed after the weights were written."""
+    make_tiny_model(family).save_pretrained(folder)
+    make_byte_tokenizer().save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "many"}, "expected int, got str"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+    ],
+)
+def test_a_damaged_config_is_told_by_all_that_read_it(changes, reason, tmp_path):
+    name = saved(tmp_path, **changes)
+    for load in (
+        lambda: build_meta(name, **CAUSAL),
+        lambda: load_model(name, **CAUSAL),
+        lambda: load_tokenizer(name),
+    ):
+        with pytest.raises(MocError, match=reason):
+            load()
+
+
+def test_a_config_nested_without_end_is_told(tmp_path):
+    name = saved(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(MocError, match="its tokenizer cannot be loaded: RecursionError"):
+        load_tokenizer(name)
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "changes", "reason"),
+    [
+        ("llama", CAUSAL, {"hidden_size": 64}, r"has shape \(\d+, 32\), its config asks for"),
+        ("llama", CAUSAL, {"num_hidden_layers": 3}, r"layers\.2\.\S+ is missing"),
+        ("llama", CAUSAL, {"num_hidden_layers": 1}, "has 2 layers, its config asks for 1"),
+        ("bert", CLASSES, {"vocab_size": 999}, "word_embeddings.weight has shape"),
+        ("bert", CLASSES, {"num_hidden_layers": 3}, r"layer\.2\.\S+ is missing"),
+        ("bert", CLASSES, {"num_hidden_layers": 1}, "has 2 layers, its config asks for 1"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(family, wanted, changes, reason, tmp_path):
+    with pytest.raises(MocError, match=f"its weights do not fit its config: .*{reason}"):
+        load_model(saved(tmp_path, family, **changes), **wanted)
+
+
+def test_a_classifier_may_lack_its_head_and_its_pooler(tmp_path):
+    assert load_model(saved(tmp_path, "bert"), **CLASSES).new_modules == (
+        "bert.pooler",
+        "classifier",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda whole: whole[:-100], "is incomplete or damaged"),
+        (lambda whole: whole[:20], "is incomplete or damaged"),
+        (lambda whole: b"", "is incomplete or damaged"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+    ],
+)
+def test_weights_cut_off_are_told_before_they_load(content, reason, tmp_path):
+    name, path = saved(tmp_path), tmp_path / "model.safetensors"
+    path.write_bytes(content(path.read_bytes()))
+    for load in (build_meta, load_model):
+        with pytest.raises(MocError, match=f"model.safetensors {reason}"):
+            load(name, **CAUSAL)
