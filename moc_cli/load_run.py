@@ -133,7 +133,7 @@ def _on_device(recipe: Recipe, device: str | None) -> Recipe:
         return recipe
     launch = recipe.launch.model_copy(update={"device": device})
     recipe = recipe.model_copy(update={"launch": launch})
-    broken = [f"{rule.key}: {rule.message}" for rule in broken_rules(recipe)]
+    broken = list(map(str, broken_rules(recipe)))
     if broken:
         raise RecipeError("\n".join(broken))
     return recipe

@@ -22,6 +22,8 @@ from support.processes import in_this_process
 from support.tiny_runs import choices_run, pairs_run
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from moc_cli.recipe.catalog import find_recipe
+
 # A shell that starts tests in the background lets them ignore Ctrl-C, and all their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -108,3 +110,16 @@ def real_weights() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture
+def recipes_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The recipe files that are read and validated from here on."""
+    read: list[Path] = []
+
+    def find(name: str | Path) -> Path:
+        read.append(find_recipe(name))
+        return read[-1]
+
+    monkeypatch.setattr("moc_cli.recipe.load.find_recipe", find)
+    return read

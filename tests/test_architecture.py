@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,10 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path, *, at_start: bool = False) -> Iterator[str]:
-    """Yield the modules that a file imports; `at_start` leaves out those inside functions."""
+def imports(path: Path, *, at_start: bool = False, for_types: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports; `at_start` leaves out those inside functions,
+    `for_types` adds those that only type checkers see.
+    """
     pending: list[ast.AST] = [tree(path)]
     inner = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
     for node in pending:
@@ -75,7 +78,7 @@ def imports(path: Path, *, at_start: bool = False) -> Iterator[str]:
             yield ".".join([*around, *filter(None, [node.module])])
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        if not for_types_only(node) and not (at_start and isinstance(node, inner)):
+        if (for_types or not for_types_only(node)) and not (at_start and isinstance(node, inner)):
             pending.extend(ast.iter_child_nodes(node))
 
 
@@ -84,6 +87,26 @@ def rooms_imported(path: Path) -> set[str]:
     parts = [name.split(".") for name in imports(path)]
     inside = {part[1] for part in parts if part[0] == "moc_cli" and len(part) > 1}
     return {name if name in FLOOR else "__init__" for name in inside}
+
+
+def import_circle(files: list[Path]) -> list[str]:
+    """Return modules that import each other in a circle, wherever the imports stand; [] if none."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+    graph = {
+        module: {
+            name if name in modules else name.rpartition(".")[0]
+            for name in imports(path, for_types=True)
+        }
+        for module, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def offences(path: Path) -> Iterator[str]:
@@ -115,6 +138,7 @@ def offences(path: Path) -> Iterator[str]:
 def test_every_file_keeps_to_the_rules() -> None:
     found = [offence for path in FILES for offence in offences(path)]
     assert not found, "\n".join(found)
+    assert import_circle(FILES) == []
 
 
 def test_the_checks_see_what_they_forbid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +170,29 @@ def test_the_checks_see_what_they_forbid(tmp_path: Path, monkeypatch: pytest.Mon
     stray.parent.mkdir()
     stray.write_text("")
     assert list(offences(stray)) == ["attic/old.py: the new room attic needs its place in FLOORS"]
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from moc_cli.nn.gate import Route\n",
+        "def f():\n    from moc_cli.nn import gate\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import moc_cli.nn.gate\n",
+    ],
+)
+def test_a_circle_is_seen_wherever_its_imports_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    folder = tmp_path / "moc_cli" / "nn"
+    folder.mkdir(parents=True)
+    files = [folder / "gate.py", folder / "vote.py"]
+    files[0].write_text("from moc_cli.nn import vote\n")
+    files[1].write_text("import torch\n")
+    assert import_circle(files) == []
+    tree.cache_clear()
+    files[1].write_text(back)
+    assert set(import_circle(files)) == {"moc_cli.nn.gate", "moc_cli.nn.vote"}
 
 
 QUIET = """

@@ -1,11 +1,13 @@
 """`moc eval RUN --harness A,B`: tasks of lm-evaluation-harness."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moc_cli.errors import MocError
 
 if TYPE_CHECKING:
     from moc_cli.evaluation.options import EvalOptions
+    from moc_cli.recipe.schema import Recipe
 
 
 def score_harness(options: "EvalOptions", json: bool) -> None:
@@ -15,11 +17,12 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     """
     from moc_cli.evaluation.job import check_language_model, model_home
 
+    recipe = None
     if options.run is None:
         check_language_model(options.model or "")
         home = model_home(options.model or "")
     else:
-        _refuse_classifier(options)
+        recipe = _read_recipe(options.run)
         home = options.run / "eval"
     from moc_cli.evaluation import lm_eval_tasks
     from moc_cli.evaluation.session import load_model
@@ -30,7 +33,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     folder = options.output or home / lm_eval_tasks.label(options)
     check_folder(folder)
     tasks = lm_eval_tasks.load_tasks(options)
-    report = lm_eval_tasks.run(options, tasks, load_model(options), folder, silent=json)
+    report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder, silent=json)
     results = report.folder.to_json()
     if json:
         print_json(results | {"folder": str(folder)})
@@ -45,16 +48,17 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     say(f"every item: {report.folder.samples_file}")
 
 
-def _refuse_classifier(options: "EvalOptions") -> None:
+def _read_recipe(run: Path) -> "Recipe":
+    """Return a run's recipe; MocError where the run is a classifier."""
     from moc_cli.recipe.load import load_recipe
     from moc_cli.recipe.tasks import is_classifier
     from moc_cli.runs import RunFolder
 
-    assert options.run is not None
-    data = load_recipe(RunFolder.open(options.run).recipe_file).data
+    recipe = load_recipe(RunFolder.open(run).recipe_file)
+    data = recipe.data
     if is_classifier(data.suite, data.tasks[0], data.format):
         raise MocError(
-            f"--harness scores language models; {options.run} is a classifier "
-            f"({', '.join(data.tasks)})",
-            f"score it: moc eval {options.run}",
+            f"--harness scores language models; {run} is a classifier ({', '.join(data.tasks)})",
+            f"score it: moc eval {run}",
         )
+    return recipe

@@ -70,11 +70,23 @@ def collate(
     side: Side,
     kind: Literal["causal", "classification"],
 ) -> dict[str, Tensor]:
-    """Pad rows on one side to the longest: input_ids, attention_mask (B, T) and labels.
+    """Pad rows as `pad_batch` does, with their labels.
 
-    Labels are (B, T) for a language model and (B,) for a classifier. `token_type_ids` are there
-    if the rows have them. The mask alone says what padding is: a tokenizer without a pad token is
-    padded with its end token.
+    Labels are (B, T) for a language model and (B,) for a classifier.
+    """
+    labels = [row["labels"] for row in rows]
+    batch = pad_batch(rows, tokenizer, side=side)
+    batch["labels"] = pad_rows(labels, IGNORED, side) if kind == "causal" else torch.tensor(labels)
+    return batch
+
+
+def pad_batch(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, side: Side
+) -> dict[str, Tensor]:
+    """Pad rows on one side to the longest: input_ids and attention_mask (B, T).
+
+    `token_type_ids` are there if the rows have them. The mask alone says what padding is: a
+    tokenizer without a pad token is padded with its end token.
     """
     fill = {"input_ids": pad_token_id(tokenizer), "token_type_ids": tokenizer.pad_token_type_id}
     batch = {
@@ -83,8 +95,6 @@ def collate(
         if name in rows[0]
     }
     batch["attention_mask"] = pad_rows([[1] * len(row["input_ids"]) for row in rows], 0, side)
-    labels = [row["labels"] for row in rows]
-    batch["labels"] = pad_rows(labels, IGNORED, side) if kind == "causal" else torch.tensor(labels)
     return batch
 
 

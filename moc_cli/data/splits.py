@@ -11,7 +11,7 @@ from moc_cli.data.examples import ROW_SEED, Example, fingerprint, hold_out, subs
 from moc_cli.data.prompts import template_hash
 from moc_cli.data.suites import check_task, load_examples, scored_names
 from moc_cli.errors import DataError
-from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import TASKS
 
 

@@ -12,7 +12,8 @@ from moc_cli.evaluation.options import EvalOptions, refuse
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.load import load_config
-from moc_cli.recipe.schema import DataSection, Recipe
+from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import TASKS, ScoringProtocol, is_classifier, scoring_protocol
 from moc_cli.scoring.results import ScoringOptions

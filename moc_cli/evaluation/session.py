@@ -22,6 +22,7 @@ from moc_cli.files import check_folder
 from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
@@ -48,7 +49,7 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     folder = options.output or options.run / "eval" / job.label
     check_folder(folder)
     rows = job.read_rows()
-    model = open_run(options.run, device=options.device, recipe=recipe)
+    model = load_model(options, recipe)
     facts = model_facts(model)
     shared = {key: facts[key] for key in ("model", "base_weights_sha256", "dtype")}
     file = model_folder(facts["model"], job) / "results.json"
@@ -59,10 +60,10 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     return score_rows(job, model, rows, folder, base_scores=base_scores, silent=silent)
 
 
-def load_model(options: EvalOptions) -> LoadedModel:
-    """Load the run or the bare model that the options name."""
+def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
+    """Load the run or the bare model that the options name; `recipe` is the run's."""
     if options.run is not None:
-        return open_run(options.run, device=options.device)
+        return open_run(options.run, device=options.device, recipe=recipe)
     assert options.model is not None
     return open_model(
         options.model, device=options.device or "auto", dtype=options.dtype or "float32"

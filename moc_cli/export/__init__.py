@@ -7,16 +7,15 @@ have `check(recipe)`, which raises MocError for a run that the format cannot hol
 are loaded.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
 
 if TYPE_CHECKING:
-    from moc_cli.export.parity import Reference
     from moc_cli.recipe.schema import Recipe
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -34,30 +33,6 @@ class Options:
     dtype: Dtype | None = None
     calibration: int = 64
     silent: bool = False
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a format wrote, and how it is to be proven.
-
-    `files` are names relative to the folder. `loading` is Python that leaves the model in `model`,
-    given the path in `folder`: a fresh process runs it, and the card shows it. Its logits must be
-    those of `expected` within `tolerance`, a share of the largest |logit| (None: that of `dtype`).
-    Without `needs_moc` the process cannot import moc_cli. `rounding` compares the run with the run
-    in the file's type, where that is another. `notes` are sentences for the user and the card;
-    `library` is the card's `library_name`.
-    """
-
-    files: tuple[str, ...]
-    loading: str
-    expected: "Reference"
-    dtype: str = "float32"
-    tolerance: float | None = None
-    needs_moc: bool = True
-    rounding: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    library: str = "transformers"
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,11 +65,11 @@ def find_format(name: str) -> Format:
 
 def check_format(name: str, recipe: "Recipe", options: Options) -> None:
     """Raise MocError where a format cannot hold a run, or not in the type of the options."""
-    found = find_format(name)
-    refuse = getattr(found.load(), "check", None)
+    format = find_format(name)
+    refuse = getattr(format.load(), "check", None)
     if refuse is not None:
         refuse(recipe)
-    allowed = found.dtypes or ("bfloat16" if recipe.train.bf16 else "float32",)
+    allowed = format.dtypes or ("bfloat16" if recipe.train.bf16 else "float32",)
     if options.dtype not in (None, *allowed):
         raise MocError(
             f"--dtype {options.dtype}: {name} is written in {' or '.join(allowed)}",

@@ -6,13 +6,11 @@ from typing import Any
 
 from moc_cli import __version__
 from moc_cli.errors import RunError
-from moc_cli.export import Written
+from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN
-from moc_cli.recipe.schema import Recipe
 from moc_cli.report.numbers import score_text
 from moc_cli.results import read_results
-from moc_cli.runs import RunFolder
 
 PAPER = "https://arxiv.org/abs/2606.31397"
 _TITLE = {"causal": "text-generation", "classification": "text-classification"}
@@ -35,8 +33,8 @@ def base_code(trained: LoadedRun) -> str:
         options["attn_implementation"] = model.attn_implementation
     if model.trust_remote_code:
         options["trust_remote_code"] = True
-    told = "".join(f", {key}={value!r}" for key, value in options.items())
-    return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{told})"])
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{arguments})"])
 
 
 def make_card(
@@ -44,16 +42,17 @@ def make_card(
 ) -> str:
     """Return README.md with the YAML front matter of the hub."""
     recipe, folder = trained.recipe, trained.folder
+    results = folder.read_results() if (folder.path / "results.json").is_file() else {}
     parts = [
         _front(trained, written),
         f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
-        _what(recipe, to),
+        _what(trained, to),
         _section("How to load", _loading(written)),
         _section("Base model", _base(trained)),
-        _section("Method", _method(recipe, _read(folder))),
-        _section("Data", _data(recipe, folder)),
-        _section("Scores", _scores(recipe, _read(folder)) + _evaluations(trained)),
-        _section("Routing", _routing(_read(folder).get("routing", {}))),
+        _section("Method", _method(trained, results)),
+        _section("Data", _data(trained)),
+        _section("Scores", _scores(trained, results) + _evaluations(trained)),
+        _section("Routing", _routing(results.get("routing", {}))),
         _section("Proof and sizes", _proof(written, proof, sizes)),
         f"Written by moc {__version__}.",
     ]
@@ -74,9 +73,10 @@ def _front(trained: LoadedRun, written: Written) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _what(recipe: Recipe, to: str) -> str:
-    made = "Mixture-of-Control" if recipe.method.name == "moc" else recipe.method.name
-    tasks = ", ".join(recipe.data.tasks)
+def _what(trained: LoadedRun, to: str) -> str:
+    name = trained.recipe.method.name
+    made = "Mixture-of-Control" if name == "moc" else name
+    tasks = ", ".join(trained.recipe.data.tasks)
     return f"{made} ([arXiv 2606.31397]({PAPER})), trained on {tasks}; format `{to}`."
 
 
@@ -94,9 +94,9 @@ def _base(trained: LoadedRun) -> list[str]:
     return [*lines, f"- sha256 over its weight files: `{trained.weights_hash}`"]
 
 
-def _method(recipe: Recipe, results: dict[str, Any]) -> list[str]:
-    told = json.dumps(recipe.method.model_dump(mode="json", exclude_none=True), indent=2)
-    lines = ["```json", *told.splitlines(), "```"]
+def _method(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
+    method = trained.recipe.method.model_dump(mode="json", exclude_none=True)
+    lines = ["```json", *json.dumps(method, indent=2).splitlines(), "```"]
     counts = results.get("parameters")
     if counts:
         share, modules = 100 * counts["share"], counts["modules"]
@@ -105,8 +105,8 @@ def _method(recipe: Recipe, results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _data(recipe: Recipe, folder: RunFolder) -> list[str]:
-    data, train = recipe.data, recipe.train
+def _data(trained: LoadedRun) -> list[str]:
+    data, train = trained.recipe.data, trained.recipe.train
     lines = [
         f"- suite `{data.suite}`, tasks {', '.join(f'`{task}`' for task in data.tasks)}",
         f"- rows cut at {data.max_length} tokens; loss on "
@@ -114,26 +114,26 @@ def _data(recipe: Recipe, folder: RunFolder) -> list[str]:
         + f" (`train_on_inputs: {str(data.train_on_inputs).lower()}`)",
         f"- learning rate {train.learning_rate:g} ({train.lr_scheduler_type}), "
         f"{train.per_device_train_batch_size} rows a micro-batch, "
-        f"{train.gradient_accumulation_steps} a step, seed {recipe.seed}",
+        f"{train.gradient_accumulation_steps} a step, seed {trained.recipe.seed}",
     ]
     try:
-        known = folder.read_environment().get("data", {})
+        sources = trained.folder.read_environment().get("data", {})
     except RunError:
         return lines
     rows = [
         f"| {name} | {entry.get('rows', '–')} | `{entry['sha256']}` |"
-        for name, entry in known.items()
+        for name, entry in sources.items()
         if isinstance(entry, dict) and "sha256" in entry
     ]
     return [*lines, "", "| rows | number | sha256 |", "|---|---|---|", *rows] if rows else lines
 
 
-def _scores(recipe: Recipe, results: dict[str, Any]) -> list[str]:
+def _scores(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
     """The run's own scores; what they depend on stands above them."""
     if results.get("status") != "finished":
         return ["The run was not finished when this was written."]
     chosen = results.get("controls", {})
-    limit = recipe.eval.max_samples
+    limit = trained.recipe.eval.max_samples
     head = (
         f"At the end of training: protocol `{results['protocol']}`, "
         + (f"{limit} drawn rows a task" if limit else "all rows")
@@ -152,15 +152,15 @@ def _evaluations(trained: LoadedRun) -> list[str]:
     lines: list[str] = []
     for path in sorted((trained.folder.path / "eval").glob("*/results.json")):
         try:
-            found = read_results(json.loads(path.read_text(encoding="utf-8")))
+            results = read_results(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue  # an evaluation that was cut off says nothing about these controls
-        if found.get("controls_sha256") != trained.adapter_config["payload_sha256"]:
+        if results.get("controls_sha256") != trained.adapter_config["payload_sha256"]:
             continue
-        limit = f"{found['limit']} drawn rows a task" if found.get("limit") else "all rows"
-        lines += ["", f"`moc eval`: protocol `{found['protocol']}`, {limit}.", ""]
+        limit = f"{results['limit']} drawn rows a task" if results.get("limit") else "all rows"
+        lines += ["", f"`moc eval`: protocol `{results['protocol']}`, {limit}.", ""]
         lines += ["| task | metric | base | trained | majority | n |", "|---|---|---|---|---|---|"]
-        for task, entry in found["tasks"].items():
+        for task, entry in results["tasks"].items():
             lines += _rows(task, entry, "base")
     return lines
 
@@ -216,10 +216,6 @@ def _proof(written: Written, proof: dict[str, Any], sizes: dict[str, int]) -> li
 
 def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"## {title}", "", *lines]) if lines else ""
-
-
-def _read(folder: RunFolder) -> dict[str, Any]:
-    return folder.read_results() if (folder.path / "results.json").is_file() else {}
 
 
 def _shown(name: str) -> str:

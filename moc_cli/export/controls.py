@@ -11,8 +11,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
-from moc_cli.export import Options, Written, parity
+from moc_cli.export import Options, parity
 from moc_cli.export.card import base_code
+from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 
 _KEPT = ("gates.", "modules.")

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from moc_cli.errors import MocError
-from moc_cli.export import Options, Written, parity
+from moc_cli.export import Options, parity
+from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import without_bars
 from moc_cli.recipe.schema import Recipe

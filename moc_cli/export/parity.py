@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moc_cli.data.batches import Side, pad_rows, pad_token_id
+from moc_cli.data.batches import pad_batch
 from moc_cli.errors import MocError
-from moc_cli.export import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.scoring.forward import evaluating, max_positions
 
@@ -68,6 +67,30 @@ class Reference:
     counted: Tensor
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a format wrote, and how it is to be proven.
+
+    `files` are names relative to the folder. `loading` is Python that leaves the model in `model`,
+    given the path in `folder`: a fresh process runs it, and the card shows it. Its logits must be
+    those of `expected` within `tolerance`, a share of the largest |logit| (None: that of `dtype`).
+    Without `needs_moc` the process cannot import moc_cli. `rounding` compares the run with the run
+    in the file's type, where that is another. `notes` are sentences for the user and the card;
+    `library` is the card's `library_name`.
+    """
+
+    files: tuple[str, ...]
+    loading: str
+    expected: Reference
+    dtype: str = "float32"
+    tolerance: float | None = None
+    needs_moc: bool = True
+    rounding: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    library: str = "transformers"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def reference(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> Reference:
     """Run the source on padded rows; decoders are padded on the left, as for generation."""
     inputs = reference_rows(trained, texts)
@@ -81,15 +104,10 @@ def reference(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> Reference:
 
 def reference_rows(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
     """Encode texts as a padded batch: input_ids, attention_mask and, where known, token types."""
-    encoded = [dict(trained.tokenizer(text)) for text in texts]
     limit = max_positions(trained.adapted.model) or LONGEST
-    fill = {"input_ids": pad_token_id(trained.tokenizer)}
-    side: Side = "left" if trained.causal else "right"
-    return {
-        name: pad_rows([row[name][:limit] for row in encoded], fill.get(name, 0), side)
-        for name in ("input_ids", "attention_mask", "token_type_ids")
-        if name in encoded[0]
-    }
+    encoded = [dict(trained.tokenizer(text)) for text in texts]
+    rows = [{name: values[:limit] for name, values in row.items()} for row in encoded]
+    return pad_batch(rows, trained.tokenizer, side="left" if trained.causal else "right")
 
 
 def prove(folder: Path, written: Written, device: str) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from moc_cli.adapter.config import drawn_from_the_base
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.errors import MocError
-from moc_cli.export import Options, Written, parity
+from moc_cli.export import Options, parity
 from moc_cli.export.card import base_code
+from moc_cli.export.parity import Written
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods import quiet_import

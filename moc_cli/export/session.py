@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.errors import MocError, RunError
-from moc_cli.export import Options, Written, check_format, find_format, parity
+from moc_cli.export import Options, check_format, find_format, parity
 from moc_cli.export.card import make_card
+from moc_cli.export.parity import Written
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
 from moc_cli.load_run import open_run
 from moc_cli.recipe.load import load_recipe
@@ -47,7 +48,7 @@ def export_run(
     Raises MocError for what can be known before weights are loaded, for an export that does not
     give the run's logits, and for an upload that fails (the folder is then complete).
     """
-    found = find_format(to)
+    format = find_format(to)
     check_output(output)
     if push_to_hub is not None:
         check_online()
@@ -56,7 +57,7 @@ def export_run(
     trained = open_run(run, device=device, recipe=recipe)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
-        written: Written = found.load().export(trained, temporary, options)
+        written: Written = format.load().export(trained, temporary, options)
         proof = parity.prove(temporary, written, trained.device.type)
         sizes = sizes_of(temporary)
         missing = set(written.files) - sizes.keys()

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli import __version__
 from moc_cli.errors import MocError
-from moc_cli.export import Options, Written, parity
+from moc_cli.export import Options, parity
 from moc_cli.export.one_file import join_modules
+from moc_cli.export.parity import Written
 from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.models.load import without_bars
 from moc_cli.nn.mixture import Mixture

@@ -18,8 +18,9 @@ from torch import Tensor
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.data.examples import ROW_SEED, Example, subset
 from moc_cli.errors import MocError
-from moc_cli.export import Options, Written, parity
+from moc_cli.export import Options, parity
 from moc_cli.export.card import base_code
+from moc_cli.export.parity import Written
 from moc_cli.kinds import make_kind
 from moc_cli.methods import Adapted
 from moc_cli.methods.route_counts import Record

@@ -20,7 +20,7 @@ from moc_cli.kinds.choice import Choice
 from moc_cli.kinds.pairs import Pairs
 from moc_cli.kinds.writing import Writing
 from moc_cli.methods import TextModel
-from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import FORMATS, TASKS, kind_of
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, ScoringOptions

@@ -15,7 +15,8 @@ from moc_cli.recipe.catalog import find_recipe, shown
 from moc_cli.recipe.messages import explain, method_name
 from moc_cli.recipe.methods import METHODS, expand_method
 from moc_cli.recipe.rules import BrokenRule, broken_rules
-from moc_cli.recipe.schema import Recipe, RecipeFile, Sections
+from moc_cli.recipe.schema import Recipe, RecipeFile
+from moc_cli.recipe.sections import Sections
 from moc_cli.recipe.suggest import choices, nearest
 from moc_cli.recipe.tasks import TASKS
 

@@ -1,8 +1,9 @@
 """Combinations of values that cannot work together, each of them valid by itself."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from moc_cli.recipe.sections import Sections
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import (
     BUILTIN_MODELS,
@@ -13,9 +14,6 @@ from moc_cli.recipe.tasks import (
     kind_of,
     watched_metrics,
 )
-
-if TYPE_CHECKING:
-    from moc_cli.recipe.schema import Sections
 
 
 class BrokenRule(NamedTuple):
@@ -28,12 +26,15 @@ class BrokenRule(NamedTuple):
     message: str
     others: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
     @property
     def reads(self) -> tuple[str, ...]:
         return (self.key, *self.others)
 
 
-def broken_rules(recipe: "Sections") -> Iterator[BrokenRule]:
+def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
     """Yield every combination in `recipe` that cannot work."""
     yield from _data(recipe)
     yield from _model(recipe)
@@ -41,7 +42,7 @@ def broken_rules(recipe: "Sections") -> Iterator[BrokenRule]:
     yield from _eval(recipe)
 
 
-def _data(recipe: "Sections") -> Iterator[BrokenRule]:
+def _data(recipe: Sections) -> Iterator[BrokenRule]:
     data, suite = recipe.data, "data.suite"
     tasks = TASKS[data.suite]  # empty for a custom dataset, whose task may have any name
     for index, name in enumerate(data.tasks):
@@ -83,14 +84,14 @@ def _data(recipe: "Sections") -> Iterator[BrokenRule]:
         yield BrokenRule("data.labels", f"label {twice[0]!r} is listed twice", (suite,))
 
 
-def _kinds(recipe: "Sections") -> set[Kind | None]:
+def _kinds(recipe: Sections) -> set[Kind | None]:
     """Return the kinds of the tasks; None for a custom dataset whose format is not known yet."""
     data, tasks = recipe.data, TASKS[recipe.data.suite]
     known = [name for name in data.tasks if name in tasks or not tasks]
     return {kind_of(data.suite, name, data.format) for name in known}
 
 
-def _model(recipe: "Sections") -> Iterator[BrokenRule]:
+def _model(recipe: Sections) -> Iterator[BrokenRule]:
     name = recipe.model.model_name_or_path
     builtin = [f"builtin:{model}" for model in BUILTIN_MODELS]
     if name.startswith("builtin:") and name not in builtin:
@@ -103,7 +104,7 @@ def _model(recipe: "Sections") -> Iterator[BrokenRule]:
             yield BrokenRule(key, "flash_attention_2 needs train.bf16: true", others)
 
 
-def _train(recipe: "Sections") -> Iterator[BrokenRule]:
+def _train(recipe: Sections) -> Iterator[BrokenRule]:
     train = recipe.train
     if train.max_steps == 0:
         message = "found 0; allowed: -1 (as many as num_train_epochs gives) or at least 1"
@@ -116,7 +117,7 @@ def _train(recipe: "Sections") -> Iterator[BrokenRule]:
         yield BrokenRule("train.warmup_ratio", message, ("train.warmup_steps",))
 
 
-def _eval(recipe: "Sections") -> Iterator[BrokenRule]:
+def _eval(recipe: Sections) -> Iterator[BrokenRule]:
     scoring, data = recipe.eval, recipe.data
     strategy, of_tasks = "eval.eval_strategy", ("data.suite", "data.tasks", "data.format")
     if scoring.eval_strategy == "steps" and scoring.eval_steps is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from moc_cli.data.batches import collate
+from moc_cli.data.batches import pad_batch
 from moc_cli.data.encode import encode_pairs
 from moc_cli.data.examples import PairExample
 from moc_cli.methods import TextModel
@@ -57,8 +57,7 @@ def classify(
 
         def work(items: list[int]) -> list[list[float]]:
             rows = [encoded.rows[item] for item in items]
-            batch = collate(rows, model.tokenizer, side="right", kind="classification")
-            del batch["labels"]
+            batch = pad_batch(rows, model.tokenizer, side="right")
             logits = network(**{name: value.to(device) for name, value in batch.items()}).logits
             return list(logits.float().tolist())
 

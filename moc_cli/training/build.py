@@ -18,7 +18,8 @@ from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import build_meta, load_model, load_tokenizer
 from moc_cli.recipe.rules import broken_rules
-from moc_cli.recipe.schema import LaunchSection, ModelSection, Recipe
+from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.sections import LaunchSection, ModelSection
 from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training.log import Track
@@ -95,7 +96,7 @@ def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
     if data is recipe.data:
         return recipe, splits
     recipe = recipe.model_copy(update={"data": data})
-    broken = [f"{rule.key}: {rule.message}" for rule in broken_rules(recipe)]
+    broken = list(map(str, broken_rules(recipe)))
     if recipe.eval.eval_strategy != "no" and not splits.validation:
         broken.append(
             "eval.eval_strategy: evaluation during training needs a validation file, or "

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moc_cli.errors import RunError
-from moc_cli.recipe.schema import FORMER
+from moc_cli.recipe.sections import FORMER
 
 # Key or section -> what the user is warned of when it changed; "" where no warning is needed.
 CHANGEABLE = {

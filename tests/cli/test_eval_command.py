@@ -23,7 +23,7 @@ from moc_cli.kinds import Choice
 from moc_cli.load_run import LoadedModel
 from moc_cli.methods import bare
 from moc_cli.models import load
-from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.sections import DataSection
 from moc_cli.report.score_tables import evaluation_table
 from moc_cli.results import main_score
 from moc_cli.scoring.results import ScoringOptions

@@ -19,7 +19,7 @@ from moc_cli.data.examples import (
     fingerprint,
 )
 from moc_cli.errors import DataError
-from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.sections import DataSection
 
 
 def read(path: Path, **keys: object) -> CustomRows:

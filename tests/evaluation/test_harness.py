@@ -536,8 +536,11 @@ def test_local_tasks_ask_nothing_of_the_network(
     assert done.stdout.splitlines()[-1] == "ANSWER 0 []"
 
 
-def test_a_limit_is_said_and_the_base_stands_beside(evaluate: Callable) -> None:
+def test_a_limit_is_said_and_the_base_stands_beside(
+    evaluate: Callable, trained: Path, recipes_read: list[Path]
+) -> None:
     out, _ = evaluate("--harness", "own_choice,own_writing", "--limit", "5", "--base")
+    assert recipes_read == [trained / "recipe.yaml"]
     flat = " ".join(out.split())
     assert "limited: the first 5 rows of each task" in flat
     model, base = flat.split("base model")

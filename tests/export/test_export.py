@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.export import FORMATS, Format, Written, parity
+from moc_cli.export import FORMATS, Format, parity
+from moc_cli.export.parity import Written
 from moc_cli.load_run import open_run
 
 STEPS = [

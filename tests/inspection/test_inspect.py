@@ -258,6 +258,12 @@ def test_runs_are_compared(decoder, tmp_path, capsys):
     assert max(expected) > 0
 
 
+def test_each_recipe_is_read_once(decoder, tmp_path, capsys, recipes_read):
+    other = shutil.copytree(decoder, tmp_path / "other")
+    inspect(capsys, decoder, "--compare", other, "--output", tmp_path / "out", "--limit", "2")
+    assert recipes_read == [decoder / "recipe.yaml", other / "recipe.yaml"]
+
+
 def test_what_cannot_be_inspected_is_said(decoder, encoder, tmp_path, capsys):
     control = train(decoder.parent, "method=control", "method.rank=4")
     assert "its controls are all local" in refuse(capsys, control)

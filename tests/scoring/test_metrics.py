@@ -13,7 +13,7 @@ from moc_cli.data.commonsense import make_example
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.data.splits import read_splits
 from moc_cli.errors import DataError
-from moc_cli.recipe.schema import DataSection
+from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.metrics import (
     METRICS,

@@ -16,7 +16,7 @@ from moc_cli.data.examples import (
 )
 from moc_cli.data.prompts import HEADER
 from moc_cli.data.source import BadRow, Fields, did_you_mean, shown
-from moc_cli.recipe.schema import Format
+from moc_cli.recipe.sections import Format
 
 ROLES = ("system", "user", "assistant")
 Label = int | str

@@ -6,7 +6,7 @@ from moc_cli.data.custom.build import Label, class_label, is_number, is_whole
 from moc_cli.data.custom.read import Table
 from moc_cli.data.source import BadRow, did_you_mean
 from moc_cli.errors import DataError
-from moc_cli.recipe.schema import DataSection, Format
+from moc_cli.recipe.sections import DataSection, Format
 from moc_cli.recipe.suggest import nearest
 from moc_cli.recipe.tasks import FORMATS
 

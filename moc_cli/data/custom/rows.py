@@ -9,7 +9,7 @@ from moc_cli.data.custom.read import Table, read_tables
 from moc_cli.data.examples import ROW_SEED, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
-from moc_cli.recipe.schema import DataSection, Format
+from moc_cli.recipe.sections import DataSection, Format
 
 
 @dataclass(frozen=True)

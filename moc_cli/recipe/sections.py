@@ -1,0 +1,240 @@
+"""The sections of a recipe, closed and frozen, with Hugging Face's key names.
+
+Each is valid by itself; combinations of values that cannot work together are in `rules`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from moc_cli.recipe.methods import MethodSection
+from moc_cli.recipe.tasks import CUSTOM_TASK
+from moc_cli.recipe.types import (
+    AboveZero,
+    AtLeastZero,
+    BelowOne,
+    Count,
+    Positive,
+    RowLength,
+    Section,
+    Seed,
+    Share,
+    StepLimit,
+    Text,
+    Texts,
+    one_or_more,
+    refuse_bool,
+    section,
+    word_no,
+)
+
+Suite = Literal["commonsense", "glue", "builtin", "custom"]
+Format = Literal["instruction", "chat", "text", "classification", "regression"]
+ClassLabel = Text | Annotated[int, BeforeValidator(refuse_bool)]
+Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
+When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class ModelSection(Section):
+    """The frozen model."""
+
+    model_name_or_path: Text = Field(
+        description="hub id, local folder, or builtin:<name> for a model inside this package"
+    )
+    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
+    tokenizer_name: Text | None = Field(
+        default=None, description="hub id or local folder; null: that of the model"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        default=None, description="attention code of transformers; null: its own choice"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code of the model's folder"
+    )
+
+
+class ColumnsSection(Section):
+    """Names of the columns of a custom dataset, where they are not the usual ones."""
+
+    text: Text | None = Field(default=None, description="null: text, sentence or sentence1")
+    text_pair: Text | None = Field(
+        default=None,
+        description="null: text_pair or sentence2, if present",
+    )
+    label: Text | None = Field(default=None, description="null: label, labels or score")
+    instruction: Text | None = Field(default=None, description="null: instruction or prompt")
+    input: Text | None = Field(default=None, description="null: input, if present")
+    output: Text | None = Field(default=None, description="null: output, response or completion")
+    messages: Text | None = Field(default=None, description="null: messages or conversation")
+
+
+def _tasks_are_optional_for_custom(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema what `DataSection` fills in by itself."""
+    schema["required"].remove("tasks")
+    custom = {"properties": {"suite": {"const": "custom"}}}
+    schema["anyOf"] = [custom, {"required": ["tasks"]}]
+
+
+class DataSection(Section):
+    """The data for training and evaluation."""
+
+    model_config = ConfigDict(json_schema_extra=_tasks_are_optional_for_custom)
+
+    suite: Suite = Field(description="a benchmark, or custom for a custom dataset")
+    tasks: Texts = Field(
+        description="task names; several only for questions with options; for custom, one name "
+        "of your choice, by default custom"
+    )
+    path: Text | None = Field(
+        default=None,
+        description="folder with <task>/<split>.jsonl.gz; null: the hub. For custom: a .jsonl, "
+        ".json, .csv, .tsv or .parquet file, a folder of train, validation and test files, or a "
+        "hub id",
+    )
+    format: Format | None = Field(
+        default=None, description="custom: format of the rows; null: found from their columns"
+    )
+    columns: ColumnsSection = section("custom: names of the columns")
+    labels: Annotated[list[ClassLabel], Field(min_length=2)] | None = Field(
+        default=None,
+        description="custom: the classes, in the order of the outputs; null: those of the "
+        "training rows, sorted",
+    )
+    max_length: RowLength = Field(
+        default=256, description="maximum tokens per row; longer rows are cut, and counted"
+    )
+    train_on_inputs: bool = Field(
+        default=True,
+        description="also compute the loss on the prompt; for custom, false by default",
+    )
+    max_train_samples: Positive | None = Field(
+        default=None, description="maximum number of rows; null: all"
+    )
+    max_eval_samples: Positive | None = Field(
+        default=None, description="maximum rows per task in evaluation during training; null: all"
+    )
+    held_out: Count = Field(
+        default=120,
+        description="training rows held out for validation, where the data has no validation "
+        "split (commonsense, custom)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, value: Any) -> Any:
+        """Fill in what has another default for a custom dataset."""
+        if not isinstance(value, dict) or value.get("suite") != "custom":
+            return value
+        return {"tasks": [CUSTOM_TASK], "train_on_inputs": False} | value
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    former = {"optim": "adamw"}
+
+    num_train_epochs: AboveZero = Field(default=3.0, description="passes over the training data")
+    max_steps: StepLimit = Field(
+        default=-1, description="number of optimizer steps; -1: as many as num_train_epochs gives"
+    )
+    per_device_train_batch_size: Positive = Field(default=16, description="rows per micro-batch")
+    gradient_accumulation_steps: Positive = Field(default=1, description="micro-batches per step")
+    learning_rate: AboveZero = Field(default=3e-4, description="peak learning rate")
+    weight_decay: AtLeastZero = Field(default=0.01, description="not for gates, biases and norms")
+    adam_beta1: BelowOne = Field(default=0.9, description="decay of the first moment of AdamW")
+    adam_beta2: BelowOne = Field(default=0.999, description="decay of the second moment of AdamW")
+    adam_epsilon: AboveZero = Field(default=1e-8, description="term in the denominator of AdamW")
+    max_grad_norm: AtLeastZero = Field(
+        default=1.0, description="clip gradients to this norm; 0: off"
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="how the learning rate changes after the warm-up"
+    )
+    warmup_steps: Count = Field(default=0, description="number of steps of linear warm-up")
+    warmup_ratio: Share = Field(default=0.0, description="warm-up as a share of all steps")
+    bf16: bool = Field(default=False, description="base model in bfloat16; the rest stays float32")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass to save memory"
+    )
+    group_by_length: bool = Field(default=True, description="rows of similar length in one batch")
+
+
+class EvalSection(Section):
+    """When and how the model is scored."""
+
+    per_device_eval_batch_size: Positive | Literal["auto"] = Field(
+        default="auto", description="rows per batch; auto: as many as fit in memory"
+    )
+    eval_strategy: When = Field(default="no", description="when to evaluate during training")
+    eval_steps: Positive | None = Field(default=None, description="for eval_strategy: steps")
+    metric_for_best_model: Metric | None = Field(
+        default=None,
+        description="metric that selects the best model; null: the main one of the task",
+    )
+    early_stopping_patience: Positive | None = Field(
+        default=None,
+        description="evaluations without improvement before the run stops; null: never",
+    )
+    protocol: Literal["rank", "generate"] = Field(
+        default="rank",
+        description="for questions with options: rank the options by likelihood, or generate an "
+        "answer",
+    )
+    before: bool = Field(default=True, description="score the model before training too")
+    max_samples: Positive | None = Field(
+        default=None, description="maximum rows per task in the final evaluation; null: all"
+    )
+
+
+class OutputSection(Section):
+    """What is written, where and when."""
+
+    output_dir: Text = Field(description="the run folder")
+    save_strategy: When = Field(default="steps", description="when to write a checkpoint")
+    save_steps: Positive = Field(default=500, description="for save_strategy: steps")
+    save_total_limit: Positive | None = Field(
+        default=2,
+        description="number of checkpoints to keep, the best and the last among them; null: all",
+    )
+    logging_steps: Positive = Field(default=10, description="steps between lines of metrics")
+    report_to: Annotated[
+        list[Tracker],
+        BeforeValidator(one_or_more, json_schema_input_type=Tracker | list[Tracker]),
+    ] = Field(default_factory=list, description="experiment trackers to log to")
+
+
+class LaunchSection(Section):
+    """The machine."""
+
+    former = {"num_processes": 1}
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to run; auto: the GPU if there is one"
+    )
+    num_threads: Positive | None = Field(
+        default=None, description="number of CPU threads; null: the choice of torch"
+    )
+
+
+class Sections(Section):
+    """The sections of a recipe, each valid by itself."""
+
+    seed: Seed = Field(default=42, description="seed of initialization, row order and dropout")
+    model: ModelSection = Field(description="the frozen base model")
+    method: MethodSection = Field(
+        default="moc", validate_default=True, description="what is trained"
+    )
+    data: DataSection = Field(description="the data for training and evaluation")
+    train: TrainSection = section("the optimization")
+    eval: EvalSection = section("when and how the model is scored")
+    output: OutputSection = Field(description="what is written, where and when")
+    launch: LaunchSection = section("the machine")
+
+
+# Former keys of older versions, dotted, with the only value they could have.
+FORMER = {
+    f"{name}.{key}": value
+    for name, section in (("train", TrainSection), ("launch", LaunchSection))
+    for key, value in section.former.items()
+}
