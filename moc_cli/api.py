@@ -34,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moc_cli.adapter.check import check_adapter, check_free, check_modules
+from moc_cli.adapter.check import check_adapter, check_free, check_modules, read_state
 from moc_cli.adapter.config import make_method
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.errors import MocError
@@ -201,7 +201,7 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     """
     checked = check_adapter(model, folder)
     config, names = checked.config, tuple(checked.config.modules)
-    state = load(checked.adapter.payload())
+    state = read_state(checked.adapter)
     before = _copies(model, names)
     adapted = place(model, config.method, new_modules=names, seed=checked.seed)
     try:

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
-from moc_cli.adapter.check import check_base
-from moc_cli.adapter.config import parse_adapter
+from moc_cli.adapter.check import check_base, open_adapter, read_state
 from moc_cli.errors import MocError, RecipeError, RunError
 from moc_cli.methods import TextModel, bare
 from moc_cli.models.load import load_model, load_tokenizer
-from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
@@ -64,23 +61,25 @@ def open_run(
 ) -> LoadedRun:
     """Load a run's base model and put its trained controls in it, in evaluation mode.
 
-    `device` is auto, cpu or cuda, by default the recipe's; `recipe` is the run's, where the caller
-    has read it already. Raises RunError where there is no run, where it has no controls yet, where
-    they are damaged, and where the base is not the one that they were trained on.
+    `device` is auto, cpu or cuda, by default the recipe's; `recipe` is the run's, as
+    `RunFolder.read_recipe` gives it; without it no code of the base's folder runs. Raises RunError
+    where there is no run, where it has no controls yet, where they are damaged, and where the base
+    is not the one that they were trained on.
     """
     folder = RunFolder.open(path)
     check_device(device)
-    recipe = _on_device(recipe or load_recipe(folder.recipe_file), device)
-    adapter_config, payload = folder.read_controls()
+    recipe = _on_device(recipe or folder.read_recipe(trust_remote_code=False), device)
+    adapter, config, _ = open_adapter(folder.controls)
+    state = read_state(adapter)
     chosen = build.make_accelerator(recipe.launch, (), folder.path).device
     tokenizer = build.make_tokenizer(recipe.model)
-    if parse_adapter(adapter_config, str(folder.controls))[0].method != recipe.method:
+    if config.method != recipe.method:
         raise RunError(
             f"{folder.controls} holds another method than {folder.recipe_file} describes"
         )
     built = build.build(recipe, chosen)
-    check_base(built.name, adapter_config, weights_hash=lambda: built.weights_hash)
-    built.adapted.load_state(load(payload))
+    check_base(built.name, adapter.config, weights_hash=lambda: built.weights_hash)
+    built.adapted.load_state(state)
     built.adapted.model.train(False)
     return LoadedRun(
         name=str(folder.path),
@@ -90,7 +89,7 @@ def open_run(
         device=chosen,
         folder=folder,
         recipe=recipe,
-        adapter_config=adapter_config,
+        adapter_config=adapter.config,
         base=build.base_facts(recipe, built),
     )
 

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -26,8 +27,9 @@ from peft.utils.other import set_additional_trainable_modules
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
-from moc_cli.adapter.check import check_base
+from moc_cli.adapter.check import check_base, check_bounds, check_finite
 from moc_cli.adapter.config import make_method
+from moc_cli.adapter.folder import PAYLOAD, read_shapes
 from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
@@ -66,6 +68,15 @@ class MocConfig(PeftConfig):
         if not isinstance(section, MocMethod | ControlMethod):
             raise MocError(f"MocConfig: method '{name}' has a config of its own in peft")
         self.method = section.model_dump(mode="json")
+
+    @classmethod
+    def from_pretrained(cls, path: str, subfolder: str | None = None, **kwargs: Any) -> "MocConfig":
+        """As `peft` does; raises RunError where the config declares more than its payload holds."""
+        config: MocConfig = super().from_pretrained(path, subfolder, **kwargs)
+        folder = Path(path, subfolder or "")
+        if (folder / PAYLOAD).is_file():
+            check_bounds(folder, config.section, read_shapes(folder))
+        return config
 
     @property
     def section(self) -> MocMethod | ControlMethod:
@@ -257,6 +268,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
             {key: tuple(value.shape) for key, value in given.items()},
             {key: tuple(value.shape) for key, value in own.items()},
         )
+        check_finite(given, "the adapter's payload")
         if wrong:
             raise RunError(f"the adapter does not fit this model: {wrong}")
         return dict(state)

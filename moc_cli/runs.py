@@ -15,9 +15,9 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moc_cli.adapter.folder import read_adapter, write_adapter
+from moc_cli.adapter.folder import write_adapter
 from moc_cli.errors import MocError, RunError
 from moc_cli.files import (
     LOCK,
@@ -32,6 +32,9 @@ from moc_cli.files import (
     write_text_atomic,
 )
 from moc_cli.results import read_results
+
+if TYPE_CHECKING:
+    from moc_cli.recipe.schema import Recipe
 
 # In the order in which an overwrite deletes them: what marks a run folder goes last.
 ENTRIES = (
@@ -109,6 +112,19 @@ class RunFolder:
             )
         return run
 
+    def read_recipe(self, *, trust_remote_code: bool) -> "Recipe":
+        """Return the run's recipe.
+
+        Raises RecipeError where it is damaged, or wants the code of a model's folder to run, and
+        the user has not said `trust_remote_code` in this call.
+        """
+        from moc_cli.recipe.load import load_recipe
+        from moc_cli.recipe.trust import check_trust
+
+        recipe = load_recipe(self.recipe_file)
+        check_trust(recipe, self.recipe_file, granted=trust_remote_code)
+        return recipe
+
     @classmethod
     def claim(cls, path: str | Path, *, call: Call, resume: bool, overwrite: bool) -> "RunFolder":
         """Return the folder for a training run, locked if it exists; nothing is written yet.
@@ -171,14 +187,6 @@ class RunFolder:
         """Write the controls' two files, both or neither; the config gets their hashes."""
         with write_folder_atomic(self.controls) as folder:
             write_adapter(folder, config, payload)
-
-    def read_controls(self) -> tuple[dict[str, Any], bytes]:
-        """Return the controls' config and payload.
-
-        Raises RunError when one is missing, damaged, or no plain file of the folder.
-        """
-        adapter = read_adapter(self.controls)
-        return adapter.config, adapter.payload()
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from moc_cli.adapter.folder import read_adapter
 from moc_cli.errors import FileError, MocError, RunError
 from moc_cli.runs import Call, RunFolder
 
@@ -153,14 +154,15 @@ def test_the_slower_of_two_that_make_a_folder_is_refused(tmp_path):
 def test_a_flipped_bit_in_the_controls_is_seen(tmp_path):
     make_run(tmp_path)
     run = RunFolder.open(tmp_path)
-    config, payload = run.read_controls()
+    adapter = read_adapter(run.controls)
+    config, payload = adapter.config, adapter.payload()
     assert (config["method"], payload) == ({"name": "moc"}, PAYLOAD)
     (run.controls / "adapter_model.safetensors").write_bytes(PAYLOAD[:-1] + b"x")
     with pytest.raises(RunError, match="damaged"):
-        run.read_controls()
+        read_adapter(run.controls).payload()
     (run.controls / "adapter_model.safetensors").unlink()
     with pytest.raises(RunError, match=r"adapter_model\.safetensors does not exist"):
-        run.read_controls()
+        read_adapter(run.controls).payload()
 
 
 def test_reading_says_what_is_missing(tmp_path):

@@ -1,22 +1,25 @@
 """Whether an adapter folder fits a model in memory, checked before anything is allocated."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.adapter.config import AdapterConfig, drawn_from_the_base, parse_adapter
-from moc_cli.adapter.folder import Adapter, read_adapter
+from moc_cli.adapter.folder import CONFIG, Adapter, read_adapter
 from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.files import to_plain
 from moc_cli.methods import attach
 from moc_cli.models.fingerprint import fingerprint, same_base
 from moc_cli.models.load import known_hash
+from moc_cli.recipe.methods import MethodConfig
 
 # The fields of peft in a config of lora or dora that decide what peft makes of it.
 _PEFT = ("peft_type", "r", "lora_alpha", "use_dora", "target_modules")
@@ -37,10 +40,8 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
 
     Raises RunError with the reason where the controls cannot be those of this model.
     """
-    adapter = read_adapter(folder)
-    config, peft = parse_adapter(adapter.config, f"{adapter.folder}: adapter_config.json")
     check_free(model)
-    _check_bounds(adapter, config)
+    adapter, config, peft = open_adapter(folder)
     names = tuple(config.modules)
     base = fingerprint(model, names)
     missing = set(names) - dict(model.named_modules()).keys()
@@ -61,6 +62,32 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
         )
     _check_fit(model, adapter, config, peft)
     return CheckedAdapter(adapter, config, 42 if config.seed is None else config.seed, base)
+
+
+def open_adapter(folder: str | Path) -> tuple[Adapter, AdapterConfig, dict[str, Any]]:
+    """Read a folder's config and header: the adapter, its checked config, peft's fields beside it.
+
+    Raises RunError where they cannot be trusted, or declare more than the payload holds.
+    """
+    adapter = read_adapter(folder)
+    config, peft = parse_adapter(adapter.config, f"{adapter.folder}: {CONFIG}")
+    check_bounds(adapter.folder, config.method, adapter.shapes)
+    return adapter, config, peft
+
+
+def read_state(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors of a payload; RunError where it is damaged, or holds NaN or infinity."""
+    state = load(adapter.payload())
+    check_finite(state, adapter.folder)
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise RunError naming the tensors of `state` that hold NaN or infinity."""
+    wrong = [name[:80] for name, values in state.items() if not values.isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 3} more hold" if len(wrong) > 3 else " holds"
+        raise RunError(f"{where}: {', '.join(wrong[:3])}{more} numbers that are not finite")
 
 
 def check_free(model: PreTrainedModel) -> None:
@@ -88,17 +115,19 @@ def check_modules(model: PreTrainedModel, names: tuple[str, ...]) -> None:
             raise RunError(f"modules: '{name}' shares its weights with '{shared[0]}'")
 
 
-def _check_bounds(adapter: Adapter, config: AdapterConfig) -> None:
-    """Refuse widths that the payload cannot hold, before any shape is made from them."""
-    method = config.method
+def check_bounds(
+    folder: str | Path, method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse widths that a payload of these shapes cannot hold, before anything is made of them."""
+    numbers = sum(map(math.prod, shapes.values()))
     gate = getattr(method, "gate", None)
     widths = {"rank": method.rank, "gate.projection_dim": getattr(gate, "projection_dim", 0)}
     used = getattr(method, "top_k", 1) > 0 and getattr(gate, "kind", "") == "cosine"
     for key, width in widths.items():
-        if width > adapter.numbers and (key == "rank" or used):
+        if width > numbers and (key == "rank" or used):
             raise RunError(
-                f"{adapter.folder} says method.{key} = {str(width)[:20]}, but its payload holds "
-                f"only {adapter.numbers} numbers"
+                f"{folder} says method.{key} = {str(width)[:20]}, but its payload holds only "
+                f"{numbers} numbers"
             )
 
 

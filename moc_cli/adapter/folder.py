@@ -9,7 +9,6 @@ that lead out of the folder are refused. No torch here.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,11 +41,6 @@ class Adapter:
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers the payload declares."""
-        return sum(map(math.prod, self.shapes.values()))
-
     def payload(self) -> bytes:
         """Read the payload; raises RunError unless it matches its hash."""
         with _opened(self.folder, PAYLOAD) as file:
@@ -59,9 +53,7 @@ class Adapter:
 def read_adapter(folder: str | Path) -> Adapter:
     """Read the config and the payload's header; raises RunError where either cannot be trusted."""
     home = Path(folder)
-    config = read_config(home)
-    with _opened(home, PAYLOAD) as file:
-        return Adapter(home, config, _read_shapes(file, home / PAYLOAD))
+    return Adapter(home, read_config(home), read_shapes(home))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -158,13 +150,15 @@ def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_shapes(payload: BinaryIO, path: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes that the payload's header declares, none of whose numbers are read.
 
     safetensors refuses a header whose tensors do not fill the rest of the file exactly.
     """
-    size = os.fstat(payload.fileno()).st_size
-    length = int.from_bytes(payload.read(8), "little")
+    path = folder / PAYLOAD
+    with _opened(folder, PAYLOAD) as payload:
+        size = os.fstat(payload.fileno()).st_size
+        length = int.from_bytes(payload.read(8), "little")
     if length > min(LARGEST_HEADER, size - 8):
         raise RunError(f"{path} is damaged: its header declares {length} bytes of {size}")
     shapes = {}

@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, OptionalRunArgument, split_names
+from moc_cli.cli.options import (
+    DeviceOption,
+    JsonOption,
+    OptionalRunArgument,
+    TrustOption,
+    split_names,
+)
 
 
 def evaluate(
@@ -71,6 +77,7 @@ def evaluate(
         typer.Option(metavar="float32|bfloat16|float16", help="With --model: type of the weights."),
     ] = None,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +106,7 @@ def evaluate(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
         base=base,
         output=output,
         harness=None if harness is None else tuple(split_names(harness)),

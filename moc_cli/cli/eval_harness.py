@@ -1,6 +1,5 @@
 """`moc eval RUN --harness A,B`: tasks of lm-evaluation-harness."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moc_cli.errors import MocError
@@ -19,10 +18,10 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
 
     recipe = None
     if options.run is None:
-        check_language_model(options.model or "")
+        check_language_model(options.model or "", trust_remote_code=options.trust_remote_code)
         home = model_home(options.model or "")
     else:
-        recipe = _read_recipe(options.run)
+        recipe = _read_recipe(options)
         home = options.run / "eval"
     from moc_cli.evaluation import lm_eval_tasks
     from moc_cli.evaluation.session import load_model
@@ -31,7 +30,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
 
     lm_eval_tasks.check_installed()
     folder = options.output or home / lm_eval_tasks.label(options)
-    check_folder(folder)
+    check_folder(folder, within=None if options.output else options.run)
     tasks = lm_eval_tasks.load_tasks(options)
     report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder, silent=json)
     results = report.folder.to_json()
@@ -48,17 +47,19 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     say(f"every item: {report.folder.samples_file}")
 
 
-def _read_recipe(run: Path) -> "Recipe":
+def _read_recipe(options: "EvalOptions") -> "Recipe":
     """Return a run's recipe; MocError where the run is a classifier."""
-    from moc_cli.recipe.load import load_recipe
     from moc_cli.recipe.tasks import is_classifier
     from moc_cli.runs import RunFolder
 
-    recipe = load_recipe(RunFolder.open(run).recipe_file)
+    assert options.run is not None
+    run = RunFolder.open(options.run)
+    recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     data = recipe.data
     if is_classifier(data.suite, data.tasks[0], data.format):
         raise MocError(
-            f"--harness scores language models; {run} is a classifier ({', '.join(data.tasks)})",
-            f"score it: moc eval {run}",
+            f"--harness scores language models; {run.path} is a classifier "
+            f"({', '.join(data.tasks)})",
+            f"score it: moc eval {run.path}",
         )
     return recipe

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument
+from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument, TrustOption
 
 
 def export(
@@ -32,6 +32,7 @@ def export(
         typer.Option(min=1, metavar="N", help="With static: rows of each task to count routes on."),
     ] = 64,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +60,7 @@ def export(
         output,
         Options(dtype=chosen, calibration=calibration, silent=json),
         device=device,
+        trust_remote_code=trust_remote_code,
         push_to_hub=push_to_hub,
         say=say,
     )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, OptionalRunArgument
+from moc_cli.cli.options import DeviceOption, JsonOption, OptionalRunArgument, TrustOption
 
 
 def generate(
@@ -53,6 +53,7 @@ def generate(
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Generate text with a run, or a base model; without a prompt, start a conversation."""
@@ -71,6 +72,7 @@ def generate(
         system=system,
         sampling=Sampling(max_new_tokens, temperature, top_p, num_beams, seed),
         device=device,
+        trust_remote_code=trust_remote_code,
         json=json,
     )
     options.check()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument, split_names
+from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument, TrustOption, split_names
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -56,6 +56,7 @@ def inspect_routing(
         int | None, typer.Option(min=1, metavar="N", help="Rows in a batch; default: the recipe's.")
     ] = None,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show what a run's gate does: which control each site chooses, how surely, for which task.
@@ -66,12 +67,12 @@ def inspect_routing(
 
     if site is not None and text is None:
         raise MocError("--site picks a site of --text", "give a text too")
-    recipe = _read_recipe(run)
-    compare_recipe = None if compare is None else _read_recipe(compare)
+    recipe = _read_recipe(run, trust_remote_code)
+    compare_recipe = None if compare is None else _read_recipe(compare, trust_remote_code)
     from moc_cli.files import check_folder
 
     folder = output or (run / "routing" if text is None else run / "routing" / "text")
-    check_folder(folder)
+    check_folder(folder, within=None if output else run)
     from moc_cli.inspection.session import Inspection, InspectOptions
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views
@@ -105,13 +106,12 @@ def inspect_routing(
     say(f"{len(paths)} files in {folder}, among them routing.json and routing.html")
 
 
-def _read_recipe(path: Path) -> "Recipe":
+def _read_recipe(path: Path, trust_remote_code: bool) -> "Recipe":
     """Return a run's recipe, before torch is imported; MocError where there is nothing to see."""
     from moc_cli.errors import MocError
-    from moc_cli.recipe.load import load_recipe
     from moc_cli.runs import RunFolder
 
-    recipe = load_recipe(RunFolder.open(path).recipe_file)
+    recipe = RunFolder.open(path).read_recipe(trust_remote_code=trust_remote_code)
     name = recipe.method.name
     if name != "moc":
         why = {

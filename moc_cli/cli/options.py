@@ -31,6 +31,13 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="auto|cpu|cuda", help="Where to compute; default: the run's, or auto."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let Python code from the model's folder run; a recipe alone cannot allow it.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")
 ]

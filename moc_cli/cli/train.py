@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, program
+from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, program
+
+TRUST = "model.trust_remote_code"
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -46,6 +48,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check everything but the weights, and show one row."),
     ] = False,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Fine-tune the base model of a recipe, and score it before and after.
@@ -55,10 +58,13 @@ def train(
     """
     from moc_cli.errors import MocError
     from moc_cli.recipe.load import load_recipe
+    from moc_cli.recipe.trust import check_trust
 
     changes = list(set_ or [])
     folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
+    typed = any(change.partition("=")[0].strip() == TRUST for change in changes)
+    check_trust(loaded, recipe, granted=trust_remote_code or typed)
     if resume is not None and overwrite:
         raise MocError("--resume and --overwrite exclude each other", "give only one of them")
     if seeds is not None and resume not in (None, "auto"):
@@ -76,6 +82,8 @@ def train(
         command += ["--set", change]
     if seeds is not None:
         command += ["--seeds", str(seeds)]
+    if trust_remote_code:
+        command.append("--trust-remote-code")
     call = Call(shlex.join(command), None if output_dir is None else str(output_dir))
     with _reporting_stops(json):
         if seeds is None:

@@ -116,9 +116,9 @@ def model_job(options: EvalOptions) -> EvalJob:
     return EvalJob(data, tasks, scoring, limit=options.limit)
 
 
-def check_language_model(name: str) -> None:
+def check_language_model(name: str, *, trust_remote_code: bool = False) -> None:
     """Refuse a classifier or another encoder before its weights are read."""
-    config = load_config(name)
+    config = load_config(name, trust_remote_code=trust_remote_code)
     heads = [head for head in config.architectures or () if head.endswith("Classification")]
     family = FAMILIES.get(config.model_type)
     if heads or (family is not None and not family.causal):

@@ -29,6 +29,7 @@ class EvalOptions:
     batch_size: str | None = None
     dtype: str | None = None
     device: str | None = None
+    trust_remote_code: bool = False
     base: bool = False
     output: Path | None = None
     harness: tuple[str, ...] | None = None

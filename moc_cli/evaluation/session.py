@@ -21,7 +21,6 @@ from moc_cli.evaluation.results_folder import ResultsFolder, prompt_hash
 from moc_cli.files import check_folder
 from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
-from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
@@ -37,17 +36,17 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     if options.run is None:
         assert options.model is not None  # EvalOptions.check has refused neither and both
         job = model_job(options)
-        check_language_model(options.model)
+        check_language_model(options.model, trust_remote_code=options.trust_remote_code)
         folder = options.output or model_folder(options.model, job)
         check_folder(folder)
         rows = job.read_rows()
         model = load_model(options)
         return score_rows(job, model, rows, folder, silent=silent)
     run = RunFolder.open(options.run)
-    recipe = load_recipe(run.recipe_file)
+    recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
     folder = options.output or options.run / "eval" / job.label
-    check_folder(folder)
+    check_folder(folder, within=None if options.output else options.run)
     rows = job.read_rows()
     model = load_model(options, recipe)
     facts = model_facts(model)
@@ -66,7 +65,10 @@ def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedMode
         return open_run(options.run, device=options.device, recipe=recipe)
     assert options.model is not None
     return open_model(
-        options.model, device=options.device or "auto", dtype=options.dtype or "float32"
+        options.model,
+        device=options.device or "auto",
+        dtype=options.dtype or "float32",
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -12,7 +12,6 @@ from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
 from moc_cli.load_run import open_run
-from moc_cli.recipe.load import load_recipe
 from moc_cli.runs import RunFolder
 
 Say = Callable[[str], None]
@@ -40,6 +39,7 @@ def export_run(
     options: Options,
     *,
     device: str | None = None,
+    trust_remote_code: bool = False,
     push_to_hub: str | None = None,
     say: Say = lambda text: None,
 ) -> ExportResult:
@@ -52,7 +52,7 @@ def export_run(
     check_output(output)
     if push_to_hub is not None:
         check_online()
-    recipe = load_recipe(RunFolder.open(run).recipe_file)
+    recipe = RunFolder.open(run).read_recipe(trust_remote_code=trust_remote_code)
     check_format(to, recipe, options)
     trained = open_run(run, device=device, recipe=recipe)
     say(f"writing {output} and reading it back in another process")

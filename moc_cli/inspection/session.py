@@ -3,12 +3,12 @@
 options -> checked against the run's files -> rows -> model -> record, compare, ablate -> write
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load
-
+from moc_cli.adapter.check import open_adapter
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError, RunError
 from moc_cli.inspection import statistics
@@ -25,6 +25,7 @@ from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
 
 FORMAT = 1
+KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|modules\.")
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,11 @@ def history(folder: RunFolder) -> list[dict[str, Any]]:
 
 def read_layout(run: Path, method: MocMethod) -> Layout:
     """Return a run's sites and pools, from its files alone."""
-    _, payload = RunFolder.open(run).read_controls()
-    return layout_of_controls(set(load(payload)), method.top_k)
+    adapter, _, _ = open_adapter(RunFolder.open(run).controls)
+    odd = [name[:80] for name in adapter.shapes if not KEY.match(name)]
+    if odd:
+        raise RunError(f"{adapter.folder}: '{odd[0]}' is not a tensor of method moc")
+    return layout_of_controls(set(adapter.shapes), method.top_k)
 
 
 def layout_of_controls(keys: set[str], top_k: int) -> Layout:

@@ -50,7 +50,9 @@ class ModelSection(Section):
         default=None, description="attention code of transformers; null: its own choice"
     )
     trust_remote_code: bool = Field(
-        default=False, description="run Python code of the model's folder"
+        default=False,
+        description="run Python code from the model's folder; each call must allow it with "
+        "--trust-remote-code",
     )
 
 

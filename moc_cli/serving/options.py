@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moc_cli.errors import DataError, MocError
-from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.tasks import is_classifier
 from moc_cli.runs import RunFolder
 from moc_cli.serving.prompts import check_frame, read_prompts, split_prompts
@@ -54,6 +53,7 @@ class GenerateOptions:
     system: str | None = None
     sampling: Sampling = Sampling()
     device: str | None = None
+    trust_remote_code: bool = False
     json: bool = False
 
     def check(self) -> None:
@@ -78,7 +78,8 @@ class GenerateOptions:
         """Return the run's recipe, or None for a bare model; raises MocError for a classifier."""
         if self.run is None:
             return None
-        recipe = load_recipe(RunFolder.open(self.run).recipe_file)
+        folder = RunFolder.open(self.run)
+        recipe = folder.read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
         if is_classifier(data.suite, data.tasks[0], data.format):
             raise MocError(

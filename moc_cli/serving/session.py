@@ -27,7 +27,10 @@ def run_generate(
         data = recipe.data
         trained = prompt_frame(data.suite, data.tasks[0], data.format)
     else:
-        loaded, trained = open_model(str(options.model), device=options.device or "auto"), None
+        trusted, trained = options.trust_remote_code, None
+        loaded = open_model(
+            str(options.model), device=options.device or "auto", trust_remote_code=trusted
+        )
     frame, why = choose_frame(options.template, trained, loaded.tokenizer)
     check_system(options.system, frame)
     say(f"template: {frame}, {why}")

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from moc_cli.adapter.check import check_adapter, check_free
+from moc_cli.adapter.check import check_adapter, check_free, read_state
 from moc_cli.errors import MocError
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.families import Family
@@ -57,7 +56,7 @@ class Tenants:
         mixture, family = make_mixture(self.model, method, checked.seed)
         if self._family is not None and family != self._family:
             raise MocError(f"{folder} places its controls elsewhere than the sets that are here")
-        mixture.load_state_dict(load(checked.adapter.payload()), strict=True)
+        mixture.load_state_dict(read_state(checked.adapter), strict=True)
         mixture.requires_grad_(False).train(False)
         if self._family is None:
             self._place(family)

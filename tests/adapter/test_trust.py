@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from support.machine import ROOT, absent
 from support.models import make_batch, make_tiny, train_controls
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from moc_cli import attach, load_controls
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, stamp
 from moc_cli.errors import MocError
+from moc_cli.serving.tenants import Tenants
 
 EACH = 40
 GATE = {"projection_dim": 8}
@@ -268,6 +270,21 @@ def test_links_inside_the_folder_and_to_the_cache_of_the_hub_are_followed(model,
     whole.symlink_to(good)
     for folder in (inside, snapshot, whole):
         load_controls(model, folder).detach()
+
+
+def test_numbers_that_are_not_finite_are_refused(model, good, tmp_path):
+    config = json.loads((good / CONFIG).read_text())
+    state = load((good / PAYLOAD).read_bytes())
+    for value in (float("nan"), float("inf"), -float("inf")):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        spoiled = {name: numbers.clone() for name, numbers in state.items()}
+        spoiled["controls.0.attn.B"][0, 0] = value
+        write(folder, config, save(spoiled))
+        with pytest.raises(MocError, match=r": controls\.0\.attn\.B holds numbers that are not"):
+            load_controls(model, folder)
+        with pytest.raises(MocError, match="not finite"):
+            Tenants(model).add("a", folder)
 
 
 def test_no_pickle_is_read(model, good, tmp_path):

@@ -207,6 +207,22 @@ def test_loading_is_strict(change: str, tmp_path: Path) -> None:
         PeftModel.from_pretrained(base, tmp_path)
 
 
+def test_sizes_and_numbers_of_the_payload_are_checked(tmp_path: Path) -> None:
+    """A config that declares more than its payload holds, and a payload with a NaN in it."""
+    wrapped().save_pretrained(tmp_path)
+    file, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, state = json.loads(file.read_text()), load_file(weights)
+    large = config | {"method": config["method"] | {"rank": 10**8}}
+    file.write_text(json.dumps(large))
+    with pytest.raises(RunError, match="says method.rank = 100000000, but its payload holds only"):
+        PeftModel.from_pretrained(make(), tmp_path)
+    file.write_text(json.dumps(config))
+    next(iter(state.values()))[0] = float("nan")
+    save_file(state, weights)
+    with pytest.raises(RunError, match="holds numbers that are not finite"):
+        PeftModel.from_pretrained(make(), tmp_path)
+
+
 def test_the_hash_and_the_fingerprint_let_the_right_ones_through(tmp_path: Path) -> None:
     model = wrapped()
     model.save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from safetensors.torch import load
 from support.models import make_tiny_model
 from support.rows import choice_rows, write_rows
 
+from moc_cli.adapter.folder import read_adapter
 from moc_cli.cli import run
 from moc_cli.results import main_score
 from moc_cli.runs import RunFolder
@@ -46,7 +47,8 @@ def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys)
     assert found["memory"]["peak"] > 10**8
     # Six questions, four sites, and each row decides at each site once.
     assert found["routing"]["pools"]["shared"]["decisions"] == 6 * 4
-    config, payload = folder.read_controls()
+    adapter = read_adapter(folder.controls)
+    config, payload = adapter.config, adapter.payload()
     last = load((folder.checkpoints / "step-000006" / "trainables.safetensors").read_bytes())
     kept = load(payload)
     assert kept.keys() == last.keys()
@@ -122,7 +124,7 @@ def test_classification_trains_its_head_and_keeps_the_best_epoch(tmp_path, pairs
     task = found["tasks"]["mrpc"]
     assert task["metrics"]["accuracy"]["value"] == pytest.approx(best["eval"]["accuracy"])
     assert list(task["metrics"]) == ["accuracy", "f1"]
-    _, payload = folder.read_controls()
+    payload = read_adapter(folder.controls).payload()
     state = load(payload)
     assert state["modules.classifier.weight"].shape == (2, 32)
     first = make_tiny_model("bert", num_labels=2)
@@ -199,7 +201,7 @@ def test_more_steps_go_on_and_keep_the_score_before(tmp_path, choices, capsys):
 
 def test_auto_passes_over_a_damaged_checkpoint_and_a_path_does_not(tmp_path, choices, capsys):
     assert run(choices) == 0
-    whole = RunFolder.open(tmp_path / "run").read_controls()[1]
+    whole = read_adapter(RunFolder.open(tmp_path / "run").controls).payload()
     newest = tmp_path / "run" / "checkpoints" / "step-000006"
     content = bytearray((newest / "optimizer.safetensors").read_bytes())
     content[-1] ^= 1
@@ -212,7 +214,7 @@ def test_auto_passes_over_a_damaged_checkpoint_and_a_path_does_not(tmp_path, cho
     assert "step-000006 is damaged" in said
     assert "step-000004, step 4" in said
     assert "set-aside/step-000006" in said
-    assert RunFolder.open(tmp_path / "run").read_controls()[1] == whole
+    assert read_adapter(RunFolder.open(tmp_path / "run").controls).payload() == whole
 
 
 def test_a_checkpoint_may_be_continued_in_another_folder(tmp_path, choices, capsys):
@@ -240,7 +242,7 @@ def test_resume_without_a_checkpoint_starts_over(tmp_path, choices, capsys):
 
 def test_bf16_keeps_the_trained_in_float32(tmp_path, choices):
     assert run([*choices, "--set", "train.bf16=true", "--set", "eval.before=false"]) == 0
-    _, payload = RunFolder.open(tmp_path / "run").read_controls()
+    payload = read_adapter(RunFolder.open(tmp_path / "run").controls).payload()
     assert {tensor.dtype for tensor in load(payload).values()} == {torch.float32}
     found = results(tmp_path)
     assert main_score(found["tasks"]["ARC-Easy"])["before"] is None
@@ -255,7 +257,7 @@ def test_recomputed_activations_train_the_same(tmp_path, choices):
         folder = tmp_path / flag
         change = ["--set", f"train.gradient_checkpointing={flag}", "--output-dir", str(folder)]
         assert run([*choices, *change]) == 0
-        payloads.append(load(RunFolder.open(folder).read_controls()[1]))
+        payloads.append(load(read_adapter(RunFolder.open(folder).controls).payload()))
     for name, value in payloads[0].items():
         torch.testing.assert_close(payloads[1][name], value, rtol=1e-4, atol=1e-6)
 

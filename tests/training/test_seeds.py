@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moc_cli.adapter.folder import read_adapter
 from moc_cli.cli import run
 from moc_cli.recipe.load import load_recipe
 from moc_cli.results import main_score
@@ -50,9 +51,10 @@ def test_each_seed_is_the_run_that_it_would_be_alone(tmp_path, choices, capsys) 
     alone = tmp_path / "alone"
     assert run([*short(choices), "--set", "seed=43", "--output-dir", str(alone)]) == 0
     second = RunFolder.open(tmp_path / "run" / "seed-43")
-    assert second.read_controls()[1] == RunFolder.open(alone).read_controls()[1]
+    single = read_adapter(alone / "controls").payload()
+    assert read_adapter(second.controls).payload() == single
     first = RunFolder.open(tmp_path / "run" / "seed-42")
-    assert first.read_controls()[1] != second.read_controls()[1]
+    assert read_adapter(first.controls).payload() != single
     # The base is the same for both: it is scored in the first run alone.
     assert main_score(first.read_results()["tasks"]["ARC-Easy"])["before"] is not None
     assert main_score(second.read_results()["tasks"]["ARC-Easy"])["before"] is None
