@@ -9,22 +9,31 @@ import torch
 from moc_cli.adapter.check import check_base, open_adapter, read_state
 from moc_cli.errors import MocError, RecipeError, RunError
 from moc_cli.methods import TextModel, bare
-from moc_cli.models.load import load_model, load_tokenizer
+from moc_cli.models.fingerprint import (
+    find_differences,
+    hash_tensors,
+    hash_vocabulary,
+    in_a_layer,
+    list_differences,
+)
+from moc_cli.models.load import known_hash, load_model, load_tokenizer
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
+from moc_cli.report.output import say
 from moc_cli.runs import RunFolder
 from moc_cli.training import build
 
 DEVICES = ("auto", "cpu", "cuda")
+HINT = "if the base model is in another folder now, name it: --base-path DIR"
 
 
 @dataclass(frozen=True)
 class LoadedModel(TextModel):
     """A model on its device, in evaluation mode.
 
-    `name` is the run folder or the model, as the user wrote it; `weights_hash` is over the weight
-    files of the base that was loaded.
+    `name` is the run folder or the model, as the user wrote it; `weights_hash` is over the tensors
+    of the base that was loaded.
     """
 
     name: str
@@ -56,29 +65,48 @@ class LoadedRun(LoadedModel):
         return bool(self.base["kind"] == "causal")
 
 
+@dataclass(frozen=True)
+class BaseOptions:
+    """Where a run's base model is now, if it moved, and whether weights outside of its layers may
+    differ from those of the training.
+    """
+
+    path: str | Path | None = None
+    allow_changes: bool = False
+
+
 def open_run(
-    path: str | Path, *, device: str | None = None, recipe: Recipe | None = None
+    path: str | Path,
+    *,
+    device: str | None = None,
+    recipe: Recipe | None = None,
+    base: BaseOptions = BaseOptions(),  # noqa: B008 - frozen
 ) -> LoadedRun:
     """Load a run's base model and put its trained controls in it, in evaluation mode.
 
     `device` is auto, cpu or cuda, by default the recipe's; `recipe` is the run's, as
-    `RunFolder.read_recipe` gives it; without it no code of the base's folder runs. Raises RunError
-    where there is no run, where it has no controls yet, where they are damaged, and where the base
-    is not the one that they were trained on.
+    `RunFolder.read_recipe` gives it; without it no code of the base's folder runs. What `base`
+    allows to differ is said. Raises RunError where there is no run, where it has no controls yet,
+    where they are damaged, and where the base is not the one that they were trained on.
     """
     folder = RunFolder.open(path)
     check_device(device)
     recipe = _on_device(recipe or folder.read_recipe(trust_remote_code=False), device)
+    recipe = _with_base(recipe, folder, base)
     adapter, config, _ = open_adapter(folder.controls)
     state = read_state(adapter)
     chosen = build.make_accelerator(recipe.launch, (), folder.path).device
-    tokenizer = build.make_tokenizer(recipe.model)
     if config.method != recipe.method:
         raise RunError(
             f"{folder.controls} holds another method than {folder.recipe_file} describes"
         )
+    try:
+        tokenizer = build.make_tokenizer(recipe.model)
+    except MocError as error:
+        raise RunError(error.message, HINT) from error
     built = build.build(recipe, chosen)
-    check_base(built.name, adapter.config, weights_hash=lambda: built.weights_hash)
+    _check_weights(folder, recipe, adapter.config, built, base)
+    _check_vocabulary(folder, hash_vocabulary(tokenizer), base)
     built.adapted.load_state(state)
     built.adapted.model.train(False)
     return LoadedRun(
@@ -124,6 +152,73 @@ def check_device(device: str | None) -> None:
         raise MocError(f"--device: found '{device}'{choices(device, DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise MocError("--device is cuda, but torch sees no GPU", "use --device cpu or auto")
+
+
+def _with_base(recipe: Recipe, folder: RunFolder, base: BaseOptions) -> Recipe:
+    """The recipe with its base where it is now; raises MocError where no folder is there."""
+    model = recipe.model
+    if base.path is not None:
+        if not Path(base.path, "config.json").is_file():
+            raise MocError(
+                f"--base-path {base.path}: no model is there",
+                "give a local folder with config.json and the weights",
+            )
+        update: dict[str, Any] = {"model_name_or_path": str(base.path), "revision": None}
+        if model.tokenizer_name is not None and not Path(model.tokenizer_name).exists():
+            update["tokenizer_name"] = None
+        return recipe.model_copy(update={"model": model.model_copy(update=update)})
+    name = model.model_name_or_path
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise RunError(f"the base model of {folder.path} was in {name}, which is not there", HINT)
+    return recipe
+
+
+def _check_weights(
+    folder: RunFolder,
+    recipe: Recipe,
+    adapter_config: dict[str, Any],
+    built: build.Built,
+    base: BaseOptions,
+) -> None:
+    """Raise RunError unless the base's tensors are those of the training, or may differ."""
+    wanted = adapter_config.get("base_weights_sha256")
+    if built.weights_hash == wanted:
+        return
+    then = folder.base_tensors()
+    if hash_tensors(then) != wanted:  # an older run, which does not describe its tensors
+        model = recipe.model
+        check_base(
+            built.name,
+            adapter_config,
+            fingerprint=built.fingerprint,
+            weights_hash=lambda: known_hash(model.model_name_or_path, model.revision),
+        )
+        return
+    differences = find_differences(then, built.tensors)
+    inside = any(map(in_a_layer, differences))
+    text = f"{built.name} has other weights than the base of {folder.path}"
+    text += f":\n{list_differences(differences)}"
+    if base.allow_changes and not inside:
+        say(text)
+        return
+    accept = "no control touches these weights; if they are meant: --allow-changed-base"
+    raise RunError(
+        text,
+        "give the base that it was trained on: --base-path DIR" if inside else accept,
+    )
+
+
+def _check_vocabulary(folder: RunFolder, found: str, base: BaseOptions) -> None:
+    """Raise RunError unless the tokenizer has the vocabulary of the training, or may differ."""
+    wanted = folder.base_vocabulary()
+    if wanted in (None, found):
+        return
+    text = f"the tokenizer has another vocabulary than the one that {folder.path} was trained with"
+    if not base.allow_changes:
+        raise RunError(
+            text, "give the base of the training with --base-path DIR, or --allow-changed-base"
+        )
+    say(text)
 
 
 def _on_device(recipe: Recipe, device: str | None) -> Recipe:

@@ -236,6 +236,23 @@ class RunFolder:
         """Return environment.json; RunError when there is none."""
         return self._read_json(self.path / "environment.json")
 
+    def base_tensors(self) -> dict[str, str]:
+        """Return the base's tensors as training found them; {} where the run does not say it."""
+        with contextlib.suppress(RunError):
+            model = self.read_environment().get("model")
+            tensors = model.get("tensors") if isinstance(model, dict) else None
+            if isinstance(tensors, dict):
+                return {str(name): str(entry) for name, entry in tensors.items()}
+        return {}
+
+    def base_vocabulary(self) -> str | None:
+        """Return the hash of the tokenizer's vocabulary; None where the run does not say it."""
+        with contextlib.suppress(RunError):
+            tokenizer = self.read_environment().get("tokenizer")
+            if isinstance(tokenizer, dict):
+                return tokenizer.get("vocabulary_sha256")
+        return None
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the complete lines of metrics.jsonl; a last line cut by a kill is left out.
 

@@ -142,16 +142,20 @@ def check_base(
     """Raise RunError unless the base model `name` is the one that the controls were trained on.
 
     `expected` is what adapter_config.json says. The `fingerprint` of the parameters in memory
-    decides where it can be compared, the hash of the weight files otherwise. Where neither can be
-    compared, the base is refused if `required`.
+    decides where it can be compared. Otherwise the hash of the weight files does, by which older
+    adapters name their base. Where neither can be compared, the base is refused if `required`.
     """
-    same = same_base(fingerprint or {}, expected.get("base_fingerprint") or {})
+    wanted_fingerprint = expected.get("base_fingerprint") or {}
+    same = same_base(fingerprint or {}, wanted_fingerprint)
     hashes = ""
     wanted = expected.get("base_weights_sha256")
     if same is None and wanted:
         found = weights_hash()
-        same = None if found is None else found == wanted
-        hashes = f": sha256 {str(found)[:12]}, expected {wanted[:12]}"
+        if found == wanted:
+            same = True
+        elif found is not None and not wanted_fingerprint:
+            same = False
+            hashes = f": sha256 {found[:12]}, expected {wanted[:12]}"
     trained = f"the controls were trained on '{expected.get('base_model_name_or_path')}'"
     if same is None and required:
         raise RunError(

@@ -40,7 +40,9 @@ class AdapterConfig(Section):
     modules: list[Name] = Field(default=[], description="modules saved whole, as a classifier")
     base_model_name_or_path: Name = Field(description="the base, as it was named in training")
     revision: Name | None = Field(default=None, description="the base's revision on the hub")
-    base_weights_sha256: Sha | None = Field(description="over the base's weight files, if known")
+    base_weights_sha256: Sha | None = Field(
+        description="of the base's tensors; in older files, of its weight files"
+    )
     base_fingerprint: Fingerprints | None = Field(default=None, description="of the base in memory")
     kind: Literal["causal", "classification"] | None = Field(default=None, description="model head")
     num_labels: Positive | None = Field(default=None, description="classes")

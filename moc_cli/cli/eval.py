@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from moc_cli.cli.options import (
+    AllowChangedBaseOption,
+    BasePathOption,
     DeviceOption,
     JsonOption,
     OptionalRunArgument,
@@ -76,6 +78,8 @@ def evaluate(
         str | None,
         typer.Option(metavar="float32|bfloat16|float16", help="With --model: type of the weights."),
     ] = None,
+    base_path: BasePathOption = None,
+    allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     output: Annotated[
@@ -107,6 +111,8 @@ def evaluate(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        base_path=base_path,
+        allow_changed_base=allow_changed_base,
         base=base,
         output=output,
         harness=None if harness is None else tuple(split_names(harness)),

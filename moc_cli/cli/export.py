@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument, TrustOption
+from moc_cli.cli.options import (
+    AllowChangedBaseOption,
+    BasePathOption,
+    DeviceOption,
+    JsonOption,
+    RunArgument,
+    TrustOption,
+)
 
 
 def export(
@@ -31,6 +38,8 @@ def export(
         int,
         typer.Option(min=1, metavar="N", help="With static: rows of each task to count routes on."),
     ] = 64,
+    base_path: BasePathOption = None,
+    allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     push_to_hub: Annotated[
@@ -49,6 +58,7 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise MocError(f"--dtype {dtype!r} is not a type{choices(dtype, DTYPES)}")
     from moc_cli.export.session import export_run
+    from moc_cli.load_run import BaseOptions
     from moc_cli.report.lines import parity_line
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.tables import export_table
@@ -61,6 +71,7 @@ def export(
         Options(dtype=chosen, calibration=calibration, silent=json),
         device=device,
         trust_remote_code=trust_remote_code,
+        base=BaseOptions(base_path, allow_changed_base),
         push_to_hub=push_to_hub,
         say=say,
     )

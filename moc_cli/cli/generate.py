@@ -4,7 +4,14 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, OptionalRunArgument, TrustOption
+from moc_cli.cli.options import (
+    AllowChangedBaseOption,
+    BasePathOption,
+    DeviceOption,
+    JsonOption,
+    OptionalRunArgument,
+    TrustOption,
+)
 
 
 def generate(
@@ -52,6 +59,8 @@ def generate(
         ),
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
+    base_path: BasePathOption = None,
+    allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -73,6 +82,8 @@ def generate(
         sampling=Sampling(max_new_tokens, temperature, top_p, num_beams, seed),
         device=device,
         trust_remote_code=trust_remote_code,
+        base_path=base_path,
+        allow_changed_base=allow_changed_base,
         json=json,
     )
     options.check()

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moc_cli.cli.options import DeviceOption, JsonOption, RunArgument, TrustOption, split_names
+from moc_cli.cli.options import (
+    AllowChangedBaseOption,
+    BasePathOption,
+    DeviceOption,
+    JsonOption,
+    RunArgument,
+    TrustOption,
+    split_names,
+)
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -55,6 +63,8 @@ def inspect_routing(
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Rows in a batch; default: the recipe's.")
     ] = None,
+    base_path: BasePathOption = None,
+    allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -90,6 +100,8 @@ def inspect_routing(
         ablate=ablate,
         batch_size=batch_size,
         device=device,
+        base_path=base_path,
+        allow_changed_base=allow_changed_base,
     )
     routing = Inspection(options, silent=json).run()
     from moc_cli.inspection.results import write_results

@@ -38,6 +38,21 @@ TrustOption = Annotated[
         help="Let Python code from the model's folder run; a recipe alone cannot allow it.",
     ),
 ]
+BasePathOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where the run's base model is now, if it moved; its weights are compared.",
+    ),
+]
+AllowChangedBaseOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changed-base",
+        help="Go on where weights of the base outside of its layers (such as embeddings) or the "
+        "vocabulary differ from those of the training.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")
 ]

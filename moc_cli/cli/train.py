@@ -28,6 +28,14 @@ def train(
             help="Continue from the newest complete checkpoint, or from this one.",
         ),
     ] = None,
+    base_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --resume: where the base model is now, if it moved; its weights are "
+            "compared.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run that is in the run folder.")
     ] = False,
@@ -61,6 +69,13 @@ def train(
     from moc_cli.recipe.trust import check_trust
 
     changes = list(set_ or [])
+    if base_path is not None:
+        if resume is None:
+            raise MocError(
+                "--base-path is for a run that is continued",
+                "add --resume auto, or name the base model: --set model.model_name_or_path=DIR",
+            )
+        changes.append(f"model.model_name_or_path={quote(str(base_path))}")
     folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
     typed = any(change.partition("=")[0].strip() == TRUST for change in changes)

@@ -1,6 +1,7 @@
 """What differs between runs besides the method, one sentence for each condition."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
@@ -101,11 +102,23 @@ def _states(runs: Sequence[Run], label: str) -> Iterator[str]:
             yield f"{run.name} was scored on a part of {_join(limited)}."
 
 
-def _base(run: Run) -> str | None:
+@dataclass(frozen=True)
+class _Base:
+    """A base model, whatever it is called: it may lie in another folder for each run."""
+
+    sha256: str
+    name: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sha256[:8]})"
+
+
+def _base(run: Run) -> _Base | None:
+    """The base by its fingerprint, which does not depend on the type that it was loaded in."""
     model = run.environment.get("model", {})
-    if "weights_sha256" not in model:
-        return None
-    return f"{model['name']} ({model['weights_sha256'][:8]})"
+    fingerprint = (run.controls.get("base_fingerprint") or {}).get("bfloat16")
+    sha256 = fingerprint or model.get("weights_sha256")
+    return None if sha256 is None else _Base(sha256, model.get("name", "a model"))
 
 
 def _rows_of(part: str) -> Callable[[Run], str | None]:

@@ -12,6 +12,7 @@ from moc_cli.evaluation.options import EvalOptions, refuse
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.load import load_config
+from moc_cli.recipe.paths import absolute_path
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import choices
@@ -135,8 +136,8 @@ def model_folder(model: str, job: EvalJob) -> Path:
 
 
 def model_home(model: str) -> Path:
-    """Where all results of a bare model go by default."""
-    return OUTPUTS / re.sub("[/:]", "--", model.strip("/"))
+    """Where all results of a bare model go by default; a folder's spelling does not matter."""
+    return OUTPUTS / re.sub("[/:]", "--", absolute_path(model).strip("/"))
 
 
 def _task_mistakes(suite: str, names: Sequence[str]) -> list[str]:

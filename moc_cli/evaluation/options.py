@@ -30,6 +30,8 @@ class EvalOptions:
     dtype: str | None = None
     device: str | None = None
     trust_remote_code: bool = False
+    base_path: Path | None = None
+    allow_changed_base: bool = False
     base: bool = False
     output: Path | None = None
     harness: tuple[str, ...] | None = None
@@ -52,8 +54,13 @@ class EvalOptions:
             mistakes += [
                 f"{name} goes with --model; a run has its own" for name in given if given[name]
             ]
-        elif self.base:
-            mistakes.append("--base goes with a run; with --model the base is all that is scored")
+        else:
+            if self.base:
+                mistakes.append(
+                    "--base goes with a run; with --model the base is all that is scored"
+                )
+            if self.base_path is not None or self.allow_changed_base:
+                mistakes.append("--base-path and --allow-changed-base go with a run")
         closed = {
             "--protocol": (self.protocol, PROTOCOLS["choice"]),
             "--dtype": (self.dtype, DTYPES),

@@ -14,6 +14,9 @@ from moc_cli.errors import FileError
 from moc_cli.files import write_json_atomic, write_text_atomic
 from moc_cli.results import FORMAT, main_score, read_results
 
+# Conditions that only name what others hold the hash of: a run or a base may have moved.
+NAMES = ("run", "model")
+
 
 class ResultsFolder:
     """The two files of one evaluation; `conditions` is what its numbers depend on.
@@ -72,7 +75,11 @@ class ResultsFolder:
             text = self.samples_file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise FileError(f"{self.results_file} cannot be read: {error}") from error
-        self.replaced = [key for key, value in self.conditions.items() if saved.get(key) != value]
+        self.replaced = [
+            key
+            for key, value in self.conditions.items()
+            if key not in NAMES and saved.get(key) != value
+        ]
         intact = saved.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
         if self.replaced or not intact:
             return

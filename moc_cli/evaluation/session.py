@@ -20,7 +20,7 @@ from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, prompt_hash
 from moc_cli.files import check_folder
 from moc_cli.kinds import Kind
-from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
+from moc_cli.load_run import BaseOptions, LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
@@ -49,8 +49,9 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     check_folder(folder, within=None if options.output else options.run)
     rows = job.read_rows()
     model = load_model(options, recipe)
+    assert isinstance(model, LoadedRun)
     facts = model_facts(model)
-    shared = {key: facts[key] for key in ("model", "base_weights_sha256", "dtype")}
+    shared = {key: facts[key] for key in ("base_weights_sha256", "dtype")}
     file = model_folder(facts["model"], job) / "results.json"
     base_scores = [
         *before_training(run, job.scoring.protocol),
@@ -62,7 +63,8 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
 def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
     """Load the run or the bare model that the options name; `recipe` is the run's."""
     if options.run is not None:
-        return open_run(options.run, device=options.device, recipe=recipe)
+        base = BaseOptions(options.base_path, options.allow_changed_base)
+        return open_run(options.run, device=options.device, recipe=recipe, base=base)
     assert options.model is not None
     return open_model(
         options.model,
@@ -89,7 +91,7 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
         facts |= {
             "run": model.name,
             "method": model.recipe.method.name,
-            "model": model.recipe.model.model_name_or_path,
+            "model": model.adapter_config["base_model_name_or_path"],
             "controls_sha256": model.adapter_config["payload_sha256"],
             "train_on_inputs": data.train_on_inputs if prompted else None,
         }

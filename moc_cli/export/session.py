@@ -11,7 +11,7 @@ from moc_cli.export import Options, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
-from moc_cli.load_run import open_run
+from moc_cli.load_run import BaseOptions, open_run
 from moc_cli.runs import RunFolder
 
 Say = Callable[[str], None]
@@ -40,6 +40,7 @@ def export_run(
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
+    base: BaseOptions = BaseOptions(),  # noqa: B008 - frozen
     push_to_hub: str | None = None,
     say: Say = lambda text: None,
 ) -> ExportResult:
@@ -54,7 +55,7 @@ def export_run(
         check_online()
     recipe = RunFolder.open(run).read_recipe(trust_remote_code=trust_remote_code)
     check_format(to, recipe, options)
-    trained = open_run(run, device=device, recipe=recipe)
+    trained = open_run(run, device=device, recipe=recipe, base=base)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
         written: Written = format.load().export(trained, temporary, options)

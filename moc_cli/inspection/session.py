@@ -17,7 +17,7 @@ from moc_cli.inspection.distances import check_same_sites, compared, task_distan
 from moc_cli.inspection.record import RunRecord, record, record_tasks
 from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import find_warnings
-from moc_cli.load_run import LoadedRun, open_run
+from moc_cli.load_run import BaseOptions, LoadedRun, open_run
 from moc_cli.methods.route_counts import Layout
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
@@ -44,6 +44,8 @@ class InspectOptions:
     ablate: bool = False
     batch_size: int | None = None
     device: str | None = None
+    base_path: Path | None = None
+    allow_changed_base: bool = False
 
 
 class Inspection:
@@ -82,17 +84,13 @@ class Inspection:
 
     def run(self) -> dict[str, Any]:
         """Load the model, record its gates, and return what routing.json holds."""
-        trained = open_run(self.options.run, device=self.options.device, recipe=self.recipe)
+        trained = self._open(self.options.run, self.recipe)
         records, tokens = self._record(trained)
         routing = self._describe(trained, records) | {"tokens": tokens}
         if self.options.ablate:
             routing["ablation"] = self._ablate(trained)
         if self.options.compare is not None:
-            compared_run = open_run(
-                self.options.compare,
-                device=self.options.device,
-                recipe=self.options.compare_recipe,
-            )
+            compared_run = self._open(self.options.compare, self.options.compare_recipe)
             other, _ = self._record(compared_run)
             routing["compare"] = compared(str(self.options.compare), records.total, other.total)
         return routing
@@ -102,6 +100,11 @@ class Inspection:
         """The recipe's method; the command refuses runs of the others."""
         assert isinstance(self.recipe.method, MocMethod)
         return self.recipe.method
+
+    def _open(self, run: Path, recipe: Recipe | None) -> LoadedRun:
+        options = self.options
+        base = BaseOptions(options.base_path, options.allow_changed_base)
+        return open_run(run, device=options.device, recipe=recipe, base=base)
 
     def _batch_size(self) -> int | Literal["auto"]:
         return self.options.batch_size or self.recipe.eval.per_device_eval_batch_size
@@ -128,7 +131,7 @@ class Inspection:
         routing: dict[str, Any] = {
             "format": FORMAT,
             "run": trained.name,
-            "model": self.recipe.model.model_name_or_path,
+            "model": trained.adapter_config["base_model_name_or_path"],
             "method": method.model_dump(mode="json"),
             "step": trained.adapter_config.get("step"),
             "split": (self.options.split or "scored") if on_rows else None,

@@ -1,11 +1,19 @@
-"""Which base a model in memory is, without its files: hashes of samples of every parameter."""
+"""Which base a model in memory is, whatever its files are called.
+
+Two answers: the hash of all values of every parameter, made where the weights are loaded, and a
+quick fingerprint of samples, which also knows a base again in another type of numbers.
+"""
 
 import hashlib
-from collections.abc import Collection, Mapping
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+LISTED = 5  # parameters that an error names; the others are counted
 SAMPLES = 64  # values taken from each parameter, evenly spaced
 
 
@@ -16,8 +24,7 @@ def fingerprint(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str]:
     when it is loaded in either. A model that was loaded in one of them has only that hash; one on
     the meta device has none. Bases that differ only between the samples are taken for the same.
     """
-    outside = tuple(f"{name}." for name in skip)
-    chosen = [(n, p) for n, p in model.named_parameters() if not n.startswith(outside or ("\0",))]
+    chosen = list(_outside(model, skip))
     dtypes = {parameter.dtype for _, parameter in chosen}
     if any(parameter.device.type == "meta" for _, parameter in chosen):
         return {}
@@ -36,6 +43,74 @@ def same_base(one: Mapping[str, str | None], other: Mapping[str, str | None]) ->
     """Whether two fingerprints are of one base; None where they have no hash in common."""
     common = [key for key in one if one[key] and other.get(key)]
     return all(one[key] == other[key] for key in common) if common else None
+
+
+def describe_tensors(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str]:
+    """Describe each parameter outside the modules in `skip`: "355x64 float32 <32 hex digits>".
+
+    The digits are of the sha256 of all its values.
+    """
+    return {name: _describe(parameter) for name, parameter in _outside(model, skip)}
+
+
+def hash_tensors(tensors: Mapping[str, str]) -> str:
+    """sha256 over what `describe_tensors` returned; the order does not matter."""
+    lines = (f"{name} {tensors[name]}\n" for name in sorted(tensors))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def find_differences(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Return how two descriptions differ: the parameter's name -> "355 rows then, 363 now"."""
+    differences = {}
+    for name in [*then, *(name for name in now if name not in then)]:
+        if name not in now:
+            differences[name] = "not there now"
+        elif name not in then:
+            differences[name] = "not there then"
+        elif then[name] != now[name]:
+            differences[name] = _difference(then[name].split(), now[name].split())
+    return differences
+
+
+def list_differences(differences: Mapping[str, str]) -> str:
+    """Return the first differences on lines of their own, and the number of the others."""
+    lines = [f"  {name}: {what}" for name, what in differences.items()]
+    more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n".join([*lines[:LISTED], *more])
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over a tokenizer's tokens and their ids."""
+    tokens = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def in_a_layer(name: str) -> bool:
+    """Whether a parameter belongs to a numbered layer, where controls sit and LoRA adapts."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def _difference(then: list[str], now: list[str]) -> str:
+    shapes = [entry[0].split("x") for entry in (then, now)]
+    if shapes[0] != shapes[1]:
+        if shapes[0][1:] == shapes[1][1:]:
+            return f"{shapes[0][0]} rows then, {shapes[1][0]} now"
+        return f"shape {then[0]} then, {now[0]} now"
+    return "other values" if then[1] == now[1] else f"{then[1]} then, {now[1]} now"
+
+
+def _outside(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    modules = tuple(f"{name}." for name in skip)
+    for name, parameter in model.named_parameters():
+        if not modules or not name.startswith(modules):
+            yield name, parameter
+
+
+def _describe(parameter: Tensor) -> str:
+    values = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256(values.numpy(force=True).data).hexdigest()[:32]
+    shape, dtype = "x".join(map(str, parameter.shape)), str(parameter.dtype)
+    return f"{shape} {dtype.removeprefix('torch.')} {digest}"
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from moc_cli.errors import MocError
-from moc_cli.models.fingerprint import fingerprint
+from moc_cli.models.fingerprint import describe_tensors, fingerprint, hash_tensors
 from moc_cli.models.weight_files import check_weights, stored_shapes
 
 Kind = Literal["causal", "classification"]
@@ -35,9 +35,10 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with real weights, the modules its checkpoint lacked, and its checkpoint's hash.
+    """A model with real weights, and the modules its checkpoint lacked.
 
-    `fingerprint` is of the model in memory, see `moc_cli.models.fingerprint`.
+    `tensors`, their hash and `fingerprint` are of the model in memory without those modules, see
+    `moc_cli.models.fingerprint`.
     """
 
     model: PreTrainedModel
@@ -45,6 +46,7 @@ class Loaded:
     weights_hash: str
     source: str
     fingerprint: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
@@ -131,8 +133,9 @@ def load_model(
     absent = info["missing_keys"] | mismatched.keys()
     check_weights(name, model, mismatched, info["missing_keys"], info["unexpected_keys"])
     fresh = fresh_modules(model, absent)
+    tensors = describe_tensors(model, fresh)
     known = fingerprint(model, fresh)
-    return Loaded(model, fresh, hash_weights(name, revision), resolve(name), known)
+    return Loaded(model, fresh, hash_tensors(tensors), resolve(name), known, tensors)
 
 
 def build_meta(
@@ -195,7 +198,10 @@ def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple
 
 
 def hash_weights(name: str, revision: str | None = None) -> str:
-    """sha256 over the checkpoint's safetensors files, by name and content."""
+    """sha256 over the safetensors files of a model, by name and content.
+
+    Older runs and adapters name their base by it; newer ones by its tensors.
+    """
     digest = hashlib.sha256()
     for path in _weight_files(name, revision):
         digest.update(f"{path.name} {_hash_file(path)}\n".encode())

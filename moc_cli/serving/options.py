@@ -54,6 +54,8 @@ class GenerateOptions:
     sampling: Sampling = Sampling()
     device: str | None = None
     trust_remote_code: bool = False
+    base_path: Path | None = None
+    allow_changed_base: bool = False
     json: bool = False
 
     def check(self) -> None:
@@ -62,6 +64,8 @@ class GenerateOptions:
             raise MocError("give a run folder or --model ID, one of them", "moc generate --help")
         if self.model is not None and self.base:
             raise MocError("--base asks a run's base model; --model is one already", "leave it out")
+        if self.model is not None and (self.base_path is not None or self.allow_changed_base):
+            raise MocError("--base-path and --allow-changed-base go with a run", "leave them out")
         if self.prompt is not None and self.file is not None:
             raise MocError("--prompt and --file are both given", "give one of them")
         check_frame(self.template)

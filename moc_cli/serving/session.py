@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moc_cli.errors import DataError
-from moc_cli.load_run import LoadedModel, open_model, open_run
+from moc_cli.load_run import BaseOptions, LoadedModel, open_model, open_run
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.tasks import prompt_frame
 from moc_cli.report.output import print_json, say
@@ -23,7 +23,8 @@ def run_generate(
 ) -> None:
     """Answer the prompts; without any, hold a conversation on the terminal."""
     if options.run is not None and recipe is not None:
-        loaded: LoadedModel = open_run(options.run, device=options.device, recipe=recipe)
+        base = BaseOptions(options.base_path, options.allow_changed_base)
+        loaded: LoadedModel = open_run(options.run, device=options.device, recipe=recipe, base=base)
         data = recipe.data
         trained = prompt_frame(data.suite, data.tasks[0], data.format)
     else:

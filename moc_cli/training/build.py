@@ -28,13 +28,14 @@ from moc_cli.training.loop_types import Data, Settings
 
 @dataclass(frozen=True)
 class Built:
-    """A model with a method in it, on its device; its name; its base's type and hashes."""
+    """A model with a method in it, on its device; its name; what its base is, see `Loaded`."""
 
     adapted: Adapted
     name: str
     dtype: str
     weights_hash: str
     fingerprint: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def build(recipe: Recipe, device: torch.device) -> Built:
         str(loaded.model.dtype).removeprefix("torch."),
         loaded.weights_hash,
         loaded.fingerprint,
+        loaded.tensors,
     )
 
 

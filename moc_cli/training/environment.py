@@ -20,6 +20,8 @@ def describe_environment(
     model: str,
     revision: str | None,
     weights: str,
+    tensors: dict[str, str],
+    vocabulary: str,
     data: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what environment.json holds."""
@@ -29,7 +31,13 @@ def describe_environment(
         "platform": platform.platform(),
         "device": describe_device(device),
         "git": git_state(),
-        "model": {"name": model, "revision": revision, "weights_sha256": weights},
+        "model": {
+            "name": model,
+            "revision": revision,
+            "weights_sha256": weights,
+            "tensors": tensors,
+        },
+        "tokenizer": {"vocabulary_sha256": vocabulary},
         "data": data,
     }
 

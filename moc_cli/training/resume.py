@@ -1,14 +1,21 @@
 """Which run a checkpoint belongs to, and what may change when it is resumed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moc_cli.errors import RunError
-from moc_cli.recipe.sections import FORMER
+from moc_cli.models.fingerprint import find_differences, hash_tensors, list_differences
+from moc_cli.models.load import known_hash
+from moc_cli.recipe.paths import PATH_KEYS, absolute_path
+from moc_cli.recipe.sections import FORMER, ModelSection
+from moc_cli.training.build import Built
 
 # Key or section -> what the user is warned of when it changed; "" where no warning is needed.
 CHANGEABLE = {
     "output": "",
     "launch": "results may differ in their last bits",
+    "model.model_name_or_path": "the same weights in another place",
+    "model.tokenizer_name": "the same vocabulary in another place",
     "data.path": "",
     "train.num_train_epochs": "the rate follows the new number of steps",
     "train.max_steps": "the rate follows the new number of steps",
@@ -22,7 +29,7 @@ CHANGEABLE = {
     "eval.before": "",
 }
 FACTS = {
-    "weights": "the base model's weights",
+    "vocabulary": "the tokenizer's vocabulary",
     "data": "the rows",
     "trainables": "what is trained",
 }
@@ -32,6 +39,7 @@ def make_identity(
     recipe: dict[str, Any],
     *,
     weights: str,
+    vocabulary: str,
     data: dict[str, Any],
     trainables: dict[str, list[int]],
     threads: int,
@@ -40,6 +48,7 @@ def make_identity(
     return {
         "recipe": recipe,
         "weights": weights,
+        "vocabulary": vocabulary,
         "data": data,
         "trainables": trainables,
         "threads": threads,
@@ -55,6 +64,8 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     changes, refused = [], []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
+        if key in PATH_KEYS:  # older runs kept paths as they were typed
+            old, new = absolute_path(old), absolute_path(new)
         if old == new or key in FORMER and new is None and old == FORMER[key]:
             continue
         rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
@@ -70,12 +81,38 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return changes
 
 
+def check_weights(
+    saved: dict[str, Any], model: ModelSection, built: Built, then: Mapping[str, str]
+) -> None:
+    """Raise RunError where the base's weights are not those of the checkpoint.
+
+    `then` describes the base's tensors as the run folder knows them. Older checkpoints hold the
+    hash of the weight files instead of the tensors'.
+    """
+    wanted = saved.get("weights")
+    if wanted in (None, built.weights_hash):
+        return
+    if hash_tensors(then) == wanted:
+        what = f":\n{list_differences(find_differences(then, built.tensors))}"
+    elif known_hash(model.model_name_or_path, model.revision) == wanted:
+        return
+    else:
+        what = ""
+    raise RunError(
+        f"the weights of the base model {built.name} changed since the checkpoint was written"
+        + what,
+        "name the folder of the old base with --base-path DIR, or start another run: "
+        "--output-dir OTHER",
+    )
+
+
 def check_facts(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a sentence when the number of threads changed.
 
-    Raises RunError when weights, rows or trainables are not those of the checkpoint.
+    Raises RunError when vocabulary, rows or trainables are not those of the checkpoint. What an
+    older checkpoint does not say is not compared.
     """
-    changed = [name for key, name in FACTS.items() if saved.get(key) != now.get(key)]
+    changed = [name for key, name in FACTS.items() if key in saved and saved[key] != now.get(key)]
     if changed:
         raise RunError(
             f"{' and '.join(changed)} changed since the checkpoint was written",

@@ -6,37 +6,36 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save
-from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.splits import Splits
 from moc_cli.errors import FileError
-from moc_cli.methods import Counts, TextModel
+from moc_cli.methods import Counts
+from moc_cli.models.fingerprint import hash_vocabulary
 from moc_cli.recipe.load import dump
+from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
 from moc_cli.report.progress import TrainProgress, WorkProgress
 from moc_cli.results import FORMAT
 from moc_cli.runs import Call, RunFolder
-from moc_cli.scoring.results import Evaluation, ScoringOptions, average
+from moc_cli.scoring.results import Evaluation
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.environment import describe_device, describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
+from moc_cli.training.job import Job, Values
 from moc_cli.training.log import MetricsLog, require_trackers
 from moc_cli.training.loop import Loop
-from moc_cli.training.loop_types import Outcome, Settings, StepReport, total_steps
+from moc_cli.training.loop_types import Outcome, StepReport, total_steps
 from moc_cli.training.memory import peak_kind
-from moc_cli.training.resume import check_facts, check_recipe, make_identity
-
-Values = dict[str, dict[str, float]]  # task -> metric -> value
+from moc_cli.training.results import make_results
+from moc_cli.training.resume import check_facts, check_recipe, check_weights, make_identity
 
 
 @dataclass(frozen=True)
@@ -49,38 +48,13 @@ class Finished:
     outcome: Outcome
 
 
-@dataclass(frozen=True)
-class Job:
-    """A training that is ready to begin: everything is read and checked, nothing is written.
-
-    `snapshot` is the checkpoint that it goes on from; `changes` says what differs from it.
-    """
-
-    recipe: Recipe
-    splits: Splits
-    accelerator: Accelerator
-    tokenizer: PreTrainedTokenizerBase
-    built: build.Built
-    rows: build.TrainingRows
-    settings: Settings
-    scoring: ScoringOptions
-    identity: dict[str, Any]
-    snapshot: Snapshot | None
-    changes: list[str]
-
-    @property
-    def model(self) -> TextModel:
-        """The model in training, as it is scored."""
-        return TextModel(self.built.adapted, self.tokenizer)
-
-
 class Session:
     """One call of `moc train`; messages go to `say`, only warnings if `silent`."""
 
     def __init__(
         self, recipe: Recipe, *, call: Call, say: Callable[[str], None], silent: bool = False
     ) -> None:
-        self.recipe = recipe
+        self.recipe = absolute_paths(recipe)
         self.call = call
         self.again = f"{call.command} --resume auto"
         self.warn = say
@@ -143,11 +117,13 @@ class Session:
         identity = make_identity(
             recipe.model_dump(mode="json"),
             weights=built.weights_hash,
+            vocabulary=hash_vocabulary(tokenizer),
             data=splits.fingerprints(),
             trainables={name: list(parameter.shape) for name, parameter in trainables.items()},
             threads=torch.get_num_threads(),
         )
         if snapshot is not None:
+            check_weights(saved, recipe.model, built, folder.base_tensors())
             changes += check_facts(saved, identity)
         for change in changes:
             self.warn(f"changed: {change}")
@@ -201,6 +177,8 @@ class Session:
             model=job.recipe.model.model_name_or_path,
             revision=job.recipe.model.revision,
             weights=job.built.weights_hash,
+            tensors=job.built.tensors,
+            vocabulary=job.identity["vocabulary"],
             data=job.identity["data"],
         )
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -304,38 +282,3 @@ class Session:
         config = adapted.adapter_config() | build.base_facts(job.recipe, job.built)
         folder.save_controls(config | {"step": step}, save(adapted.state(), {"format": "pt"}))
         return {"step": step, "chosen": name}
-
-
-def make_results(
-    job: Job, outcome: Outcome, after: dict[str, Evaluation], before: Values
-) -> dict[str, Any]:
-    """Return what results.json holds, but for controls and routing."""
-    counters, counts, encoded = outcome.counters, job.built.adapted.counts(), job.rows.encoded
-    return {
-        "format": FORMAT,
-        "status": "finished",
-        "tasks": {
-            name: evaluation.entry("before", before.get(name)) for name, evaluation in after.items()
-        },
-        "average": average(list(after.values())),
-        "protocol": job.scoring.protocol,
-        "train_on_inputs": job.recipe.data.train_on_inputs,
-        "stopped": outcome.stopped,
-        "steps": counters.step,
-        "epochs": outcome.epochs,
-        "examples": counters.examples,
-        "tokens": counters.tokens,
-        "seconds": counters.seconds,
-        "padding_share": outcome.padding_share,
-        "truncated": encoded.truncated,
-        "answerless": encoded.answerless,
-        "parameters": {
-            "adapter": counts.adapter,
-            "modules": counts.modules,
-            "base": counts.base,
-            "share": counts.share,
-        },
-        "memory": asdict(outcome.memory),
-        **job.splits.facts,
-        **job.rows.kind.facts,
-    }

@@ -229,7 +229,8 @@ def collect() -> dict[str, Any]:
     """Run every command in a new folder and return what is to be frozen, by name."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder, contextlib.chdir(folder), in_this_process():
-        return dict(outputs())
+        text = json.dumps(dict(outputs()))
+        return dict(json.loads(text.replace(f"{os.getcwd()}/", "")))
 
 
 def main() -> int:

@@ -1,0 +1,44 @@
+"""What results.json of a training holds."""
+
+from dataclasses import asdict
+from typing import Any
+
+from moc_cli.results import FORMAT
+from moc_cli.scoring.results import Evaluation, average
+from moc_cli.training.job import Job, Values
+from moc_cli.training.loop_types import Outcome
+
+
+def make_results(
+    job: Job, outcome: Outcome, after: dict[str, Evaluation], before: Values
+) -> dict[str, Any]:
+    """Return what results.json holds, but for controls and routing."""
+    counters, counts, encoded = outcome.counters, job.built.adapted.counts(), job.rows.encoded
+    return {
+        "format": FORMAT,
+        "status": "finished",
+        "tasks": {
+            name: evaluation.entry("before", before.get(name)) for name, evaluation in after.items()
+        },
+        "average": average(list(after.values())),
+        "protocol": job.scoring.protocol,
+        "train_on_inputs": job.recipe.data.train_on_inputs,
+        "stopped": outcome.stopped,
+        "steps": counters.step,
+        "epochs": outcome.epochs,
+        "examples": counters.examples,
+        "tokens": counters.tokens,
+        "seconds": counters.seconds,
+        "padding_share": outcome.padding_share,
+        "truncated": encoded.truncated,
+        "answerless": encoded.answerless,
+        "parameters": {
+            "adapter": counts.adapter,
+            "modules": counts.modules,
+            "base": counts.base,
+            "share": counts.share,
+        },
+        "memory": asdict(outcome.memory),
+        **job.splits.facts,
+        **job.rows.kind.facts,
+    }

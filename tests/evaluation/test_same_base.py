@@ -1,0 +1,172 @@
+"""A run knows its base by the tensors: not by the names of files, folders or who calls."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from support.models import make_byte_tokenizer, make_tiny_model
+from support.rows import write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moc_cli.cli import run
+from moc_cli.errors import RunError
+from moc_cli.load_run import BaseOptions, open_run
+from moc_cli.models.fingerprint import describe_tensors, find_differences, hash_tensors
+from moc_cli.models.load import hash_weights
+
+RECIPE = """
+model: {model_name_or_path: model}
+method: {name: moc, rank: 4, gate: {projection_dim: 8}}
+data: {suite: custom, path: rows.jsonl, format: text, held_out: 4, max_length: 32}
+train: {max_steps: 2, per_device_train_batch_size: 2}
+eval: {before: false}
+output: {output_dir: run, save_steps: 1}
+launch: {device: cpu, num_threads: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a model, rows and a run on them, all named by relative paths."""
+    home = tmp_path_factory.mktemp("made")
+    make_tiny_model("llama").save_pretrained(home / "model")
+    make_byte_tokenizer().save_pretrained(home / "model")
+    write_rows(home / "rows.jsonl", [{"text": f"abab {n}"} for n in range(12)])
+    (home / "recipe.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert run(["train", "recipe.yaml", "--json"]) == 0
+    return home
+
+
+@pytest.fixture
+def base(made, tmp_path) -> Path:
+    """A copy of the model's folder."""
+    return Path(shutil.copytree(made / "model", tmp_path / "moved"))
+
+
+def test_the_recipe_of_a_run_holds_absolute_paths(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trained = open_run(made / "run")
+    assert trained.recipe.model.model_name_or_path == str(made / "model")
+    assert trained.recipe.data.path == str(made / "rows.jsonl")
+    assert run(["eval", str(made / "run"), "--limit", "1", "--json"]) == 0
+    monkeypatch.chdir(made)
+    capsys.readouterr()
+    assert run(["eval", "run", "--limit", "1"]) == 0  # the same scores: nothing is replaced
+    assert "replaced" not in capsys.readouterr().err
+
+
+def test_other_shards_and_stray_files_are_the_same_base(made, base):
+    stray = base / "consolidated.safetensors"
+    shutil.copy(base / "model.safetensors", stray)
+    known = open_run(made / "run", base=BaseOptions(base)).weights_hash
+    stray.unlink()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="20KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    assert open_run(made / "run", base=BaseOptions(base)).weights_hash == known
+
+
+def test_a_moved_base_is_named_in_the_hint(made, base, tmp_path, capsys):
+    copy = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(made / "model"), "/gone/model"))
+    for command in (["eval"], ["generate", "--prompt", "a"], ["inspect-routing"]):
+        assert run([command[0], str(copy), *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "was in /gone/model, which is not there" in said
+        assert "--base-path DIR" in said
+    place = ["--base-path", str(base), "--json"]
+    assert run(["eval", str(copy), "--limit", "1", *place]) == 0
+    assert run(["generate", str(copy), "--prompt", "a", "--max-new-tokens", "1", *place]) == 0
+    assert run(["eval", str(copy), "--base-path", str(tmp_path / "nothing")]) == 2
+    assert "no model is there" in capsys.readouterr().err
+
+
+def test_other_values_in_a_layer_are_named_and_refused(made, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] += 1e-3  # one value, that no sample looks at
+    model.save_pretrained(base)
+    for allow in (False, True):
+        with pytest.raises(RunError, match=f"{name}: other values") as refusal:
+            open_run(made / "run", base=BaseOptions(base, allow))
+        assert "--base-path" in refusal.value.hint
+
+
+def test_more_rows_of_embeddings_may_be_allowed(made, base, capsys):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        AutoTokenizer.from_pretrained(base),
+    )
+    rows = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(base)
+    said = f"model.embed_tokens.weight: {rows} rows then, {rows + 8} now"
+    with pytest.raises(RunError, match=said) as refusal:
+        open_run(made / "run", base=BaseOptions(base))
+    assert "--allow-changed-base" in refusal.value.hint
+    open_run(made / "run", base=BaseOptions(base, allow_changes=True))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(base)
+    with pytest.raises(RunError, match="another vocabulary"):
+        open_run(made / "run", base=BaseOptions(base))
+    capsys.readouterr()
+    open_run(made / "run", base=BaseOptions(base, allow_changes=True))
+    assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_a_run_is_continued_on_a_moved_base_only_if_it_is_the_same(made, base, tmp_path, capsys):
+    copy = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    command = ["train", str(copy / "recipe.yaml"), "--resume", "auto", "--output-dir", str(copy)]
+    shutil.rmtree(copy / "checkpoints" / "step-000002")
+    assert run([*command, "--base-path", str(base)]) == 0
+    assert "the same weights in another place" in capsys.readouterr().err
+    assert open_run(copy).recipe.model.model_name_or_path == str(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    model.save_pretrained(base)
+    assert run(command) == 2
+    assert "lm_head.weight: other values" in capsys.readouterr().err
+    assert run(["train", "quickstart", "--base-path", str(base)]) == 2
+
+
+def test_identities_of_older_runs_are_still_read(made, base, tmp_path):
+    """They name the base by the hash of its files; a fingerprint stands beside it, or not."""
+    trained = open_run(made / "run")
+    folder = trained.folder
+    copy = type(folder)(shutil.copytree(made / "run", tmp_path / "run"))
+    environment = copy.read_environment()
+    del environment["model"]["tensors"], environment["tokenizer"]
+    copy.write_environment(environment)
+    old = trained.adapter_config | {"base_weights_sha256": hash_weights(str(made / "model"))}
+    payload = save(trained.adapted.state(), {"format": "pt"})
+    for lost in (None, "base_fingerprint"):
+        copy.save_controls({k: v for k, v in old.items() if k != lost}, payload)
+        assert open_run(copy.path).weights_hash == trained.weights_hash
+    (base / "more.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    with pytest.raises(RunError, match="other weights"):
+        open_run(copy.path, base=BaseOptions(base))
+
+
+def test_differences_of_tensors(tiny_model):
+    then = describe_tensors(tiny_model("llama"))
+    now = describe_tensors(tiny_model("llama", seed=1))
+    assert set(find_differences(then, now).values()) == {"other values"}
+    assert hash_tensors(dict(reversed(then.items()))) == hash_tensors(then) != hash_tensors(now)
+    name = next(iter(then))
+    lost = {key: value for key, value in then.items() if key != name}
+    assert find_differences(then, lost) == {name: "not there now"}
+    assert find_differences(lost, then) == {name: "not there then"}
+    half = describe_tensors(tiny_model("llama").bfloat16())
+    assert find_differences(then, half)[name] == "float32 then, bfloat16 now"
+    assert json.loads(json.dumps(then)) == then
