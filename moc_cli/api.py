@@ -28,6 +28,7 @@ optimizer or the Trainer of transformers finds them. A complete example:
     True
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -46,6 +47,8 @@ from moc_cli.files import write_bytes_atomic, write_folder_atomic
 from moc_cli.methods import Adapted, Counts
 from moc_cli.methods import attach as place
 from moc_cli.models.fingerprint import fingerprint
+from moc_cli.models.load import checkpoint_shapes
+from moc_cli.models.weight_files import own_head
 
 
 class Controls:
@@ -173,6 +176,7 @@ def attach(
         >>> controls.counts().adapter, controls.counts().modules
         (1601, 66)
 
+    A classifier that no checkpoint holds is random: a warning says so where `modules` lacks it.
     Raises RecipeError with all mistakes in the options; FamilyError where the layers of the model
     are not known (give `placement`); MocError where the model holds controls already.
     """
@@ -180,6 +184,7 @@ def attach(
     check_free(model)
     names = tuple(modules)
     check_modules(model, names)
+    _warn_of_new_head(model, names)
     base = fingerprint(model, names)
     before = _copies(model, names)
     adapted = place(model, section, new_modules=names, seed=seed)
@@ -212,6 +217,22 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     values = checked.adapter.config
     inherited = {key: values[key] for key in _INHERITED if values.get(key) is not None}
     return Controls(adapted, _base_facts(model, checked.base, checked.seed) | inherited, before)
+
+
+def _warn_of_new_head(model: PreTrainedModel, modules: tuple[str, ...]) -> None:
+    """Warn of a classifier that came from no checkpoint and would stay as it was drawn."""
+    if model.can_generate() or model.base_model is model:
+        return
+    shapes = checkpoint_shapes(model.name_or_path) if model.name_or_path else None
+    kept = {model.base_model_prefix, *own_head(model, shapes), *modules}
+    heads = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
+    new = [name for name in heads if name not in kept]
+    if new:
+        warnings.warn(
+            f"{', '.join(new)} of {type(model).__name__} came from no checkpoint, and attach() "
+            f"freezes it as it was drawn; to train it: attach(..., modules={new})",
+            stacklevel=3,
+        )
 
 
 # Keys of a loaded adapter's config that are written again when it is saved.

@@ -17,6 +17,7 @@ from moc_cli.models.fingerprint import (
     list_differences,
 )
 from moc_cli.models.load import known_hash, load_model, load_tokenizer
+from moc_cli.models.tokens import match_tokens
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
@@ -104,7 +105,7 @@ def open_run(
         tokenizer = build.make_tokenizer(recipe.model)
     except MocError as error:
         raise RunError(error.message, HINT) from error
-    built = build.build(recipe, chosen)
+    built = build.build(recipe, chosen, tokenizer)
     _check_weights(folder, recipe, adapter.config, built, base)
     _check_vocabulary(folder, hash_vocabulary(tokenizer), base)
     built.adapted.load_state(state)
@@ -141,6 +142,7 @@ def open_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    match_tokens(loaded.model, tokenizer)
     loaded.model.to(chosen)  # type: ignore[arg-type]
     loaded.model.train(False)
     return LoadedModel(bare(loaded.model), tokenizer, name, loaded.weights_hash, chosen)

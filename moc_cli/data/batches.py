@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.encode import IGNORED, Row
+from moc_cli.models.tokens import pad_token_id
 
 POOL = 50  # batches whose rows are sorted by length together
 Side = Literal["left", "right"]
@@ -96,12 +97,6 @@ def pad_batch(
     }
     batch["attention_mask"] = pad_rows([[1] * len(row["input_ids"]) for row in rows], 0, side)
     return batch
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, else its end token, else 0."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], fill: int, side: Side) -> Tensor:

@@ -13,6 +13,7 @@ from moc_cli.data.examples import (
     TextExample,
     fingerprint,
 )
+from moc_cli.models.tokens import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +42,14 @@ class Encoded:
     fingerprint: str
 
     @property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each row."""
+        return [row["input_ids"] for row in self.rows]
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return [len(row["input_ids"]) for row in self.rows]
+        return list(map(len, self.ids))
 
 
 def encode_texts(
@@ -125,7 +131,7 @@ def encode_pairs(
 def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", example: ChoiceExample) -> list[list[int]]:
     """Tokens of the evaluation prompt alone and then of the prompt with each candidate."""
     texts = [example.eval_prompt, *(example.eval_prompt + text for text in example.candidates)]
-    return [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    return prompt_ids(tokenizer, texts)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

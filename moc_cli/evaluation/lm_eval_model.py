@@ -14,11 +14,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from moc_cli.data.batches import pad_token_id
 from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
+from moc_cli.models.tokens import max_positions, pad_token_id, prompt_ids
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
-from moc_cli.scoring.forward import evaluating, max_positions, pad
+from moc_cli.scoring.forward import evaluating, pad
 from moc_cli.scoring.generate import settings
 from moc_cli.scoring.likelihood import Likelihood, Query, Tokens, likelihoods
 
@@ -65,12 +65,14 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> Tokens:
-        """Tokens of a text; by default with the tokenizer's special ones, unless it begins so."""
+        """Tokens of a text; by default with the special ones before it, unless it begins so."""
         begin = self.tokenizer.bos_token
         special = not (begin and string.startswith(begin))
         if add_special_tokens is not None:
             special = add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"])
+        if special:
+            return prompt_ids(self.tokenizer, [string])[0]
+        return list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True

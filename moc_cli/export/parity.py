@@ -20,7 +20,8 @@ from torch import Tensor
 from moc_cli.data.batches import pad_batch
 from moc_cli.errors import MocError
 from moc_cli.load_run import LoadedRun
-from moc_cli.scoring.forward import evaluating, max_positions
+from moc_cli.models.tokens import max_positions
+from moc_cli.scoring.forward import evaluating
 
 # Largest |Δlogit| that is let pass, as a share of the largest |logit|, by the type of the file.
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}

@@ -49,7 +49,7 @@ def record(
 ) -> Record:
     """Record what the gates do on prompts: each row decides once at every site."""
     model = trained.adapted.model
-    check_fits(model, max(prompts.lengths, default=0), "a prompt")
+    check_fits(model, [row["input_ids"] for row in prompts.rows], "a prompt")
     costs = [RowCost(length) for length in prompts.lengths]
     recorder = trained.adapted.recorder()
     assert recorder is not None

@@ -1,7 +1,7 @@
 """Texts to be written: the perplexity of what is to be learned, and outputs that match exactly.
 
-An output is generated greedily from the prompt, with one token more than the longest right output
-has. It matches if it is the right one but for white space at both ends.
+An output is generated greedily from the prompt, with one token more than the right output has. It
+matches if it is the right one but for white space at both ends.
 """
 
 import math
@@ -13,12 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.batches import pad_token_id
 from moc_cli.data.custom.chat import chat_tokens
 from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
+from moc_cli.models.tokens import max_positions, pad_token_id, prompt_ids
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
 from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
@@ -140,26 +140,41 @@ def _generate(
     size: BatchSize,
     on_progress: Progress | None,
 ) -> list[str]:
-    """Write an output for every prompt, white space at its ends left out."""
+    """Write an output for every prompt, white space at its ends left out.
+
+    A row writes as many tokens as its own right output has, and one more to end with.
+    """
     network: Any = model.adapted.model
     tokenizer = model.tokenizer
-    texts = [example.prompt for example in examples]
-    prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    outputs = tokenizer([example.output for example in examples], verbose=False)["input_ids"]
-    new_tokens = max(map(len, outputs)) + 1
-    longest = max(map(len, prompts)) + new_tokens
-    check_fits(network, longest, "the longest prompt with the longest output")
-    costs = [RowCost(len(prompt), new_tokens) for prompt in prompts]
-    pad_id = pad_token_id(tokenizer)
-    with (
-        evaluating(network) as device,
-        settings(network, tokenizer, beams=1, new_tokens=new_tokens),
-    ):
+    prompts = prompt_ids(tokenizer, [example.prompt for example in examples])
+    new = _output_lengths(tokenizer, examples)
+    for prompt, count in zip(prompts, new, strict=True):
+        check_fits(network, [prompt], "a prompt with its output", count)
+    costs = [RowCost(*lengths) for lengths in zip(map(len, prompts), new, strict=True)]
+    limit, pad_id = max_positions(network), pad_token_id(tokenizer)
+    with evaluating(network) as device:
 
         def work(items: list[int]) -> list[str]:
+            most = max(new[item] for item in items)
+            longest = max(len(prompts[item]) for item in items)
+            if limit is not None and longest + most > limit and len(items) > 1:
+                # The longest prompt is another row's than the longest output: apart they fit.
+                half = len(items) // 2
+                return work(items[:half]) + work(items[half:])
             ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
-            written = network.generate(input_ids=ids, attention_mask=mask)
-            decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            with settings(network, tokenizer, beams=1, new_tokens=most):
+                written = network.generate(input_ids=ids, attention_mask=mask)
+            rows = zip(written[:, ids.shape[1] :].tolist(), items, strict=True)
+            own = [tokens[: new[item]] for tokens, item in rows]
+            decoded = tokenizer.batch_decode(own, skip_special_tokens=True)
             return [str(text).strip() for text in decoded]
 
         return run_batches(network, costs, work, size=size, on_progress=on_progress)
+
+
+def _output_lengths(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample]
+) -> list[int]:
+    """How many tokens each row may write: those of its output, and one to end with."""
+    outputs = tokenizer([example.output for example in examples], verbose=False)["input_ids"]
+    return [len(ids) + 1 for ids in outputs]

@@ -155,6 +155,11 @@ class TrainSection(Section):
     )
     warmup_steps: Count = Field(default=0, description="number of steps of linear warm-up")
     warmup_ratio: Share = Field(default=0.0, description="warm-up as a share of all steps")
+    modules: Texts | None = Field(
+        default=None,
+        description="modules of the model that are trained and saved whole, as a checkpoint's own "
+        "classifier; null: those that the checkpoint lacks",
+    )
     bf16: bool = Field(default=False, description="base model in bfloat16; the rest stays float32")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass to save memory"

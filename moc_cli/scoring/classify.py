@@ -51,7 +51,7 @@ def classify(
     """
     network = model.adapted.model
     encoded = encode_pairs(examples, model.tokenizer, max_length=max_length)
-    check_fits(network, max(encoded.lengths, default=0), "a text, cut to data.max_length,")
+    check_fits(network, encoded.ids, "a text, cut to data.max_length,")
     costs = [RowCost(length) for length in encoded.lengths]
     with evaluating(network) as device:
 

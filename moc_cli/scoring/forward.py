@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moc_cli.data.batches import Side, pad_rows
 from moc_cli.errors import DataError, MocError
+from moc_cli.models.tokens import embeddings, max_positions
 
 Progress = Callable[[int, int], None]  # items done, items in all
 
@@ -50,17 +51,20 @@ def call(model: PreTrainedModel, **inputs: Any) -> Any:
     return model(**{k: v for k, v in inputs.items() if k not in optional or k in known})
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None where its config does not say."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
-
-
-def check_fits(model: PreTrainedModel, length: int, what: str) -> None:
-    """Raise DataError where `length` tokens are more than the model has positions for."""
-    limit = max_positions(model)
-    if limit is not None and length > limit:
-        raise DataError(f"{what} has {length} tokens, the model takes {limit}")
+def check_fits(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], what: str, new_tokens: int = 0
+) -> None:
+    """Raise DataError where rows with `new_tokens` more each are longer than the model has
+    positions for, or hold tokens that it has no embedding for.
+    """
+    limit, longest = max_positions(model), max(map(len, rows), default=0) + new_tokens
+    if limit is not None and longest > limit:
+        raise DataError(f"{what} has {longest} tokens, the model takes {limit}")
+    size, last = embeddings(model), max((max(row) for row in rows if row), default=0)
+    if last >= size:
+        raise DataError(
+            f"{what} holds the token {last}, the model has embeddings for 0 to {size - 1}"
+        )
 
 
 def check_finite(scores: Sequence[float]) -> None:

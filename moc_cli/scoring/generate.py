@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moc_cli.data.batches import pad_token_id
 from moc_cli.data.examples import ANSWER, ChoiceExample
 from moc_cli.methods import TextModel
+from moc_cli.models.tokens import end_tokens, pad_token_id, prompt_ids
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.extract import extract, response
 from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
@@ -63,9 +63,9 @@ def generate(
     network: Any = model.adapted.model
     tokenizer = model.tokenizer
     texts = [example.eval_prompt for example in examples]
-    prompts = [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
+    prompts = prompt_ids(tokenizer, texts)
     for example, prompt in zip(examples, prompts, strict=True):
-        check_fits(network, len(prompt) + NEW_TOKENS, f"{example.task}: a question with its answer")
+        check_fits(network, [prompt], f"{example.task}: a question with its answer", NEW_TOKENS)
     costs = [RowCost(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
     pad_id = pad_token_id(tokenizer)
     with evaluating(network) as device, settings(network, tokenizer):
@@ -113,11 +113,3 @@ def settings(
         yield
     finally:
         model.generation_config = own
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the checkpoint's and the tokenizer's."""
-    config = model.generation_config
-    own = config.eos_token_id if config else None
-    ends = own if isinstance(own, list) else [own]
-    return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})

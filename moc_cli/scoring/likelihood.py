@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moc_cli.data.batches import pad_token_id
 from moc_cli.data.encode import common_prefix
 from moc_cli.methods import Adapted, TextModel
+from moc_cli.models.tokens import pad_token_id
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
@@ -59,9 +59,9 @@ class Query:
         return cls(context, continuations[0][:shared], branches)
 
     @property
-    def length(self) -> int:
-        """Tokens of the context with the longest continuation."""
-        return len(self.context) + len(self.trunk) + max(map(len, self.branches))
+    def texts(self) -> list[Tokens]:
+        """The context with each continuation."""
+        return [self.context + self.trunk + branch for branch in self.branches]
 
     @property
     def cost(self) -> RowCost:

@@ -67,7 +67,7 @@ def lm_loss(
     Raises DataError where no token is labelled.
     """
     network = model.adapted.model
-    check_fits(network, max(encoded.lengths, default=0), "a row, cut to data.max_length,")
+    check_fits(network, encoded.ids, "a row, cut to data.max_length,")
     costs = [RowCost(length, logits=length) for length in encoded.lengths]
     with evaluating(network) as device:
 

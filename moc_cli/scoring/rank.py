@@ -60,7 +60,7 @@ def rank(
     """
     queries = [query_of(model.tokenizer, example) for example in examples]
     for example, query in zip(examples, queries, strict=True):
-        check_fits(model.adapted.model, query.length, f"{example.task}: a question")
+        check_fits(model.adapted.model, query.texts, f"{example.task}: a question")
     rows = likelihoods(model, queries, batch_size=batch_size, on_progress=on_progress)
     items = []
     for example, row in zip(examples, rows, strict=True):

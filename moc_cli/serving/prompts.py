@@ -16,6 +16,7 @@ from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.prompts import eval_prompt
 from moc_cli.data.source import BadRow, BadRows, parse_object, take
 from moc_cli.errors import DataError, MocError
+from moc_cli.models.tokens import prompt_ids
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import Frame
 
@@ -91,7 +92,7 @@ def encode(
         text = instruction_prompt(messages[-1]["content"])
     else:
         text = "\n".join(message["content"] for message in messages)
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    return prompt_ids(tokenizer, [text])[0]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from moc_cli.data.batches import pad_token_id
+from moc_cli.data.custom.chat import answer_ends
 from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
+from moc_cli.models.tokens import end_tokens, max_positions, pad_token_id
 from moc_cli.recipe.tasks import Frame
 from moc_cli.report.output import printable
-from moc_cli.scoring.forward import evaluating, max_positions
-from moc_cli.scoring.generate import end_tokens
+from moc_cli.scoring.forward import evaluating
 from moc_cli.serving.options import Sampling
 from moc_cli.serving.prompts import Message, encode
 
@@ -98,6 +98,8 @@ class Writer(TextModel):
     def _generate(self, ids: list[int], on_text: OnText | None) -> Answer:
         model: Any = self.adapted.model
         ends = end_tokens(model, self.tokenizer)
+        if self.frame == "chat":
+            ends += [end for end in answer_ends(self.tokenizer) if end not in ends]
         streamer = (
             AnswerStreamer(self.tokenizer, on_text, ends)
             if on_text and self.sampling.num_beams == 1

@@ -10,18 +10,22 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moc_cli.adapter.check import check_modules
 from moc_cli.data.batches import Batches
 from moc_cli.data.encode import Encoded
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError, MocError
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted, attach
-from moc_cli.models.load import build_meta, load_model, load_tokenizer
+from moc_cli.models.fingerprint import fingerprint
+from moc_cli.models.load import build_meta, checkpoint_shapes, load_model, load_tokenizer
+from moc_cli.models.weight_files import own_head
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import LaunchSection, ModelSection
 from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.scoring.results import ScoringOptions
+from moc_cli.training import checks
 from moc_cli.training.log import Track
 from moc_cli.training.loop_types import Data, Settings
 
@@ -40,11 +44,15 @@ class Built:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The kind of task, its encoded training rows, and the same as the loop takes them."""
+    """The kind of task, its encoded training rows, and the same as the loop takes them.
+
+    `notes` say what was taken for what where model, tokenizer and rows could be read in two ways.
+    """
 
     kind: Kind
     encoded: Encoded
     data: Data
+    notes: list[str] = field(default_factory=list)
 
 
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
@@ -108,14 +116,20 @@ def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
     return recipe, splits
 
 
-def encode_rows(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> TrainingRows:
-    """Encode the training rows and cut them into batches.
+def encode_rows(
+    recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> TrainingRows:
+    """Encode the training rows and cut them into batches; only the model's shapes are read.
 
-    Raises DataError for examples of any part that the tokenizer cannot take, and where no row has
-    an answer left.
+    Raises DataError for examples of any part that the tokenizer or the model cannot take, and where
+    no row has an answer left.
     """
     data, train = recipe.data, recipe.train
     kind = make_kind(data)
+    notes = checks.match(data, model, tokenizer) + checks.compare(model, tokenizer)
+    heads = _own_head(recipe, model)
+    if heads:
+        notes.append(checks.head_note(recipe, heads, model.config.id2label or {}))
     kind.check(splits.all_examples, tokenizer)
     encoded = kind.encode(
         splits.train,
@@ -123,6 +137,9 @@ def encode_rows(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
         max_length=data.max_length,
         train_on_inputs=data.train_on_inputs,
     )
+    problems = checks.problems(data, model, tokenizer, encoded.ids)
+    if problems:
+        raise DataError("\n".join(problems))
     if encoded.answerless == len(encoded.rows):
         raise DataError(
             "data.max_length cuts off the answer of every training row", "raise data.max_length"
@@ -137,13 +154,22 @@ def encode_rows(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
     def collate(numbers: list[int]) -> dict[str, Any]:
         return kind.collate([encoded.rows[number] for number in numbers], tokenizer)
 
-    return TrainingRows(kind, encoded, Data(batches, collate, kind.loss, batches.padding_share()))
+    loop_data = Data(batches, collate, kind.loss, batches.padding_share())
+    return TrainingRows(kind, encoded, loop_data, notes)
 
 
-def build(recipe: Recipe, device: torch.device) -> Built:
-    """Load the model in its precision, place the method in it, and move both to the device."""
+def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Built:
+    """Load the model in its precision, place the method in it, and move both to the device.
+
+    Model and tokenizer then agree on padding and end tokens.
+    """
     loaded = load_model(recipe.model.model_name_or_path, seed=recipe.seed, **_arguments(recipe))
-    adapted = attach(loaded.model, recipe.method, new_modules=loaded.new_modules, seed=recipe.seed)
+    checks.match(recipe.data, loaded.model, tokenizer)
+    modules = _trained_modules(recipe, loaded.model, loaded.new_modules)
+    base_print = loaded.fingerprint
+    if modules != loaded.new_modules:
+        base_print = fingerprint(loaded.model, modules)
+    adapted = attach(loaded.model, recipe.method, new_modules=modules, seed=recipe.seed)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(loaded.model)
     loaded.model.to(device)  # type: ignore[arg-type]
@@ -152,7 +178,7 @@ def build(recipe: Recipe, device: torch.device) -> Built:
         recipe.model.model_name_or_path,
         str(loaded.model.dtype).removeprefix("torch."),
         loaded.weights_hash,
-        loaded.fingerprint,
+        base_print,
         loaded.tensors,
     )
 
@@ -173,13 +199,15 @@ def base_facts(recipe: Recipe, built: Built) -> dict[str, Any]:
 def build_shapes(recipe: Recipe) -> Adapted:
     """Place the method in the model's shapes alone, on the meta device; no weights are read.
 
-    A classifier's head counts as fresh; whether the checkpoint lacks more is seen only on loading.
+    Whether the checkpoint lacks more than a classifier's head is seen only on loading.
     """
     model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
     fresh: tuple[str, ...] = ()
     if make_kind(recipe.data).loss != "causal":
-        fresh = tuple(n for n, _ in model.named_children() if n != model.base_model_prefix)
-    return attach(model, recipe.method, new_modules=fresh, seed=recipe.seed)
+        kept = (model.base_model_prefix, *_own_head(recipe, model))
+        fresh = tuple(name for name, _ in model.named_children() if name not in kept)
+    modules = _trained_modules(recipe, model, fresh)
+    return attach(model, recipe.method, new_modules=modules, seed=recipe.seed)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -235,6 +263,31 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
         "trust_remote_code": model.trust_remote_code,
         **make_kind(recipe.data).model_arguments(),
     }
+
+
+def _own_head(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the modules of a classifier's head that its checkpoint holds."""
+    if model.can_generate():
+        return ()
+    section = recipe.model
+    return own_head(model, checkpoint_shapes(section.model_name_or_path, section.revision))
+
+
+def _trained_modules(
+    recipe: Recipe, model: PreTrainedModel, fresh: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the fresh modules, and those that the recipe names beside them.
+
+    Raises RunError for a module that the model does not have or that cannot be trained alone.
+    """
+    inside = tuple(f"{name}." for name in fresh)
+    more = [
+        name
+        for name in recipe.train.modules or ()
+        if name not in fresh and not name.startswith(inside or ("\0",))
+    ]
+    check_modules(model, tuple(more))
+    return (*fresh, *more)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

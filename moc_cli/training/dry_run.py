@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.data.encode import IGNORED, Row
 from moc_cli.data.splits import Splits
@@ -37,6 +37,7 @@ class Reading:
     padding_share: float
     pieces: list[Piece]
     label: int | float | str | None
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Preview:
                 "answerless": read.answerless,
                 "dropped": read.dropped,
                 "padding_share": read.padding_share,
+                "notes": read.notes,
                 "row": {"pieces": [asdict(piece) for piece in read.pieces], "label": read.label},
             }
         return content
@@ -87,7 +89,7 @@ def preview(recipe: Recipe) -> Preview:
     adapted = build.build_shapes(recipe)
     published = bool(getattr(adapted.model, "published_shape", False))
     try:
-        reading, unread = _read(recipe, rows, published), None
+        reading, unread = _read(recipe, rows, adapted.model, published), None
     except _OutOfReach as away:
         reading, unread = None, str(away)
     return Preview(adapted.counts(), published, reading, unread)
@@ -97,7 +99,9 @@ class _OutOfReach(Exception):
     """The hub was needed for what only the run itself must have."""
 
 
-def _read(recipe: Recipe, splits: Splits | None, published: bool) -> Reading:
+def _read(
+    recipe: Recipe, splits: Splits | None, model: PreTrainedModel, published: bool
+) -> Reading:
     """Read the rows, if that is not done, and encode them as training would."""
     data = recipe.data
     try:
@@ -112,7 +116,7 @@ def _read(recipe: Recipe, splits: Splits | None, published: bool) -> Reading:
         if not published:
             raise
         raise _OutOfReach(error.message) from error
-    rows = build.encode_rows(recipe, splits, tokenizer)
+    rows = build.encode_rows(recipe, splits, tokenizer, model)
     first = rows.encoded.rows[0]
     return Reading(
         steps=total_steps(build.make_settings(recipe), rows.data.batches),
@@ -123,6 +127,7 @@ def _read(recipe: Recipe, splits: Splits | None, published: bool) -> Reading:
         padding_share=rows.data.padding_share,
         pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),
         label=rows.kind.shown_label(first),
+        notes=rows.notes,
     )
 
 

@@ -97,8 +97,11 @@ class Session:
         )
         self.say(lines.device_line(describe_device(accelerator.device)))
         tokenizer = build.make_tokenizer(recipe.model)
-        rows = build.encode_rows(recipe, splits, tokenizer)
-        built = build.build(recipe, accelerator.device)
+        shapes = build.build_shapes(recipe).model
+        rows = build.encode_rows(recipe, splits, tokenizer, shapes)
+        for note in rows.notes:
+            self.warn(lines.labelled("note", note))
+        built = build.build(recipe, accelerator.device, tokenizer)
         counts = built.adapted.counts()
         self.say(lines.model_line(built.name, counts.base, built.dtype))
         self.say(lines.method_line(recipe.method.name, counts))

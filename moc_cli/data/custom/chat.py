@@ -50,6 +50,18 @@ def chat_tokens(
     return rows
 
 
+def answer_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token that the chat template puts after an answer: one, or none at all."""
+    probe = ChatExample("probe", (("user", "a"), ("assistant", "b")))
+    try:
+        ids, learned = chat_tokens([probe], tokenizer)[0]
+    except DataError:  # no template, or one that asks for another kind of conversation
+        return []
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    answer = [token for token, target in zip(ids, learned, strict=True) if target]
+    return [token for token in answer if token in special][-1:]
+
+
 def _tokens_by_marks(
     messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
 ) -> Tokens:
