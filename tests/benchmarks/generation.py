@@ -70,10 +70,8 @@ def main() -> None:
         ]
     ratios = np.array([base / ours for base, ours in pairs])
     weights = sum(p.numel() * p.element_size() for p in bare.parameters())
-    cache = host.generate(
-        input_ids=ids, max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0
-    ).past_key_values
-    stacks = cache._moc_routes.stacks.values()
+    host.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0)
+    stacks = host.moc.current.store.stacks.values()
     extra = sum(t.numel() * t.element_size() for stack in stacks for t in (stack.A, stack.B))
     ceiling = weights / (weights + extra)
     print(

@@ -15,16 +15,20 @@ from moc_cli.cli import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh ?(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
-SHORT = " --set train.max_steps=4"  # so that the commands take seconds; nothing else is changed
+SHORT = " --set train.max_steps=4 --set eval.max_samples=16"
+FEW = " --limit 16"  # both so that the commands take seconds; nothing else is changed
 
 
 def arguments(kind: str, line: str) -> list[str]:
     """Return the arguments of `moc`; what needs the hub is only checked, which needs no network."""
     if line.startswith("moc train") and "--dry-run" not in line:
         line += " --dry-run" if kind == "hub" else SHORT
+    elif line.startswith(("moc eval", "moc inspect-routing")) and "--text" not in line:
+        line = re.sub(r" --limit \d+|$", FEW, line, count=1)
     return shlex.split(line)[1:]
 
 
+@pytest.mark.usefixtures("same_process")
 def test_every_command_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,6 +38,8 @@ def test_every_command_of_the_readme_runs(
         absent("no weights: make weights")
     (tmp_path / ".weights").symlink_to(weights)
     monkeypatch.chdir(tmp_path)
+    # Pictures take seconds; tests/inspection draws them.
+    monkeypatch.setattr("moc_cli.inspection.results.draw", lambda routing, folder: [])
     assert {kind for kind, _ in BLOCKS} == {"", "hub", "weights"}
     for kind, text in BLOCKS:
         files = "".join(re.findall(r"^cat > .*?^END$\n", text, flags=re.M | re.S))

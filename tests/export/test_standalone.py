@@ -33,7 +33,7 @@ from moc_cli.export import standalone
 from moc_cli.methods import Adapted, attach
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
-NEW, BEAMS = 12, 4
+NEW, BEAMS = 6, 4
 TOLERANCE = 1e-5  # of the largest logit, in float32
 GATE = {"projection_dim": 8}
 VARIANTS: dict[str, dict[str, Any]] = {

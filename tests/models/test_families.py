@@ -11,6 +11,7 @@ from support.models import (
     FAMILIES,
     WIDTH,
     all_float64,
+    has_hooks,
     make_batch,
     make_tiny,
     train_controls,
@@ -306,7 +307,7 @@ def test_an_unknown_family_is_named_with_what_to_add():
     assert all(name in found.value.message for name in TABLE)
     assert "method.placement: {layers: " in found.value.hint
     assert "h (2 x GPT2Block: ln_1, attn, " in found.value.hint
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not has_hooks(model)
 
 
 RECIPE = """

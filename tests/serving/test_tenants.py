@@ -188,7 +188,7 @@ def test_generate_with_beams_equals_every_row_alone(beams: int, folders: dict) -
         start = one["input_ids"].shape[1]
         assert found[number, -NEW:].tolist() == alone.sequences[0, start:].tolist(), name
         if controls is not None and name != "math":
-            kept = alone.past_key_values._moc_routes.routes
+            kept = model.moc.current.store.routes
             routes.add((name, *(tuple(route.ids[0].tolist()) for route in kept.values())))
     assert len(routes) >= 6  # else all rows of a set might share one route
 

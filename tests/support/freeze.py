@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -226,9 +227,13 @@ def write(name: str, output: Any, reason: str) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Run every command in a new folder and return what is to be frozen, by name."""
+    """Run every command in a new folder and return what is to be frozen, by name.
+
+    Pictures take seconds each and nothing of them is frozen: none is drawn.
+    """
     torch.set_num_threads(1)
-    with TemporaryDirectory() as folder, contextlib.chdir(folder), in_this_process():
+    undrawn = mock.patch("moc_cli.inspection.results.draw", return_value=[])
+    with TemporaryDirectory() as folder, contextlib.chdir(folder), in_this_process(), undrawn:
         text = json.dumps(dict(outputs()))
         return dict(json.loads(text.replace(f"{os.getcwd()}/", "")))
 

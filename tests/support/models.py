@@ -178,6 +178,18 @@ def train_controls(parameters: dict[str, torch.nn.Parameter], seed: int = 5) -> 
                 parameter.fill_(4.0)
 
 
+def has_hooks(model: torch.nn.Module) -> bool:
+    """Whether any module has a hook on its forward; a hook's handle shows those beside it."""
+    for module in model.modules():
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *_: None)
+            hooks = handle.hooks_dict_ref()
+            handle.remove()
+            if hooks:
+                return True
+    return False
+
+
 class _Widen(TorchFunctionMode):
     """Every request for float32 is answered in float64."""
 
