@@ -29,12 +29,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The longest files: several processes begin with them, so that none is left with one at the end.
 LONGEST = (
-    "test_documents.py",
     "test_quickstart.py",
+    "test_contract.py",
+    "test_generation.py",
     "test_frozen.py",
     "test_real_training.py",
     "test_standalone.py",
     "test_export.py",
+    "test_harness.py",
 )
 
 
