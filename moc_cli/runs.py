@@ -9,8 +9,6 @@ results.json                         scores before and after, time, memory, rout
 environment.json                     versions, device, data and base model, with hashes
 """
 
-import contextlib
-import json
 import os
 import shlex
 from dataclasses import dataclass
@@ -31,7 +29,14 @@ from moc_cli.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from moc_cli.results import read_results
+from moc_cli.run_files import (
+    Environment,
+    MetricsLine,
+    read_evaluation,
+    read_lines,
+    read_object,
+    read_training,
+)
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -40,11 +45,6 @@ if TYPE_CHECKING:
 ENTRIES = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
     *("eval", "routing", "trackers", "recipe.yaml", LOCK),
-)
-# What the results.json of a finished run holds at least.
-FINISHED = (
-    *("tasks", "protocol", "train_on_inputs"),
-    *("steps", "stopped", "tokens", "seconds", "memory"),
 )
 
 
@@ -193,48 +193,46 @@ class RunFolder:
         write_json_atomic(self.path / "results.json", results)
 
     def read_results(self) -> dict[str, Any]:
-        """Return results.json in format 2; raises RunError where it is missing or incomplete."""
-        path = self.path / "results.json"
-        results = self._read_json(path)
-        if results.get("status") == "finished":
-            lacking = [key for key in FINISHED if key not in results]
-            lacking += [k for k in ("tasks", "memory") if not isinstance(results.get(k, {}), dict)]
-            if lacking:
-                what = ", ".join(lacking)
-                raise RunError(f"{path} cannot be read: a finished run's, but it lacks {what}")
-        try:
-            return read_results(results)
-        except ValueError as error:
-            raise RunError(f"{path} cannot be read: {error}") from error
+        """Return results.json in format 2; raises RunError where it is missing or damaged."""
+        return read_training(self.path / "results.json")
+
+    def read_evaluations(self) -> dict[str, dict[str, Any]]:
+        """Return what `moc eval` has written into the run, in format 2, by the folders' names.
+
+        Raises RunError where one of them is damaged.
+        """
+        files = sorted((self.path / "eval").glob("*/results.json"))
+        return {file.parent.name: read_evaluation(file) for file in files}
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Write environment.json."""
         write_json_atomic(self.path / "environment.json", environment)
 
-    def history(self) -> list[dict[str, Any]]:
-        """Return when the run was started and resumed, oldest first."""
-        with contextlib.suppress(RunError):
-            return list(self.read_environment().get("history", []))
-        return []
+    def read_history(self) -> list[dict[str, Any]]:
+        """Return when the run was started and resumed, oldest first; RunError as below."""
+        return list(self.read_environment().get("history", []))
 
-    def scores_before(self) -> dict[str, dict[str, float]]:
-        """Return the untrained model's scores, task -> metric -> value, where they are known."""
-        try:
-            results = self.read_results()
-        except RunError:
-            return {}
-        if results.get("status") != "finished":
-            return dict(results.get("before", {}))
-        scores: dict[str, dict[str, float]] = {}
-        for task, entry in results["tasks"].items():
-            for metric, score in entry["metrics"].items():
-                if score["before"] is not None:
-                    scores.setdefault(task, {})[metric] = score["before"]
-        return scores
+    def read_scores_before(self) -> dict[str, dict[str, float]]:
+        """Return the untrained model's scores, task -> metric -> value, where they are known.
+
+        Raises RunError where results.json is missing or damaged.
+        """
+        results = self.read_results()
+        before = results.get("before", {})
+        if results.get("status") == "finished":
+            before = {
+                task: {name: score.get("before") for name, score in entry["metrics"].items()}
+                for task, entry in results["tasks"].items()
+            }
+        known = {
+            task: {name: value for name, value in values.items() if value is not None}
+            for task, values in before.items()
+        }
+        return {task: values for task, values in known.items() if values}
 
     def read_environment(self) -> dict[str, Any]:
-        """Return environment.json; RunError when there is none."""
-        return self._read_json(self.path / "environment.json")
+        """Return environment.json; raises RunError where it is missing or damaged."""
+        return read_object(self.path / "environment.json", Environment)
 
     def base_tensors(self) -> dict[str, str]:
         """Return the base's tensors as training found them; {} where the run does not say it."""
@@ -258,17 +256,7 @@ class RunFolder:
 
         Raises RunError for any other line that cannot be read.
         """
-        if not self.metrics.is_file():
-            return []
-        lines = []
-        for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                lines.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise RunError(f"{self.metrics}:{number}: not a JSON object") from error
-        return lines
+        return read_lines(self.metrics, MetricsLine) if os.path.lexists(self.metrics) else []
 
     # Claiming
 
@@ -316,14 +304,3 @@ class RunFolder:
         with disk_errors(self.path / LOCK):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()}".encode(), 0)
-
-    def _read_json(self, path: Path) -> dict[str, Any]:
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RunError(f"{path} does not exist", "has the run finished?") from error
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read: {error}") from error
-        if not isinstance(value, dict):
-            raise RunError(f"{path} cannot be read: not a JSON object")
-        return value

@@ -20,6 +20,7 @@ FLOORS = [
     {"errors"},
     {"files"},
     {"results"},
+    {"run_files"},
     {"recipe", "report", "nn", "builtin"},
     {"models"},
     {"methods"},
@@ -37,13 +38,24 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "numpy", "sklearn", "scipy"}
-LIGHT = {"errors", "files", "results", "recipe", "report", "cli", "runs", "__init__", "__main__"}
+LIGHT = {
+    "errors",
+    "files",
+    "results",
+    "run_files",
+    "recipe",
+    "report",
+    "cli",
+    "runs",
+    "__init__",
+    "__main__",
+}
 LIGHT_FILES = {"adapter/folder.py", "adapter/config.py", "adapter/__init__.py"}
 # The rooms and files that may import a library.
 AT_HOME = {
     "peft": {"methods/low_rank.py", "peft.py"},
     "typer": {"cli"},
-    "pydantic": {"recipe", "adapter/config.py"},
+    "pydantic": {"recipe", "run_files.py", "adapter/config.py", "training/checkpoint.py"},
     "rich": {"report", "cli"},
     "datasets": {"data"},
     "accelerate": {"training", "scoring/batch_size.py"},

@@ -182,12 +182,26 @@ def test_damaged_results_and_metrics_are_told(tmp_path):
     make_run(tmp_path)
     run = RunFolder.open(tmp_path)
     run.write_results({"status": "finished", "tasks": [], "steps": 1})
-    lacks = "lacks protocol, train_on_inputs, stopped, tokens, seconds, memory, tasks"
-    with pytest.raises(RunError, match=lacks):
+    with pytest.raises(RunError, match="'tasks' is not an object"):
         run.read_results()
-    for line in (b"{bad", b"[1]", b"3", b"\xff"):
+    run.write_results({"status": "finished", "tasks": {}, "steps": "many"})
+    lacks = (
+        "it lacks protocol, train_on_inputs, stopped, tokens; steps: input should be a valid int"
+    )
+    with pytest.raises(RunError, match=f"results.json cannot be read: {lacks}"):
+        run.read_results()
+    for line, why in {
+        b"{bad": "not JSON: ",
+        b"[1]": "not a JSON object",
+        b"3": "not a JSON object",
+        b"\xff": "not JSON: ",
+        b"[" * 100_000: "not JSON: .*recursion",
+        b"{}": "it lacks step",
+        b'{"step": true}': "step: input should be a valid integer",
+        b'{"step": 1, "eval": {"loss": "low"}}': "eval.loss: input should be a valid number",
+    }.items():
         run.metrics.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-        with pytest.raises(RunError, match="metrics.jsonl:2: not a JSON object"):
+        with pytest.raises(RunError, match=f"metrics.jsonl:2 cannot be read: {why}"):
             run.read_metrics()
 
 

@@ -24,13 +24,13 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
         recipe = _read_recipe(options)
         home = options.run / "eval"
     from moc_cli.evaluation import lm_eval_tasks
+    from moc_cli.evaluation.results_folder import check_output
     from moc_cli.evaluation.session import load_model
-    from moc_cli.files import check_folder
     from moc_cli.report.output import print_json, say
 
     lm_eval_tasks.check_installed()
     folder = options.output or home / lm_eval_tasks.label(options)
-    check_folder(folder, within=None if options.output else options.run)
+    check_output(folder, within=None if options.output else options.run)
     tasks = lm_eval_tasks.load_tasks(options)
     report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder, silent=json)
     results = report.folder.to_json()

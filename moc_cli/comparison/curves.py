@@ -86,5 +86,5 @@ def _held_out(run: Run, by_step: bool) -> tuple[np.ndarray, np.ndarray]:
 def _arrays(
     lines: Sequence[dict[str, Any]], values: Sequence[float], by_step: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    where = [line["step" if by_step else "epoch"] for line in lines]
+    where = [line.get("step" if by_step else "epoch") for line in lines]
     return np.array(where, dtype=float), np.array(values, dtype=float)

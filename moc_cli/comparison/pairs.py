@@ -127,10 +127,13 @@ def _column(pairs: Pairs, key: str, kind: type) -> tuple[np.ndarray, np.ndarray]
     """Return a value of both runs' items, (n,) each; None where an item lacks it."""
     if any(item.get(key) is None for item in (*pairs.first, *pairs.second)):
         return None
-    return (
-        np.array([item[key] for item in pairs.first], dtype=kind),
-        np.array([item[key] for item in pairs.second], dtype=kind),
-    )
+    try:
+        return (
+            np.array([item[key] for item in pairs.first], dtype=kind),
+            np.array([item[key] for item in pairs.second], dtype=kind),
+        )
+    except (TypeError, ValueError, OverflowError):
+        return None  # another kind of value than this metric is made from
 
 
 def _perplexity(tokens: np.ndarray, losses: np.ndarray) -> float:

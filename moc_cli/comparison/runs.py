@@ -1,7 +1,6 @@
 """Runs to compare: recipe, results, evaluations and items, as far as their folders hold them."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,8 @@ from moc_cli.adapter.folder import read_config
 from moc_cli.errors import RunError
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
-from moc_cli.results import main_score, read_results
+from moc_cli.results import main_score
+from moc_cli.run_files import Sample, read_bytes, read_lines
 from moc_cli.runs import RunFolder
 
 FINAL = "final"  # training's own scores; the others are called as their folders in RUN/eval
@@ -94,17 +94,12 @@ def read_items(scores: Scores) -> Items:
     if scores.folder is None:
         return {}
     path = scores.folder / "samples.jsonl"
-    try:
-        text = path.read_text(encoding="utf-8")
-        results = json.loads((scores.folder / "results.json").read_text(encoding="utf-8"))
-        if results["samples_sha256"] != hashlib.sha256(text.encode()).hexdigest():
-            raise RunError(f"{path} is not what results.json beside it was made from")
-        items: Items = {}
-        for line in text.splitlines():
-            item = json.loads(line)
-            items.setdefault(item["task"], []).append(item)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()
+    if scores.conditions.get("samples_sha256") != digest:
+        raise RunError(f"{path} is not what results.json beside it was made from")
+    items: Items = {}
+    for item in read_lines(path, Sample):
+        items.setdefault(item["task"], []).append(item)
     return items
 
 
@@ -142,16 +137,10 @@ def _read(name: str, folder: RunFolder) -> Run:
 
 def _evaluations(folder: RunFolder) -> dict[str, Scores]:
     """Read what `moc eval` has written into the run, by the names of its folders."""
-    evaluations = {}
-    for path in sorted((folder.path / "eval").glob("*/results.json")):
-        try:
-            conditions = read_results(json.loads(path.read_text(encoding="utf-8")))
-            tasks = conditions.pop("tasks")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise RunError(f"{path} cannot be read: {error}", "run moc eval again") from error
-        label = path.parent.name
-        evaluations[label] = Scores(label, conditions, tasks, path.parent)
-    return evaluations
+    return {
+        label: Scores(label, results, results.pop("tasks"), folder.path / "eval" / label)
+        for label, results in folder.read_evaluations().items()
+    }
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -1,14 +1,13 @@
 """Scores of the base model that earlier commands have left on disk."""
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moc_cli.data.splits import TaskRows
-from moc_cli.errors import FileError, RunError
-from moc_cli.results import read_results
+from moc_cli.run_files import read_evaluation
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
 
@@ -37,37 +36,38 @@ def find_score(
 
 
 def before_training(folder: RunFolder, protocol: str) -> list[BaseScore]:
-    """Return the scores that `moc train` took before training, by the same protocol."""
-    try:
-        results, data = folder.read_results(), folder.read_environment()["data"]
-    except (RunError, KeyError):
-        return []
+    """Return the scores that `moc train` took before training, by the same protocol.
+
+    Raises RunError where the run's files are damaged.
+    """
+    if not all(
+        os.path.lexists(folder.path / name) for name in ("results.json", "environment.json")
+    ):
+        return []  # it has not finished
+    results, data = folder.read_results(), folder.read_environment().get("data", {})
     if results.get("protocol") != protocol:
         return []
-    hashes = {name: part.get("sha256", "") for name, part in data.items()}
+    hashes = {name: part["sha256"] for name, part in data.items()}
     return [
         BaseScore(task, hashes.get(f"test {task}", ""), values, "before training")
-        for task, values in folder.scores_before().items()
+        for task, values in folder.read_scores_before().items()
     ]
 
 
 def earlier_evaluation(file: Path, conditions: Mapping[str, Any]) -> list[BaseScore]:
     """Return the scores in the results.json of a bare model, if it has these conditions.
 
-    Raises FileError where the file cannot be read.
+    Raises RunError where the file is damaged.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         return []
-    try:
-        results = read_results(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{file} cannot be read: {error}") from error
+    results = read_evaluation(file)
     if any(results.get(key) != value for key, value in conditions.items()):
         return []
     return [
         BaseScore(
             task,
-            entry["rows_sha256"],
+            entry.get("rows_sha256", ""),
             {name: score["value"] for name, score in entry["metrics"].items()},
             str(file.parent),
         )

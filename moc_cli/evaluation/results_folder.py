@@ -1,18 +1,51 @@
 """The files of an evaluation: results.json, and a line of samples.jsonl for every item.
 
 Both are written after every task. A folder holds one set of conditions: tasks scored later under
-the same conditions are added, under others the folder begins anew.
+the same conditions are added, under others the folder begins anew. Several calls may write into one
+folder at the same time.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moc_cli.errors import FileError
-from moc_cli.files import write_json_atomic, write_text_atomic
-from moc_cli.results import FORMAT, main_score, read_results
+from moc_cli.errors import FileError, RunError
+from moc_cli.files import (
+    check_folder,
+    clear_leftovers,
+    locked,
+    write_json_atomic,
+    write_text_atomic,
+)
+from moc_cli.results import FORMAT, main_score
+from moc_cli.run_files import Sample, parse, read_bytes, read_evaluation
+
+RESULTS = "results.json"
+SAMPLES = "samples.jsonl"
+OTHER = "give another folder: --output DIR"
+
+
+def check_output(folder: Path, *, within: Path | None = None) -> None:
+    """Raise MocError unless scores can be written there and replace nothing but other scores.
+
+    `within` is the run folder that `folder` lies in by its name.
+    """
+    check_folder(folder, within=within)
+    if os.path.lexists(folder / "recipe.yaml"):
+        raise FileError(f"{folder} is a run folder, whose own results would be replaced", OTHER)
+    results, samples = (os.path.lexists(folder / name) for name in (RESULTS, SAMPLES))
+    try:
+        ours = not results or "samples_sha256" in read_evaluation(folder / RESULTS)
+        if ours and samples and not results:  # it was stopped between the two
+            ours = bool(_read_samples(folder / SAMPLES))
+    except RunError as error:
+        raise RunError(error.message, OTHER) from error
+    if not ours:
+        name = folder / (RESULTS if results else SAMPLES)
+        raise FileError(f"{name} is not of `moc eval`, and would be replaced", OTHER)
 
 # Conditions that only name what others hold the hash of: a run or a base may have moved.
 NAMES = ("run", "model")
@@ -28,28 +61,42 @@ class ResultsFolder:
         self.folder = folder
         self.conditions = conditions
         self.tasks: dict[str, Any] = {}
-        self.replaced: list[str] = []
         self._lines: dict[str, str] = {}
-        self._continue()
+        self._scored: set[str] = set()  # by this call
+        if folder.is_dir():
+            clear_leftovers(folder)
+        self.replaced = self._continue()
 
     @property
     def results_file(self) -> Path:
-        return self.folder / "results.json"
+        return self.folder / RESULTS
 
     @property
     def samples_file(self) -> Path:
-        return self.folder / "samples.jsonl"
+        return self.folder / SAMPLES
 
     def add(self, task: str, entry: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-        """Add a scored task and write both files; the samples first, so that none is missing."""
-        self.tasks[task] = entry
-        self._lines[task] = "".join(
-            json.dumps({"task": task} | sample, ensure_ascii=False) + "\n" for sample in samples
-        )
-        text = "".join(self._lines[name] for name in self.tasks)
-        write_text_atomic(self.samples_file, text)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        write_json_atomic(self.results_file, self.to_json() | {"samples_sha256": digest})
+        """Add a scored task and write both files; the samples first, so that none is missing.
+
+        Raises FileError where another call has begun the folder anew in the meantime.
+        """
+        with locked(self.folder):
+            differing = self._continue()
+            if differing and (self._scored or differing != self.replaced):
+                raise FileError(
+                    f"{self.folder} holds other {', '.join(differing)} than when this call began: "
+                    "another process writes there",
+                    OTHER,
+                )
+            self.tasks[task] = entry
+            self._scored.add(task)
+            self._lines[task] = "".join(
+                json.dumps({"task": task} | sample, ensure_ascii=False) + "\n" for sample in samples
+            )
+            text = "".join(self._lines[name] for name in self.tasks)
+            write_text_atomic(self.samples_file, text)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            write_json_atomic(self.results_file, self.to_json() | {"samples_sha256": digest})
 
     def to_json(self) -> dict[str, Any]:
         """Return what results.json says, but for the hash of the samples.
@@ -66,27 +113,41 @@ class ResultsFolder:
             "limited": any(entry["limited"] for entry in entries),
         }
 
-    def _continue(self) -> None:
-        """Take over the tasks of an earlier call under the same conditions."""
-        if not self.results_file.is_file() or not self.samples_file.is_file():
-            return
-        try:
-            saved = read_results(json.loads(self.results_file.read_text(encoding="utf-8")))
-            text = self.samples_file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise FileError(f"{self.results_file} cannot be read: {error}") from error
-        self.replaced = [
+    def _continue(self) -> list[str]:
+        """Take over the tasks that other calls have scored under the same conditions.
+
+        Returns in what the folder differs otherwise, and takes nothing then.
+        """
+        if not all(map(os.path.lexists, (self.results_file, self.samples_file))):
+            return []
+        saved = read_evaluation(self.results_file)
+        differing = [
             key
             for key, value in self.conditions.items()
             if key not in NAMES and saved.get(key) != value
         ]
-        intact = saved.get("samples_sha256") == hashlib.sha256(text.encode()).hexdigest()
-        if self.replaced or not intact:
-            return
-        self.tasks = dict(saved["tasks"])
-        self._lines = dict.fromkeys(self.tasks, "")
-        for line in text.splitlines(keepends=True):
-            self._lines[json.loads(line)["task"]] += line
+        digest = hashlib.sha256(read_bytes(self.samples_file)).hexdigest()
+        if not differing and saved.get("samples_sha256") != digest:
+            differing = [SAMPLES]  # one of the two files was changed or cut off
+        if differing:
+            return differing
+        others = {name: entry for name, entry in saved["tasks"].items() if name not in self._scored}
+        lines = dict.fromkeys(others, "")
+        for task, line in _read_samples(self.samples_file):
+            if task in lines:
+                lines[task] += line
+        self.tasks |= others
+        self._lines |= lines
+        return []
+
+
+def _read_samples(path: Path) -> list[tuple[str, str]]:
+    """Return the lines with their tasks; RunError where one is not of `moc eval`."""
+    lines = read_bytes(path).split(b"\n")[:-1]
+    return [
+        (parse(line, Sample, f"{path}:{number}")["task"], line.decode("utf-8") + "\n")
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 def mean_of_main(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:

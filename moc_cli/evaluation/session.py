@@ -17,8 +17,7 @@ from moc_cli.evaluation.base_scores import (
 )
 from moc_cli.evaluation.job import EvalJob, check_language_model, model_folder, model_job, run_job
 from moc_cli.evaluation.options import EvalOptions
-from moc_cli.evaluation.results_folder import ResultsFolder, prompt_hash
-from moc_cli.files import check_folder
+from moc_cli.evaluation.results_folder import ResultsFolder, check_output, prompt_hash
 from moc_cli.kinds import Kind
 from moc_cli.load_run import BaseOptions, LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.recipe.schema import Recipe
@@ -38,7 +37,7 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
         job = model_job(options)
         check_language_model(options.model, trust_remote_code=options.trust_remote_code)
         folder = options.output or model_folder(options.model, job)
-        check_folder(folder)
+        check_output(folder)
         rows = job.read_rows()
         model = load_model(options)
         return score_rows(job, model, rows, folder, silent=silent)
@@ -46,7 +45,7 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
     folder = options.output or options.run / "eval" / job.label
-    check_folder(folder, within=None if options.output else options.run)
+    check_output(folder, within=None if options.output else options.run)
     rows = job.read_rows()
     model = load_model(options, recipe)
     assert isinstance(model, LoadedRun)

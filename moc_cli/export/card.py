@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli import __version__
-from moc_cli.errors import RunError
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN
 from moc_cli.report.numbers import score_text
-from moc_cli.results import read_results
 
 PAPER = "https://arxiv.org/abs/2606.31397"
 _TITLE = {"causal": "text-generation", "classification": "text-classification"}
@@ -116,14 +114,12 @@ def _data(trained: LoadedRun) -> list[str]:
         f"{train.per_device_train_batch_size} rows a micro-batch, "
         f"{train.gradient_accumulation_steps} a step, seed {trained.recipe.seed}",
     ]
-    try:
-        sources = trained.folder.read_environment().get("data", {})
-    except RunError:
+    if not (trained.folder.path / "environment.json").is_file():
         return lines
+    sources = trained.folder.read_environment().get("data", {})
     rows = [
         f"| {name} | {entry.get('rows', '–')} | `{entry['sha256']}` |"
         for name, entry in sources.items()
-        if isinstance(entry, dict) and "sha256" in entry
     ]
     return [*lines, "", "| rows | number | sha256 |", "|---|---|---|", *rows] if rows else lines
 
@@ -150,11 +146,7 @@ def _scores(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
 def _evaluations(trained: LoadedRun) -> list[str]:
     """Scores of `moc eval` on these very controls, each under its own conditions."""
     lines: list[str] = []
-    for path in sorted((trained.folder.path / "eval").glob("*/results.json")):
-        try:
-            results = read_results(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue  # an evaluation that was cut off says nothing about these controls
+    for results in trained.folder.read_evaluations().values():
         if results.get("controls_sha256") != trained.adapter_config["payload_sha256"]:
             continue
         limit = f"{results['limit']} drawn rows a task" if results.get("limit") else "all rows"
@@ -180,11 +172,8 @@ def _rows(task: str, entry: dict[str, Any], reference: str) -> list[str]:
 
 
 def _routing(routing: dict[str, Any]) -> list[str]:
-    pools = routing.get("pools", routing)
     lines = []
-    for name, pool in pools.items():
-        if not isinstance(pool, dict) or "use" not in pool:
-            continue
+    for name, pool in routing.get("pools", {}).items():
         ranked = sorted(zip(pool["use"], pool["controls"], strict=True), reverse=True)[:5]
         most = ", ".join(f"{control} {100 * use:.1f} %" for use, control in ranked)
         dead = ", ".join(pool["dead"]) or "none"

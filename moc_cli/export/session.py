@@ -53,7 +53,9 @@ def export_run(
     check_output(output)
     if push_to_hub is not None:
         check_online()
-    recipe = RunFolder.open(run).read_recipe(trust_remote_code=trust_remote_code)
+    folder = RunFolder.open(run)
+    recipe = folder.read_recipe(trust_remote_code=trust_remote_code)
+    folder.read_evaluations()  # damage is told before weights are loaded; the card reads them again
     check_format(to, recipe, options)
     trained = open_run(run, device=device, recipe=recipe, base=base)
     say(f"writing {output} and reading it back in another process")

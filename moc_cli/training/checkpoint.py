@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from moc_cli.files import (
     unused_name,
     write_folder_atomic,
 )
+from moc_cli.run_files import Shape, read_object
 
 FORMAT = 1
 STATE = "state.json"
@@ -57,6 +59,16 @@ class Counters:
     log_lines: int = 0  # lines of metrics.jsonl
     seconds: float = 0.0  # spent in training steps
     choices: list[list[int]] | None = None  # of each site, since the last log line
+
+
+class State(Shape):
+    """state.json of a checkpoint."""
+
+    format: int
+    counters: Counters
+    identity: dict[str, Any]
+    files: dict[str, str]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -120,16 +132,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises RunError when it is missing, damaged or of another format.
     """
-    if not (path / STATE).is_file():
+    if not os.path.lexists(path / STATE):
         raise RunError(
             f"{path} is not a checkpoint: it holds no {STATE}",
             "give a folder like RUN/checkpoints/step-000100, or --resume auto",
         )
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        digest = state.pop("digest")
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise RunError(f"checkpoint {path} is damaged: {STATE} cannot be read") from error
+        state = read_object(path / STATE, State)
+    except RunError as error:
+        raise RunError(f"checkpoint {path} is damaged: {error.message}") from error
+    digest = state.pop("digest")
     if digest != _digest(state):
         raise RunError(f"checkpoint {path} is damaged: {STATE} does not match its hash")
     if state["format"] != FORMAT:
@@ -155,8 +167,8 @@ class Checkpoints:
         if not self.root.is_dir():
             return []
         names = (path.name for path in self.root.iterdir() if path.is_dir())
-        numbers = (name.removeprefix("step-") for name in names if name.startswith("step-"))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        numbers = (re.fullmatch(r"step-([0-9]{6,18})", name) for name in names)
+        return sorted(int(number[1]) for number in numbers if number)
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write the checkpoint of the snapshot's step, then drop those beyond the limit."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moc_cli.errors import FileError, MocError
-from moc_cli.files import to_plain, write_text_atomic
+from moc_cli.errors import MocError
+from moc_cli.files import disk_errors, open_own, to_plain, write_text_atomic
 
 MEASURED = "measured"
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -30,7 +30,7 @@ class MetricsLog:
     def keep(self, lines: int) -> None:
         """Drop all after the first `lines` lines: what a killed run wrote beyond its checkpoint."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        first = text.splitlines(keepends=True)[:lines]
+        first = [f"{line}\n" for line in text.split("\n")[:-1]][:lines]
         self.lines = len(first)
         write_text_atomic(self.path, "".join(first))
 
@@ -40,11 +40,9 @@ class MetricsLog:
         Raises FileError when the disk refuses.
         """
         line = json.dumps(to_plain(record), allow_nan=False) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise FileError(f"cannot write {self.path}: {error.strerror}") from error
+        descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with disk_errors(self.path), os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(line)
         self.lines += 1
         if self.track is not None:
             self.track(flatten(record), record["step"])

@@ -1,6 +1,6 @@
 """Which run a checkpoint belongs to, and what may change when it is resumed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moc_cli.errors import RunError
@@ -8,7 +8,11 @@ from moc_cli.models.fingerprint import find_differences, hash_tensors, list_diff
 from moc_cli.models.load import known_hash
 from moc_cli.recipe.paths import PATH_KEYS, absolute_path
 from moc_cli.recipe.sections import FORMER, ModelSection
+from moc_cli.runs import RunFolder
 from moc_cli.training.build import Built
+
+History = list[dict[str, Any]]  # of environment.json
+Scores = dict[str, dict[str, float]]  # task -> metric -> value
 
 # Key or section -> what the user is warned of when it changed; "" where no warning is needed.
 CHANGEABLE = {
@@ -124,6 +128,24 @@ def check_facts(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
             "results may differ in their last bits"
         ]
     return []
+
+
+def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, Scores]:
+    """Return when a run was started and resumed, and the untrained model's scores.
+
+    What is damaged is passed over with a sentence to `warn`: it is written anew.
+    """
+    history: History = []
+    scores: Scores = {}
+    try:
+        history = folder.read_history()
+    except RunError as error:
+        warn(f"{error.message}; it is written anew")
+    try:
+        scores = folder.read_scores_before()
+    except RunError as error:
+        warn(f"{error.message}; it is written anew")
+    return history, scores
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

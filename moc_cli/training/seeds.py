@@ -167,7 +167,7 @@ def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
 
 
 def _values(entry: dict[str, Any], key: str) -> dict[str, float | None]:
-    return {name: score[key] for name, score in entry["metrics"].items()}
+    return {name: score.get(key) for name, score in entry["metrics"].items()}
 
 
 def _spread(values: Sequence[float], before: float | None) -> dict[str, float | None]:

@@ -35,7 +35,13 @@ from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, StepReport, total_steps
 from moc_cli.training.memory import peak_kind
 from moc_cli.training.results import make_results
-from moc_cli.training.resume import check_facts, check_recipe, check_weights, make_identity
+from moc_cli.training.resume import (
+    check_facts,
+    check_recipe,
+    check_weights,
+    known_of,
+    make_identity,
+)
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,7 @@ class Session:
         Checkpoints beyond the resumed one are moved aside.
         """
         snapshot, fresh = job.snapshot, job.snapshot is None
-        history = [] if fresh else folder.history()
-        before = {} if fresh else folder.scores_before()
+        history, before = ([], {}) if fresh else known_of(folder, self.warn)
         folder.begin(dump(job.recipe), fresh=fresh)
         step = snapshot.counters.step if snapshot else 0
         if snapshot is not None:

@@ -63,6 +63,8 @@ def make(tmp_path: Path) -> Make:
                 "pools": {
                     "shared": {
                         "controls": ["0.attn", "0.ffn"],
+                        "use": [1.0, 0.0],
+                        "decisions": 8,
                         "dead": ["0.ffn"],
                         "local_share": 0.125,
                     }
