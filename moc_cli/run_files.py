@@ -162,6 +162,7 @@ class BaseFacts(Shape):
 
     name: str
     weights_sha256: str
+    tensors: dict[str, str] = absent()
 
 
 class Part(Shape):
@@ -183,6 +184,7 @@ class Environment(Shape):
     """environment.json."""
 
     model: BaseFacts = absent()
+    tokenizer: dict[str, str | None] = absent()
     data: dict[str, Part] = absent()
     device: Device = absent()
     versions: dict[str, str | None] = absent()

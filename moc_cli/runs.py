@@ -9,6 +9,7 @@ results.json                         scores before and after, time, memory, rout
 environment.json                     versions, device, data and base model, with hashes
 """
 
+import contextlib
 import os
 import shlex
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from moc_cli.run_files import (
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
 
+VOCABULARY = "vocabulary_sha256"
 # In the order in which an overwrite deletes them: what marks a run folder goes last.
 ENTRIES = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
@@ -237,18 +239,15 @@ class RunFolder:
     def base_tensors(self) -> dict[str, str]:
         """Return the base's tensors as training found them; {} where the run does not say it."""
         with contextlib.suppress(RunError):
-            model = self.read_environment().get("model")
-            tensors = model.get("tensors") if isinstance(model, dict) else None
-            if isinstance(tensors, dict):
-                return {str(name): str(entry) for name, entry in tensors.items()}
+            tensors: dict[str, str] = self.read_environment().get("model", {}).get("tensors", {})
+            return tensors
         return {}
 
     def base_vocabulary(self) -> str | None:
         """Return the hash of the tokenizer's vocabulary; None where the run does not say it."""
         with contextlib.suppress(RunError):
-            tokenizer = self.read_environment().get("tokenizer")
-            if isinstance(tokenizer, dict):
-                return tokenizer.get("vocabulary_sha256")
+            known: str | None = self.read_environment().get("tokenizer", {}).get(VOCABULARY)
+            return known
         return None
 
     def read_metrics(self) -> list[dict[str, Any]]:

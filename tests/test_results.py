@@ -98,7 +98,7 @@ def test_other_content_is_refused(tasks: Any) -> None:
 
 
 def test_an_evaluation_of_format_1_is_continued_and_found_as_a_base(tmp_path: Path) -> None:
-    samples = '{"task": "boolq", "row": 0}\n'
+    samples = '{"task": "boolq", "row": 0, "prompt": "a"}\n'
     digest = hashlib.sha256(samples.encode()).hexdigest()
     (tmp_path / "samples.jsonl").write_text(samples)
     file = tmp_path / "results.json"

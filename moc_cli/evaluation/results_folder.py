@@ -47,6 +47,7 @@ def check_output(folder: Path, *, within: Path | None = None) -> None:
         name = folder / (RESULTS if results else SAMPLES)
         raise FileError(f"{name} is not of `moc eval`, and would be replaced", OTHER)
 
+
 # Conditions that only name what others hold the hash of: a run or a base may have moved.
 NAMES = ("run", "model")
 

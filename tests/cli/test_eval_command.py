@@ -15,10 +15,11 @@ from support.models import make_pair_tokenizer, make_tiny_model
 from moc_cli.cli import run
 from moc_cli.data.commonsense import make_example
 from moc_cli.data.splits import TaskRows
+from moc_cli.errors import FileError, MocError
 from moc_cli.evaluation import session
 from moc_cli.evaluation.base_scores import BaseScore, find_score
 from moc_cli.evaluation.job import EvalJob
-from moc_cli.evaluation.results_folder import ResultsFolder, prompt_hash
+from moc_cli.evaluation.results_folder import ResultsFolder, check_output, prompt_hash
 from moc_cli.kinds import Choice
 from moc_cli.load_run import LoadedModel
 from moc_cli.methods import bare
@@ -29,6 +30,12 @@ from moc_cli.results import main_score
 from moc_cli.scoring.results import ScoringOptions
 
 LIMIT = 24
+ENTRY = {
+    "metric": "f1",
+    "metrics": {"f1": {"value": 0.5, "stderr": None, "majority": None, "n": 1}},
+    "limited": False,
+}
+SAMPLE = {"row": 0, "prompt": "a"}
 SMALL = ("train.max_steps=3", f"eval.max_samples={LIMIT}", "launch.num_threads=1")
 
 
@@ -61,7 +68,7 @@ def answer(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch) -> Answer
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "samples.jsonl").open()]
 
 
 def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, answer) -> None:
@@ -313,13 +320,53 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
 
 
 def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
-    entry = {"metric": "f1", "metrics": {"f1": {"value": 0.5}}, "limited": False}
-    ResultsFolder(tmp_path, {"limit": None, "run": "r"}).add("boolq", entry, [{"row": 0}])
-    assert ResultsFolder(tmp_path, {"limit": None, "run": "r"}).tasks == {"boolq": entry}
-    other = ResultsFolder(tmp_path, {"limit": 5, "run": "r"})
+    conditions = {"limit": None, "run": "r", "protocol": "rank"}
+    ResultsFolder(tmp_path, conditions).add("boolq", ENTRY, [SAMPLE])
+    assert ResultsFolder(tmp_path, conditions).tasks == {"boolq": ENTRY}
+    other = ResultsFolder(tmp_path, conditions | {"limit": 5})
     assert (other.tasks, other.replaced) == ({}, ["limit"])
     (tmp_path / "samples.jsonl").write_text('{"task": "boolq", "row": 1}\n')
-    assert ResultsFolder(tmp_path, {"limit": None, "run": "r"}).tasks == {}
+    damaged = ResultsFolder(tmp_path, conditions)
+    assert (damaged.tasks, damaged.replaced) == ({}, ["samples.jsonl"])
+
+
+def test_two_calls_into_one_folder_keep_the_scores_of_both(tmp_path: Path) -> None:
+    conditions = {"limit": None, "run": "r", "protocol": "rank"}
+    first, second = ResultsFolder(tmp_path, conditions), ResultsFolder(tmp_path, conditions)
+    first.add("boolq", ENTRY, [SAMPLE | {"output": "a\u2028b\u0085c"}])
+    second.add("piqa", ENTRY, [SAMPLE])
+    first.add("arc", ENTRY, [SAMPLE])
+    saved = ResultsFolder(tmp_path, conditions)
+    assert list(saved.tasks) == ["boolq", "piqa", "arc"]
+    assert [line["task"] for line in samples(tmp_path)] == list(saved.tasks)
+    other = ResultsFolder(tmp_path, conditions | {"limit": 5})
+    other.add("boolq", ENTRY, [SAMPLE])
+    with pytest.raises(FileError, match="other limit than when this call began"):
+        first.add("siqa", ENTRY, [SAMPLE])
+    assert ResultsFolder(tmp_path, conditions | {"limit": 5}).tasks == {"boolq": ENTRY}
+
+
+def test_scores_replace_nothing_but_scores(tmp_path: Path) -> None:
+    """Neither a run, nor the results of another program."""
+    check_output(tmp_path / "new")
+    foreign = {
+        "recipe.yaml": "seed: 1",
+        "results.json": '{"accuracy": 0.5}',
+        "samples.jsonl": '{"id": 1}\n',
+    }
+    for name, text in foreign.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(MocError) as refused:
+            check_output(folder)
+        assert str(folder) in refused.value.message
+        assert refused.value.hint == "give another folder: --output DIR"
+    scores = tmp_path / "scores"
+    ResultsFolder(scores, {"protocol": "rank"}).add("boolq", ENTRY, [SAMPLE])
+    check_output(scores)
+    (scores / "results.json").unlink()  # stopped between the two files
+    check_output(scores)
 
 
 def test_a_known_base_is_of_these_rows_and_metrics() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints against kills, full disks and flipped bits."""
 
 import errno
+import json
 import os
 import random
 from dataclasses import replace
@@ -13,7 +14,7 @@ from support.processes import killed_at
 from support.toy import ToyAdapted, snapshot, toy_data, toy_fit
 
 from moc_cli.errors import FileError, MocError, RunError
-from moc_cli.training import optim, rng
+from moc_cli.training import checkpoint, optim, rng
 from moc_cli.training.checkpoint import (
     Checkpoints,
     read_checkpoint,
@@ -109,6 +110,36 @@ def test_a_missing_or_cut_file_is_seen(tmp_path, part):
     (path / part).unlink()
     with pytest.raises(RunError, match="step-000004"):
         read_checkpoint(path)
+
+
+def test_state_of_another_shape_is_damaged(tmp_path):
+    """A whole JSON file whose digest is right, but which holds something else."""
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(snapshot())
+    good = json.loads((path / "state.json").read_text())
+    changes = {
+        "counters.step": {"counters": good["counters"] | {"step": "four"}},
+        "counters": {"counters": []},
+        "files": {"files": None},
+        "identity": {"identity": 3},
+        "format": {"format": True},
+    }
+    (tmp_path / "step-\u00b2").mkdir()
+    (tmp_path / ("step-" + "9" * 60)).mkdir()
+    for key, change in changes.items():
+        state = good | change
+        del state["digest"]
+        text = json.dumps(state | {"digest": checkpoint._digest(state)})
+        (path / "state.json").write_text(text)
+        said = []
+        with pytest.raises(RunError, match="none of the 1 checkpoints"):
+            checkpoints.newest(said.append)
+        assert f"is damaged: {path}/state.json cannot be read: {key}: " in said[0]
+        assert said[0].endswith("; trying the one before")
+    for text in ("[]", "[" * 100_000, "{", '{"digest": 1}'):
+        (path / "state.json").write_text(text)
+        with pytest.raises(RunError, match=r"is damaged: .*state\.json cannot be read: "):
+            read_checkpoint(path)
 
 
 def test_newest_passes_over_the_damaged_and_says_so(tmp_path):
