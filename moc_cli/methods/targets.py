@@ -28,19 +28,24 @@ _BERT = (
 
 # q, k, v, up and down in each family's words. Where a model computes several of them by one matrix,
 # that matrix is the target: phi3's and modernbert's up comes with its gate. Attention's output and,
-# where it stands apart, the gate are left out; so are DeBERTa's projections of positions.
+# where it stands apart, the gate are left out; so are DeBERTa's projections of positions and
+# qwen3_moe's experts, which are no linear modules.
 TARGETS: dict[str, tuple[str, ...]] = {
     "llama": _SPLIT,
     "mistral": _SPLIT,
     "qwen2": _SPLIT,
     "qwen3": _SPLIT,
+    "qwen3_moe": _SPLIT[:3],
+    "smollm3": _SPLIT,
     "granite": _SPLIT,
     "gemma2": _SPLIT,
     "gemma3_text": _SPLIT,
     "gemma3": _SPLIT,
+    "phi": (*_SPLIT[:3], "mlp.fc1", "mlp.fc2"),
     "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     "olmo2": _SPLIT,
     "gpt_neox": ("attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    "cohere": _SPLIT,
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,

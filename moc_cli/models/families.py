@@ -86,6 +86,23 @@ _GPT_NEOX = Family(
     causal=True,
 )
 
+# Parallel residual with one norm for both blocks: x + attn(norm(x)) + mlp(norm(x)).
+_COHERE = Family(
+    layers="layers",
+    attn=Place("input_layernorm", "self_attn"),
+    ffn=Place("input_layernorm", "mlp"),
+    causal=True,
+)
+
+# As cohere, but both blocks' outputs go through one dropout module; the controls are added after
+# it, to the sum that the layer returns.
+_PHI = Family(
+    layers="layers",
+    attn=Place("input_layernorm", ""),
+    ffn=Place("input_layernorm", ""),
+    causal=True,
+)
+
 # Post-norm: LayerNorm(x + attn(x)), then LayerNorm(x + ffn(x)). `attention` and `output` end in
 # that LayerNorm, so the control is added after it.
 _POST_NORM = Family(
@@ -117,15 +134,19 @@ FAMILIES: dict[str, Family] = {
     "mistral": _PRE_NORM,
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
+    "qwen3_moe": _PRE_NORM,  # the control stands beside all experts together
+    "smollm3": _PRE_NORM,
     # x + m·attn(norm(x)), then x + m·mlp(norm(x)).
     "granite": replace(_PRE_NORM, multiplier="residual_multiplier"),
     "gemma2": _TWO_NORMS,
     "gemma3_text": _TWO_NORMS,
     # The text layers of the model that also sees images.
     "gemma3": replace(_TWO_NORMS, layers="language_model.layers"),
+    "phi": _PHI,
     "phi3": _PHI3,
     "olmo2": _OUTPUT_NORM,
     "gpt_neox": _GPT_NEOX,
+    "cohere": _COHERE,
     "bert": _POST_NORM,
     "roberta": _POST_NORM,
     "xlm-roberta": _POST_NORM,

@@ -30,6 +30,7 @@ _LLAMA = [(32, 32), (32, 16), (32, 16), (32, 64), (64, 32)]
 _BERT = [(32, 32), (32, 32), (32, 32), (32, 64), (64, 32)]
 _FUSED = [(32, 96), (32, 64), (64, 32)]
 SHAPES = {family: _LLAMA if family in DECODERS else _BERT for family in FAMILIES} | {
+    "qwen3_moe": _LLAMA[:3],
     "phi3": [(32, 64), (32, 128), (64, 32)],
     "gpt_neox": _FUSED,
     "deberta": _FUSED,

@@ -31,7 +31,7 @@ CASES = {family: (family, {}) for family in FAMILIES} | {
     "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False})
 }
 # Families whose blocks end in a dropout of their own: with it at 1, nothing of the block is left.
-DROPPED = ("phi3", "gpt_neox", "gpt_neox sequential")
+DROPPED = ("phi", "phi3", "gpt_neox", "gpt_neox sequential")
 
 
 def moc(**changes) -> MocMethod:
@@ -48,7 +48,7 @@ def drop_blocks(model: nn.Module) -> None:
     """Train mode, with the dropouts at the end of each block at 1."""
     model.train()
     for name, module in model.named_modules():
-        if name.endswith(("resid_attn_dropout", "resid_mlp_dropout")):
+        if name.endswith(("resid_dropout", "resid_attn_dropout", "resid_mlp_dropout")):
             module.p = 1.0
         if name.endswith(("post_attention_dropout", "post_mlp_dropout")):
             module.p = 1.0
@@ -149,6 +149,7 @@ _SAME_NEOX = {
     "ffn.read": {"post_attention_layernorm"},
     "ffn.write": {"post_mlp_dropout", ""},
 }
+_ONE_SUM = {"self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj", ""}
 _SAME_POST_NORM = {
     "attn.read": {"", "attention", "attention.self"}
     | {f"attention.self.{name}" for name in ("query", "key", "value")},
@@ -161,11 +162,21 @@ SAME: dict[str, dict[str, set[str]]] = {
     "mistral": _SAME_PRE_NORM,
     "qwen2": _SAME_PRE_NORM,
     "qwen3": _SAME_PRE_NORM,
+    # The experts see rows and tokens as one axis.
+    "qwen3_moe": _SAME_PRE_NORM | {"ffn.write": {"mlp", ""}},
+    "smollm3": _SAME_PRE_NORM,
     # Not the layer itself: its output is not multiplied as the blocks' are.
     "granite": _SAME_PRE_NORM | {"ffn.write": {"mlp", "mlp.down_proj"}},
     "gemma2": _SAME_TWO_NORMS,
     "gemma3_text": _SAME_TWO_NORMS,
     "gemma3": _SAME_TWO_NORMS,
+    # The layer alone: a dropout follows the blocks, and it is called twice.
+    "phi": {
+        "attn.read": _FIRST,
+        "attn.write": {""},
+        "ffn.read": _FIRST,
+        "ffn.write": {""},
+    },
     # Not `self_attn` and `mlp`, which a dropout follows.
     "phi3": _SAME_PRE_NORM
     | {"attn.write": {"resid_attn_dropout"}, "ffn.write": {"resid_mlp_dropout", ""}},
@@ -182,6 +193,13 @@ SAME: dict[str, dict[str, set[str]]] = {
         "ffn.read": {"post_attention_layernorm", *_FIRST},
     },
     "gpt_neox sequential": _SAME_NEOX,
+    # Both blocks read one norm and add to one sum: each may be written where the other is.
+    "cohere": {
+        "attn.read": _FIRST,
+        "attn.write": _ONE_SUM,
+        "ffn.read": _FIRST,
+        "ffn.write": _ONE_SUM,
+    },
     "bert": _SAME_POST_NORM,
     "roberta": _SAME_POST_NORM,
     "xlm-roberta": _SAME_POST_NORM,

@@ -22,6 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 from moc_cli.errors import MocError
 from moc_cli.methods import attach
+from moc_cli.models.families import FAMILIES as TABLE
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod, MolexMethod
 
 
@@ -80,7 +81,9 @@ def test_gradients_are_equal_with_activation_checkpointing(family, reentrant):
         loss.backward()
         grads.append({n: p.grad for n, p in adapted.named_trainables().items()})
         assert all(grad is not None for grad in grads[-1].values())
-    assert [len(seen) for seen in calls] == [2 * 4, 2 * 2 * 4]  # every site really ran again
+    # Every site really ran again, but for those that write outside the layer's checkpoint.
+    again = 1 if TABLE[family].attn.write == "" else 2
+    assert [len(seen) for seen in calls] == [2 * 4, again * 2 * 4]
     for name, grad in grads[0].items():
         # Reentrant checkpointing adds the two forwards' gradients in another order.
         assert torch.allclose(grad, grads[1][name], rtol=0, atol=1e-6 if reentrant else 0), name

@@ -67,6 +67,13 @@ def rotate(x: Tensor, theta: float, size: int) -> Tensor:
     return torch.cat(turned, dim=-1)
 
 
+def rotate_pairs(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions on neighbouring features of each head of x (B, heads, T, h)."""
+    apart = torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
+    a, b = rotate(apart, theta, x.shape[-1]).chunk(2, dim=-1)
+    return torch.stack([a, b], dim=-1).flatten(-2)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, cap: float | None = None
 ) -> Tensor:

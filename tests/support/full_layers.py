@@ -7,6 +7,7 @@ DeBERTa's own attention (`attention.self`) and the encoders' embeddings are call
 
 from collections.abc import Callable
 
+import torch
 from support.formulas import (
     Weights,
     attend,
@@ -15,6 +16,7 @@ from support.formulas import (
     gelu,
     gelu_tanh,
     rotate,
+    rotate_pairs,
     silu,
     split,
     windows,
@@ -50,7 +52,8 @@ class Sites:
 
 
 def llama(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
-    """Pre-norm: both sites read the sum before the norm. Also mistral, qwen2, qwen3, granite.
+    """Pre-norm: both sites read the sum before the norm. Also mistral, qwen2, qwen3, qwen3_moe,
+    smollm3, granite.
 
     In granite every block's output is multiplied, but not what eq. 9 adds to it.
     """
@@ -64,16 +67,70 @@ def llama(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 
         at = f"layers.{n}"
         h = w.rms_norm(f"{at}.input_layernorm", x, eps)
         q, k, v = (split(w.linear(f"{at}.self_attn.{c}_proj", h), size) for c in "qkv")
-        if config.model_type == "qwen3":
+        if config.model_type.startswith("qwen3"):
             q = w.rms_norm(f"{at}.self_attn.q_norm", q, eps)
             k = w.rms_norm(f"{at}.self_attn.k_norm", k, eps)
-        q, k = rotate(q, theta, size), rotate(k, theta, size)
+        if getattr(config, "no_rope_layers", [True] * (n + 1))[n]:
+            q, k = rotate(q, theta, size), rotate(k, theta, size)
         f = w.linear(f"{at}.self_attn.o_proj", attend(q, k, v, causal(mask, window), scale))
         x = x + own * f + add(n, "attn", x)
         h = w.rms_norm(f"{at}.post_attention_layernorm", x, eps)
-        h = silu(w.linear(f"{at}.mlp.gate_proj", h)) * w.linear(f"{at}.mlp.up_proj", h)
-        x = x + own * w.linear(f"{at}.mlp.down_proj", h) + add(n, "ffn", x)
+        if config.model_type == "qwen3_moe":
+            f = _experts(w, f"{at}.mlp", h, config.num_experts_per_tok)
+        else:
+            f = _swiglu(w, f"{at}.mlp", h)
+        x = x + own * f + add(n, "ffn", x)
     return w.rms_norm("norm", x, eps)
+
+
+def _swiglu(w: Weights, at: str, h: Tensor) -> Tensor:
+    h = silu(w.linear(f"{at}.gate_proj", h)) * w.linear(f"{at}.up_proj", h)
+    return w.linear(f"{at}.down_proj", h)
+
+
+def _experts(w: Weights, at: str, h: Tensor, top_k: int) -> Tensor:
+    """All experts on all tokens; the `top_k` likeliest of each token count, with the sum 1."""
+    shares = F.linear(h, w[f"{at}.gate.weight"]).softmax(-1)
+    shares = shares.where(shares >= shares.topk(top_k, dim=-1).values[..., -1:], 0.0)
+    shares = shares / shares.sum(-1, keepdim=True)
+    gate, up = torch.einsum("btd,eid->btei", h, w[f"{at}.experts.gate_up_proj"]).chunk(2, dim=-1)
+    outputs = torch.einsum("btei,edi->bted", silu(gate) * up, w[f"{at}.experts.down_proj"])
+    return (shares.unsqueeze(-1) * outputs).sum(2)
+
+
+def cohere(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
+    """One norm for both blocks; both sites from the layer's input."""
+    config, w = base.config, Weights(base)
+    size, eps = config.hidden_size // config.num_attention_heads, config.layer_norm_eps
+    theta = config.rope_parameters["rope_theta"]
+    x = F.embedding(ids, w["embed_tokens.weight"])
+    for n in range(config.num_hidden_layers):
+        at = f"layers.{n}"
+        h = w.layer_norm(f"{at}.input_layernorm", x, eps)
+        q, k, v = (split(w.linear(f"{at}.self_attn.{c}_proj", h), size) for c in "qkv")
+        q, k = rotate_pairs(q, theta), rotate_pairs(k, theta)
+        f = w.linear(f"{at}.self_attn.o_proj", attend(q, k, v, causal(mask), size**-0.5))
+        f = f + _swiglu(w, f"{at}.mlp", h)
+        x = x + f + add(n, "attn", x) + add(n, "ffn", x)
+    return w.layer_norm("norm", x, eps)
+
+
+def phi(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
+    """As cohere; `keep` is what the dropout after both blocks leaves of them."""
+    config, w = base.config, Weights(base)
+    size, eps = config.hidden_size // config.num_attention_heads, config.layer_norm_eps
+    theta = config.rope_parameters["rope_theta"]
+    turned = int(size * config.rope_parameters["partial_rotary_factor"])
+    x = F.embedding(ids, w["embed_tokens.weight"])
+    for n in range(config.num_hidden_layers):
+        at = f"layers.{n}"
+        h = w.layer_norm(f"{at}.input_layernorm", x, eps)
+        q, k, v = (split(w.linear(f"{at}.self_attn.{c}_proj", h), size) for c in "qkv")
+        q, k = rotate(q, theta, turned), rotate(k, theta, turned)
+        f = w.linear(f"{at}.self_attn.dense", attend(q, k, v, causal(mask), size**-0.5))
+        f = f + w.linear(f"{at}.mlp.fc2", gelu_tanh(w.linear(f"{at}.mlp.fc1", h)))
+        x = x + keep * f + add(n, "attn", x) + add(n, "ffn", x)
+    return w.layer_norm("final_layernorm", x, eps)
 
 
 def phi3(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
@@ -287,13 +344,17 @@ FULL: dict[str, Callable[..., Tensor]] = {
     "mistral": llama,
     "qwen2": llama,
     "qwen3": llama,
+    "qwen3_moe": llama,
+    "smollm3": llama,
     "granite": llama,
     "gemma2": gemma,
     "gemma3_text": gemma,
     "gemma3": gemma,
+    "phi": phi,
     "phi3": phi3,
     "olmo2": olmo2,
     "gpt_neox": gpt_neox,
+    "cohere": cohere,
     "gpt2": gpt2,
     "opt": opt,
     "bert": bert,
@@ -310,7 +371,9 @@ FULL: dict[str, Callable[..., Tensor]] = {
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """The language model's head on its last hidden states."""
-    scores = F.linear(hidden, model.get_output_embeddings().weight)
+    head = model.get_output_embeddings()
+    scores = F.linear(hidden, head.weight, head.bias)
     scores = scores / getattr(model.config, "logits_scaling", 1.0)
+    scores = scores * getattr(model.config, "logit_scale", 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return scores if cap is None else cap * (scores / cap).tanh()

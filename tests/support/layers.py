@@ -12,7 +12,7 @@ from support.formulas import both_ways, causal, windows
 from support.reference import gate_logits, softmax_without
 from torch import Tensor, nn
 
-FINAL_NORMS = ("norm", "final_layer_norm", "final_norm")
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "final_norm")
 Call = Callable[[int, Tensor], Tensor]
 
 

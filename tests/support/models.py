@@ -62,6 +62,16 @@ _CHANGES: dict[str, dict] = {
     "mistral": _GROUPED | {"sliding_window": 4, "head_dim": 8},
     "qwen2": _GROUPED | _MIXED | {"use_sliding_window": True},
     "qwen3": _GROUPED | _MIXED | {"use_sliding_window": True, "head_dim": 8},
+    "qwen3_moe": _GROUPED
+    | {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "experts_implementation": "eager",  # the others know no float64
+    },
+    "smollm3": _GROUPED | {"no_rope_layer_interval": 2},
     "granite": _GROUPED
     | {
         "embedding_multiplier": 2.0,
@@ -72,9 +82,11 @@ _CHANGES: dict[str, dict] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA,
     "gemma3": {},
+    "phi": _GROUPED | {"partial_rotary_factor": 0.5},
     "phi3": _GROUPED | {"sliding_window": 4, "partial_rotary_factor": 0.5},
     "olmo2": _GROUPED,
     "gpt_neox": {"use_parallel_residual": True, "rotary_pct": 0.5},
+    "cohere": _GROUPED | {"logit_scale": 0.25},
     "bert": {},
     "roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
     "xlm-roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
