@@ -25,6 +25,11 @@ def read_results(results: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError where it holds something else.
     """
+    if "answerless" in results:  # the former name of a key of `moc train`
+        results = {
+            "answers_cut_off" if key == "answerless" else key: value
+            for key, value in results.items()
+        }
     if results.get("format") == FORMAT:
         return dict(results)
     tasks = results.get("tasks", {})

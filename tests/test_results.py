@@ -116,3 +116,9 @@ def test_an_evaluation_of_format_1_is_shown() -> None:
         console.print(evaluation_table(read_results(EVALUATED)))
     row = next(line.split() for line in capture.get().splitlines() if line.startswith("boolq"))
     assert row == ["boolq", "50.0", "10.0", "25.0", "60.0", "20", "3", "2"]
+
+
+@pytest.mark.parametrize("version", [{}, {"format": FORMAT}])
+def test_the_former_name_of_a_key_is_read(version: dict[str, int]) -> None:
+    results = read_results({**version, "truncated": 3, "answerless": 2})
+    assert results == {"format": FORMAT, "truncated": 3, "answers_cut_off": 2}

@@ -150,12 +150,12 @@ def check_base(
     hashes = ""
     wanted = expected.get("base_weights_sha256")
     if same is None and wanted:
-        found = weights_hash()
-        if found == wanted:
+        own_hash = weights_hash()
+        if own_hash == wanted:
             same = True
-        elif found is not None and not wanted_fingerprint:
+        elif own_hash is not None and not wanted_fingerprint:
             same = False
-            hashes = f": sha256 {found[:12]}, expected {wanted[:12]}"
+            hashes = f": sha256 {own_hash[:12]}, expected {wanted[:12]}"
     trained = f"the controls were trained on '{expected.get('base_model_name_or_path')}'"
     if same is None and required:
         raise RunError(

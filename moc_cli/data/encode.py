@@ -31,14 +31,14 @@ class Encoded:
     A row of a language model holds `input_ids` and as many `labels`; a row of a classifier holds
     one label, and `token_type_ids` where its tokenizer makes them. `prompt_lengths` counts each
     row's tokens before its first answer (for a classifier: all; for a plain text: the first token,
-    which nothing predicts). `truncated` rows were longer than max_length; of those, `answerless`
-    rows lost all their answer.
+    which nothing predicts). `truncated` rows were longer than max_length; of those,
+    `answers_cut_off` lost all their answer.
     """
 
     rows: list[Row]
     prompt_lengths: list[int]
     truncated: int
-    answerless: int
+    answers_cut_off: int
     fingerprint: str
 
     @property
@@ -66,12 +66,12 @@ def encode_texts(
     and the answer's first letters counts as answer.
     """
     rows, prompt_lengths = [], []
-    truncated = answerless = 0
+    truncated = answers_cut_off = 0
     end = tokenizer.eos_token_id
     for ids, start in _train_tokens(examples, tokenizer):
         if len(ids) > max_length:
             truncated += 1
-            answerless += start >= max_length
+            answers_cut_off += start >= max_length
             ids = ids[:max_length]
         elif len(ids) < max_length and end is not None and ids[-1] != end:
             ids = [*ids, end]
@@ -81,7 +81,7 @@ def encode_texts(
         labels = [IGNORED] * hidden + ids[hidden:]
         rows.append({"input_ids": ids, "labels": labels})
         prompt_lengths.append(max(start, 1))
-    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
+    return Encoded(rows, prompt_lengths, truncated, answers_cut_off, fingerprint(examples))
 
 
 def encode_chats(
@@ -97,17 +97,17 @@ def encode_chats(
     template alone says how a turn ends.
     """
     rows, prompt_lengths = [], []
-    truncated = answerless = 0
+    truncated = answers_cut_off = 0
     for tokens, answers in chat_tokens(examples, tokenizer):
         ids, learned = tokens[:max_length], answers[:max_length]
         truncated += len(tokens) > max_length
-        answerless += not any(learned[1:])
+        answers_cut_off += not any(learned[1:])
         first = learned.index(True) if any(learned) else len(ids)
         targets = [True] * len(ids) if train_on_inputs else learned
         labels = [token if target else IGNORED for token, target in zip(ids, targets, strict=True)]
         rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
         prompt_lengths.append(max(first, 1))
-    return Encoded(rows, prompt_lengths, truncated, answerless, fingerprint(examples))
+    return Encoded(rows, prompt_lengths, truncated, answers_cut_off, fingerprint(examples))
 
 
 def encode_pairs(

@@ -25,11 +25,11 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompts:
 
     Raises DataError where no token comes out.
     """
-    found = dict(tokenizer(text, verbose=False))
-    if not found["input_ids"]:
+    encoded = dict(tokenizer(text, verbose=False))
+    if not encoded["input_ids"]:
         raise DataError("the text has no tokens", "give some words after --text")
-    types = {"token_type_ids": found["token_type_ids"]} if "token_type_ids" in found else {}
-    return Prompts([_row(list(found["input_ids"])) | types])
+    types = {"token_type_ids": encoded["token_type_ids"]} if "token_type_ids" in encoded else {}
+    return Prompts([_row(list(encoded["input_ids"])) | types])
 
 
 def _row(ids: list[int]) -> Row:

@@ -51,7 +51,7 @@ def rows_line(
     scored: int,
     max_length: int,
     truncated: int,
-    answerless: int,
+    answers_cut_off: int,
     dropped: Mapping[str, Mapping[str, int]],
 ) -> str:
     """Count the rows of each part, those that were cut and those left out."""
@@ -62,8 +62,8 @@ def rows_line(
     text = ", ".join(parts)
     if truncated:
         text += f"; {truncated:,} cut to {max_length} tokens"
-    if answerless:
-        text += f", {answerless:,} of them without an answer left"
+    if answers_cut_off:
+        text += f", {answers_cut_off:,} of them without an answer left"
     if dropped:
         text += f"; left out: {dropped_rows(dropped)}"
     return labelled("data", text)

@@ -26,5 +26,5 @@ def extract(task: str, output: str, options: Sequence[str]) -> str | None:
     """
     known = TASKS["commonsense"].get(task)
     words = known.answers if known else sorted(options, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, words)), output)
-    return found[0] if found else None
+    match = re.search("|".join(map(re.escape, words)), output)
+    return match[0] if match else None

@@ -132,9 +132,9 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
 
 def f1_of(tables: np.ndarray) -> np.ndarray:
     """F1 of class 1 for counts (R, label, prediction); 0 where nothing is found."""
-    found = tables[:, 1, 1]
+    hits = tables[:, 1, 1]
     either = tables[:, 1].sum(-1) + tables[:, :, 1].sum(-1)
-    return _ratio(2 * found, either)
+    return _ratio(2 * hits, either)
 
 
 def matthews_of(tables: np.ndarray) -> np.ndarray:

@@ -140,7 +140,7 @@ def encode_rows(
     problems = checks.problems(data, model, tokenizer, encoded.ids)
     if problems:
         raise DataError("\n".join(problems))
-    if encoded.answerless == len(encoded.rows):
+    if encoded.answers_cut_off == len(encoded.rows):
         raise DataError(
             "data.max_length cuts off the answer of every training row", "raise data.max_length"
         )

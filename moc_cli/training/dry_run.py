@@ -32,7 +32,7 @@ class Reading:
     steps: int
     rows: int
     truncated: int
-    answerless: int
+    answers_cut_off: int
     dropped: dict[str, dict[str, int]]
     padding_share: float
     pieces: list[Piece]
@@ -68,7 +68,7 @@ class Preview:
                 "steps": read.steps,
                 "rows": read.rows,
                 "truncated": read.truncated,
-                "answerless": read.answerless,
+                "answers_cut_off": read.answers_cut_off,
                 "dropped": read.dropped,
                 "padding_share": read.padding_share,
                 "notes": read.notes,
@@ -122,7 +122,7 @@ def _read(
         steps=total_steps(build.make_settings(recipe), rows.data.batches),
         rows=len(rows.encoded.rows),
         truncated=rows.encoded.truncated,
-        answerless=rows.encoded.answerless,
+        answers_cut_off=rows.encoded.answers_cut_off,
         dropped=splits.dropped,
         padding_share=rows.data.padding_share,
         pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),

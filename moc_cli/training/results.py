@@ -31,7 +31,7 @@ def make_results(
         "seconds": counters.seconds,
         "padding_share": outcome.padding_share,
         "truncated": encoded.truncated,
-        "answerless": encoded.answerless,
+        "answers_cut_off": encoded.answers_cut_off,
         "parameters": {
             "adapter": counts.adapter,
             "modules": counts.modules,

@@ -118,7 +118,7 @@ class Session:
                 scored=sum(map(len, splits.tests.values())),
                 max_length=recipe.data.max_length,
                 truncated=rows.encoded.truncated,
-                answerless=rows.encoded.answerless,
+                answers_cut_off=rows.encoded.answers_cut_off,
                 dropped=splits.dropped,
             )
         )

@@ -108,7 +108,7 @@ def test_rows_are_cut_and_counted(byte_tokenizer: PreTrainedTokenizerFast, less:
     assert len(row["input_ids"]) == len(row["labels"]) == whole - less
     assert row["input_ids"][-1] != EOS
     assert encoded.truncated == (less > 0)
-    assert encoded.answerless == (less == 40)
+    assert encoded.answers_cut_off == (less == 40)
     assert (set(row["labels"]) == {IGNORED}) == (less == 40)
     assert encoded.prompt_lengths[0] <= whole - less
 
@@ -117,7 +117,7 @@ def test_answer_is_lost_when_its_first_token_is(byte_tokenizer: PreTrainedTokeni
     (start,) = encode([question()], byte_tokenizer).prompt_lengths
     for max_length, lost in ((start + 1, 0), (start, 1), (start - 1, 1)):
         cut = encode([question()], byte_tokenizer, max_length, train_on_inputs=False)
-        assert cut.answerless == lost
+        assert cut.answers_cut_off == lost
         assert sum(label != IGNORED for label in cut.rows[0]["labels"]) == 1 - lost
 
 
@@ -164,7 +164,7 @@ def test_pairs_are_typed_labelled_and_cut(pair_tokenizer: PreTrainedTokenizerFas
     assert short["labels"] == 1
     assert encoded.lengths == [8, 10]
     assert pair_tokenizer.decode(cut["input_ids"]) == "<s>xxxxx</s>yz</s>"
-    assert (encoded.truncated, encoded.answerless) == (1, 0)
+    assert (encoded.truncated, encoded.answers_cut_off) == (1, 0)
     single = encode_pairs([PairExample("cola", "abc", None, 0)], pair_tokenizer, max_length=10)
     assert single.lengths == [5]
 
@@ -281,7 +281,7 @@ def test_real_rows_and_tokenizer(real_data: Path, real_weights: Callable[[str], 
     tokenizer = AutoTokenizer.from_pretrained(real_weights("smollm2-135m"))
     examples = load_examples("commonsense", "openbookqa", "train", path=real_data / "commonsense")
     encoded = encode(examples, tokenizer, 256, train_on_inputs=False)
-    assert (encoded.truncated, encoded.answerless) == (0, 0)
+    assert (encoded.truncated, encoded.answers_cut_off) == (0, 0)
     for example, row in zip(examples[:50], encoded.rows, strict=False):
         kept = [label for label in row["labels"] if label != IGNORED]
         assert tokenizer.decode(kept) == " " + example.candidates[example.label] + "<|im_end|>"

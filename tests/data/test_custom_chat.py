@@ -81,7 +81,7 @@ def test_labels_are_the_learned_tokens_and_what_comes_before_them_may_vote():
     (row,) = encode_chats([example], made, max_length=500, train_on_inputs=True).rows
     assert row["labels"] == [IGNORED, *ids[1:]]
     cut = encode_chats([example, example], made, max_length=10, train_on_inputs=False)
-    assert (cut.truncated, cut.answerless) == (2, 2)
+    assert (cut.truncated, cut.answers_cut_off) == (2, 2)
     assert cut.prompt_lengths == [10, 10]
 
 

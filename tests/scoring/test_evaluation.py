@@ -234,7 +234,7 @@ def test_loss_does_not_depend_on_the_batch(
 
 def test_rows_without_labels_are_refused(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     encoded = encode_texts(MIXED, byte_tokenizer, max_length=8, train_on_inputs=False)
-    assert encoded.answerless == len(MIXED)
+    assert encoded.answers_cut_off == len(MIXED)
     with pytest.raises(DataError, match="no held-out row has a labelled token"):
         lm_loss(TextModel(bare(tiny_model("llama")), byte_tokenizer), encoded, batch_size=4)
 
