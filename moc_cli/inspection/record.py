@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
+import torch
 
+from moc_cli.data.batches import pad_batch
+from moc_cli.data.encode import Row
 from moc_cli.data.splits import TaskRows
-from moc_cli.inspection.inputs import Prompts
 from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
@@ -27,12 +28,10 @@ class RunRecord:
     total: Record
 
 
-def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: Any) -> None:
-    """Run the prompts with these numbers through the model, padded to the longest."""
-    rows = [prompts.rows[item] for item in items]
-    batch = make_kind(trained.recipe.data).collate(rows, trained.tokenizer)
-    del batch["labels"]
-    inputs: dict[str, Tensor] = {name: value.to(device) for name, value in batch.items()}
+def forward(trained: LoadedRun, prompts: Sequence[Row], device: torch.device) -> None:
+    """Run prompts through the model, padded to the longest."""
+    batch = pad_batch(prompts, trained.tokenizer, side="left" if trained.causal else "right")
+    inputs = {name: value.to(device) for name, value in batch.items()}
     if trained.causal:
         inputs |= {"position_ids": position_ids(inputs["attention_mask"])}
         call(trained.adapted.model, **inputs, use_cache=False, logits_to_keep=1)
@@ -42,15 +41,16 @@ def forward(trained: LoadedRun, prompts: Prompts, items: Sequence[int], device: 
 
 def record(
     trained: LoadedRun,
-    prompts: Prompts,
+    prompts: Sequence[Row],
     *,
     batch_size: BatchSize,
     on_progress: Progress | None = None,
 ) -> Record:
     """Record what the gates do on prompts: each row decides once at every site."""
     model = trained.adapted.model
-    check_fits(model, [row["input_ids"] for row in prompts.rows], "a prompt")
-    costs = [RowCost(length) for length in prompts.lengths]
+    rows = [row["input_ids"] for row in prompts]
+    check_fits(model, rows, "a prompt")
+    costs = [RowCost(len(ids)) for ids in rows]
     recorder = trained.adapted.recorder()
     assert recorder is not None
     with evaluating(model) as device, recorder:
@@ -58,7 +58,7 @@ def record(
         def work(items: list[int]) -> list[None]:
             recorder.mark()
             try:
-                forward(trained, prompts, items, device)
+                forward(trained, [prompts[item] for item in items], device)
             except (RuntimeError, MemoryError):  # too large a batch is halved and done again
                 recorder.rewind()
                 raise
@@ -78,7 +78,7 @@ def record_tasks(
         rows = kind.voters(task.examples, trained.tokenizer, trained.recipe.data.max_length)
         with WorkProgress(f"route {task.name}", len(task.examples), silent=silent) as bar:
             records[task.name] = record(
-                trained, Prompts(rows), batch_size=batch_size, on_progress=bar.observe
+                trained, rows, batch_size=batch_size, on_progress=bar.observe
             )
     first, *others = records.values()
     return RunRecord(records, sum(others, first))

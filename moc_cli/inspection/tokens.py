@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moc_cli.inspection.inputs import Prompts, encode_text
+from moc_cli.data.encode import Row
+from moc_cli.errors import DataError
 from moc_cli.inspection.record import forward
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.mixture import Mixture
@@ -41,28 +42,30 @@ class Votes:
         """Sizes of updates are not kept."""
 
 
-def text_votes(trained: LoadedRun, text: str) -> tuple[Prompts, dict[str, Any]]:
-    """Run one text, and return its tokens and what routing.json says of them.
+def text_votes(trained: LoadedRun, text: str) -> tuple[list[Row], dict[str, Any]]:
+    """Run one text; return it as a row of tokens, and what routing.json says of them.
 
     `votes` and `probability` are (sites, T): each token's most probable control and how probable.
-    `choice` is (sites, K), at level `token` (sites, T·K).
+    `choice` is (sites, K), at level `token` (sites, T·K). Raises DataError where the text has no
+    token.
     """
     mixture = trained.adapted.mixture
     assert mixture is not None
-    prompts = encode_text(text, trained.tokenizer)
+    prompt: Row = dict(trained.tokenizer(text, verbose=False))
+    if not prompt["input_ids"]:
+        raise DataError("the text has no tokens", "give some words after --text")
     votes = Votes(mixture)
     mixture.watchers.append(votes)
     try:
         with evaluating(trained.adapted.model) as device:
-            forward(trained, prompts, [0], device)
+            forward(trained, [prompt], device)
     finally:
         mixture.watchers.remove(votes)
     tops = {index: p.max(dim=-1) for index, p in votes.tokens.items()}
     order = range(len(mixture.sites))
     pools = {index: torch.tensor(mixture.pools[mixture.sites[index].pool]) for index in order}
-    ids = prompts.rows[0]["input_ids"]
-    return prompts, {
-        "tokens": [trained.tokenizer.decode([token]) for token in ids],
+    return [prompt], {
+        "tokens": [trained.tokenizer.decode([token]) for token in prompt["input_ids"]],
         "votes": [pools[i][tops[i].indices].tolist() for i in order],
         "probability": [[round(p, 6) for p in tops[i].values.tolist()] for i in order],
         "choice": [[k for row in votes.choices[i] for k in row] for i in order],
