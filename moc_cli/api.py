@@ -47,7 +47,7 @@ from moc_cli.files import write_bytes_atomic, write_folder_atomic
 from moc_cli.methods import Adapted, Counts
 from moc_cli.methods import attach as place
 from moc_cli.models.fingerprint import fingerprint
-from moc_cli.models.load import checkpoint_shapes
+from moc_cli.models.load import checkpoint_shapes, name_classes
 from moc_cli.models.weight_files import own_head
 
 
@@ -194,6 +194,8 @@ def attach(
 def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     """Place the controls of an adapter folder in a model; nothing else in it is changed.
 
+    But that a classifier whose classes have only numbers gets their names in its config.
+
     Raises RunError, with the model unchanged, for: files that are missing, damaged or links out of
     the folder; unknown keys in the config; another base than the one trained on (compared by the
     parameters in memory, see `moc_cli.models.fingerprint`, or for files of format 1 by the hash of
@@ -215,6 +217,7 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
         adapted.detach()
         raise
     values = checked.adapter.config
+    name_classes(model.config, config.id2label)
     inherited = {key: values[key] for key in _INHERITED if values.get(key) is not None}
     return Controls(adapted, _base_facts(model, checked.base, checked.seed) | inherited, before)
 
@@ -236,7 +239,10 @@ def _warn_of_new_head(model: PreTrainedModel, modules: tuple[str, ...]) -> None:
 
 
 # Keys of a loaded adapter's config that are written again when it is saved.
-_INHERITED = ("base_model_name_or_path", "revision", "base_weights_sha256", "kind", "num_labels")
+_INHERITED = (
+    *("base_model_name_or_path", "revision", "base_weights_sha256"),
+    *("kind", "num_labels", "id2label"),
+)
 
 
 def _base_facts(model: PreTrainedModel, base: dict[str, str], seed: int) -> dict[str, Any]:

@@ -74,9 +74,12 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
             clear_leftovers(target.parent, target.name)
             temporary.mkdir()
             yield temporary
+            allowed = 0o666 & ~_umask()  # libraries write some files for the user alone
             for folder, _, names in os.walk(temporary):
                 for name in names:
-                    _flush(Path(folder, name))
+                    file = Path(folder, name)
+                    file.chmod(file.stat().st_mode | allowed)
+                    _flush(file)
                 _flush(Path(folder))
             if os.path.lexists(target):
                 os.rename(target, replaced)
@@ -225,6 +228,13 @@ def disk_errors(target: str | Path) -> Iterator[None]:
 def unused_name(prefix: str, target: Path) -> Path:
     """A name beside `target` that nobody can guess."""
     return target.with_name(f"{prefix}{target.name}-{secrets.token_hex(8)}-{os.getpid()}")
+
+
+def _umask() -> int:
+    """The permissions that this process does not give to new files."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

@@ -34,6 +34,7 @@ from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.hooks import HookedModel
+from moc_cli.models.load import name_classes
 from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
@@ -49,13 +50,15 @@ class MocConfig(PeftConfig):
 
     `method` is a recipe's `method` section, of name moc or control. `base_fingerprint` tells the
     base by samples of its parameters, `state_sha256` the payload; both are compared if they are
-    there. `modules_to_save` names modules that are trained and saved whole.
+    there. `id2label` names the classes of a classifier. `modules_to_save` names modules that are
+    trained and saved whole.
     """
 
     method: dict[str, Any] = field(default_factory=lambda: {"name": "moc"})
     seed: int = 42
     modules_to_save: list[str] | None = None
     base_weights_sha256: str | None = None
+    id2label: dict[str, str] | None = None
     base_fingerprint: dict[str, str] | None = None
     state_sha256: str | None = None
 
@@ -184,6 +187,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
             fingerprint=fingerprint(model, [MODULE, *(config.modules_to_save or ())]),
             required=False,
         )
+        name_classes(model.config, config.id2label)
         mixture, family = make_mixture(model, config.section, config.seed)
         control_sets = getattr(model, MODULE, None)
         if control_sets is None:

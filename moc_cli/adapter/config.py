@@ -47,6 +47,7 @@ class AdapterConfig(Section):
     kind: Literal["causal", "classification"] | None = Field(default=None, description="model head")
     num_labels: Positive | None = Field(default=None, description="classes")
     problem_type: Name | None = Field(default=None, description="as transformers names it")
+    id2label: dict[str, Name] | None = Field(default=None, description="names of the classes")
     seed: Seed | None = Field(default=None, description="seed with which the method was placed")
     step: Count | None = Field(default=None, description="training step of the payload")
     payload_sha256: Sha = Field(description="of the payload file")

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli import __version__
+from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.prompts import eval_prompt
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
-from moc_cli.models.load import BUILTIN
+from moc_cli.models.load import BUILTIN, class_names
+from moc_cli.recipe.tasks import prompt_frame
 from moc_cli.report.numbers import score_text
 
 PAPER = "https://arxiv.org/abs/2606.31397"
@@ -15,17 +18,23 @@ _TITLE = {"causal": "text-generation", "classification": "text-classification"}
 
 
 def base_code(trained: LoadedRun) -> str:
-    """Python that loads the bare base of a run into `model`, in its type and with its head."""
+    """Python that loads the bare base of a run into `model`, in its type and with its head.
+
+    Its name stands in `base`, as a local path is nobody else's business.
+    """
     model, base = trained.recipe.model, trained.base
     causal = base["kind"] == "causal"
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     lines = [f"from transformers import {auto}"]
-    name = json.dumps(model.model_name_or_path)
+    name = "base"
     if model.model_name_or_path.startswith(BUILTIN):
         lines.append("from moc_cli.models.load import resolve")
-        name = f"resolve({name})"
+        name = "resolve(base)"
     options: dict[str, Any] = {"dtype": "bfloat16" if trained.recipe.train.bf16 else "float32"}
     options |= {key: base[key] for key in ("num_labels", "problem_type") if key in base}
+    if "id2label" in base:
+        del options["num_labels"]
+        options |= class_names(base["id2label"])
     options |= {"revision": model.revision} if model.revision else {}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
@@ -45,8 +54,10 @@ def make_card(
         _front(trained, written),
         f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
         _what(trained, to),
-        _section("How to load", _loading(written)),
+        _section("How to load", _loading(trained, written)),
         _section("Base model", _base(trained)),
+        _section("Inputs", _inputs(trained)),
+        _section("Classes", _classes(trained)),
         _section("Method", _method(trained, results)),
         _section("Data", _data(trained)),
         _section("Scores", _scores(trained, results) + _evaluations(trained)),
@@ -63,7 +74,7 @@ def _front(trained: LoadedRun, written: Written) -> str:
     method = trained.recipe.method.name
     tags = ["moc", *(["mixture-of-control"] if method == "moc" else []), method]
     lines = [f"library_name: {written.library}"]
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
+    if not name.startswith(BUILTIN) and not _is_local(name):
         lines.append(f"base_model: {json.dumps(name)}")
     lines.append(f"pipeline_tag: {_TITLE[trained.base['kind']]}")
     lines.append("tags:")
@@ -78,18 +89,56 @@ def _what(trained: LoadedRun, to: str) -> str:
     return f"{made} ([arXiv 2606.31397]({PAPER})), trained on {tasks}; format `{to}`."
 
 
-def _loading(written: Written) -> list[str]:
+def _loading(trained: LoadedRun, written: Written) -> list[str]:
     if not written.loading:
         return []
-    start = 'folder = "."  # where these files are'
-    return ["```python", start, *written.loading.splitlines(), "```"]
+    start = ['folder = "."  # where these files are']
+    if "base" in written.loading:
+        name = trained.recipe.model.model_name_or_path
+        what = "the folder of the base model" if _is_local(name) else "the base model"
+        start.append(f"base = {json.dumps(_shown(name))}  # {what}")
+    return ["```python", *start, *written.loading.splitlines(), "```"]
 
 
 def _base(trained: LoadedRun) -> list[str]:
     model = trained.recipe.model
     lines = [f"- name: `{_shown(model.model_name_or_path)}`"]
     lines += [f"- revision: `{model.revision}`"] if model.revision else []
-    return [*lines, f"- sha256 over its weight files: `{trained.weights_hash}`"]
+    return [*lines, f"- sha256 over its tensors: `{trained.weights_hash}`"]
+
+
+def _inputs(trained: LoadedRun) -> list[str]:
+    """What the model was trained to read: prompt frame, tokenizer and attention mask."""
+    data, tokenizer = trained.recipe.data, trained.tokenizer
+    frame = prompt_frame(data.suite, data.tasks[0], data.format)
+    template = {
+        "commonsense": eval_prompt("{instruction}"),
+        "instruction": instruction_prompt("{instruction}", "{input}"),
+    }.get(frame or "")
+    if template is not None:
+        lines = [f"Prompt (frame `{frame}`):", "", "```text", template, "```", ""]
+    elif frame == "chat":
+        lines = ["Prompt: the chat template of the tokenizer.", ""]
+    else:
+        lines = ["Prompt: the text itself, without a frame.", ""]
+    tokens = {"begin": tokenizer.bos_token, "end": tokenizer.eos_token, "pad": tokenizer.pad_token}
+    named = ", ".join(f"{name} `{token}`" for name, token in tokens.items() if token is not None)
+    own = trained.recipe.model.tokenizer_name
+    whose = f"`{_shown(own)}`" if own else "that of the base model"
+    lines.append(
+        f"Tokenizer: {whose}; `{type(tokenizer).__name__}`, {len(tokenizer):,} tokens"
+        + (f"; {named}" if named else "")
+    )
+    mask = "Give the `attention_mask` with padded rows"
+    if getattr(trained.recipe.method, "top_k", 0):
+        return [*lines, "", f"{mask}: a token that it does not leave out votes on the routes."]
+    return [*lines, "", f"{mask}."]
+
+
+def _classes(trained: LoadedRun) -> list[str]:
+    names = trained.base.get("id2label", {})
+    rows = [f"| {number} | {name} |" for number, name in names.items()]
+    return ["| output | class |", "|---|---|", *rows] if rows else []
 
 
 def _method(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
@@ -209,5 +258,8 @@ def _section(title: str, lines: list[str]) -> str:
 
 def _shown(name: str) -> str:
     """A hub id as it is, of a folder only its name."""
-    local = name.startswith(("/", ".", "~")) or Path(name).exists()
-    return Path(name).name if local else name
+    return Path(name).name if _is_local(name) else name
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or Path(name).exists()

@@ -73,7 +73,8 @@ class Written:
     """What a format wrote, and how it is to be proven.
 
     `files` are names relative to the folder. `loading` is Python that leaves the model in `model`,
-    given the path in `folder`: a fresh process runs it, and the card shows it. Its logits must be
+    given the path in `folder` and the base model's name in `base`: a fresh process runs it, and
+    the card shows it. Its logits must be
     those of `expected` within `tolerance`, a share of the largest |logit| (None: that of `dtype`).
     Without `needs_moc` the process cannot import moc_cli. `rounding` compares the run with the run
     in the file's type, where that is another. `notes` are sentences for the user and the card;
@@ -111,12 +112,14 @@ def reference_rows(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> dict[str
     return pad_batch(rows, trained.tokenizer, side="left" if trained.causal else "right")
 
 
-def prove(folder: Path, written: Written, device: str) -> dict[str, Any]:
+def prove(folder: Path, written: Written, device: str, base: str = "") -> dict[str, Any]:
     """Load `folder` in a fresh process and return how its logits compare with those expected.
+
+    `base` is where the base model is.
 
     Raises MocError where they differ by more than the tolerance.
     """
-    load = written.loading
+    load = f"base = {base!r}\n{written.loading}"
     if not written.needs_moc:
         load = f'sys.modules["moc_cli"] = None  # as where it is not installed\n{load}'
     logits = fresh_logits(folder, load, written.expected.inputs, device=device)

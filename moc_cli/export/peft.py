@@ -80,6 +80,7 @@ def _moc(trained: LoadedRun, state: dict[str, Tensor]) -> dict[str, Any]:
         modules_to_save=trained.adapter_config["modules"] or None,
         base_weights_sha256=trained.weights_hash,
         base_fingerprint=trained.base["base_fingerprint"],
+        id2label=trained.base.get("id2label"),
         state_sha256=state_hash(state),
         inference_mode=True,
     )

@@ -61,7 +61,9 @@ def export_run(
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
         written: Written = format.load().export(trained, temporary, options)
-        proof = parity.prove(temporary, written, trained.device.type)
+        proof = parity.prove(
+            temporary, written, trained.device.type, trained.recipe.model.model_name_or_path
+        )
         sizes = sizes_of(temporary)
         missing = set(written.files) - sizes.keys()
         if missing:

@@ -111,7 +111,7 @@ def make_kind(data: DataSection) -> Kind:
         return Choice()
     if data.suite != "custom":
         task = TASKS[data.suite][data.tasks[0]]
-        return Pairs(task.metrics, task.num_labels)
+        return Pairs(task.metrics, task.num_labels, task.labels)
     assert data.format is not None
     if name == "writing":
         return Writing(data.format)

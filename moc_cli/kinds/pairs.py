@@ -20,12 +20,17 @@ from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
+def id2label(labels: Sequence[str | int]) -> dict[str, str]:
+    """The names of the classes as transformers writes them: {"0": "bad", "1": "good"}."""
+    return {str(number): str(label) for number, label in enumerate(labels)}
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Texts or pairs of texts; every token votes.
 
     `metrics`: the main one first. `num_labels`: outputs of the head, 1 for a regression, 0 while
-    the rows of a custom dataset are not read. `labels`: the classes as the user wrote them.
+    the rows of a custom dataset are not read. `labels`: the classes, as the user wrote them.
     """
 
     metrics: tuple[str, ...]
@@ -47,7 +52,9 @@ class Pairs:
         if not self.num_labels:
             raise DataError("data.labels are known only when the rows are read")
         problem = "regression" if self.num_labels == 1 else "single_label_classification"
-        return {"kind": "classification", "num_labels": self.num_labels, "problem_type": problem}
+        arguments = {"kind": "classification", "num_labels": self.num_labels}
+        names = {"id2label": id2label(self.labels)} if self.labels else {}
+        return arguments | {"problem_type": problem} | names
 
     def check(self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase) -> None:
         """Every tokenizer takes every text."""
@@ -89,6 +96,7 @@ class Pairs:
             examples,
             batch_size=size,
             max_length=options.max_length,
+            names=tuple(map(str, self.labels or ())),
             on_progress=on_progress,
         )
         seconds = time.perf_counter() - begin

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -103,6 +103,7 @@ def load_model(
     kind: Kind,
     num_labels: int | None = None,
     problem_type: str | None = None,
+    id2label: Mapping[str, str] | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -125,7 +126,7 @@ def load_model(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if kind == "classification":
-        options |= _labels(num_labels, problem_type)
+        options |= _labels(num_labels, problem_type, id2label)
     with torch.random.fork_rng(devices=[]), _told("weights", name), _quiet():
         torch.manual_seed(seed)
         model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
@@ -144,6 +145,7 @@ def build_meta(
     kind: Kind,
     num_labels: int | None = None,
     problem_type: str | None = None,
+    id2label: Mapping[str, str] | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -162,7 +164,7 @@ def build_meta(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if kind == "classification":
-        for key, value in _labels(num_labels, problem_type).items():
+        for key, value in _labels(num_labels, problem_type, id2label).items():
             setattr(config, key, value)
     with _told("config", name), torch.device("meta"):
         model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
@@ -267,9 +269,27 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _labels(num_labels: int | None, problem_type: str | None) -> dict[str, Any]:
+def _labels(
+    num_labels: int | None, problem_type: str | None, id2label: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """A classifier's values of config.json: its classes are named by number if not otherwise."""
     given = {"num_labels": num_labels, "problem_type": problem_type}
-    return {key: value for key, value in given.items() if value is not None}
+    names = class_names(id2label) if id2label else {}
+    return {key: value for key, value in given.items() if value is not None} | names
+
+
+def name_classes(config: PreTrainedConfig, id2label: Mapping[str, str] | None) -> None:
+    """Name the classes in a model's config, unless it has other classes or names of its own."""
+    numbered = {number: f"LABEL_{number}" for number in range(len(id2label or ()))}
+    if id2label and getattr(config, "id2label", None) == numbered:
+        for key, value in class_names(id2label).items():
+            setattr(config, key, value)
+
+
+def class_names(id2label: Mapping[str, str]) -> dict[str, Any]:
+    """The names of the classes as the two entries of a model's config."""
+    names = {int(number): name for number, name in id2label.items()}
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 @contextmanager

@@ -39,8 +39,9 @@ class Task:
 
     `metrics`: the first is the one that tables and model selection use. `hub`: split name ->
     where it lies, for every split that has labels (empty: the rows are inside this package).
-    `scored`: the splits whose scores are reported. `columns` and `num_labels` (1: a regression)
-    are a classifier's; `answers` are the option words that LLM-Adapters looks for in a text.
+    `scored`: the splits whose scores are reported. `columns` and `labels`, the names of the
+    classes, are a classifier's; `answers` are the option words that LLM-Adapters looks for in a
+    text.
     """
 
     kind: Kind
@@ -48,8 +49,13 @@ class Task:
     hub: dict[str, HubSplit] = field(default_factory=dict)
     scored: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
-    num_labels: int = 0
+    labels: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classifier; 1 for a regression."""
+        return 1 if self.kind == "regression" else len(self.labels)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -80,15 +86,15 @@ def _choice(
 
 def _pairs(
     *columns: str,
-    num_labels: int = 2,
+    labels: tuple[str, ...] = (),
     metrics: tuple[str, ...] = ("accuracy",),
     scored: tuple[str, ...] = ("validation",),
     repo: str = "nyu-mll/glue",
     config: str,
 ) -> Task:
     hub = {split: HubSplit(repo, (config,), split) for split in ("train", *scored)}
-    kind: Kind = "regression" if num_labels == 1 else "classification"
-    return Task(kind, metrics, hub, scored, columns, num_labels)
+    kind: Kind = "classification" if labels else "regression"
+    return Task(kind, metrics, hub, scored, columns, labels)
 
 
 def _numbered(stem: str, count: int) -> tuple[str, ...]:
@@ -115,22 +121,33 @@ _COMMONSENSE = {
 }
 
 _TWO = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
 _GLUE = {
-    "cola": _pairs("sentence", config="cola", metrics=("matthews",)),
-    "sst2": _pairs("sentence", config="sst2"),
-    "mrpc": _pairs(*_TWO, config="mrpc", metrics=("accuracy", "f1")),
-    "qqp": _pairs("question1", "question2", config="qqp", metrics=("accuracy", "f1")),
-    "stsb": _pairs(*_TWO, config="stsb", num_labels=1, metrics=("pearson", "spearman")),
+    "cola": _pairs(
+        "sentence", config="cola", labels=("unacceptable", "acceptable"), metrics=("matthews",)
+    ),
+    "sst2": _pairs("sentence", config="sst2", labels=("negative", "positive")),
+    "mrpc": _pairs(
+        *_TWO, config="mrpc", labels=("not_equivalent", "equivalent"), metrics=("accuracy", "f1")
+    ),
+    "qqp": _pairs(
+        "question1",
+        "question2",
+        config="qqp",
+        labels=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+    ),
+    "stsb": _pairs(*_TWO, config="stsb", metrics=("pearson", "spearman")),
     "mnli": _pairs(
         "premise",
         "hypothesis",
         config="mnli",
-        num_labels=3,
+        labels=("entailment", "neutral", "contradiction"),
         scored=("validation_matched", "validation_mismatched"),
     ),
-    "qnli": _pairs("question", "sentence", config="qnli"),
-    "rte": _pairs(*_TWO, config="rte"),
-    "wnli": _pairs(*_TWO, config="wnli"),
+    "qnli": _pairs("question", "sentence", config="qnli", labels=_ENTAILMENT),
+    "rte": _pairs(*_TWO, config="rte", labels=_ENTAILMENT),
+    "wnli": _pairs(*_TWO, config="wnli", labels=("not_entailment", "entailment")),
 }
 
 TASKS: dict[str, dict[str, Task]] = {

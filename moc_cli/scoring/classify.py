@@ -22,17 +22,28 @@ from moc_cli.scoring.forward import (
 
 @dataclass(frozen=True)
 class PairScore:
-    """One sentence or pair: its label, the prediction of the same kind, and the raw outputs."""
+    """One sentence or pair: its label, the prediction of the same kind, and the raw outputs.
+
+    `names` are those of the classes, where they have any.
+    """
 
     label: int | float
     prediction: int | float
     scores: tuple[float, ...]
+    names: tuple[str, ...] = ()
 
     def sample(self) -> dict[str, Any]:
         """Return what samples.jsonl says of the text or pair; a regression has no margin."""
-        fields = {"label": self.label, "prediction": self.prediction, "scores": list(self.scores)}
+        fields: dict[str, Any] = {
+            "label": self.label,
+            "prediction": self.prediction,
+            "scores": list(self.scores),
+        }
         if len(self.scores) == 1:
             return fields
+        if self.names:
+            fields["label_name"] = self.names[int(self.label)]
+            fields["prediction_name"] = self.names[int(self.prediction)]
         best, second, *_ = sorted(self.scores, reverse=True)
         return fields | {"correct": self.prediction == self.label, "margin": best - second}
 
@@ -43,6 +54,7 @@ def classify(
     *,
     batch_size: BatchSizeOption | BatchSize,
     max_length: int,
+    names: tuple[str, ...] = (),
     on_progress: Progress | None = None,
 ) -> list[PairScore]:
     """Score every example, in their order; of equal logits the first class wins.
@@ -62,7 +74,8 @@ def classify(
             return list(logits.float().tolist())
 
         outputs = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
-    return [_prediction(example, row) for example, row in zip(examples, outputs, strict=True)]
+    pairs = zip(examples, outputs, strict=True)
+    return [_prediction(example, row, names) for example, row in pairs]
 
 
 def pair_loss(scores: Sequence[PairScore]) -> float:
@@ -74,7 +87,7 @@ def pair_loss(scores: Sequence[PairScore]) -> float:
     return cross_entropy(outputs, torch.tensor([int(score.label) for score in scores])).item()
 
 
-def _prediction(example: PairExample, outputs: list[float]) -> PairScore:
+def _prediction(example: PairExample, outputs: list[float], names: tuple[str, ...]) -> PairScore:
     check_finite(outputs)
     prediction = outputs[0] if len(outputs) == 1 else outputs.index(max(outputs))
-    return PairScore(example.label, prediction, tuple(outputs))
+    return PairScore(example.label, prediction, tuple(outputs), names)
