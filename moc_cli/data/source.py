@@ -70,7 +70,10 @@ def take(fields: Fields, name: str, kind: type[T]) -> T:
 
 def shown(value: Any) -> str:
     """Return a value as JSON, cut to 60 characters, for an error."""
-    return json.dumps(value, default=str, ensure_ascii=False)[:60]
+    try:
+        return json.dumps(value, default=str, ensure_ascii=False)[:60]
+    except (RecursionError, ValueError, TypeError):
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 _KINDS: dict[type, str] = {
@@ -123,6 +126,8 @@ def parse_object(line: bytes) -> Fields:
         raise BadRow(f"not JSON: {error.msg} at character {error.colno}") from None
     except RecursionError:
         raise BadRow("not JSON that can be read: nested too deeply") from None
+    except ValueError:
+        raise BadRow("a number of too many digits") from None
     if not isinstance(fields, dict):
         raise BadRow("not a JSON object")
     return fields
@@ -153,9 +158,12 @@ def load_from_hub(name: str, instead: str, *arguments: Any, **options: Any) -> A
         return datasets.load_dataset(*arguments, **options)
     # The hub's client raises a dozen unrelated classes, for no network, no such dataset and more.
     except Exception as error:
+        reason = first_line(error)
+        hint = f"{instead} (and unset HF_HUB_OFFLINE) so that it can be downloaded"
+        if "Config name is missing" in reason:
+            hint = "choose one of its configurations: --set data.config_name=NAME"
         raise DataError(
-            f"{name} cannot be loaded from the Hugging Face hub: {first_line(error)}",
-            f"{instead} (and unset HF_HUB_OFFLINE) so that it can be downloaded",
+            f"{name} cannot be loaded from the Hugging Face hub: {reason}", hint
         ) from error
 
 
@@ -213,4 +221,4 @@ def numbered(numbers: list[int], unit: str = "line") -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

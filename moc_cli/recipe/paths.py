@@ -7,7 +7,14 @@ from typing import Any
 from moc_cli.recipe.schema import Recipe
 
 # Keys that hold a local path, or the name of something on the hub.
-PATH_KEYS = ("model.model_name_or_path", "model.tokenizer_name", "data.path")
+PATH_KEYS = (
+    "model.model_name_or_path",
+    "model.tokenizer_name",
+    "data.path",
+    "data.train",
+    "data.validation",
+    "data.test",
+)
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:

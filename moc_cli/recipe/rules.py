@@ -1,7 +1,7 @@
 """Combinations of values that cannot work together, each of them valid by itself."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moc_cli.recipe.sections import Sections
 from moc_cli.recipe.suggest import choices
@@ -63,14 +63,17 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
         if data.path is not None and not any(task.hub for task in tasks.values()):
             message = f"suite '{data.suite}' is inside this package; leave data.path out"
             yield BrokenRule("data.path", message, (suite,))
-        custom = {"format": data.format, "columns": columns, "labels": data.labels}
+        splits = {key: name for key, name in data.splits if name is not None}
+        custom: dict[str, Any] = {"format": data.format, "columns": columns, "labels": data.labels}
+        custom |= {"splits": splits, "config_name": data.config_name, "quoting": data.quoting}
+        custom |= {"train": data.train, "validation": data.validation, "test": data.test}
         for key in (key for key, value in custom.items() if value):
             message = f"only suite 'custom' reads this key, data.suite is '{data.suite}'"
             yield BrokenRule(f"data.{key}", message, (suite,))
         return
-    if data.path is None:
+    if data.path is None and data.train is None:
         message = "suite 'custom' needs the path of the dataset: a file, a folder or a hub id"
-        yield BrokenRule("data.path", message, (suite,))
+        yield BrokenRule("data.path", message, (suite, "data.train"))
     read = FORMATS[data.format].columns if data.format else tuple(type(data.columns).model_fields)
     for key in (key for key in columns if key not in read):
         message = f"format '{data.format}' has no such column; its columns are {', '.join(read)}"

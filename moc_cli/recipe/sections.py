@@ -31,6 +31,7 @@ from moc_cli.recipe.types import (
 Suite = Literal["commonsense", "glue", "builtin", "custom"]
 Format = Literal["instruction", "chat", "text", "classification", "regression"]
 ClassLabel = Text | Annotated[int, BeforeValidator(refuse_bool)]
+Quoting = Literal["csv", "none"]
 Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -65,10 +66,28 @@ class ColumnsSection(Section):
         description="null: text_pair or sentence2, if present",
     )
     label: Text | None = Field(default=None, description="null: label, labels or score")
-    instruction: Text | None = Field(default=None, description="null: instruction or prompt")
-    input: Text | None = Field(default=None, description="null: input, if present")
-    output: Text | None = Field(default=None, description="null: output, response or completion")
-    messages: Text | None = Field(default=None, description="null: messages or conversation")
+    instruction: Text | None = Field(
+        default=None, description="null: instruction, prompt or question"
+    )
+    input: Text | None = Field(default=None, description="null: input or context, if present")
+    output: Text | None = Field(
+        default=None, description="null: output, response, completion or answer"
+    )
+    messages: Text | None = Field(
+        default=None, description="null: messages, conversation or conversations"
+    )
+
+
+class SplitsSection(Section):
+    """Names of the parts in a dataset of the hub or in a folder, where they are not the usual."""
+
+    train: Text | None = Field(default=None, description="null: train or training")
+    validation: Text | None = Field(
+        default=None, description="null: validation, valid, val or dev, if present"
+    )
+    test: Text | None = Field(
+        default=None, description="null: test, testing, eval or evaluation, if present"
+    )
 
 
 def _tasks_are_optional_for_custom(schema: dict[str, Any]) -> None:
@@ -90,9 +109,30 @@ class DataSection(Section):
     )
     path: Text | None = Field(
         default=None,
-        description="folder with <task>/<split>.jsonl.gz; null: the hub. For custom: a .jsonl, "
-        ".json, .csv, .tsv or .parquet file, a folder of train, validation and test files, or a "
+        description="folder with <task>/<split>.jsonl.gz; null: the hub. For custom: a file of "
+        "rows, a folder of train, validation and test files, a folder that datasets saved, or a "
         "hub id",
+    )
+    train: Text | None = Field(
+        default=None, description="custom: file or folder of the training rows, for path"
+    )
+    validation: Text | None = Field(
+        default=None,
+        description="custom: file or folder of the rows to watch; null: what path has",
+    )
+    test: Text | None = Field(
+        default=None,
+        description="custom: file or folder of the rows to score; null: what path has",
+    )
+    config_name: Text | None = Field(
+        default=None,
+        description="custom: configuration of the hub id, or subfolder of path; null: the only one",
+    )
+    splits: SplitsSection = section("custom: names of the parts")
+    quoting: Quoting | None = Field(
+        default=None,
+        description="custom: quotation marks in .csv and .tsv enclose fields (csv) or are text "
+        "(none); null: found from the rows",
     )
     format: Format | None = Field(
         default=None, description="custom: format of the rows; null: found from their columns"

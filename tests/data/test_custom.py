@@ -274,9 +274,10 @@ malformed("only a header", "a.csv", "text,label\n", "F has no rows")
 malformed("an empty array", "a.json", "[]", "F has no rows")
 malformed(
     "another kind of file",
-    "a.txt",
+    "a.docx",
     "x",
-    "F is not one of .jsonl, .json, .csv, .tsv, .jsonl.gz, .json.gz, .csv.gz, .tsv.gz, .parquet",
+    "F is not one of .jsonl, .ndjson, .json, .csv, .tsv, .tab, .txt, .jsonl.gz, .ndjson.gz, "
+    ".json.gz, .csv.gz, .tsv.gz, .tab.gz, .txt.gz, .parquet, .arrow",
 )
 malformed("no JSON", "a.jsonl", lines(*pairs("a", "b"), '{"text": "x"'), "F, line 3: not JSON: "
           "Expecting ',' delimiter at character 13")  # fmt: skip
@@ -284,13 +285,24 @@ malformed(
     "a number a line", "a.jsonl", lines(*pairs("a", "b"), "17"), "F, line 3: not a JSON object"
 )
 malformed(
-    "an array in .jsonl",
-    "a.jsonl",
-    json.dumps(pairs("a", "b")),
-    "F is a JSON array, not one object per line",
+    "an object in .json",
+    "a.json",
+    '{"text": "a", "label": 1}',
+    "F holds no JSON array of rows, but one object with the keys 'text', 'label'",
 )
-malformed("lines in .json", "a.json", lines(*pairs("a", "b")), "F, line 2: not JSON: Extra data")
-malformed("an object in .json", "a.json", '{"data": []}', "F holds no JSON array of rows")
+malformed(
+    "digits without end",
+    "a.json",
+    '[\n{"text": "a"},\n{"text": ' + "9" * 5000 + "}]",
+    "F, line 3: a number of too many digits",
+)
+malformed(
+    "digits without end in a line",
+    "a.jsonl",
+    lines(*pairs("a", "b"), '{"text": ' + "9" * 5000 + "}"),
+    "F, line 3: a number of too many digits",
+)
+malformed("a line separator alone", "a.csv", "\u2028\n", "F has no rows")
 malformed("a text among objects", "a.json", '[{"text": "a"}, "b"]', "F, row 2: not a JSON object")
 malformed(
     "Latin-1 in JSON",
@@ -322,7 +334,7 @@ malformed(
 malformed(
     "an open quote",
     "a.csv",
-    'text,label\na,x\n"b,y\nc,x\n',
+    'text,label\na,x\n"b, c,y\nc,x\n',
     "F, line 3: quotes that do not match (unexpected end of data)",
 )
 malformed(
@@ -505,7 +517,8 @@ def test_a_path_that_leads_nowhere_is_explained(tmp_path):
     assert told(tmp_path / "review.csv") == (
         "data.path: no file or folder T/review.csv; did you mean 'reviews.csv'? | None"
     )
-    assert "no train file in T; it holds reviews.csv" in told(tmp_path)
+    write(tmp_path / "notes.csv", "text,label\na,x\nb,y\n")
+    assert "no train file in T; it holds notes.csv, reviews.csv" in told(tmp_path)
     write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
     write(tmp_path / "train.jsonl", lines(*pairs("x", "y")))
     assert "T/train.csv and train.jsonl are both train | keep one of them" in told(tmp_path)
@@ -513,8 +526,9 @@ def test_a_path_that_leads_nowhere_is_explained(tmp_path):
     write(tmp_path / "test.csv", "")
     write(tmp_path / "val.json", "{}")
     assert told(tmp_path) == (
-        "T/val.json holds no JSON array of rows\nT/test.csv is empty | "
-        "a .jsonl file has one row per line"
+        "T/val.json holds no JSON array of rows, but one object with the keys (none)\n"
+        "T/test.csv is empty | write an array of rows, or put it under data, rows, examples, "
+        "instances, records, items, train; a .jsonl file has one row per line"
     )
     away = told("nobody/nothing-at-all")
     assert "no file or folder nobody/nothing-at-all, and it cannot be loaded from the" in away

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from moc_cli.data.custom.build import Label, class_label, is_number, is_whole
-from moc_cli.data.custom.read import Table
+from moc_cli.data.custom.table import Table
+from moc_cli.data.examples import Place
 from moc_cli.data.source import BadRow, did_you_mean
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection, Format
@@ -14,10 +15,10 @@ USUAL = {
     "text": ("text", "sentence", "sentence1"),
     "text_pair": ("text_pair", "sentence2"),
     "label": ("label", "labels", "score"),
-    "instruction": ("instruction", "prompt"),
-    "input": ("input",),
-    "output": ("output", "response", "completion"),
-    "messages": ("messages", "conversation"),
+    "instruction": ("instruction", "prompt", "question"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "completion", "answer"),
+    "messages": ("messages", "conversation", "conversations"),
 }
 OPTIONAL = ("text_pair", "input")
 MANY = 50  # different whole numbers as labels; more of them may well be amounts
@@ -101,29 +102,29 @@ def _nearest_column(key: str, columns: Sequence[str]) -> str:
     return f" (is it {near!r}? then data.columns.{key}={near})" if near else ""
 
 
-def find_labels(train: Table, column: str) -> dict[Label, int]:
-    """Return the classes of the training rows and the number of the first row of each.
+def find_labels(train: Table, column: str) -> dict[Label, Place]:
+    """Return the classes of the training rows and the place of the first row of each.
 
     They are sorted, unless texts and numbers are mixed; whole numbers of a CSV become numbers.
     """
-    first_rows: dict[Label, int] = {}
-    for number, fields in train.readable():
+    first_rows: dict[Label, Place] = {}
+    for place, fields in train.readable():
         try:
-            first_rows.setdefault(class_label(fields, column), number)
+            first_rows.setdefault(class_label(fields, column), place)
         except BadRow:
             continue  # named when the example is built
     # Only labels that a number writes back as they are: "01" is a name.
     if not train.typed and all(is_whole(text) and str(int(text)) == text for text in first_rows):
-        first_rows = {int(label): number for label, number in first_rows.items()}
+        first_rows = {int(label): place for label, place in first_rows.items()}
     mixed = len({type(label) for label in first_rows}) > 1
     return first_rows if mixed else dict(sorted(first_rows.items()))
 
 
-def check_labels(train: Table, column: str, first_rows: Mapping[Label, int]) -> None:
+def check_labels(train: Table, column: str, first_rows: Mapping[Label, Place]) -> None:
     """Raise DataError where classes are texts and numbers, or there is only one."""
-    kinds = {type(label): (label, number) for label, number in first_rows.items()}
+    kinds = {type(label): (label, place) for label, place in first_rows.items()}
     if len(kinds) > 1:
-        seen = [f"{label!r} ({train.unit} {number})" for label, number in kinds.values()]
+        seen = [f"{label!r} ({unit} {number})" for label, (_, unit, number) in kinds.values()]
         raise DataError(
             f"{train.name}: '{column}' holds both texts and whole numbers: {' and '.join(seen)}"
         )

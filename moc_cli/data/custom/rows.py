@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from moc_cli.data.custom.build import BuildExample, Label, NothingToLearn, example_builder
 from moc_cli.data.custom.columns import check_labels, find_columns, find_labels
-from moc_cli.data.custom.read import Table, read_tables
+from moc_cli.data.custom.parts import read_other, read_parts
+from moc_cli.data.custom.table import Table
 from moc_cli.data.examples import ROW_SEED, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
@@ -35,8 +36,7 @@ def read_custom(data: DataSection) -> CustomRows:
     The test file is scored, else the validation file, else the rows held out. Raises DataError
     naming every bad row of every split, and where nothing is left to train on or to score.
     """
-    assert data.path is not None, "the recipe's rules ask for it"
-    tables = read_tables(data.path)
+    tables = read_parts(data)
     format_name, columns = find_columns(data, tables["train"])
     labels, first_rows = None, {}
     if format_name == "classification":
@@ -60,7 +60,7 @@ def read_custom(data: DataSection) -> CustomRows:
     test = splits.get("test", validation)
     if not test:
         raise DataError(
-            f"{data.path} has rows to train on, but none to score",
+            f"{tables['train'].name} has rows to train on, but none to score",
             "give a validation or test file beside train, or data.held_out above 0",
         )
     scored = next((split for split in ("test", "validation") if split in splits), "held_out")
@@ -76,7 +76,7 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     """
     if path is None or path == data.path:
         return read_custom(data).test
-    tables = read_tables(path)
+    tables = read_other(path, data)
     table = tables.get("test") or tables.get("validation") or tables["train"]
     format_name, columns = find_columns(data, table)
     bad_rows = BadRows()
@@ -92,8 +92,7 @@ def _build_examples(
     """Build the rows of a table; note the bad ones, and count those with nothing to learn."""
     examples: list[Example] = []
     dropped: Counter[str] = Counter({"a blank line": table.blank} if table.blank else {})
-    for number, row in table.rows:
-        place = (table.name, table.unit, number)
+    for place, row in table.rows:
         try:
             if isinstance(row, BadRow):
                 raise row

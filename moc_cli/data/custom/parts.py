@@ -1,0 +1,247 @@
+"""The parts of a custom dataset (train, validation, test) and the files that each consists of.
+
+A part is a file, several shards of one, a folder of its name, or a split of a dataset that
+`datasets` wrote or that lies on the hub.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moc_cli.data.custom.table import Table, arrow_rows, joined, read_table, suffix_of, table_of
+from moc_cli.data.source import did_you_mean, first_line, load_from_hub
+from moc_cli.errors import DataError
+from moc_cli.recipe.sections import DataSection
+
+# The names that `datasets` knows, so that a folder means the same here and on the hub.
+PARTS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
+_LISTED = 10
+
+
+def read_parts(data: DataSection) -> dict[str, Table]:
+    """Read every part that `data` names; of a file that stands alone the part is train.
+
+    Raises DataError naming every file that cannot be read at all.
+    """
+    parts: dict[str, list[Path]] = {}
+    tables: dict[str, Table] = {}
+    if data.path is not None:
+        place = _existing(data.path)
+        if place is None:
+            tables = _read_hub(data.path, data)
+        elif _is_saved(place):
+            tables = _tables_of(_load_saved(place), str(place), data)
+        else:
+            parts = _find_parts(place, data) if place.is_dir() else {"train": [place]}
+    for part in PARTS:
+        path = getattr(data, part)
+        if path is not None:
+            tables.pop(part, None)
+            parts[part] = _files_of(path, f"data.{part}")
+    errors: list[DataError] = []
+    for part in filter(parts.__contains__, PARTS):
+        try:
+            files = parts[part]
+            tables[part] = joined([read_table(file, data.quoting) for file in files])
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        raise DataError("\n".join(error.message for error in errors), "; ".join(hints) or None)
+    return {part: tables[part] for part in PARTS if part in tables}
+
+
+def read_other(path: str, data: DataSection) -> dict[str, Table]:
+    """Read the parts of another path, as `data` would be read from it."""
+    others = dict.fromkeys(PARTS)
+    return read_parts(data.model_copy(update={**others, "path": path}))
+
+
+def _existing(path: str, key: str = "data.path") -> Path | None:
+    """Return the file or folder of this name; None for the id of a dataset on the hub.
+
+    Raises DataError where it is none of them.
+    """
+    try:
+        place = Path(path).expanduser()
+        if place.exists():
+            return place
+        siblings = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{key}: {path[:200]} cannot be read: {reason}") from error
+    if key == "data.path" and _HUB_ID.fullmatch(path) and suffix_of(place) is None:
+        return None
+    raise DataError(f"{key}: no file or folder {path}{did_you_mean(place.name, siblings)}")
+
+
+def _files_of(path: str, key: str) -> list[Path]:
+    """Return a file, or all files of rows in a folder, in the order of their names."""
+    place = _existing(path, key)
+    assert place is not None
+    if not place.is_dir():
+        return [place]
+    files = [file for file in _entries(place) if file.is_file() and suffix_of(file)]
+    if not files:
+        raise DataError(f"{key}: {place} holds no file of rows")
+    _check_shards(files)
+    return files
+
+
+def _find_parts(folder: Path, data: DataSection) -> dict[str, list[Path]]:
+    """Return the files of each part: in the folder, or below it in `data` or in the config's."""
+    names = _part_names(data)
+    places = [folder, folder / "data"]
+    if data.config_name is not None:
+        places = [place / data.config_name for place in places]
+    places = [place for place in places if place.is_dir()]
+    for place in places:
+        parts = _parts_in(place, names)
+        if "train" in parts:
+            return parts
+    lone = [file for place in places for file in _entries(place) if suffix_of(file)]
+    alone = len(lone) == 1 or (lone and all(_SHARD.fullmatch(file.name) for file in lone))
+    if alone and not any(_part_of(file.name, names) for file in lone):
+        _check_shards(lone)
+        return {"train": lone}
+    below = [
+        entry.name
+        for place in places
+        for entry in _entries(place)
+        if entry.is_dir() and "train" in _parts_in(entry, names)
+    ]
+    if below:
+        raise DataError(
+            f"no train file in {folder}; there is one in each of its folders {', '.join(below)}",
+            f"choose one: --set data.config_name={below[0]}",
+        )
+    there = ", ".join(file.name for file in lone[:_LISTED]) or "no file of rows"
+    raise DataError(
+        f"no train file in {folder}; it holds {there}",
+        "name it train.csv, ..., or give data.train, data.validation and data.test",
+    )
+
+
+def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
+    """Return the files of each part that lie in a folder or in folders of the parts' names."""
+    parts: dict[str, list[Path]] = {}
+    for entry in _entries(folder):
+        part = _part_of(entry.name, names)
+        if part is None:
+            continue
+        if entry.is_dir():
+            inside = [file for file in _entries(entry) if file.is_file() and suffix_of(file)]
+            if inside:
+                _check_shards(inside)
+                _add(parts, part, inside)
+        elif suffix_of(entry):
+            _add(parts, part, [entry])
+    for part, files in parts.items():
+        exact = [file for file in files if file.name.split(".")[0].lower() in names[part]]
+        if len(exact) == 1:
+            parts[part] = exact
+            continue
+        shards = all(_SHARD.fullmatch(file.name) for file in files)
+        if len(files) > 1 and not shards and len({file.parent for file in files} - {folder}) != 1:
+            raise DataError(
+                f"{files[0]} and {files[1].name} are both {part}",
+                f"keep one of them, or name the one to take: data.{part}",
+            )
+        _check_shards(files)
+    return parts
+
+
+def _add(parts: dict[str, list[Path]], part: str, files: list[Path]) -> None:
+    parts.setdefault(part, []).extend(files)
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Raise DataError where shards of a set are absent: train-00000-of-00002 tells of two."""
+    there: dict[tuple[str, str, str], set[int]] = {}
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            stem, number, count, suffix = match.groups()
+            there.setdefault((stem, count, suffix), set()).add(int(number))
+    for (stem, count, suffix), numbers in there.items():
+        absent = sorted(set(range(int(count))) - numbers) if len(count) < 7 else []
+        if absent:
+            name = f"{stem}-{absent[0]:0{len(count)}}-of-{count}{suffix}"
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise DataError(f"{files[0].parent}: {name}{more} of {int(count)} shards is missing")
+
+
+def _part_names(data: DataSection) -> dict[str, tuple[str, ...]]:
+    """Return the names of each part; a name that the recipe gives takes the place of the usual."""
+    given = {part: getattr(data.splits, part) for part in PARTS}
+    return {part: (given[part].lower(),) if given[part] else PARTS[part] for part in PARTS}
+
+
+def _part_of(name: str, names: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the part that a file's or folder's name tells: by all of it, else by its first word.
+
+    `train-00000-of-00002.parquet`, `my_train.csv` and `train` are train.
+    """
+    match = _SHARD.fullmatch(name)
+    stem = (match.group(1) if match else name.split(".")[0]).lower()
+    words = [stem, *re.split(r"[^a-z0-9]+", stem)]
+    return next((part for word in words for part in PARTS if word in names[part]), None)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _is_saved(place: Path) -> bool:
+    return any((place / name).is_file() for name in _SAVED)
+
+
+def _load_saved(folder: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library raises many unrelated classes
+        raise DataError(f"{folder} cannot be read by datasets: {first_line(error)}") from error
+
+
+def _read_hub(name: str, data: DataSection) -> dict[str, Table]:
+    what = f"data.path: no file or folder {name}, and it"
+    dataset = load_from_hub(what, "give a path, or go online", name, data.config_name)
+    return _tables_of(dataset, name, data)
+
+
+def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
+    """Return the parts of a `datasets` object; one without splits is train."""
+    if not isinstance(dataset, dict):
+        return {"train": table_of(name, arrow_rows(dataset))}
+    for part in PARTS:
+        wanted = getattr(data.splits, part)
+        if wanted is not None and wanted not in dataset:
+            near = did_you_mean(wanted, dataset)
+            raise DataError(
+                f"data.splits.{part}: {name} has no split {wanted!r}{near}",
+                f"its splits: {', '.join(dataset)}",
+            )
+    tables: dict[str, Table] = {}
+    for part, names in PARTS.items():
+        wanted = getattr(data.splits, part)
+        split = wanted or next((split for split in names if split in dataset), None)
+        if split is not None:
+            tables[part] = table_of(f"{name}, split {split}", arrow_rows(dataset[split]))
+    if "train" not in tables and data.train is None:
+        raise DataError(
+            f"{name} has no split 'train'; it has {', '.join(dataset)}",
+            f"name it: --set data.splits.train={next(iter(dataset), 'NAME')}",
+        )
+    return tables

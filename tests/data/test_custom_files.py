@@ -1,0 +1,195 @@
+"""Files and folders as they lie around: what is read of them, and the errors of damaged ones."""
+
+import json
+import random
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from moc_cli.data.custom.parts import read_parts
+from moc_cli.data.custom.rows import read_custom
+from moc_cli.errors import DataError
+from moc_cli.recipe.sections import DataSection
+
+ROWS = [{"text": f"row {n}", "label": n % 2} for n in range(8)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def section(**keys: object) -> DataSection:
+    return DataSection.model_validate({"suite": "custom", "held_out": 2, **keys})
+
+
+def counts(**keys: object) -> dict[str, int]:
+    return {part: len(table.rows) for part, table in read_parts(section(**keys)).items()}
+
+
+def refused(**keys: object) -> str:
+    with pytest.raises(DataError) as caught:
+        read_parts(section(**keys))
+    return f"{caught.value.message} | {caught.value.hint}"
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.csv"])
+def test_a_lone_quotation_mark_swallows_no_rows(name, tmp_path):
+    mark = "\t" if name.endswith("tsv") else ","
+    rows = [f"item {n}{mark}{n % 2}" for n in range(9)]
+    rows[2] = '"' + rows[2]
+    rows[6] = f'item 6"{mark}0'
+    (tmp_path / name).write_text(f"text{mark}label\n" + "\n".join(rows) + "\n")
+    table = read_parts(section(path=str(tmp_path / name)))["train"]
+    assert len(table.rows) == 9
+    assert table.rows[2][1] == {"text": '"item 2', "label": "0"}
+    assert table.notes == [f"{tmp_path / name}: quotation marks are text; as CSV they would hide "
+                           "4 rows"]  # fmt: skip
+
+
+def test_quotes_at_the_start_of_a_text_are_text(tmp_path):
+    file = tmp_path / "rows.tsv"
+    file.write_text('text\tlabel\n"Wait" he said\t1\nb\t0\n')
+    table = read_parts(section(path=str(file)))["train"]
+    assert table.rows[0][1] == {"text": '"Wait" he said', "label": "1"}
+    assert "quotation marks are text" in table.notes[0]
+    assert "quotes that do not match" in refused(path=str(file), quoting="csv")
+    file.write_text('text\tlabel\n"a"\t1\n')
+    assert read_parts(section(path=str(file)))["train"].rows[0][1]["text"] == "a"
+    plain = read_parts(section(path=str(file), quoting="none"))["train"]
+    assert plain.rows[0][1]["text"] == '"a"'
+
+
+def test_json_is_read_whatever_its_name(tmp_path):
+    (tmp_path / "lines.json").write_text(LINES)
+    (tmp_path / "array.jsonl").write_text(json.dumps(ROWS))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    for name in ("lines.json", "array.jsonl", "wrapped.json"):
+        table = read_parts(section(path=str(tmp_path / name)))["train"]
+        assert [row for _, row in table.rows] == ROWS
+    assert table.notes == [f"{tmp_path / 'wrapped.json'}: its rows are under 'data'; not read: "
+                           "version"]  # fmt: skip
+
+
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    table = read_parts(section(path=str(tmp_path / "rows.jsonl")))["train"]
+    assert [row for _, row in table.rows] == rows
+
+
+def test_each_line_of_a_plain_text_is_a_row(tmp_path):
+    (tmp_path / "book.txt").write_text("one\n\ntwo\n")
+    rows = read_custom(section(path=str(tmp_path / "book.txt"), held_out=1))
+    assert rows.format == "text"
+    assert rows.dropped == {"train": {"a blank line": 1}}
+
+
+def test_folders_as_the_hub_lays_them_out(tmp_path):
+    for number in range(2):
+        save(tmp_path / "hub" / "data" / f"train-0000{number}-of-00002.parquet", ROWS[:4])
+    save(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", ROWS[:3])
+    assert counts(path=str(tmp_path / "hub")) == {"train": 8, "test": 3}
+    assert counts(path=str(tmp_path / "hub" / "data")) == {"train": 8, "test": 3}
+    (tmp_path / "hub" / "data" / "train-00001-of-00002.parquet").unlink()
+    assert "train-00001-of-00002.parquet of 2 shards is missing" in refused(
+        path=str(tmp_path / "hub")
+    )
+    save(tmp_path / "split" / "train" / "a.parquet", ROWS)
+    save(tmp_path / "split" / "valid" / "a.parquet", ROWS[:2])
+    assert counts(path=str(tmp_path / "split")) == {"train": 8, "validation": 2}
+    save(tmp_path / "lone" / "reviews.parquet", ROWS)
+    assert counts(path=str(tmp_path / "lone")) == {"train": 8}
+    save(tmp_path / "configs" / "main" / "train.parquet", ROWS)
+    assert "choose one: --set data.config_name=main" in refused(path=str(tmp_path / "configs"))
+    assert counts(path=str(tmp_path / "configs"), config_name="main") == {"train": 8}
+
+
+def test_parts_may_have_files_of_any_name(tmp_path):
+    for name, count in (("a", 8), ("b", 3), ("c", 2)):
+        save(tmp_path / f"{name}.parquet", ROWS[:count])
+    train, watched, scored = (str(tmp_path / f"{name}.parquet") for name in "abc")
+    found = counts(train=train, validation=watched, test=scored)
+    assert found == {"train": 8, "validation": 3, "test": 2}
+    assert counts(path=train, test=scored) == {"train": 8, "test": 2}
+    assert "data.test: no file or folder" in refused(path=train, test=scored + "x")
+
+
+def test_datasets_that_were_saved_and_splits_by_name(tmp_path):
+    made = datasets.DatasetDict(
+        {
+            "train_sft": datasets.Dataset.from_list(ROWS),
+            "test": datasets.Dataset.from_list(ROWS[:2]),
+        }
+    )
+    made.save_to_disk(str(tmp_path / "saved"))
+    path = str(tmp_path / "saved")
+    assert "has no split 'train'; it has train_sft, test" in refused(path=path)
+    assert counts(path=path, splits={"train": "train_sft"}) == {"train": 8, "test": 2}
+    assert "did you mean 'train_sft'?" in refused(path=path, splits={"train": "train_sf"})
+    made["test"].save_to_disk(str(tmp_path / "one"))
+    assert counts(path=str(tmp_path / "one")) == {"train": 2}
+
+
+def test_a_configuration_of_a_hub_id_reaches_datasets(tmp_path, monkeypatch):
+    calls = []
+
+    def load(*arguments: object, **options: object) -> datasets.DatasetDict:
+        calls.append((arguments, options))
+        if arguments[1] is None:
+            raise ValueError("Config name is missing.\nPlease pick one: ['main', 'socratic']")
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert counts(path="someone/rows", config_name="main") == {"train": 8}
+    assert calls == [(("someone/rows", "main"), {})]
+    assert "--set data.config_name=NAME" in refused(path="someone/rows")
+
+
+# Damage
+
+
+def mutated(raw: bytes, rng: random.Random) -> bytes:
+    """Return a file with some bytes changed, doubled, cut off, or replaced by odd ones."""
+    odd = [b'"', b"\x00", b"\xff", b"\xe2\x80\xa8", b"[" * 3000, b"9" * 5000, b"\n", b"\t,", b"NaN"]
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(raw) + 1)
+        end = min(len(raw), start + rng.choice([0, 1, 3, 40]))
+        middle = rng.choice([b"", rng.choice(odd), rng.randbytes(3), raw[start:end] * 2])
+        raw = raw[:start] + middle + raw[end:]
+    return raw
+
+
+def test_a_damaged_file_ends_in_a_sentence(tmp_path):
+    """60 files of five kinds; any error but ours fails the test."""
+    save(tmp_path / "good.parquet", ROWS)
+    table = "text{0}label\n" + "".join(f"row {n}{{0}}{n % 2}\n" for n in range(8))
+    good = {
+        "csv": table.format(",").encode(),
+        "tsv": table.format("\t").encode(),
+        "jsonl": LINES.encode(),
+        "json": json.dumps(ROWS).encode(),
+        "parquet": (tmp_path / "good.parquet").read_bytes(),
+    }
+    rng, messages = random.Random(0), []
+    for number in range(60):
+        suffix = list(good)[number % len(good)]
+        file = tmp_path / f"bad.{suffix}"
+        file.write_bytes(mutated(good[suffix], rng))
+        try:
+            read_custom(section(path=str(file)))
+        except DataError as error:
+            messages.append(error.message)
+    assert len(messages) > 20
+    assert all("bad." in message or "hold out" in message for message in messages)
+
+
+def test_a_duration_in_parquet_is_told(tmp_path):
+    long = pyarrow.array([2**62], pyarrow.duration("s"))
+    parquet.write_table(pyarrow.table({"text": ["a"], "took": long}), tmp_path / "a.parquet")
+    assert "a.parquet cannot be read as Parquet: " in refused(path=str(tmp_path / "a.parquet"))
