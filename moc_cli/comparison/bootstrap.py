@@ -54,7 +54,7 @@ def differences(
         return np.asarray(score(tables.sum(2)) - score(tables.sum(3)))
     if metric not in (*OF_VALUES, "perplexity"):
         raise ValueError(f"no bootstrap for the metric {metric!r}")
-    statistic = partial(_difference, metric)
+    statistic = partial(difference, metric)
     if n == 1:  # every resample is the one item; scipy asks for two
         return np.repeat(statistic(labels[None], first[None], second[None]), resamples)
     result = stats.bootstrap(
@@ -77,7 +77,7 @@ def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float,
     return float(low), float(high)
 
 
-def _difference(
+def difference(
     metric: str, labels: np.ndarray, first: np.ndarray, second: np.ndarray, axis: int = -1
 ) -> np.ndarray:
     """Second's score minus first's, along the last axis of (..., n)."""

@@ -21,6 +21,7 @@ from moc_cli.errors import MocError, RecipeError, RunError
 
 GATE = {"projection_dim": 8}
 LOW = {"rank": 4, "alpha": 8}
+OTHER_BASE = "other weights than the base"
 METHODS = {
     "moc": ("moc", {"rank": 4, "gate": GATE}),
     "control": ("control", {"rank": 4}),
@@ -125,18 +126,18 @@ def test_another_base_is_refused(saved):
         other = make_tiny("llama")
         with torch.no_grad():
             other.get_parameter(parameter).mul_(1.02)
-        with pytest.raises(RunError, match="other weights than the base"):
+        with pytest.raises(RunError, match=OTHER_BASE):
             load_controls(other, saved)
         assert not hasattr(other, "moc")
     for other in (make_tiny("llama", seed=1), make_tiny("qwen3"), make_tiny("llama", vocab_size=9)):
-        with pytest.raises(RunError, match="other weights than the base"):
+        with pytest.raises(RunError, match=OTHER_BASE):
             load_controls(other, saved)
 
 
 def test_a_base_without_the_trained_head_is_another_base(tmp_path):
     head = {"modules": ("classifier",)}
     attach(make_tiny("bert"), "moc", rank=4, gate=GATE, **head).save(tmp_path / "head")
-    with pytest.raises(RunError, match="other weights than the base"):
+    with pytest.raises(RunError, match=OTHER_BASE):
         load_controls(make_tiny("llama"), tmp_path / "head")
 
 
@@ -146,7 +147,7 @@ def test_a_base_in_half_precision_is_known_again(saved, dtype):
     other = make_tiny("llama")
     with torch.no_grad():
         other.model.norm.weight.add_(0.05)
-    with pytest.raises(RunError, match="other weights than the base"):
+    with pytest.raises(RunError, match=OTHER_BASE):
         load_controls(other.to(dtype), saved)
 
 

@@ -71,10 +71,10 @@ def test_a_resample_is_scored_as_its_items_are(metric: str) -> None:
     everything = plain(metric, (labels, first, second), 20, seed=5)
     rng = np.random.default_rng(5)
     draws = np.stack([rng.integers(0, 30, size=30) for _ in range(20)])
-    drawn = bootstrap._difference(metric, labels[draws], first[draws], second[draws])
+    drawn = bootstrap.difference(metric, labels[draws], first[draws], second[draws])
     assert drawn == pytest.approx(everything, abs=1e-12)
     alone = np.full((1, 30), 4)  # one item alone has no correlation
-    assert bootstrap._difference(metric, labels[alone], first[alone], second[alone]) == [0.0]
+    assert bootstrap.difference(metric, labels[alone], first[alone], second[alone]) == [0.0]
 
 
 @pytest.mark.parametrize("metric", MAKERS)
@@ -149,13 +149,13 @@ def test_draws_are_repeatable_and_a_task_s_own() -> None:
 
 def test_many_items_are_drawn_in_parts(monkeypatch) -> None:
     sizes = []
-    difference = bootstrap._difference
+    usual = bootstrap.difference
 
     def watched(metric, labels, first, second, axis=-1):
         sizes.append(labels.size)
-        return difference(metric, labels, first, second, axis)
+        return usual(metric, labels, first, second, axis)
 
-    monkeypatch.setattr(bootstrap, "_difference", watched)
+    monkeypatch.setattr(bootstrap, "difference", watched)
     found = differences("pearson", *values(50_000, 8), rng=generator("a"), resamples=90)
     assert len(found) == 90
     assert len(sizes) >= 3

@@ -322,18 +322,18 @@ def alive() -> tuple[int, int]:
     return sum(o.nbytes for o in objects if type(o) is torch.Tensor), len(objects)
 
 
-def test_memory_after_a_thousand_batches_is_that_after_ten():
+def test_memory_after_three_hundred_batches_is_that_after_ten():
     adapted, given = make(layers=1), batch(2)
     sizes = []
     with torch.no_grad(), adapted.recorder() as recorder:
-        for number in range(1, 1001):
+        for number in range(1, 301):
             adapted.model(**given)
-            if number in (10, 1000):
+            if number in (10, 300):
                 sizes.append(alive())
-    assert recorder.record().decisions(0) == 2000
+    assert recorder.record().decisions(0) == 600
     (bytes_early, objects_early), (bytes_late, objects_late) = sizes
     assert bytes_early == bytes_late > 0
-    assert objects_late - objects_early < 200  # one a batch would be 990
+    assert objects_late - objects_early < 58  # one a batch would be 290
 
 
 def test_records_of_parts_add_up_to_that_of_the_whole():
@@ -389,7 +389,8 @@ def test_two_processes_record_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_process, (port, str(tmp_path)), nprocs=2)
+    # Forked, not spawned: a fresh process would import torch and transformers again.
+    multiprocessing.start_processes(one_process, (port, str(tmp_path)), 2, start_method="fork")
     for rank in range(2):
         arrays = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert same(Record(whole.layout, Sums(*arrays)), whole)
