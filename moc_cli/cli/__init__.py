@@ -22,6 +22,7 @@ from moc_cli.cli.eval import evaluate
 from moc_cli.cli.export import export
 from moc_cli.cli.generate import generate
 from moc_cli.cli.inspect_routing import inspect_routing
+from moc_cli.cli.predict import predict
 from moc_cli.cli.train import train
 from moc_cli.errors import MocError
 
@@ -38,6 +39,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(inspect_routing)
 app.command()(generate)
+app.command()(predict)
 app.command()(export)
 app.add_typer(recipes.app)
 

@@ -88,7 +88,7 @@ class GenerateOptions:
         if is_classifier(data.suite, data.tasks[0], data.format):
             raise MocError(
                 f"{self.run} is a classifier ({', '.join(data.tasks)}): it has no text to give",
-                f"score it: moc eval {self.run}",
+                f"classify new rows: moc predict {self.run} --file FILE",
             )
         return recipe
 

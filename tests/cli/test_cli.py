@@ -31,7 +31,16 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert cli.run(["--help"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     commands = [line[1] for line in lines if len(line) > 1]
-    names = ["train", "eval", "compare", "inspect-routing", "generate", "export", "recipes"]
+    names = [
+        "train",
+        "eval",
+        "compare",
+        "inspect-routing",
+        "generate",
+        "predict",
+        "export",
+        "recipes",
+    ]
     assert [name for name in commands if name in names] == names
     assert cli.run(["train", "--help"]) == 0
     assert "--set" in capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""Rows without labels, to be classified: their texts, and all their columns to be written again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moc_cli.data.custom.columns import USUAL
+from moc_cli.data.custom.table import Table, read_table
+from moc_cli.data.examples import PairExample
+from moc_cli.data.source import BadRow, BadRows, Fields, did_you_mean, take
+from moc_cli.errors import DataError
+from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class UnlabelledRows:
+    """Rows of a file: `examples` to classify (their labels mean nothing), and all `fields`."""
+
+    examples: list[PairExample]
+    fields: list[Fields]
+
+
+def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
+    """Read a file with the columns that a run's classifier reads; it needs no column of labels.
+
+    Raises DataError where a column is absent, and naming every row without a text.
+    """
+    if not file.is_file():
+        raise DataError(f"--file {file}: no such file")
+    table = read_table(file, data.quoting)
+    columns = _columns(data, table)
+    rows = UnlabelledRows([], [])
+    bad_rows = BadRows()
+    for place, fields in table.rows:
+        try:
+            if isinstance(fields, BadRow):
+                raise fields
+            texts = [_text(fields, column) for column in columns]
+            if not texts[0].strip():
+                raise BadRow(f"'{columns[0]}' is empty")
+            second = texts[1] if len(texts) > 1 else None
+            rows.examples.append(PairExample(data.tasks[0], texts[0], second, 0))
+            rows.fields.append(fields)
+        except BadRow as error:
+            bad_rows.add(place, error)
+    bad_rows.raise_if_any()
+    return rows
+
+
+def _text(fields: Fields, column: str) -> str:
+    """The text of a column, an empty one for null as in training; raises BadRow."""
+    text = "" if fields.get(column, column) is None else take(fields, column, str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"'{column}' is not UTF-8 text") from None
+    return text
+
+
+def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
+    """The columns of the text and of the second one, in a benchmark's words or the recipe's."""
+    there = table.columns
+    if data.suite != "custom":
+        wanted: list[tuple[str, ...]] = [
+            (column,) for column in TASKS[data.suite][data.tasks[0]].columns
+        ]
+    else:
+        named = [data.columns.text, data.columns.text_pair]
+        usual = [USUAL["text"], USUAL["text_pair"]]
+        wanted = [(own,) if own else other for own, other in zip(named, usual, strict=True)]
+        if named[1] is None and not set(wanted[1]) & set(there):
+            wanted = wanted[:1]
+    chosen = [next((name for name in names if name in there), None) for names in wanted]
+    missing = [
+        f"a column {' or '.join(map(repr, names))}{did_you_mean(names[0], there)}"
+        for names, column in zip(wanted, chosen, strict=True)
+        if column is None
+    ]
+    if missing:
+        raise DataError(
+            f"{table.name} lacks {' and '.join(missing)}", f"its columns: {', '.join(there)}"
+        )
+    return tuple(column for column in chosen if column is not None)

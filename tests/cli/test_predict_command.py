@@ -1,0 +1,134 @@
+"""`moc predict`: classes and probabilities of new rows, whatever batch they are in."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.rows import write_rows
+
+from moc_cli.cli import run
+
+RECIPE = """
+model: {{model_name_or_path: {home}/{model}}}
+method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
+data: {{suite: custom, path: {home}/{rows}, held_out: 6, max_length: 16, columns: {columns}}}
+train: {{max_steps: 1}}
+eval: {{before: false}}
+output: {{output_dir: {home}/{rows}-run, save_strategy: "no"}}
+launch: {{device: cpu, num_threads: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Models and rows for runs of all kinds."""
+    home = tmp_path_factory.mktemp("predict")
+    make_tiny_model("bert", num_labels=2).base_model.save_pretrained(home / "encoder")
+    make_pair_tokenizer().save_pretrained(home / "encoder")
+    make_tiny_model("llama").save_pretrained(home / "decoder")
+    make_byte_tokenizer().save_pretrained(home / "decoder")
+    rows = [{"review": f"{'so ' * (n % 4)}{n}", "label": "ab"[n % 2]} for n in range(24)]
+    write_rows(home / "classes.jsonl", rows)
+    values = [{"sentence1": f"{n}", "sentence2": "b", "score": n % 4 + 0.5} for n in range(24)]
+    write_rows(home / "values.jsonl", values)
+    write_rows(home / "texts.jsonl", [{"text": f"abab {n}"} for n in range(24)])
+    return home
+
+
+def train(home: Path, rows: str, model: str = "encoder", columns: str = "{}") -> Path:
+    recipe = home / f"{rows}.yaml"
+    recipe.write_text(RECIPE.format(home=home, model=model, rows=rows, columns=columns))
+    assert run(["train", str(recipe), "--json"]) == 0
+    return home / f"{rows}-run"
+
+
+@pytest.fixture(scope="module")
+def classes(home) -> Path:
+    return train(home, "classes.jsonl", columns="{text: review}")
+
+
+def new_rows(folder: Path) -> Path:
+    """A CSV of new rows, of several lengths, with a column that is nothing to the classifier."""
+    path = folder / "new.csv"
+    with path.open("w", newline="") as stream:
+        rows = [(n, "very " * (n * 3) + "good") for n in range(7)]
+        csv.writer(stream).writerows([("id", "review"), *rows])
+    return path
+
+
+def test_rows_keep_their_columns_and_get_class_and_probabilities(classes, tmp_path, capsys):
+    command = ["predict", str(classes), "--file", str(new_rows(tmp_path))]
+    assert run(command) == 0
+    printed = capsys.readouterr()
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert [row["id"] for row in rows] == [str(n) for n in range(7)]
+    for row in rows:
+        shares = row["probabilities"]
+        assert list(shares) == ["a", "b"]
+        assert sum(shares.values()) == pytest.approx(1)
+        assert row["probability"] == shares[row["prediction"]] == max(shares.values())
+    assert "rows are cut to 16 tokens, as in training" in printed.err
+    output = tmp_path / "out.csv"
+    assert run([*command, "--output", str(output)]) == 0
+    with output.open(newline="") as stream:
+        written = list(csv.DictReader(stream))
+    assert [row["prediction"] for row in written] == [row["prediction"] for row in rows]
+    assert float(written[3]["probability: b"]) == rows[3]["probabilities"]["b"]
+    assert run([*command, "--output", str(tmp_path / "out.jsonl"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["rows"], answer["classes"]) == (7, ["a", "b"])
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_a_row_alone_gets_what_it_gets_in_a_batch(classes, tmp_path, capsys):
+    answers = []
+    for size in ("1", "7"):
+        file = str(new_rows(tmp_path))
+        assert run(["predict", str(classes), "--file", file, "--batch-size", size, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["predictions"]
+        answers.append([row["probabilities"]["a"] for row in rows])
+    assert answers[0] == pytest.approx(answers[1], abs=1e-6)
+
+
+def test_a_regression_gives_values_of_pairs(home, tmp_path, capsys):
+    values = train(home, "values.jsonl")
+    capsys.readouterr()
+    write_rows(tmp_path / "new.jsonl", [{"sentence1": "3", "sentence2": "b"}] * 2)
+    assert run(["predict", str(values), "--file", str(tmp_path / "new.jsonl"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    first, second = answer["predictions"]
+    assert isinstance(first["prediction"], float)
+    assert "probabilities" not in first
+    assert first["prediction"] == pytest.approx(second["prediction"], abs=1e-6)
+    assert answer["classes"] is None
+
+
+def test_what_cannot_be_predicted_is_refused_before_weights_load(
+    home, classes, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("moc_cli.load_run.open_run", None)
+    file = tmp_path / "new.jsonl"
+    cases = [
+        ([{"revew": "a"}], [], "lacks a column 'review'; did you mean 'revew'?"),
+        ([{"review": "a"}, {"review": " "}], [], "line 2: 'review' is empty"),
+        ([{"review": "a"}, {"review": 3}], [], "line 2: 'review' is 3, not a text"),
+        ([{"review": "a", "prediction": 1}], [], "has a column 'prediction' already"),
+        ([{"review": "a"}], ["--output", "x.txt"], "give a name in .jsonl or .csv"),
+    ]
+    for rows, options, said in cases:
+        write_rows(file, rows)
+        assert run(["predict", str(classes), "--file", str(file), *options]) == 2
+        assert said in capsys.readouterr().err
+    assert run(["predict", str(classes), "--file", str(tmp_path / "nothing.csv")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert run(["generate", str(classes), "--prompt", "a"]) == 2
+    assert f"moc predict {classes} --file FILE" in capsys.readouterr().err
+
+
+def test_a_language_model_is_sent_to_generate(home, tmp_path, capsys):
+    texts = train(home, "texts.jsonl", "decoder")
+    assert run(["predict", str(texts), "--file", str(new_rows(tmp_path))]) == 2
+    assert "moc generate" in capsys.readouterr().err
