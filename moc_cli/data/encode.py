@@ -52,6 +52,12 @@ class Encoded:
         return list(map(len, self.ids))
 
 
+def has_target(row: Row) -> bool:
+    """Whether the loss counts any token of a row; a classifier's row always has its label."""
+    labels = row["labels"]
+    return not isinstance(labels, list) or any(label != IGNORED for label in labels)
+
+
 def encode_texts(
     examples: Sequence[TextWithAnswer],
     tokenizer: "PreTrainedTokenizerBase",

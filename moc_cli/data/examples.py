@@ -42,11 +42,14 @@ class PairExample:
 
 @dataclass(frozen=True)
 class InstructionExample:
-    """A request in the words that the model sees, and what it should write."""
+    """A request in the words that the model sees, and what it should write. `place`, not compared:
+    where its row is.
+    """
 
     task: str
     prompt: str
     output: str
+    place: Place = field(default=("", "row", 0), compare=False)
 
     @property
     def train_text(self) -> str:

@@ -41,15 +41,18 @@ class BadRows:
 
     def raise_if_any(self, hint: str | None = None) -> None:
         """Raise DataError naming every bad row, if there are any."""
-        if not self._numbers:
-            return
+        if self._numbers:
+            raise DataError("\n".join(self.lines()), hint)
+
+    def lines(self) -> list[str]:
+        """Return a line for each file and reason, with the numbers of its rows."""
         lines = [
             f"{name}, {numbered(sorted(numbers), unit)}: {reason}"
             for (name, unit, reason), numbers in self._numbers.items()
         ]
         if rest := sum(map(len, list(self._numbers.values())[LISTED:])):
             lines[LISTED:] = [f"... and {rest:,} more bad rows"]
-        raise DataError("\n".join(lines), hint)
+        return lines
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

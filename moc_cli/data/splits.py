@@ -32,9 +32,9 @@ class Splits:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What results.json says of the rows of a custom dataset."""
+        """What results.json says of the rows."""
         if self.scored is None:
-            return {}
+            return {"dropped": self.dropped} if self.dropped else {}
         return {"scored_split": self.scored, "dropped": self.dropped}
 
     @property

@@ -93,6 +93,7 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             options.rows_per_batch(recipe.eval.per_device_eval_batch_size),
             data.max_length,
             protocol or usual,
+            recipe.eval.too_long,
         ),
         path=options.path,
         limit=options.limit,

@@ -5,6 +5,7 @@ options -> job -> rows -> model -> scores, the base model's beside them -> resul
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
+from moc_cli.training.checks import fitting
 
 
 def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
@@ -110,6 +112,7 @@ def score_rows(
 
     `base_scores` of the same rows are added to them, unless the job scores the base itself.
     """
+    tasks = [_fitting(job, model, task) for task in tasks]
     results = ResultsFolder(folder, model_facts(model) | job.conditions)
     if results.replaced and not silent:
         say(f"{folder}: other {', '.join(results.replaced)} than before: its scores are replaced")
@@ -159,6 +162,18 @@ def samples(
     for line, item in zip(lines, base.items if base else (), strict=base is not None):
         line["base"] = item.sample()
     return lines
+
+
+def _fitting(job: EvalJob, model: LoadedModel, task: TaskRows) -> TaskRows:
+    """Leave out, and name, the rows that are too long for the model."""
+    network = model.adapted.model
+    kept, notes = fitting(job.kind, task.examples, model.tokenizer, network, job.scoring)
+    for note in notes:
+        say(f"{task.name}: {note}")
+    if not notes:
+        return task
+    examples = [task.examples[number] for number in kept]
+    return replace(task, examples=examples, rows=[task.rows[number] for number in kept])
 
 
 def _score(

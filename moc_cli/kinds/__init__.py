@@ -58,6 +58,23 @@ class Kind(Protocol):
     ) -> Encoded:
         """Encode examples for training; rows are cut to `max_length` tokens."""
 
+    def too_long(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: ScoringOptions,
+        limit: int,
+    ) -> dict[int, int]:
+        """Return which examples need more than `limit` tokens to be scored, and how many each.
+
+        An example needs its own prompt and its own output; none where texts are cut.
+        """
+
+    def has_targets(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> bool:
+        """Return whether any of the examples has an answer left in `max_length` tokens."""
+
     def voters(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> list[Row]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import LossKind, collate
-from moc_cli.data.encode import Encoded, Row
+from moc_cli.data.encode import Encoded, Row, has_target
 from moc_cli.methods import TextModel
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
@@ -49,6 +49,23 @@ class Causal(ABC):
     ) -> Encoded:
         """Encode with labels on answers alone, whatever training learns beside them."""
         return self.encode(examples, tokenizer, max_length=max_length, train_on_inputs=False)
+
+    def too_long(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: ScoringOptions,
+        limit: int,
+    ) -> dict[int, int]:
+        """None: texts are cut."""
+        return {}
+
+    def has_targets(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> bool:
+        """Whether any of the examples has an answer left in `max_length` tokens."""
+        rows = (self.encode_answers([example], tokenizer, max_length).rows for example in examples)
+        return any(has_target(row) for (row,) in rows)
 
     def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Pad on the left; labels (B, T)."""

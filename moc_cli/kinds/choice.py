@@ -9,11 +9,12 @@ from moc_cli.data.encode import Encoded, Row, common_prefix, encode_texts, promp
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
+from moc_cli.models.tokens import may_exceed
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
-from moc_cli.scoring.generate import Answer, generate
-from moc_cli.scoring.rank import ItemScore, rank
+from moc_cli.scoring.generate import NEW_TOKENS, Answer, answer_length, generate
+from moc_cli.scoring.rank import ItemScore, query_length, rank
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
@@ -35,6 +36,27 @@ class Choice(Causal):
         return encode_texts(
             examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs
         )
+
+    def too_long(
+        self,
+        examples: Sequence[ChoiceExample],
+        tokenizer: PreTrainedTokenizerBase,
+        options: ScoringOptions,
+        limit: int,
+    ) -> dict[int, int]:
+        """Questions whose prompt with an option, or with a generated answer, is too long."""
+        if options.protocol == "generate":
+            measure = answer_length
+        else:
+            measure = query_length
+        needed = {
+            number: measure(tokenizer, example)
+            for number, example in enumerate(examples)
+            if may_exceed(
+                [example.eval_prompt, max(example.candidates, key=len)], limit - NEW_TOKENS
+            )
+        }
+        return {number: tokens for number, tokens in needed.items() if tokens > limit}
 
     def voters(
         self, examples: Sequence[ChoiceExample], tokenizer: PreTrainedTokenizerBase, max_length: int

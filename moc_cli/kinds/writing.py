@@ -18,7 +18,7 @@ from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
-from moc_cli.models.tokens import max_positions, pad_token_id, prompt_ids
+from moc_cli.models.tokens import max_positions, may_exceed, pad_token_id, prompt_ids
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
 from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
@@ -70,6 +70,22 @@ class Writing(Causal):
         """Encode texts; of conversations the assistant's turns are learned."""
         encode = encode_chats if self.format == "chat" else encode_texts
         return encode(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
+
+    def too_long(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: ScoringOptions,
+        limit: int,
+    ) -> dict[int, int]:
+        """Instructions whose own prompt and output are too long together; other texts are cut."""
+        if self.format != "instruction":
+            return {}
+        long = [n for n, row in enumerate(examples) if may_exceed([row.prompt, row.output], limit)]
+        rows = [examples[number] for number in long]
+        prompts = prompt_ids(tokenizer, [row.prompt for row in rows])
+        lengths = zip(map(len, prompts), _output_lengths(tokenizer, rows), strict=True)
+        return {n: sum(pair) for n, pair in zip(long, lengths, strict=True) if sum(pair) > limit}
 
     def voters(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -176,5 +192,5 @@ def _output_lengths(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample]
 ) -> list[int]:
     """How many tokens each row may write: those of its output, and one to end with."""
-    outputs = tokenizer([example.output for example in examples], verbose=False)["input_ids"]
+    outputs = prompt_ids(tokenizer, [example.output for example in examples])
     return [len(ids) + 1 for ids in outputs]

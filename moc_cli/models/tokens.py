@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SPECIAL = 16  # more special tokens than a tokenizer puts around a text
+
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills batches: the tokenizer's pad token, else its end token, else 0."""
@@ -61,6 +63,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
             end -= 1
         rows.append(list(ids[:end]))
     return rows
+
+
+def may_exceed(texts: Sequence[str], limit: int) -> bool:
+    """Whether texts may together have more tokens than `limit`, told from their bytes: a token
+    stands for one byte at least, but for the few special ones.
+    """
+    return sum(len(text.encode()) for text in texts) + _SPECIAL > limit
 
 
 def match_tokens(

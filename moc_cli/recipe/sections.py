@@ -34,6 +34,7 @@ ClassLabel = Text | Annotated[int, BeforeValidator(refuse_bool)]
 Quoting = Literal["csv", "none"]
 Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
+TooLong = Literal["refuse", "leave_out"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -227,6 +228,11 @@ class EvalSection(Section):
         default="rank",
         description="for questions with options: rank the options by likelihood, or generate an "
         "answer",
+    )
+    too_long: TooLong = Field(
+        default="leave_out",
+        description="scored rows whose prompt and output have more tokens than the model takes, "
+        "leave_out: name and count them, and score the others; refuse: do not begin",
     )
     before: bool = Field(default=True, description="score the model before training too")
     max_samples: Positive | None = Field(

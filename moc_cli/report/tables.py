@@ -150,12 +150,11 @@ def dry_run_views(
     views: list[RenderableType] = [parameter_table(preview)]
     if "row" not in preview:
         return views
+    left_out = f"; left out: {dropped_rows(preview['dropped'])}" if preview["dropped"] else ""
     views.append(
-        f"{preview['rows']:,} rows, {preview['truncated']:,} of them cut to {max_length} tokens; "
-        f"{preview['steps']:,} steps; {percent(preview['padding_share'])} padding\n"
+        f"{preview['rows']:,} rows, {preview['truncated']:,} of them cut to {max_length} tokens"
+        f"{left_out}; {preview['steps']:,} steps; {percent(preview['padding_share'])} padding\n"
     )
-    if preview["dropped"]:
-        views.append(f"Left out: {dropped_rows(preview['dropped'])}\n")
     pieces, label = preview["row"]["pieces"], preview["row"]["label"]
     tokens = sum(piece["tokens"] for piece in pieces)
     targets = sum(piece["tokens"] for piece in pieces if piece["target"])

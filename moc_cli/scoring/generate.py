@@ -79,6 +79,11 @@ def generate(
     return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
 
 
+def answer_length(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) -> int:
+    """Count the tokens of a question's prompt with its answer."""
+    return len(prompt_ids(tokenizer, [example.eval_prompt])[0]) + NEW_TOKENS
+
+
 def _judge(example: ChoiceExample, text: str) -> Answer:
     words = [candidate.removeprefix(ANSWER) for candidate in example.candidates]
     output = response(text)

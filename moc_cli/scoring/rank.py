@@ -70,6 +70,11 @@ def rank(
     return items
 
 
+def query_length(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) -> int:
+    """Count the tokens of a question with its longest candidate."""
+    return max(map(len, query_of(tokenizer, example).texts))
+
+
 def query_of(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) -> Query:
     """Split a question into its context and what its candidates add to it."""
     alone, *joint = prompt_tokens(tokenizer, example)

@@ -6,17 +6,21 @@ from typing import Any, Protocol
 
 from moc_cli.data.examples import Example
 from moc_cli.errors import DataError
+from moc_cli.recipe.sections import TooLong
 from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How rows are scored; texts are cut to `max_length` tokens, questions are not."""
+    """How rows are scored; texts are cut to `max_length` tokens, questions are not. What becomes of
+    rows that are `too_long` for the model.
+    """
 
     batch_size: BatchSizeOption = "auto"
     max_length: int = 0
     protocol: ScoringProtocol = "rank"
+    too_long: TooLong = "leave_out"
 
 
 class Item(Protocol):

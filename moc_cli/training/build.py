@@ -18,7 +18,13 @@ from moc_cli.errors import DataError, MocError
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.fingerprint import fingerprint
-from moc_cli.models.load import build_meta, checkpoint_shapes, load_model, load_tokenizer
+from moc_cli.models.load import (
+    build_meta,
+    checkpoint_shapes,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from moc_cli.models.weight_files import own_head
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
@@ -44,12 +50,14 @@ class Built:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The kind of task, its encoded training rows, and the same as the loop takes them.
+    """The kind of task, its encoded training rows, and the same as the loop takes them. `splits`
+    are the rows of all parts that are used.
 
     `notes` say what was taken for what where model, tokenizer and rows could be read in two ways.
     """
 
     kind: Kind
+    splits: Splits
     encoded: Encoded
     data: Data
     notes: list[str] = field(default_factory=list)
@@ -129,7 +137,14 @@ def encode_rows(
     notes = checks.match(data, model, tokenizer) + checks.compare(model, tokenizer)
     heads = _own_head(recipe, model)
     if heads:
-        notes.append(checks.head_note(recipe, heads, model.config.id2label or {}))
+        section = recipe.model
+        config = load_config(
+            section.model_name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+        own, labels = config.id2label or {}, model.config.id2label or {}
+        notes.append(checks.head_note(recipe, heads, own, labels))
     kind.check(splits.all_examples, tokenizer)
     encoded = kind.encode(
         splits.train,
@@ -140,10 +155,8 @@ def encode_rows(
     problems = checks.problems(data, model, tokenizer, encoded.ids)
     if problems:
         raise DataError("\n".join(problems))
-    if encoded.answers_cut_off == len(encoded.rows):
-        raise DataError(
-            "data.max_length cuts off the answer of every training row", "raise data.max_length"
-        )
+    splits, long = checks.fit(kind, splits, tokenizer, model, make_scoring_options(recipe))
+    encoded, splits = checks.leave_out_empty(encoded, splits, data.max_length)
     batches = Batches(
         encoded.lengths,
         train.per_device_train_batch_size,
@@ -155,7 +168,7 @@ def encode_rows(
         return kind.collate([encoded.rows[number] for number in numbers], tokenizer)
 
     loop_data = Data(batches, collate, kind.loss, batches.padding_share())
-    return TrainingRows(kind, encoded, loop_data, notes)
+    return TrainingRows(kind, splits, encoded, loop_data, notes + long)
 
 
 def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Built:
@@ -250,7 +263,9 @@ def make_scoring_options(recipe: Recipe) -> ScoringOptions:
     """Return how the run is scored."""
     data = recipe.data
     protocol = scoring_protocol(data.suite, data.tasks[0], data.format, recipe.eval.protocol)
-    return ScoringOptions(recipe.eval.per_device_eval_batch_size, data.max_length, protocol)
+    return ScoringOptions(
+        recipe.eval.per_device_eval_batch_size, data.max_length, protocol, recipe.eval.too_long
+    )
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:

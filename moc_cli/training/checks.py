@@ -4,14 +4,25 @@ Only shapes and the config of the model are read, so that it may lie on the meta
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.data.custom.chat import answer_ends
+from moc_cli.data.encode import Encoded, has_target
+from moc_cli.data.source import BadRow, BadRows
+from moc_cli.data.splits import Splits
+from moc_cli.errors import DataError
+from moc_cli.kinds import Kind
 from moc_cli.models.tokens import compare_tokens, match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
+from moc_cli.scoring.results import ScoringOptions
+
+# Why rows are left out, after "3 with ".
+TOO_LONG = "more tokens than the model takes"
+NO_ANSWER = "no answer left within data.max_length"
 
 
 def match(
@@ -49,15 +60,106 @@ def problems(
     return positions + token_problems(model, tokenizer, rows)
 
 
-def head_note(recipe: Recipe, heads: Sequence[str], classes: Mapping[Any, str]) -> str:
+def fit(
+    kind: Kind,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    options: ScoringOptions,
+) -> tuple[Splits, list[str]]:
+    """Return the splits without scored rows that are too long for the model, and lines that name
+    these rows; they are counted as dropped.
+
+    Raises DataError where the recipe refuses them, and where no answer of a part is left within
+    `data.max_length`.
+    """
+    dropped = {part: dict(reasons) for part, reasons in splits.dropped.items()}
+    notes: list[str] = []
+
+    def keep(part: str, examples: list[Any], options: ScoringOptions) -> list[Any]:
+        kept, lines = fitting(kind, examples, tokenizer, model, options)
+        if lines:
+            notes.extend(lines)
+            dropped.setdefault(part, {})[TOO_LONG] = len(examples) - len(kept)
+        return [examples[number] for number in kept]
+
+    tests = {
+        name: keep(splits.scored or name, examples, options)
+        for name, examples in splits.tests.items()
+    }
+    validation = splits.validation
+    if validation and options.protocol in ("rank", "generate"):  # to watch, questions are ranked
+        validation = keep("validation", validation, replace(options, protocol="rank"))
+    for part, rows in {"validation": validation, **tests}.items():
+        if rows and not kind.has_targets(rows, tokenizer, options.max_length):
+            raise DataError(
+                f"data.max_length cuts off the answer of every row of '{part}'",
+                "raise data.max_length",
+            )
+    return replace(splits, tests=tests, validation=validation, dropped=dropped), notes
+
+
+def fitting(
+    kind: Kind,
+    examples: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    options: ScoringOptions,
+) -> tuple[list[int], list[str]]:
+    """Return the numbers of the examples that the model has positions for when they are scored, and
+    lines that name the others.
+
+    Raises DataError for the others where they are refused, and where nothing is left.
+    """
+    limit = max_positions(model)
+    long = {} if limit is None else kind.too_long(examples, tokenizer, options, limit)
+    bad_rows = BadRows()
+    for number in long:
+        place = (f"task {examples[number].task}", "scored row", number + 1)
+        reason = f"prompt and output have more tokens than the {limit} that the model takes"
+        bad_rows.add(getattr(examples[number], "place", place), BadRow(reason))
+    if options.too_long == "refuse" or (long and len(long) == len(examples)):
+        bad_rows.raise_if_any("shorten them, or leave them out with eval.too_long: leave_out")
+    kept = [number for number in range(len(examples)) if number not in long]
+    return kept, [f"not scored: {line}" for line in bad_rows.lines()]
+
+
+def leave_out_empty(encoded: Encoded, splits: Splits, max_length: int) -> tuple[Encoded, Splits]:
+    """Return the encoded training rows without those that hold nothing to learn, which are counted
+    as dropped; raises DataError where none is left.
+    """
+    kept = [number for number, row in enumerate(encoded.rows) if has_target(row)]
+    left_out = [row for row in encoded.rows if not has_target(row)]
+    lost = len(left_out)
+    if not lost and encoded.answers_cut_off < len(encoded.rows):
+        return encoded, splits
+    if not kept or encoded.answers_cut_off == len(encoded.rows):
+        raise DataError(
+            "data.max_length cuts off the answer of every training row", "raise data.max_length"
+        )
+    reasons = splits.dropped.get("train", {}) | {NO_ANSWER: lost}
+    rows = replace(
+        encoded,
+        rows=[encoded.rows[number] for number in kept],
+        prompt_lengths=[encoded.prompt_lengths[number] for number in kept],
+        truncated=encoded.truncated - sum(len(row["input_ids"]) == max_length for row in left_out),
+        answers_cut_off=max(0, encoded.answers_cut_off - lost),
+    )
+    return rows, replace(splits, dropped=splits.dropped | {"train": reasons})
+
+
+def head_note(
+    recipe: Recipe, heads: Sequence[str], classes: Mapping[Any, str], labels: Mapping[Any, str]
+) -> str:
     """Say what becomes of a checkpoint's own head, and what its classes are beside the rows'."""
     names = ", ".join(heads)
     trained = set(heads) <= set(recipe.train.modules or ())
     fate = "trained further" if trained else "kept and frozen"
     text = f"the checkpoint has a head of its own ({names}), which is {fate}"
     if len(classes) > 1:
-        labels = recipe.data.labels or range(len(classes))
-        theirs = ", ".join(f"{number} = {name}" for number, name in sorted(classes.items()))
-        ours = ", ".join(f"{number} = {label}" for number, label in enumerate(labels))
-        text += f"; its classes: {theirs}; the rows' classes: {ours}"
+        text += f"; its classes: {_listed(classes)}; the rows' classes: {_listed(labels)}"
     return text if trained else f"{text}; to train it: --set train.modules=[{names}]"
+
+
+def _listed(classes: Mapping[Any, str]) -> str:
+    return ", ".join(f"{number} = {name}" for number, name in classes.items())

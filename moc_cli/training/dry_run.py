@@ -123,7 +123,7 @@ def _read(
         rows=len(rows.encoded.rows),
         truncated=rows.encoded.truncated,
         answers_cut_off=rows.encoded.answers_cut_off,
-        dropped=splits.dropped,
+        dropped=rows.splits.dropped,
         padding_share=rows.data.padding_share,
         pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),
         label=rows.kind.shown_label(first),

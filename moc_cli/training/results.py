@@ -20,7 +20,7 @@ def make_results(
         "tasks": {
             name: evaluation.entry("before", before.get(name)) for name, evaluation in after.items()
         },
-        "average": average(list(after.values())),
+        "average": average(list(after.values())) if after else None,
         "protocol": job.scoring.protocol,
         "train_on_inputs": job.recipe.data.train_on_inputs,
         "stopped": outcome.stopped,

@@ -185,7 +185,8 @@ def _is_finished(run: Seeded) -> bool:
     folder = run.folder
     if not (folder.path / "results.json").is_file():
         return False
-    if folder.read_results().get("status") != "finished":
+    results = folder.read_results()
+    if results.get("status") != "finished" or results.get("unscored"):
         return False
     saved = load_recipe(folder.recipe_file).model_dump(mode="json")
     wanted = run.recipe.model_dump(mode="json")

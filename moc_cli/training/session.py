@@ -4,7 +4,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 -> fit -> the best controls -> score after -> results.json
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from moc_cli.errors import FileError
+from moc_cli.errors import FileError, MocError
 from moc_cli.methods import Counts
 from moc_cli.models.fingerprint import hash_vocabulary
 from moc_cli.recipe.load import dump
@@ -105,6 +105,7 @@ class Session:
         tokenizer = build.make_tokenizer(recipe.model)
         shapes = build.build_shapes(recipe).model
         rows = build.encode_rows(recipe, splits, tokenizer, shapes)
+        splits = rows.splits
         for note in rows.notes:
             self.warn(lines.labelled("note", note))
         built = build.build(recipe, accelerator.device, tokenizer)
@@ -113,7 +114,7 @@ class Session:
         self.say(lines.method_line(recipe.method.name, counts))
         self.say(
             lines.rows_line(
-                train=len(splits.train),
+                train=len(rows.encoded.rows),
                 validation=len(splits.validation),
                 scored=sum(map(len, splits.tests.values())),
                 max_length=recipe.data.max_length,
@@ -199,18 +200,26 @@ class Session:
     ) -> Finished:
         """Score, train, keep the best controls, score again, and write the results."""
         if job.recipe.eval.before and not before:
-            untrained = self.score(job, "before", "stopped before the first step")
+            untrained = self.score(job, "before", "stopped before the first step", job.splits.tests)
             before = {name: evaluation.values for name, evaluation in untrained.items()}
         folder.write_results({"format": FORMAT, "status": "running", "before": before})
         outcome = self.fit(job, folder, checkpoints)
         chosen = self.keep_controls(job, folder, checkpoints, outcome)
         recorder = job.built.adapted.recorder(detailed=False)
         with recorder or nullcontext():
-            after = self.score(job, "after", "training is done and kept")
+            after, unscored = self.score_trained(job)
         routing = {} if recorder is None else recorder.record().summary()
         results = make_results(job, outcome, after, before)
         results |= {"controls": chosen, "routing": routing}
+        if unscored:
+            results["unscored"] = {name: error.message for name, error in unscored.items()}
         folder.write_results(results)
+        if unscored:
+            why = "; ".join(f"{name}: {error.message}" for name, error in unscored.items())
+            raise MocError(
+                f"the training is finished and kept, but not all of it is scored: {why}",
+                next(iter(unscored.values())).hint or f"try again: {self.again}",
+            )
         return Finished(folder, results, job.built.adapted.counts(), outcome)
 
     def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
@@ -255,10 +264,26 @@ class Session:
             if trackers is not None:
                 job.accelerator.end_training()
 
-    def score(self, job: Job, label: str, progress: str) -> dict[str, Evaluation]:
-        """Score every task; after a signal raises Interrupted, which tells of the `progress`."""
+    def score_trained(self, job: Job) -> tuple[dict[str, Evaluation], dict[str, MocError]]:
+        """Score every task of a trained model; return the scores, and why others have none."""
+        scores: dict[str, Evaluation] = {}
+        unscored: dict[str, MocError] = {}
+        for name in job.splits.tests:
+            try:
+                scores |= self.score(job, "after", "training is done and kept", [name])
+            except (Interrupted, FileError):
+                raise
+            except MocError as error:
+                unscored[name] = error
+        return scores, unscored
+
+    def score(
+        self, job: Job, label: str, progress: str, tasks: Iterable[str]
+    ) -> dict[str, Evaluation]:
+        """Score tasks; after a signal raises Interrupted, which tells of the `progress`."""
         scores = {}
-        for name, examples in job.splits.tests.items():
+        for name in tasks:
+            examples = job.splits.tests[name]
             with WorkProgress(f"{label} {name}", len(examples), silent=self.silent) as bar:
 
                 def observe(done: int, total: int, bar: WorkProgress = bar) -> None:

@@ -175,7 +175,8 @@ def test_a_dry_run_shows_a_row_of_ones_own(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text() + "\n")
     assert run(arguments) == 0
-    assert "Left out: of train 1 with a blank line" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "left out: of train 1 with a blank line" in shown
     rows.write_text(rows.read_text() + '{"messages": 1}\n')
     assert run(arguments) == 2
     assert f"{rows}, line 26: 'messages' is 1, not a list" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def example_builder(
         request = _filled(fields, columns["instruction"], "an empty instruction")
         context = _text(fields, columns["input"]) if "input" in columns else ""
         output = _filled(fields, columns["output"], "an empty output")
-        return InstructionExample(task, instruction_prompt(request, context), output)
+        return InstructionExample(task, instruction_prompt(request, context), output, place)
 
     def chat(fields: Fields, place: Place) -> Example:
         return ChatExample(task, _messages(fields, columns["messages"]), place)
