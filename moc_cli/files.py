@@ -150,7 +150,9 @@ def check_folder(path: str | Path, *, within: str | Path | None = None) -> None:
     with disk_errors(path):
         real = Path(os.path.realpath(folder))
         if within is not None and not real.is_relative_to(os.path.realpath(within)):
-            raise FileError(f"cannot write to {path}: a link leads out of {within}", "--output DIR")
+            raise FileError(
+                f"cannot write to {path}: a link leads out of {within}", "--output-dir DIR"
+            )
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(folder)  # says whether the name is too long, or out of reach
         parents = (folder, *folder.absolute().parents)

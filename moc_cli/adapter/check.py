@@ -58,7 +58,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
     if config.seed is None and drawn_from_the_base(config.method):
         raise RunError(
             f"{adapter.folder} does not say from which seed its method was placed",
-            "write it again: moc export RUN --to controls --output DIR",
+            "write it again: moc export RUN --to controls --output-dir DIR",
         )
     _check_fit(model, adapter, config, peft)
     return CheckedAdapter(adapter, config, 42 if config.seed is None else config.seed, base)

@@ -26,13 +26,19 @@ from moc_cli.cli.predict import predict
 from moc_cli.cli.train import train
 from moc_cli.errors import MocError
 
+
+def _full_name(name: str) -> str:
+    """Return an option's name of today: `--output` is still read as `--output-dir`."""
+    return "output-dir" if name == "output" else name
+
+
 app = typer.Typer(
     name="moc",
     help="Fine-tune transformers with Mixture-of-Control: moc train RECIPE.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _full_name},
 )
 app.command()(train)  # moc --help lists the commands in this order
 app.command("eval")(evaluate)

@@ -26,7 +26,7 @@ def compare(
             "default: the evaluation that all runs have, with the most items.",
         ),
     ] = None,
-    output: Annotated[
+    output_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
@@ -46,7 +46,7 @@ def compare(
     from moc_cli.report.output import out, print_json, print_table, say
 
     loaded = read_runs(runs)
-    folder = output or Path("runs") / "compare" / _folder_name([run.name for run in loaded])
+    folder = output_dir or Path("runs") / "compare" / _folder_name([run.name for run in loaded])
     check_folder(folder)
     comparison = compare_runs(loaded, program=program(), tasks=split_names(tasks), label=scores)
     pictures = draw_curves(loaded, folder)

@@ -82,7 +82,7 @@ def evaluate(
     allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
-    output: Annotated[
+    output_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
@@ -114,7 +114,7 @@ def evaluate(
         base_path=base_path,
         allow_changed_base=allow_changed_base,
         base=base,
-        output=output,
+        output_dir=output_dir,
         harness=None if harness is None else tuple(split_names(harness)),
         tasks_path=tasks_path,
         num_fewshot=num_fewshot,

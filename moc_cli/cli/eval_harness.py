@@ -29,8 +29,8 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     from moc_cli.report.output import print_json, say
 
     lm_eval_tasks.check_installed()
-    folder = options.output or home / lm_eval_tasks.label(options)
-    check_output(folder, within=None if options.output else options.run)
+    folder = options.output_dir or home / lm_eval_tasks.label(options)
+    check_output(folder, within=None if options.output_dir else options.run)
     tasks = lm_eval_tasks.load_tasks(options)
     report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder, silent=json)
     results = report.folder.to_json()

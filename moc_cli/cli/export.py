@@ -1,4 +1,4 @@
-"""`moc export RUN --to FORMAT --output DIR`: write a run for use in other programs."""
+"""`moc export RUN --to FORMAT --output-dir DIR`: write a run for use in other programs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ def export(
             "that needs no moc), static (frozen routes), merged (lora, dora and pissa only).",
         ),
     ],
-    output: Annotated[
+    output_dir: Annotated[
         Path, typer.Option(metavar="DIR", help="A new folder; it is created after the check.")
     ],
     dtype: Annotated[
@@ -67,7 +67,7 @@ def export(
     outcome = export_run(
         run,
         to,
-        output,
+        output_dir,
         Options(dtype=chosen, calibration=calibration, silent=json),
         device=device,
         trust_remote_code=trust_remote_code,

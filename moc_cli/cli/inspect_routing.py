@@ -53,7 +53,7 @@ def inspect_routing(
             "rises: one pass over the rows for each site.",
         ),
     ] = False,
-    output: Annotated[
+    output_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
@@ -81,8 +81,8 @@ def inspect_routing(
     compare_recipe = None if compare is None else _read_recipe(compare, trust_remote_code)
     from moc_cli.files import check_folder
 
-    folder = output or (run / "routing" if text is None else run / "routing" / "text")
-    check_folder(folder, within=None if output else run)
+    folder = output_dir or (run / "routing" if text is None else run / "routing" / "text")
+    check_folder(folder, within=None if output_dir else run)
     from moc_cli.inspection.session import Inspection, InspectOptions
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views

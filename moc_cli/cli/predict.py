@@ -25,7 +25,7 @@ def predict(
             "training; labels are not needed.",
         ),
     ],
-    output: Annotated[
+    output_file: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
@@ -50,7 +50,7 @@ def predict(
     options = PredictOptions(
         run=run,
         file=file,
-        output=output,
+        output_file=output_file,
         batch_size=batch_size,
         device=device,
         base_path=base_path,
@@ -65,5 +65,5 @@ def predict(
         return
     for row in answer.get("predictions", ()):
         typer.echo(json_line(row))
-    if output is not None:
-        say(f"{answer['rows']} rows: {output}")
+    if output_file is not None:
+        say(f"{answer['rows']} rows: {output_file}")

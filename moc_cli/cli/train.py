@@ -121,10 +121,10 @@ def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, 
     from moc_cli.report.tables import memory_table, parameter_table, utilization_tables
 
     print_table(
-        results_table(results["tasks"]),
         parameter_table(results["parameters"]),
         memory_table(results["memory"]),
         *utilization_tables(results["routing"], width=out().width),
+        results_table(results["tasks"]),
     )
     folder = recipe.output.output_dir
     say(summary_line(results, Path(folder)))

@@ -33,7 +33,7 @@ class EvalOptions:
     base_path: Path | None = None
     allow_changed_base: bool = False
     base: bool = False
-    output: Path | None = None
+    output_dir: Path | None = None
     harness: tuple[str, ...] | None = None
     tasks_path: Path | None = None
     num_fewshot: int | None = None

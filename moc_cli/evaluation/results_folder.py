@@ -25,7 +25,7 @@ from moc_cli.run_files import Sample, parse, read_bytes, read_evaluation
 
 RESULTS = "results.json"
 SAMPLES = "samples.jsonl"
-OTHER = "give another folder: --output DIR"
+OTHER = "give another folder: --output-dir DIR"
 
 
 def check_output(folder: Path, *, within: Path | None = None) -> None:

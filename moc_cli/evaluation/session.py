@@ -38,7 +38,7 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
         assert options.model is not None  # EvalOptions.check has refused neither and both
         job = model_job(options)
         check_language_model(options.model, trust_remote_code=options.trust_remote_code)
-        folder = options.output or model_folder(options.model, job)
+        folder = options.output_dir or model_folder(options.model, job)
         check_output(folder)
         rows = job.read_rows()
         model = load_model(options)
@@ -46,8 +46,8 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
-    folder = options.output or options.run / "eval" / job.label
-    check_output(folder, within=None if options.output else options.run)
+    folder = options.output_dir or options.run / "eval" / job.label
+    check_output(folder, within=None if options.output_dir else options.run)
     rows = job.read_rows()
     model = load_model(options, recipe)
     assert isinstance(model, LoadedRun)

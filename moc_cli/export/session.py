@@ -77,9 +77,9 @@ def export_run(
 def check_output(output: Path) -> None:
     """Raise MocError unless the folder is new or empty."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise MocError(f"--output {output} is not a folder")
+        raise MocError(f"--output-dir {output} is not a folder")
     if output.is_dir() and any(output.iterdir()):
-        raise MocError(f"--output {output} is not empty", "give a new folder")
+        raise MocError(f"--output-dir {output} is not empty", "give a new folder")
     check_folder(output)
 
 

@@ -25,11 +25,11 @@ OWN = ("prediction", "probability", "probabilities")  # columns that predictions
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """The options of `moc predict`; without `output` the rows are printed as JSON lines."""
+    """The options of `moc predict`; without `output_file` the rows are printed as JSON lines."""
 
     run: Path
     file: Path
-    output: Path | None = None
+    output_file: Path | None = None
     batch_size: int | None = None
     device: str | None = None
     base_path: Path | None = None
@@ -38,10 +38,12 @@ class PredictOptions:
 
     def read_recipe(self) -> "Recipe":
         """Return the run's recipe; raises MocError for a run that is no classifier."""
-        if self.output is not None:
-            if self.output.suffix not in ENDINGS:
-                raise MocError(f"--output {self.output}: give a name in {' or '.join(ENDINGS)}")
-            check_folder(self.output.parent)
+        if self.output_file is not None:
+            if self.output_file.suffix not in ENDINGS:
+                raise MocError(
+                    f"--output-file {self.output_file}: give a name in {' or '.join(ENDINGS)}"
+                )
+            check_folder(self.output_file.parent)
         recipe = RunFolder.open(self.run).read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
         if not is_classifier(data.suite, data.tasks[0], data.format):
@@ -66,7 +68,7 @@ class PredictOptions:
 def predict(
     options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows, *, silent: bool = False
 ) -> dict[str, Any]:
-    """Classify the rows, and write them to `output` if it is given; return what --json prints."""
+    """Classify the rows, write them to `output_file` if given, and return what --json prints."""
     from moc_cli.data.encode import encode_pairs
     from moc_cli.load_run import BaseOptions, open_run
     from moc_cli.scoring.classify import classify
@@ -92,10 +94,10 @@ def predict(
     ]
     facts: dict[str, Any] = {"run": str(options.run), "file": str(options.file)}
     facts |= {"classes": names or None, "rows": len(predictions), "truncated": truncated}
-    if options.output is None:
+    if options.output_file is None:
         return facts | {"predictions": predictions}
-    write_text_atomic(options.output, to_text(predictions, options.output.suffix))
-    return facts | {"output": str(options.output)}
+    write_text_atomic(options.output_file, to_text(predictions, options.output_file.suffix))
+    return facts | {"output_file": str(options.output_file)}
 
 
 def describe(outputs: Sequence[float], names: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -44,6 +45,15 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert [name for name in commands if name in names] == names
     assert cli.run(["train", "--help"]) == 0
     assert "--set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "compare", "inspect-routing", "export"])
+def test_a_folder_to_write_has_one_name(command: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.run([command, "--help"]) == 0
+    assert re.findall(r"--output\S*", capsys.readouterr().out) == ["--output-dir"]
+    asked = {"compare": ["a", "b"], "export": ["a", "--to", "peft"]}.get(command, ["a.yaml"])
+    assert cli.run([command, *asked, "--output", "out"]) == 2
+    assert "No such option" not in capsys.readouterr().err
 
 
 def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture) -> None:

@@ -131,7 +131,9 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
     opened = open_run(tmp_path / "run")
     assert opened.causal == (KINDS[kind][1] == "llama")
 
-    assert run(["eval", str(tmp_path / "run"), "--json", "--output", str(tmp_path / "eval")]) == 0
+    assert (
+        run(["eval", str(tmp_path / "run"), "--json", "--output-dir", str(tmp_path / "eval")]) == 0
+    )
     again = json.loads(capsys.readouterr().out)
     assert {name: one["value"] for name, one in again["tasks"]["custom"]["metrics"].items()} == {
         name: pytest.approx(one["value"], rel=1e-5) for name, one in scores.items()
@@ -151,7 +153,14 @@ def test_an_output_learned_by_heart_matches(tmp_path, capsys):
         tmp_path / "other.jsonl",
         [{"instruction": "Say 3", "output": " ja "}, {"instruction": "Say 4", "output": "nein"}],
     )
-    command = ["eval", str(tmp_path / "run"), "--path", str(other), "--output", str(tmp_path / "o")]
+    command = [
+        "eval",
+        str(tmp_path / "run"),
+        "--path",
+        str(other),
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
     assert run([*command, "--base", "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)["tasks"]["custom"]
     assert entry["metric"] == "exact_match"

@@ -74,7 +74,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, answer) -> None:
     """The limit draws the rows of the final score, so base and value are those of the run."""
     own = json.loads((trained / "results.json").read_text())["tasks"]["world"]
-    found = answer(trained, "--limit", LIMIT, "--output", tmp_path / "out")
+    found = answer(trained, "--limit", LIMIT, "--output-dir", tmp_path / "out")
     task = found["tasks"]["world"]
     score, own_score = main_score(task), main_score(own)
     assert score | {"before": score["base"]} == own_score | {"base": own_score["before"]}
@@ -98,7 +98,7 @@ def test_the_same_rows_score_as_after_training(trained: Path, tmp_path: Path, an
 
 
 def test_other_rows_have_no_known_base(trained: Path, tmp_path: Path, answer) -> None:
-    found = answer(trained, "--limit", LIMIT - 1, "--output", tmp_path / "out")
+    found = answer(trained, "--limit", LIMIT - 1, "--output-dir", tmp_path / "out")
     assert "base" not in main_score(found["tasks"]["world"])
     assert found["average_of_base"] is None
 
@@ -108,10 +108,10 @@ def test_a_bare_model_stands_beside_its_runs(trained: Path, tmp_path: Path, answ
     bare = answer("--model", "builtin:world-llama", "--limit", 30)
     assert bare["folder"] == "runs/eval/builtin--world-llama/builtin-rank-limit-30"
     task = bare["tasks"]["world"]
-    beside = answer(trained, "--limit", 30, "--base", "--output", "a")["tasks"]["world"]
+    beside = answer(trained, "--limit", 30, "--base", "--output-dir", "a")["tasks"]["world"]
     assert beside["base_source"] == "scored beside it"
     assert main_score(beside)["base"] == main_score(task)["value"]
-    found = answer(trained, "--limit", 30, "--output", "b")["tasks"]["world"]
+    found = answer(trained, "--limit", 30, "--output-dir", "b")["tasks"]["world"]
     assert main_score(found)["base"] == main_score(task)["value"]
     assert found["base_source"] == bare["folder"]
     lines = samples(tmp_path / "a")
@@ -152,7 +152,7 @@ def test_what_is_shown(
     trained: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["eval", str(trained), "--limit", "30", "--output", "out", "--batch-size", "8"]
+    words = ["eval", str(trained), "--limit", "30", "--output-dir", "out", "--batch-size", "8"]
     assert run(words) == 0
     captured = capsys.readouterr()
     (row,) = [line for line in captured.out.splitlines() if line.startswith("world")]
@@ -160,7 +160,7 @@ def test_what_is_shown(
     assert "limited: not all rows are scored" in captured.out
     assert "rank, float32, cpu, batches of 8, trained on the answer" in captured.out
     assert "every item: out/samples.jsonl" in captured.err
-    assert run([*words[:2], "--limit", "20", "--output", "out"]) == 0
+    assert run([*words[:2], "--limit", "20", "--output-dir", "out"]) == 0
     assert "out: other limit than before: its scores are replaced" in capsys.readouterr().err
     assert len(samples(tmp_path / "out")) == 20
 
@@ -208,7 +208,7 @@ WRONG = {
     ),
     "an encoder": (["--model", "{bert}"], ["--model: '{bert}' is no language model but bert"]),
     "a file in the way": (
-        ["{run}", "--output", "{run}/recipe.yaml"],
+        ["{run}", "--output-dir", "{run}/recipe.yaml"],
         ["cannot write to {run}/recipe.yaml: {run}/recipe.yaml is not a folder"],
     ),
     "no rows": (
@@ -361,7 +361,7 @@ def test_scores_replace_nothing_but_scores(tmp_path: Path) -> None:
         with pytest.raises(MocError) as refused:
             check_output(folder)
         assert str(folder) in refused.value.message
-        assert refused.value.hint == "give another folder: --output DIR"
+        assert refused.value.hint == "give another folder: --output-dir DIR"
     scores = tmp_path / "scores"
     ResultsFolder(scores, {"protocol": "rank"}).add("boolq", ENTRY, [SAMPLE])
     check_output(scores)

@@ -71,12 +71,12 @@ def test_rows_keep_their_columns_and_get_class_and_probabilities(classes, tmp_pa
         assert row["probability"] == shares[row["prediction"]] == max(shares.values())
     assert "rows are cut to 16 tokens, as in training" in printed.err
     output = tmp_path / "out.csv"
-    assert run([*command, "--output", str(output)]) == 0
+    assert run([*command, "--output-file", str(output)]) == 0
     with output.open(newline="") as stream:
         written = list(csv.DictReader(stream))
     assert [row["prediction"] for row in written] == [row["prediction"] for row in rows]
     assert float(written[3]["probability: b"]) == rows[3]["probabilities"]["b"]
-    assert run([*command, "--output", str(tmp_path / "out.jsonl"), "--json"]) == 0
+    assert run([*command, "--output-file", str(tmp_path / "out.jsonl"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["rows"], answer["classes"]) == (7, ["a", "b"])
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
@@ -116,7 +116,7 @@ def test_what_cannot_be_predicted_is_refused_before_weights_load(
         ([{"review": "a"}, {"review": " "}], [], "line 2: 'review' is empty"),
         ([{"review": "a"}, {"review": 3}], [], "line 2: 'review' is 3, not a text"),
         ([{"review": "a", "prediction": 1}], [], "has a column 'prediction' already"),
-        ([{"review": "a"}], ["--output", "x.txt"], "give a name in .jsonl or .csv"),
+        ([{"review": "a"}], ["--output-file", "x.txt"], "give a name in .jsonl or .csv"),
     ]
     for rows, options, said in cases:
         write_rows(file, rows)

@@ -49,7 +49,7 @@ def commands(folder: Path, output: Path) -> list[list[str]]:
     name = str(folder)
     return [
         ["eval", name, "--limit", "2"],
-        ["export", name, "--to", "controls", "--output", str(output / "export")],
+        ["export", name, "--to", "controls", "--output-dir", str(output / "export")],
         ["inspect-routing", name, "--limit", "2"],
         ["generate", name, "--prompt", "Why?", "--max-new-tokens", "2"],
     ]

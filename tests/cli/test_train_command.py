@@ -23,8 +23,9 @@ def results(tmp_path) -> dict:
 def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys):
     assert run(choices) == 0
     shown = capsys.readouterr()
-    for words in ("ARC-Easy", "accuracy", "Memory", "Controls of the shared pool"):
-        assert words in shown.out
+    tables = ("Parameters", "Memory", "Controls of the shared pool", "Scores: accuracy")
+    places = [shown.out.index(title) for title in tables]
+    assert places == sorted(places)  # the scores last, where the eye rests
     home = tmp_path / "run"
     commands = shown.err.partition("Try next:\n")[2].splitlines()
     assert [line.split("   # ")[0].strip() for line in commands] == [

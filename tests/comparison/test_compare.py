@@ -282,7 +282,7 @@ def test_pairs_keep_rows_with_the_same_prompt_apart() -> None:
 def test_without_items_the_rest_is_shown_with_the_commands(make: Make, capsys) -> None:
     first, second = make("a"), make("b", "method=control")
     write_eval(first, {"world": choice_items([1, 0])}, label="rank-limit-2", limit=2)
-    assert run(["compare", str(first), str(second), "--output", str(first.parent / "out")]) == 0
+    assert run(["compare", str(first), str(second), "--output-dir", str(first.parent / "out")]) == 0
     shown = capsys.readouterr()
     assert "at the end of training" in shown.out
     assert f"moc eval {second} --limit 2" in shown.err
@@ -369,7 +369,7 @@ def test_runs_that_cannot_be_compared(make: Make, tmp_path: Path) -> None:
 def test_unfinished_runs_are_shown_with_their_curves(make: Make, capsys, tmp_path: Path) -> None:
     first, second = make("a", status="running"), make("b", status="running")
     where = tmp_path / "out"
-    assert run(["compare", str(first), str(second), "--output", str(where), "--json"]) == 0
+    assert run(["compare", str(first), str(second), "--output-dir", str(where), "--json"]) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert shown.err == ""

@@ -479,7 +479,7 @@ def evaluate(
 
     def call(*arguments: str, code: int = 0) -> tuple[str, str]:
         capfd.readouterr()
-        asked = ["eval", str(trained), "--device", "cpu", "--output", str(tmp_path / "out")]
+        asked = ["eval", str(trained), "--device", "cpu", "--output-dir", str(tmp_path / "out")]
         assert run([*asked, "--tasks-path", str(folder), *arguments]) == code
         return capfd.readouterr()
 
@@ -533,7 +533,7 @@ def test_local_tasks_ask_nothing_of_the_network(
 ) -> None:
     """Though the hub is not switched off."""
     online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    asked = ["eval", str(trained), "--device", "cpu", "--output", str(tmp_path / "out")]
+    asked = ["eval", str(trained), "--device", "cpu", "--output-dir", str(tmp_path / "out")]
     asked += ["--harness", "own_choice,own_writing", "--tasks-path", str(folder)]
     done = subprocess.run(
         [sys.executable, "-c", QUIET, *asked],
@@ -568,7 +568,7 @@ def test_the_base_is_the_model_without_controls(
     ]
     asked = ["eval", "--model", "builtin:world-llama", "--device", "cpu", "--json"]
     asked += ["--harness", "own_text", "--tasks-path", str(folder)]
-    assert run([*asked, "--output", str(tmp_path / "bare")]) == 0
+    assert run([*asked, "--output-dir", str(tmp_path / "bare")]) == 0
     bare = json.loads(capfd.readouterr().out)["tasks"]["own_text"]
     score, alone = main_score(entry), main_score(bare)["value"]
     assert score["base"] == pytest.approx(alone, rel=1e-5)

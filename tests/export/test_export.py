@@ -57,7 +57,7 @@ def export(capsys, *arguments: object) -> tuple[int, dict]:
 
 def test_controls_are_read_back_to_the_bit(moc, tmp_path, capsys):
     folder = tmp_path / "out"
-    code, said = export(capsys, moc, "--to", "controls", "--output", folder)
+    code, said = export(capsys, moc, "--to", "controls", "--output-dir", folder)
     assert code == 0
     assert said["parity"]["bit_equal"] is True
     assert said["parity"]["rows"] == 8
@@ -72,7 +72,7 @@ def test_controls_are_read_back_to_the_bit(moc, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_halves_the_controls_and_spares_the_gate(dtype, moc, tmp_path, capsys):
     folder = tmp_path / "out"
-    code, said = export(capsys, moc, "--to", "controls", "--output", folder, "--dtype", dtype)
+    code, said = export(capsys, moc, "--to", "controls", "--output-dir", folder, "--dtype", dtype)
     assert code == 0
     assert said["parity"]["bit_equal"] is True
     rounding = said["parity"]["rounding"]
@@ -89,7 +89,7 @@ def test_merged_needs_no_moc_and_agrees(change, tmp_path, capsys, request):
     changes = [change] if change == "method=dora" else ["method=lora", change]
     source = train(tmp_path / "run", *changes, "method.rank=4")
     folder = tmp_path / "out"
-    code, said = export(capsys, source, "--to", "merged", "--output", folder)
+    code, said = export(capsys, source, "--to", "merged", "--output-dir", folder)
     assert code == 0
     assert 0 < said["parity"]["relative_difference"] <= 1e-5
     with safe_open(folder / "model.safetensors", "pt") as opened:
@@ -116,7 +116,9 @@ def test_gated_methods_cannot_be_merged_and_are_told_why(method, tmp_path, capsy
     text = dump(load_recipe("quickstart", [f"method={method}"]))
     (tmp_path / "run" / "recipe.yaml").write_text(text)
     monkeypatch.setattr("moc_cli.export.session.open_run", None)  # weights are not even loaded
-    code, said = export(capsys, tmp_path / "run", "--to", "merged", "--output", tmp_path / "out")
+    code, said = export(
+        capsys, tmp_path / "run", "--to", "merged", "--output-dir", tmp_path / "out"
+    )
     assert code == 2
     assert "cannot be merged" in said["error"]
     assert "--to standalone" in said["hint"] or method == "molex"
@@ -135,7 +137,7 @@ def test_an_export_that_gives_other_logits_is_not_done(moc, tmp_path, capsys, mo
 
     honest = controls.save
     monkeypatch.setattr(controls, "save", lambda state, meta: honest(other(state, None), meta))
-    code, said = export(capsys, moc, "--to", "controls", "--output", tmp_path / "out")
+    code, said = export(capsys, moc, "--to", "controls", "--output-dir", tmp_path / "out")
     assert code == 2
     assert "does not give the run's logits" in said["error"]
     assert list(tmp_path.iterdir()) == []
@@ -147,12 +149,18 @@ def test_what_is_wrong_is_told_before_weights_load(moc, tmp_path, capsys, monkey
     (tmp_path / "full" / "thesis.tex").write_text("years")
     new = tmp_path / "new"
     for arguments, words in (
-        ([moc, "--to", "controls", "--output", tmp_path / "full"], "is not empty"),
-        ([moc, "--to", "controls", "--output", tmp_path / "full" / "thesis.tex"], "not a folder"),
-        ([moc, "--to", "control", "--output", new], "did you mean 'controls'"),
-        ([moc, "--to", "controls", "--output", new, "--dtype", "fp16"], "float16"),
-        ([tmp_path, "--to", "controls", "--output", new], "no recipe.yaml"),
-        ([moc, "--to", "controls", "--output", new, "--push-to-hub", "me/it"], "HF_HUB_OFFLINE"),
+        ([moc, "--to", "controls", "--output-dir", tmp_path / "full"], "is not empty"),
+        (
+            [moc, "--to", "controls", "--output-dir", tmp_path / "full" / "thesis.tex"],
+            "not a folder",
+        ),
+        ([moc, "--to", "control", "--output-dir", new], "did you mean 'controls'"),
+        ([moc, "--to", "controls", "--output-dir", new, "--dtype", "fp16"], "float16"),
+        ([tmp_path, "--to", "controls", "--output-dir", new], "no recipe.yaml"),
+        (
+            [moc, "--to", "controls", "--output-dir", new, "--push-to-hub", "me/it"],
+            "HF_HUB_OFFLINE",
+        ),
     ):
         code, said = export(capsys, *arguments)
         assert code == 2
@@ -182,9 +190,9 @@ def test_the_finished_folder_is_uploaded_only_when_asked(moc, tmp_path, capsys, 
     calls: list = []
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
-    assert export(capsys, moc, "--to", "controls", "--output", tmp_path / "a")[0] == 0
+    assert export(capsys, moc, "--to", "controls", "--output-dir", tmp_path / "a")[0] == 0
     assert calls == []
-    asked = ["--output", tmp_path / "b", "--push-to-hub", "me/mine"]
+    asked = ["--output-dir", tmp_path / "b", "--push-to-hub", "me/mine"]
     code, said = export(capsys, moc, "--to", "controls", *asked)
     assert (code, said["url"]) == (0, "https://hub.invalid/me/mine")
     assert calls[0] == ("create", "me/mine", {"private": True, "exist_ok": True})
@@ -200,7 +208,7 @@ def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(
     broken = Hub([], ConnectionError("no route to host"))
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: broken)
     out = tmp_path / "out"
-    asked = ["--output", out, "--push-to-hub", "me/mine"]
+    asked = ["--output-dir", out, "--push-to-hub", "me/mine"]
     code, said = export(capsys, moc, "--to", "controls", *asked)
     assert code == 2
     assert "no route to host" in said["error"]
@@ -211,7 +219,7 @@ def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(
 @pytest.mark.usefixtures("same_process")
 def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
-    assert export(capsys, moc, "--to", "controls", "--output", folder)[0] == 0
+    assert export(capsys, moc, "--to", "controls", "--output-dir", folder)[0] == 0
     text = (folder / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "moc"
@@ -254,10 +262,10 @@ def test_no_format_is_done_without_a_proof(moc, tmp_path, capsys, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "empty_format", format_)
     monkeypatch.setitem(FORMATS, "empty", Format("empty_format"))
-    code, said = export(capsys, moc, "--to", "empty", "--output", tmp_path / "out")
+    code, said = export(capsys, moc, "--to", "empty", "--output-dir", tmp_path / "out")
     assert code == 2
     assert "nothing to load" in said["error"]
-    options = ["--output", tmp_path / "out", "--dtype", "float16"]
+    options = ["--output-dir", tmp_path / "out", "--dtype", "float16"]
     code, said = export(capsys, moc, "--to", "empty", *options)
     assert code == 2
     assert "--dtype float16" in said["error"]
@@ -296,13 +304,13 @@ def test_a_damaged_or_mismatched_run_is_refused(moc, tmp_path, capsys):
     shutil.copytree(moc, folder)
     text = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(text.replace("alpha: 0.95", "alpha: 0.5"))
-    code, said = export(capsys, folder, "--to", "controls", "--output", tmp_path / "a")
+    code, said = export(capsys, folder, "--to", "controls", "--output-dir", tmp_path / "a")
     assert code == 2
     assert "another method" in said["error"]
     (folder / "recipe.yaml").write_text(text)
     state = load_file(folder / "controls" / PAYLOAD)
     save_file({name: value + 1 for name, value in state.items()}, folder / "controls" / PAYLOAD)
-    code, said = export(capsys, folder, "--to", "controls", "--output", tmp_path / "a")
+    code, said = export(capsys, folder, "--to", "controls", "--output-dir", tmp_path / "a")
     assert code == 2
     assert "does not match its hash" in said["error"]
 

@@ -58,7 +58,14 @@ def test_classes_have_their_names_wherever_a_run_goes(home, tmp_path):
     before = os.umask(0o027)
     try:
         for form in ("standalone", "controls", "peft"):
-            command = ["export", str(home / "run"), "--to", form, "--output", str(tmp_path / form)]
+            command = [
+                "export",
+                str(home / "run"),
+                "--to",
+                form,
+                "--output-dir",
+                str(tmp_path / form),
+            ]
             assert run([*command, "--json"]) == 0
     finally:
         os.umask(before)
@@ -94,7 +101,7 @@ def test_a_loaded_adapter_names_the_classes_of_its_model(home):
 
 
 def test_samples_name_the_classes(home, tmp_path):
-    assert run(["eval", str(home / "run"), "--output", str(tmp_path), "--json"]) == 0
+    assert run(["eval", str(home / "run"), "--output-dir", str(tmp_path), "--json"]) == 0
     for line in (tmp_path / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
         assert sample["label_name"] == NAMES[sample["label"]]

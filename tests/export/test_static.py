@@ -174,7 +174,14 @@ class TestCommand:
         self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         capsys.readouterr()
-        arguments = ["export", str(trained), "--to", "static", "--output", str(tmp_path / "out")]
+        arguments = [
+            "export",
+            str(trained),
+            "--to",
+            "static",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
         assert run([*arguments, "--calibration", "8", "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         counted, scored = (told["facts"]["agreement"][part] for part in ("calibration", "scored"))
@@ -199,7 +206,7 @@ class TestCommand:
     ) -> None:
         capsys.readouterr()
         out = tmp_path / "out"
-        arguments = ["export", str(trained), "--to", "standalone", "--output", str(out)]
+        arguments = ["export", str(trained), "--to", "standalone", "--output-dir", str(out)]
         assert run([*arguments, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["parity"]["relative_difference"] <= 1e-5

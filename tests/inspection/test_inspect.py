@@ -104,7 +104,7 @@ def refuse(capsys, *arguments: object) -> str:
 
 @pytest.mark.usefixtures("drawn")
 def test_the_folder_holds_numbers_and_pictures(decoder, tmp_path, capsys):
-    found = inspect(capsys, decoder, "--output", tmp_path / "out")
+    found = inspect(capsys, decoder, "--output-dir", tmp_path / "out")
     assert found.pop("folder") == str(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "routing.json").read_text())
     assert written == found
@@ -113,7 +113,7 @@ def test_the_folder_holds_numbers_and_pictures(decoder, tmp_path, capsys):
 
 
 def test_the_numbers_add_up(decoder, tmp_path, capsys):
-    found = inspect(capsys, decoder, "--output", tmp_path)
+    found = inspect(capsys, decoder, "--output-dir", tmp_path)
     names = [site["name"] for site in found["sites"]]
     assert names == ["0.attn", "0.ffn", "1.attn", "1.ffn", "2.attn", "2.ffn"]
     assert found["decisions"] == 16
@@ -141,7 +141,7 @@ def test_the_numbers_add_up(decoder, tmp_path, capsys):
 
 
 def test_the_record_is_of_the_votes_that_scoring_takes(decoder, tmp_path, capsys):
-    found = inspect(capsys, decoder, "--tasks", "ARC-Easy", "--output", tmp_path)
+    found = inspect(capsys, decoder, "--tasks", "ARC-Easy", "--output-dir", tmp_path)
     opened = open_run(decoder)
     data = opened.recipe.data
     examples = load_examples("commonsense", "ARC-Easy", "test", path=data.path)
@@ -165,8 +165,8 @@ def keys_of(value) -> set[str]:
 def test_the_reference_names_every_key(decoder, tmp_path, capsys):
     """All keys of routing.json stand in the table of REFERENCE.md, and no others."""
     looks = [
-        inspect(capsys, decoder, "--ablate", "--compare", decoder, "--output", tmp_path / "a"),
-        inspect(capsys, decoder, "--text", "A cup", "--output", tmp_path / "b"),
+        inspect(capsys, decoder, "--ablate", "--compare", decoder, "--output-dir", tmp_path / "a"),
+        inspect(capsys, decoder, "--text", "A cup", "--output-dir", tmp_path / "b"),
     ]
     warning = find_warnings(looks[0], MocMethod(balance={"weight": 0.0}))
     found = keys_of(warning)
@@ -181,7 +181,7 @@ def test_the_reference_names_every_key(decoder, tmp_path, capsys):
 
 def test_history_is_what_training_logged(decoder, tmp_path, capsys):
     lines = [json.loads(line) for line in (decoder / "metrics.jsonl").read_text().splitlines()]
-    found = inspect(capsys, decoder, "--limit", 1, "--output", tmp_path)
+    found = inspect(capsys, decoder, "--limit", 1, "--output-dir", tmp_path)
     assert [entry["step"] for entry in found["history"]] == [2, 4, 6]
     for entry, line in zip(found["history"], lines, strict=True):
         assert entry["use"] == line["routing"]["use"]
@@ -193,7 +193,7 @@ def test_history_is_what_training_logged(decoder, tmp_path, capsys):
 
 
 def test_tables_and_map_are_shown(decoder, tmp_path, capsys):
-    assert run(["inspect-routing", str(decoder), "--output", str(tmp_path)]) == 0
+    assert run(["inspect-routing", str(decoder), "--output-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Which control each site chooses" in shown
     assert "Distance of the tasks' routes" in shown
@@ -201,7 +201,7 @@ def test_tables_and_map_are_shown(decoder, tmp_path, capsys):
 
 
 def test_one_text_is_told_token_by_token(decoder, tmp_path, capsys):
-    found = inspect(capsys, decoder, "--text", "what is red?", "--output", tmp_path)
+    found = inspect(capsys, decoder, "--text", "what is red?", "--output-dir", tmp_path)
     tokens = found["tokens"]
     assert "".join(tokens["tokens"]) == "what is red?"
     assert found["decisions"] == 1
@@ -215,7 +215,7 @@ def test_one_text_is_told_token_by_token(decoder, tmp_path, capsys):
         assert len(tokens["votes"][site]) == len(tokens["tokens"])
         assert max(tokens["probability"][site]) >= best - 1e-6
     capsys.readouterr()
-    arguments = ["--text", "what is red?", "--site", "1.ffn", "--output", str(tmp_path)]
+    arguments = ["--text", "what is red?", "--site", "1.ffn", "--output-dir", str(tmp_path)]
     assert run(["inspect-routing", str(decoder), *arguments]) == 0
     assert "Votes at 1.ffn: chosen" in capsys.readouterr().out
 
@@ -230,7 +230,7 @@ def test_one_text_leaves_what_was_found_on_rows(decoder, tmp_path, capsys):
 
 
 def test_the_votes_of_a_text_are_the_gates_own(decoder, tmp_path, capsys):
-    found = inspect(capsys, decoder, "--text", "abc", "--output", tmp_path)
+    found = inspect(capsys, decoder, "--text", "abc", "--output-dir", tmp_path)
     opened = open_run(decoder)
     layer = opened.adapted.model.model.layers[1]
     seen = []
@@ -244,11 +244,11 @@ def test_the_votes_of_a_text_are_the_gates_own(decoder, tmp_path, capsys):
 
 
 def test_runs_are_compared(decoder, tmp_path, capsys):
-    same = inspect(capsys, decoder, "--compare", decoder, "--output", tmp_path)["compare"]
+    same = inspect(capsys, decoder, "--compare", decoder, "--output-dir", tmp_path)["compare"]
     assert same["distance"] == [0.0] * 6
     other = train(decoder.parent, "seed=3")
-    found = inspect(capsys, decoder, "--compare", other, "--output", tmp_path)
-    theirs = inspect(capsys, other, "--output", tmp_path)
+    found = inspect(capsys, decoder, "--compare", other, "--output-dir", tmp_path)
+    theirs = inspect(capsys, other, "--output-dir", tmp_path)
     difference = np.array(found["share"]) - np.array(theirs["share"])
     assert np.allclose(found["compare"]["difference"], difference)
     expected = [
@@ -260,7 +260,7 @@ def test_runs_are_compared(decoder, tmp_path, capsys):
 
 def test_each_recipe_is_read_once(decoder, tmp_path, capsys, recipes_read):
     other = shutil.copytree(decoder, tmp_path / "other")
-    inspect(capsys, decoder, "--compare", other, "--output", tmp_path / "out", "--limit", "2")
+    inspect(capsys, decoder, "--compare", other, "--output-dir", tmp_path / "out", "--limit", "2")
     assert recipes_read == [decoder / "recipe.yaml", other / "recipe.yaml"]
 
 
@@ -281,7 +281,7 @@ def test_what_cannot_be_inspected_is_said(decoder, encoder, tmp_path, capsys):
     assert "one text" in refuse(capsys, decoder, "--text", "a", "--ablate")
     assert "not a run folder" in refuse(capsys, tmp_path)
     inside = decoder / "recipe.yaml" / "x"
-    assert f"{inside.parent} is not a folder" in refuse(capsys, decoder, "--output", inside)
+    assert f"{inside.parent} is not a folder" in refuse(capsys, decoder, "--output-dir", inside)
     assert not (decoder / "routing").exists()
 
 
@@ -299,14 +299,14 @@ def test_a_damaged_history_is_told(decoder, tmp_path, capsys):
 
 def test_another_split_is_read(decoder, tmp_path, capsys):
     found = inspect(
-        capsys, decoder, "--split", "train", "--tasks", "ARC-Easy", "--output", tmp_path
+        capsys, decoder, "--split", "train", "--tasks", "ARC-Easy", "--output-dir", tmp_path
     )
     assert found["split"] == "train"
     assert found["decisions"] == 12
 
 
 def test_an_encoder_is_inspected_and_ablated(encoder, tmp_path, capsys):
-    found = inspect(capsys, encoder, "--ablate", "--output", tmp_path)
+    found = inspect(capsys, encoder, "--ablate", "--output-dir", tmp_path)
     assert found["decisions"] == 9
     opened = open_run(encoder)
     adapted = opened.adapted

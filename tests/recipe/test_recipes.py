@@ -36,6 +36,7 @@ def test_shipped_recipe_is_valid_and_explained(path: Path) -> None:
     assert keys == [key for key in ORDER if key in keys]
     assert f"#   moc train {name}" in text
     assert max(map(len, text.splitlines())) <= 100
+    assert not re.search(r"#.*[0-9] (steps|epochs)", text)  # the keys say it, and stay true
     assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
     assert name == "quickstart" or name.rsplit("/", 1)[-1] == recipe.method.name
 

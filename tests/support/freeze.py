@@ -94,7 +94,7 @@ def _quickstart() -> Iterator[tuple[str, Any]]:
     yield "inspect-rows", _with_files(rows, "run/routing")
     text = moc("inspect-routing", "run", "--text", "Where is the cup?")
     yield "inspect-text", text
-    compare = ["--compare", "other", "--ablate", "--limit", "4", "--output", "compared"]
+    compare = ["--compare", "other", "--ablate", "--limit", "4", "--output-dir", "compared"]
     yield "inspect-compare", moc("inspect-routing", "run", *compare)
 
     asked = ["--max-new-tokens", "6"]
@@ -106,8 +106,11 @@ def _quickstart() -> Iterator[tuple[str, Any]]:
 def _exports() -> Iterator[tuple[str, Any]]:
     for form in ("controls", "peft", "static", "standalone"):
         rows = ["--calibration", "16"] if form == "static" else []
-        yield f"export-{form}", moc("export", "run", "--to", form, "--output", f"as-{form}", *rows)
-    yield "export-merged", moc("export", "lora", "--to", "merged", "--output", "as-merged")
+        yield (
+            f"export-{form}",
+            moc("export", "run", "--to", form, "--output-dir", f"as-{form}", *rows),
+        )
+    yield "export-merged", moc("export", "lora", "--to", "merged", "--output-dir", "as-merged")
 
 
 def _custom() -> Iterator[tuple[str, Any]]:
@@ -142,7 +145,7 @@ launch: {{device: cpu}}
         )
         yield f"train-custom-{kind}", _with_files(moc("train", "recipe.yaml"), kind)
         base = ["--base"] if kind == "instruction" else []
-        scored = moc("eval", kind, *base, "--output", f"{kind}-scores")
+        scored = moc("eval", kind, *base, "--output-dir", f"{kind}-scores")
         yield f"eval-custom-{kind}", _with_files(scored, f"{kind}-scores")
 
 

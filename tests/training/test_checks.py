@@ -111,7 +111,14 @@ def test_a_decoder_without_a_pad_token_is_trained_as_a_classifier(tmp_path, caps
     scores = []
     for size in ("1", "4"):
         output = tmp_path / size
-        arguments = ["eval", str(tmp_path / "run"), "--batch-size", size, "--output", str(output)]
+        arguments = [
+            "eval",
+            str(tmp_path / "run"),
+            "--batch-size",
+            size,
+            "--output-dir",
+            str(output),
+        ]
         assert run(arguments) == 0
         lines = (output / "samples.jsonl").read_text().splitlines()
         scores.append([json.loads(line)["scores"] for line in lines])
