@@ -107,13 +107,15 @@ def subset(examples: list[T], count: int | None, *, seed: int) -> list[T]:
     return [examples[index] for index in sorted(chosen)]
 
 
-def hold_out(examples: list[E], count: int, *, seed: int) -> tuple[list[E], list[E]]:
-    """Cut `count` different examples, drawn by `seed`, from the rest: (rest, held out).
+def hold_out(examples: list[E], count: int | float, *, seed: int) -> tuple[list[E], list[E]]:
+    """Cut `count` different examples, or a share of them, from the rest: (rest, held out).
 
-    Copies of a held-out example leave the rest too: WinoGrande's training rows occur up to three
-    times, and a copy left behind would let the held-out score reward memory. Raises DataError
-    where nothing would be left to train on.
+    They are drawn by `seed`. Copies of a held-out example leave the rest too: WinoGrande's training
+    rows occur up to three times, and a copy left behind would let the held-out score reward memory.
+    Raises DataError where nothing would be left to train on.
     """
+    if isinstance(count, float):
+        count = max(1, round(count * len(examples)))
     order = list(range(len(examples)))
     random.Random(f"held-out {seed}").shuffle(order)
     held = list(dict.fromkeys(examples[index] for index in order))[:count]
@@ -122,8 +124,8 @@ def hold_out(examples: list[E], count: int, *, seed: int) -> tuple[list[E], list
     if len(held) < count or not rest:
         different = len(set(examples))
         alike = f", only {different} of them different" if different < len(examples) else ""
-        raise DataError(
-            f"cannot hold out {count} of {len(examples)} training rows{alike}",
-            "give a smaller number, as --set data.held_out=8, or allow more training rows",
-        )
+        hint = f"give a smaller number, as --set data.held_out={max(1, different // 5)}"
+        if different < 2:
+            hint = "data.held_out=0 trains on all rows and scores none, or give more rows"
+        raise DataError(f"cannot hold out {count} of {len(examples)} training rows{alike}", hint)
     return rest, held

@@ -63,12 +63,26 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def take(fields: Fields, name: str, kind: type[T]) -> T:
     """Return a column of a row; raises BadRow where it is absent or of another type."""
-    if name not in fields:
-        raise BadRow(f"no '{name}'{did_you_mean(name, fields)}")
-    value = fields[name]
+    value = column_of_row(fields, name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise BadRow(f"'{name}' is {shown(value)}, not {_KINDS[kind]}")
     return value
+
+
+def column_of_row(fields: Fields, column: str) -> Any:
+    """Return the value of a column; raises BadRow, with the nearest name, where it is absent."""
+    if column not in fields:
+        raise BadRow(f"no '{column}'{did_you_mean(column, fields)}")
+    return fields[column]
+
+
+def check_utf8(text: str, where: str) -> str:
+    """Return the text; raises BadRow for half characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"'{where}' is not UTF-8 text") from None
+    return text
 
 
 def shown(value: Any) -> str:

@@ -19,8 +19,8 @@ from moc_cli.recipe.tasks import TASKS
 class Splits:
     """Examples to train on, to watch during training, and to score by task.
 
-    Of a custom dataset also: which rows are scored (`test`, `validation` or `held_out`), and how
-    many rows had nothing to learn, by part and reason.
+    Of a custom dataset also: which rows are scored (`test`, `validation`, `held_out` or `none`),
+    how many rows had nothing to learn, by part and reason, and what the rows were taken for.
     """
 
     train: list[Example]
@@ -29,6 +29,7 @@ class Splits:
     template: str = field(default_factory=template_hash)
     scored: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    taken: dict[str, Any] | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -113,7 +114,9 @@ def read_scored(
     return scored
 
 
-def read_splits(data: DataSection, *, max_test: int | None = None) -> tuple[DataSection, Splits]:
+def read_splits(
+    data: DataSection, *, max_test: int | None = None, watched: bool = True
+) -> tuple[DataSection, Splits]:
     """Read every part of the tasks; return `data` with all that the rows tell, and the rows.
 
     A custom dataset tells its format and its labels where the section does not. Raises DataError
@@ -121,14 +124,16 @@ def read_splits(data: DataSection, *, max_test: int | None = None) -> tuple[Data
     """
     if data.suite != "custom":
         return data, _read_benchmark(data, max_test)
-    custom = read_custom(data)
+    custom = read_custom(data, watched=watched)
+    test = subset(custom.test, max_test, seed=ROW_SEED)
     splits = Splits(
         subset(custom.train, data.max_train_samples, seed=ROW_SEED),
         subset(custom.validation, data.max_eval_samples, seed=ROW_SEED),
-        {data.tasks[0]: subset(custom.test, max_test, seed=ROW_SEED)},
+        {data.tasks[0]: test} if test else {},
         custom_template_hash(),
         custom.scored,
         custom.dropped,
+        custom.taken,
     )
     return data.model_copy(update={"format": custom.format, "labels": custom.labels}), splits
 

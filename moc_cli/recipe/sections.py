@@ -14,6 +14,7 @@ from moc_cli.recipe.types import (
     AtLeastZero,
     BelowOne,
     Count,
+    HeldOut,
     Positive,
     RowLength,
     Section,
@@ -157,10 +158,10 @@ class DataSection(Section):
     max_eval_samples: Positive | None = Field(
         default=None, description="maximum rows per task in evaluation during training; null: all"
     )
-    held_out: Count = Field(
+    held_out: HeldOut = Field(
         default=120,
-        description="training rows held out for validation, where the data has no validation "
-        "split (commonsense, custom)",
+        description="training rows, or a share of them, held out for validation where the data "
+        "has no validation split (commonsense, custom)",
     )
 
     @model_validator(mode="before")

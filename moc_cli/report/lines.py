@@ -7,6 +7,8 @@ from typing import Any, Protocol
 from moc_cli.report.numbers import duration, percent, short_count
 from moc_cli.results import LOWER_IS_BETTER
 
+_CLASSES = 20  # names of classes in one line
+
 
 class Parameters(Protocol):
     """Numbers of parameters; `share` is adapter / base."""
@@ -67,6 +69,23 @@ def rows_line(
     if dropped:
         text += f"; left out: {dropped_rows(dropped)}"
     return labelled("data", text)
+
+
+def taken_lines(taken: Mapping[str, Any] | None) -> list[str]:
+    """Say what the rows of a custom dataset were taken for; none for a benchmark."""
+    if taken is None:
+        return []
+    columns = list(taken["column_of"].values())
+    listed = " and ".join(filter(None, [", ".join(columns[:-1]), columns[-1]]))
+    text = f"{taken['format']} by {listed} ({taken['why']})"
+    labels = taken["labels"]
+    if labels:
+        names = [str(label)[:40] for label in labels[:_CLASSES]]
+        more = ", ..." if len(labels) > _CLASSES else ""
+        text += f", {len(labels)} classes: {', '.join(names)}{more}"
+    if taken["not_read"]:
+        text += f"; not read: {', '.join(name[:40] for name in taken['not_read'])}"
+    return [labelled("rows", text), *(labelled("rows", note) for note in taken["notes"])]
 
 
 def dropped_rows(dropped: Mapping[str, Mapping[str, int]]) -> str:

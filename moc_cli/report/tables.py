@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from moc_cli.report.lines import dropped_rows
+from moc_cli.report.lines import dropped_rows, taken_lines
 from moc_cli.report.numbers import byte_size, hundredths, percent
 from moc_cli.report.output import printable
 
@@ -151,9 +151,13 @@ def dry_run_views(
     if "row" not in preview:
         return views
     left_out = f"; left out: {dropped_rows(preview['dropped'])}" if preview["dropped"] else ""
+    views += [Text(printable(line)) for line in taken_lines(preview["taken"])]
+    cut_off = preview["answers_cut_off"]
     views.append(
-        f"{preview['rows']:,} rows, {preview['truncated']:,} of them cut to {max_length} tokens"
-        f"{left_out}; {preview['steps']:,} steps; {percent(preview['padding_share'])} padding\n"
+        f"{preview['rows']:,} rows to train on, {preview['watched']:,} to validate on, "
+        f"{preview['scored']:,} to score; {preview['truncated']:,} of them cut to {max_length} "
+        f"tokens{f', {cut_off:,} without an answer left' if cut_off else ''}{left_out}; "
+        f"{preview['steps']:,} steps; {percent(preview['padding_share'])} padding\n"
     )
     pieces, label = preview["row"]["pieces"], preview["row"]["label"]
     tokens = sum(piece["tokens"] for piece in pieces)

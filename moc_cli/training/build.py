@@ -109,7 +109,11 @@ def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
     A custom dataset tells its format and its labels, where the recipe does not. Raises DataError
     for rows that cannot be used, or that do not go with the rest of the recipe.
     """
-    data, splits = read_splits(recipe.data, max_test=recipe.eval.max_samples)
+    data, splits = read_splits(
+        recipe.data,
+        max_test=recipe.eval.max_samples,
+        watched=recipe.eval.eval_strategy != "no",
+    )
     if data is recipe.data:
         return recipe, splits
     recipe = recipe.model_copy(update={"data": data})
@@ -135,6 +139,7 @@ def encode_rows(
     data, train = recipe.data, recipe.train
     kind = make_kind(data)
     notes = checks.match(data, model, tokenizer) + checks.compare(model, tokenizer)
+    notes += checks.watched_rows(recipe, splits)
     heads = _own_head(recipe, model)
     if heads:
         section = recipe.model
@@ -215,6 +220,7 @@ def build_shapes(recipe: Recipe) -> Adapted:
     Whether the checkpoint lacks more than a classifier's head is seen only on loading.
     """
     model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
+    checks.check_family(recipe, model)
     fresh: tuple[str, ...] = ()
     if make_kind(recipe.data).loss != "causal":
         kept = (model.base_model_prefix, *_own_head(recipe, model))

@@ -15,6 +15,7 @@ from moc_cli.data.source import BadRow, BadRows
 from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import Kind
+from moc_cli.models.families import FAMILIES
 from moc_cli.models.tokens import compare_tokens, match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
@@ -146,6 +147,32 @@ def leave_out_empty(encoded: Encoded, splits: Splits, max_length: int) -> tuple[
         answers_cut_off=max(0, encoded.answers_cut_off - lost),
     )
     return rows, replace(splits, dropped=splits.dropped | {"train": reasons})
+
+
+def check_family(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise DataError where an encoder is to write text."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or family.causal or not model.can_generate():
+        return
+    data, name = recipe.data, recipe.model.model_name_or_path
+    what = f"format '{data.format}'" if data.format else f"the suite '{data.suite}'"
+    raise DataError(
+        f"{what} is learned by a language model, and {name} is an encoder "
+        f"({model.config.model_type})",
+        "an encoder learns classes or scores: rows with a label (data.columns.label names its "
+        "column); for text choose a language model",
+    )
+
+
+def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
+    """Say which rows pick the best step, and whether they are the rows that are scored."""
+    if recipe.eval.eval_strategy == "no" or not splits.validation:
+        return []
+    scored = {example for examples in splits.tests.values() for example in examples}
+    text = f"{len(splits.validation):,} rows are watched and pick the best step"
+    if scored & set(splits.validation):
+        text += "; the scored rows are the same ones, so their score is a little too good"
+    return [text]
 
 
 def head_note(

@@ -31,6 +31,8 @@ class Reading:
 
     steps: int
     rows: int
+    watched: int
+    scored: int
     truncated: int
     answers_cut_off: int
     dropped: dict[str, dict[str, int]]
@@ -38,6 +40,7 @@ class Reading:
     pieces: list[Piece]
     label: int | float | str | None
     notes: list[str]
+    taken: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ class Preview:
             content |= {
                 "steps": read.steps,
                 "rows": read.rows,
+                "watched": read.watched,
+                "scored": read.scored,
                 "truncated": read.truncated,
                 "answers_cut_off": read.answers_cut_off,
                 "dropped": read.dropped,
                 "padding_share": read.padding_share,
                 "notes": read.notes,
+                "taken": read.taken,
                 "row": {"pieces": [asdict(piece) for piece in read.pieces], "label": read.label},
             }
         return content
@@ -121,6 +127,8 @@ def _read(
     return Reading(
         steps=total_steps(build.make_settings(recipe), rows.data.batches),
         rows=len(rows.encoded.rows),
+        watched=len(splits.validation),
+        scored=sum(map(len, splits.tests.values())),
         truncated=rows.encoded.truncated,
         answers_cut_off=rows.encoded.answers_cut_off,
         dropped=rows.splits.dropped,
@@ -128,6 +136,7 @@ def _read(
         pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),
         label=rows.kind.shown_label(first),
         notes=rows.notes,
+        taken=splits.taken,
     )
 
 

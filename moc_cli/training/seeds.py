@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moc_cli.errors import RunError
+from moc_cli.errors import MocError, RunError
 from moc_cli.files import write_json_atomic
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
@@ -123,6 +123,8 @@ def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
     middle one, so that it is always an existing run.
     """
     results = [run.folder.read_results() for run in seeds]
+    if not results[0]["tasks"]:
+        raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
     runs = [
         {
             "seed": run.seed,

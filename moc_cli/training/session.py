@@ -112,6 +112,8 @@ class Session:
         counts = built.adapted.counts()
         self.say(lines.model_line(built.name, counts.base, built.dtype))
         self.say(lines.method_line(recipe.method.name, counts))
+        for line in lines.taken_lines(splits.taken):
+            self.say(line)
         self.say(
             lines.rows_line(
                 train=len(rows.encoded.rows),

@@ -230,6 +230,24 @@ def test_what_does_not_go_with_the_found_format_is_refused(tmp_path, capsys):
     assert "evaluation during training needs a validation file" in capsys.readouterr().err
 
 
+def test_all_rows_may_be_trained_on_and_none_scored(tmp_path, capsys):
+    arguments = [*recipe(tmp_path, "text"), "--set", "data.held_out=0"]
+    arguments += ["--set", "eval.eval_strategy=no", "--set", "train.max_steps=2"]
+    assert run([*arguments, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert (results["tasks"], results["average"], results["scored_split"]) == ({}, None, "none")
+    assert run([*arguments, "--overwrite"]) == 0
+    assert "no rows are scored" in capsys.readouterr().err
+
+
+def test_an_encoder_writes_no_text(tmp_path, capsys):
+    arguments = recipe(tmp_path, "classification", ", columns: {label: colour}")
+    write_csv(tmp_path / "rows.csv", ["sentence"], [("a",), ("b",)])
+    told = [*arguments, "--set", "data.columns.label=null", "--set", "data.held_out=1"]
+    assert run([*told, "--dry-run"]) == 2
+    assert "format 'text' is learned by a language model" in capsys.readouterr().err
+
+
 # Scores against a computation of their own
 
 

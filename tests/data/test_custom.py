@@ -20,6 +20,7 @@ from moc_cli.data.examples import (
 )
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
+from moc_cli.report.lines import taken_lines
 
 
 def read(path: Path, **keys: object) -> CustomRows:
@@ -163,6 +164,54 @@ def test_instructions_take_an_input_where_there_is_one(tmp_path):
     assert example.train_text[example.answer_start :] == "b"
 
 
+def test_labels_as_data_frames_and_the_hub_write_them(tmp_path):
+    floats = read(write(tmp_path / "a.csv", "text,label\na,0.0\nb,1.0\nc,1.0\n"))
+    assert (floats.format, floats.labels) == ("classification", [0, 1])
+    assert floats.taken["why"] == "labels are whole numbers"
+    truths = read(write(tmp_path / "b.jsonl", lines(*pairs(True, False, True))))
+    assert (truths.format, truths.labels) == ("classification", ["false", "true"])
+    run = section(tmp_path / "b.jsonl", labels=["false", "true"], held_out=0)
+    frame = write(tmp_path / "c.csv", "text,label\na,True\n")
+    assert read_scored(run, str(frame))[0].label == 1
+    with pytest.raises(DataError, match="no rows to score"):
+        read_scored(run)
+
+
+def test_a_part_with_hidden_labels_is_left_out_and_said(tmp_path):
+    write(tmp_path / "train.jsonl", lines(*pairs(0, 1, 0, 1)))
+    write(tmp_path / "validation.jsonl", lines(*pairs(0, 1)))
+    for hidden in (pairs(-1, -1), [{"text": "a"}], pairs(None, None)):
+        write(tmp_path / "test.jsonl", lines(*hidden))
+        found = read(tmp_path)
+        assert found.scored == "validation"
+        assert found.notes == [
+            f"{tmp_path / 'test.jsonl'} is left out: none of its {len(hidden)} rows has 'label'"
+        ]
+    write(tmp_path / "test.jsonl", lines(*pairs(-1, 0)))
+    with pytest.raises(DataError, match="'label' is -1, which is not one of the labels"):
+        read(tmp_path)
+
+
+def test_rows_are_taken_for_something_and_the_rest_is_said(tmp_path):
+    text = "id,text,label\n" + "".join(f"{n},row {n},{n % 3}\n" for n in range(9))
+    taken = read(write(tmp_path / "a.csv", text)).taken
+    assert taken_lines(taken) == [
+        "rows    classification by text and label (labels are whole numbers), "
+        "3 classes: 0, 1, 2; not read: id"
+    ]
+
+
+def test_questions_with_answers_are_instructions(tmp_path):
+    rows = [{"question": f"q {n}", "context": "c", "answer": "a"} for n in range(3)]
+    found = read(write(tmp_path / "a.jsonl", lines(*rows)))
+    assert found.format == "instruction"
+    assert found.columns.column_of == {
+        "instruction": "question",
+        "input": "context",
+        "output": "answer",
+    }
+
+
 # Parts
 
 
@@ -189,8 +238,14 @@ def test_rows_are_held_out_where_there_is_no_validation_file(tmp_path):
     assert (again.train, again.test) == (found.train, found.test)
     copied = TextExample("custom", "row 3") in found.test
     assert found.dropped == ({"train": {"a held-out row's copy": 1}} if copied else {})
+    assert len(read(tmp_path, held_out=0.2).test) == 2
+    unscored = read(tmp_path, held_out=0)
+    assert (len(unscored.train), unscored.test, unscored.scored) == (11, [], "none")
     write(tmp_path / "test.csv", "text\nnew\n")
     assert [e.train_text for e in read(tmp_path, held_out=4).test] == ["new"]
+    assert len(read(tmp_path, held_out=4).train) < 11
+    unwatched = read_custom(section(tmp_path, held_out=4), watched=False)
+    assert (len(unwatched.train), unwatched.scored) == (11, "test")
     assert len(read(tmp_path, held_out=0).train) == 11
 
 
@@ -398,10 +453,35 @@ malformed(
     format="regression",
 )
 malformed(
-    "a label that is true",
+    "booleans among words",
     "a.jsonl",
     lines(*pairs("a", "b", True)),
-    "F, line 3: 'label' is true, not a class (a text or a whole number)",
+    """F: 'label' holds booleans and others: "a" (line 1) and true (line 3)""",
+)
+malformed(
+    "a missing word among numbers",
+    "a.csv",
+    "text,label\na,0.0\nb,1.0\nc,NaN\n",
+    """F, line 4: 'label' is "NaN", a missing value: a row needs its label""",
+)
+malformed(
+    "preferences",
+    "a.jsonl",
+    lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
+    "F: columns 'chosen' and 'rejected' are preference rows (DPO), which are not supported",
+)
+malformed(
+    "liked answers",
+    "a.jsonl",
+    lines(GOOD_CHAT | {"label": True}),
+    "F: column 'label' says which answers are liked: these are preference rows (KTO), which are "
+    "not supported",
+)
+malformed(
+    "pictures",
+    "a.jsonl",
+    lines(GOOD_CHAT | {"images": ["a.png"]}),
+    "F: column 'images' holds what no language model here reads",
 )
 malformed(
     "labels of two kinds",
@@ -484,13 +564,6 @@ malformed(
     lines(*pairs("a", "b", "a")),
     "cannot hold out 9 of 3 training rows",
     held_out=9,
-)
-malformed(
-    "nothing to score",
-    "a.jsonl",
-    lines(*pairs("a", "b", "a")),
-    "F has rows to train on, but none to score",
-    held_out=0,
 )
 
 

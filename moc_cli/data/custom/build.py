@@ -1,11 +1,10 @@
 """Build examples from rows of a custom dataset; name bad rows and those with nothing to learn."""
 
 import hashlib
-import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moc_cli.data.custom.labels import Classes, Label, number_label
 from moc_cli.data.examples import (
     ChatExample,
     Example,
@@ -15,13 +14,11 @@ from moc_cli.data.examples import (
     TextExample,
 )
 from moc_cli.data.prompts import HEADER
-from moc_cli.data.source import BadRow, Fields, did_you_mean, shown
+from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, did_you_mean, shown
 from moc_cli.recipe.sections import Format
 
 ROLES = ("system", "user", "assistant")
-Label = int | str
 BuildExample = Callable[[Fields, Place], Example]
-_WHOLE = re.compile(r"[-+]?\d+")
 
 
 class NothingToLearn(Exception):
@@ -47,7 +44,7 @@ def example_builder(
     `columns` names the column of each key that the format reads. The function raises BadRow or
     NothingToLearn.
     """
-    classes = class_numbers(labels or [])
+    classes = Classes(labels or [])
 
     def instruction(fields: Fields, place: Place) -> Example:
         request = _filled(fields, columns["instruction"], "an empty instruction")
@@ -65,72 +62,15 @@ def example_builder(
         first = _filled(fields, columns["text"], "an empty text")
         second = _text(fields, columns["text_pair"]) if "text_pair" in columns else None
         if format_name == "regression":
-            return PairExample(task, first, second, _number(fields, columns["label"]))
-        label = class_label(fields, columns["label"])
-        if label in classes:
-            return PairExample(task, first, second, classes[label])
-        names = [str(name) for name in labels or []]
-        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise BadRow(
-            f"'{columns['label']}' is {shown(label)}, which is not one of the labels"
-            f"{did_you_mean(str(label), names)} (labels: {listed})"
-        )
+            return PairExample(task, first, second, number_label(fields, columns["label"]))
+        return PairExample(task, first, second, classes.number(fields, columns["label"]))
 
     builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
     return builders.get(format_name, pair)
 
 
-def class_numbers(labels: list[Label]) -> dict[Label, int]:
-    """Return the number of each class, under the label's text too: CSV has no numbers."""
-    numbers: dict[Label, int] = {str(label): number for number, label in enumerate(labels)}
-    return numbers | {label: number for number, label in enumerate(labels)}
-
-
-def class_label(fields: Fields, column: str) -> Label:
-    """Return the class of a row, without surrounding blanks; raises BadRow."""
-    value = _label(fields, column)
-    if isinstance(value, str):
-        return _check_utf8(value, column).strip()
-    if is_whole(value):
-        return int(value)
-    if is_number(value):
-        raise BadRow(f"'{column}' is {value}, not a class; data.format: regression learns numbers")
-    raise BadRow(f"'{column}' is {shown(value)}, not a class (a text or a whole number)")
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a label is a finite number, or a text that reads as one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (ValueError, OverflowError):
-        return False
-
-
-def is_whole(value: Any) -> bool:
-    """Return whether a label is a whole number, or a text that is written as one."""
-    if isinstance(value, str):
-        return _WHOLE.fullmatch(value.strip()) is not None
-    return is_number(value) and float(value).is_integer()
-
-
-def _number(fields: Fields, column: str) -> float:
-    value = _label(fields, column)
-    if not is_number(value):
-        raise BadRow(f"'{column}' is {shown(value)}, not a number")
-    return float(value)
-
-
-def _label(fields: Fields, column: str) -> Any:
-    value = _value(fields, column)
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):
-        raise BadRow(f"'{column}' is empty: a row needs its label")
-    return value
-
-
 def _messages(fields: Fields, column: str) -> tuple[tuple[str, str], ...]:
-    value = _value(fields, column)
+    value = column_of_row(fields, column)
     if not isinstance(value, list):
         raise BadRow(f"'{column}' is {shown(value)}, not a list of messages")
     messages = tuple(_message(item, f"{column}[{index}]") for index, item in enumerate(value))
@@ -153,7 +93,7 @@ def _message(item: Any, where: str) -> tuple[str, str]:
         raise BadRow(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise BadRow(f"{where}.content is {shown(content)}, not a text")
-    return role, _check_utf8(content, f"{where}.content")
+    return role, check_utf8(content, f"{where}.content")
 
 
 def _filled(fields: Fields, column: str, reason: str) -> str:
@@ -166,24 +106,9 @@ def _filled(fields: Fields, column: str, reason: str) -> str:
 
 def _text(fields: Fields, column: str) -> str:
     """Return the text of a column; an empty one for null."""
-    value = _value(fields, column)
+    value = column_of_row(fields, column)
     if value is None:
         return ""
     if not isinstance(value, str):
         raise BadRow(f"'{column}' is {shown(value)}, not a text")
-    return _check_utf8(value, column)
-
-
-def _value(fields: Fields, column: str) -> Any:
-    if column not in fields:
-        raise BadRow(f"no '{column}'{did_you_mean(column, fields)}")
-    return fields[column]
-
-
-def _check_utf8(text: str, where: str) -> str:
-    """Return the text; raises BadRow for half characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"'{where}' is not UTF-8 text") from None
-    return text
+    return check_utf8(value, column)

@@ -1,11 +1,12 @@
-"""The format of a custom dataset, the columns that it reads, and its classes."""
+"""The format of a custom dataset and the columns that it reads; rows that mean something else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from moc_cli.data.custom.build import Label, class_label, is_number, is_whole
+from moc_cli.data.custom.labels import is_missing, is_number, is_whole
 from moc_cli.data.custom.table import Table
-from moc_cli.data.examples import Place
-from moc_cli.data.source import BadRow, did_you_mean
+from moc_cli.data.source import did_you_mean
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection, Format
 from moc_cli.recipe.suggest import nearest
@@ -29,10 +30,21 @@ _FORMATS = (
 )
 
 
-def find_columns(data: DataSection, train: Table) -> tuple[Format, dict[str, str]]:
+@dataclass(frozen=True)
+class Columns:
+    """The format of the rows and why, the column of each key that it reads, and those left over."""
+
+    format: Format
+    why: str
+    column_of: dict[str, str]
+    not_read: list[str]
+
+
+def find_columns(data: DataSection, train: Table) -> Columns:
     """Return the format, given or found by the columns, and the column of each key that it reads.
 
-    Raises DataError, with the nearest name, where a column is absent.
+    Raises DataError, with the nearest name, where a column is absent, and for rows of preferences
+    or pictures, which no format learns.
     """
     columns = train.columns
     hint = f"its columns: {', '.join(columns)}"
@@ -50,86 +62,113 @@ def find_columns(data: DataSection, train: Table) -> tuple[Format, dict[str, str
         if not set(names).isdisjoint(columns)
     }
     column_of = usual | given
-    format_ = data.format or _find_format(column_of, data, train)
+    _refuse_other_rows(train, column_of)
+    format_, why = data.format, "as data.format says"
+    if format_ is None:
+        format_, why = _find_format(column_of, data, train)
     keys = FORMATS[format_].columns
     missing = [
-        f"a column {' or '.join(map(repr, USUAL[key]))}{_nearest_column(key, columns)}"
+        f"a column {' or '.join(map(repr, USUAL[key]))}{_nearest_column(key, train)}"
         for key in keys
         if key not in column_of and key not in OPTIONAL
     ]
     if missing:
         raise DataError(f"{train.name}: format '{format_}' needs {'; '.join(missing)}", hint)
-    return format_, {key: column_of[key] for key in keys if key in column_of}
+    read = {key: column_of[key] for key in keys if key in column_of}
+    return Columns(format_, why, read, [name for name in columns if name not in read.values()])
 
 
-def _find_format(column_of: Mapping[str, str], data: DataSection, train: Table) -> Format:
+def _find_format(
+    column_of: Mapping[str, str], data: DataSection, train: Table
+) -> tuple[Format, str]:
+    """Return the format that the columns tell, and why it is this one."""
+    by_columns = "by its columns"
     if "messages" in column_of:
-        return "chat"
+        return "chat", by_columns
     if "instruction" in column_of and "output" in column_of:
-        return "instruction"
+        return "instruction", by_columns
     if "text" in column_of:
         if "label" not in column_of:
-            return "text"
-        return "classification" if data.labels else _format_of_labels(column_of["label"], train)
+            return "text", by_columns
+        if data.labels:
+            return "classification", "by data.labels"
+        return _format_of_labels(column_of["label"], train)
     other_half = {"output": "instruction", "instruction": "output"}
     wanted = [other_half[key] for key in other_half if key in column_of] or ["text", "messages"]
-    questions = [_nearest_column(key, train.columns) for key in wanted]
+    questions = [_nearest_column(key, train) for key in wanted]
     question = next(filter(None, questions), "")
     columns = ", ".join(map(repr, train.columns)) or "none"
-    raise DataError(f"{train.name}: its columns ({columns}) fit no format{question}", _FORMATS)
+    header = "" if train.typed else "the first line of the file is taken for its header; "
+    raise DataError(
+        f"{train.name}: its columns ({columns}) fit no format{question}", header + _FORMATS
+    )
 
 
-def _format_of_labels(column: str, train: Table) -> Format:
+def _format_of_labels(column: str, train: Table) -> tuple[Format, str]:
     labels = [fields.get(column) for _, fields in train.readable()]
+    labels = [label for label in labels if not is_missing(label)] or labels
+    if all(isinstance(label, bool) for label in labels):
+        return "classification", "labels are booleans"
     texts = train.typed and any(isinstance(label, str) for label in labels)
     if texts or not all(map(is_number, labels)):
-        return "classification"
+        return "classification", "labels are words"
     if not all(map(is_whole, labels)):
-        return "regression"
-    different = len(set(labels))
+        return "regression", "labels are numbers with a fraction"
+    different = len({float(str(label)) for label in labels})
     if different > MANY:
         raise DataError(
             f"{train.name}: column {column!r} holds {different} different whole numbers, which may "
             "be classes or amounts",
             "--set data.format=classification or --set data.format=regression",
         )
-    return "classification"
+    return "classification", "labels are whole numbers"
 
 
-def _nearest_column(key: str, columns: Sequence[str]) -> str:
-    """Return a question about the column that is most like a usual name of `key`, or nothing."""
+def _nearest_column(key: str, train: Table) -> str:
+    """Return a question about the column that is most like a usual name of `key`, or nothing.
+
+    Only columns that can hold it are proposed.
+    """
+    columns = [name for name in train.columns if _can_hold(key, name, train)]
     near = next(filter(None, (nearest(name, columns) for name in USUAL[key])), None)
     return f" (is it {near!r}? then data.columns.{key}={near})" if near else ""
 
 
-def find_labels(train: Table, column: str) -> dict[Label, Place]:
-    """Return the classes of the training rows and the place of the first row of each.
-
-    They are sorted, unless texts and numbers are mixed; whole numbers of a CSV become numbers.
-    """
-    first_rows: dict[Label, Place] = {}
-    for place, fields in train.readable():
-        try:
-            first_rows.setdefault(class_label(fields, column), place)
-        except BadRow:
-            continue  # named when the example is built
-    # Only labels that a number writes back as they are: "01" is a name.
-    if not train.typed and all(is_whole(text) and str(int(text)) == text for text in first_rows):
-        first_rows = {int(label): place for label, place in first_rows.items()}
-    mixed = len({type(label) for label in first_rows}) > 1
-    return first_rows if mixed else dict(sorted(first_rows.items()))
+def _can_hold(key: str, column: str, train: Table) -> bool:
+    values = (fields.get(column) for _, fields in train.readable())
+    value = next((value for value in values if value is not None), None)
+    if key == "label":
+        return not isinstance(value, list | dict)
+    return isinstance(value, list if key == "messages" else str)
 
 
-def check_labels(train: Table, column: str, first_rows: Mapping[Label, Place]) -> None:
-    """Raise DataError where classes are texts and numbers, or there is only one."""
-    kinds = {type(label): (label, place) for label, place in first_rows.items()}
-    if len(kinds) > 1:
-        seen = [f"{label!r} ({unit} {number})" for label, (_, unit, number) in kinds.values()]
+def _refuse_other_rows(train: Table, column_of: Mapping[str, str]) -> None:
+    """Raise DataError for rows of preferences and for rows with pictures, sound or films."""
+    columns, used = set(train.columns), set(column_of.values())
+    if {"chosen", "rejected"} <= columns and not {"chosen", "rejected"} & used:
         raise DataError(
-            f"{train.name}: '{column}' holds both texts and whole numbers: {' and '.join(seen)}"
+            f"{train.name}: columns 'chosen' and 'rejected' are preference rows (DPO), which are "
+            "not supported",
+            "to learn the chosen answers alone: --set data.columns.output=chosen, or where they "
+            "are conversations --set data.columns.messages=chosen",
         )
-    if len(first_rows) == 1:
-        (only,) = first_rows
-        raise DataError(
-            f"{train.name}: '{column}' is {only!r} in every row; two classes are needed"
-        )
+    for name in ("label", "kto_tag"):
+        answered = "messages" in column_of or "output" in column_of
+        if answered and name in columns and _holds(train, name, bool):
+            raise DataError(
+                f"{train.name}: column {name!r} says which answers are liked: these are preference "
+                "rows (KTO), which are not supported",
+                f"keep the rows whose {name} is true and leave the column out",
+            )
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
+        if name in columns - used and _holds(train, name, list | dict | str | bytes):
+            raise DataError(
+                f"{train.name}: column {name!r} holds what no language model here reads",
+                "leave out these rows, or the column where the texts stand alone",
+            )
+
+
+def _holds(train: Table, column: str, kind: Any) -> bool:
+    """Return whether any row holds a value of a kind in a column, empty ones not counted."""
+    values = (fields.get(column) for _, fields in train.readable())
+    return any(isinstance(value, kind) and value not in ("", [], {}) for value in values)

@@ -1,10 +1,12 @@
 """A custom dataset: from a path to the examples that are trained on, watched and scored."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from moc_cli.data.custom.build import BuildExample, Label, NothingToLearn, example_builder
-from moc_cli.data.custom.columns import check_labels, find_columns, find_labels
+from moc_cli.data.custom.build import BuildExample, NothingToLearn, example_builder
+from moc_cli.data.custom.columns import Columns, find_columns
+from moc_cli.data.custom.labels import Classes, Label, check_labels, find_labels, has_answers
 from moc_cli.data.custom.parts import read_other, read_parts
 from moc_cli.data.custom.table import Table
 from moc_cli.data.examples import ROW_SEED, Example, hold_out
@@ -17,55 +19,82 @@ from moc_cli.recipe.sections import DataSection, Format
 class CustomRows:
     """The examples of a custom dataset, with its format and classes.
 
-    `scored` says which rows `test` are: `test`, `validation` or `held_out`. `dropped` counts, by
-    split, the rows that had nothing to learn, by reason.
+    `scored` says which rows `test` are: `test`, `validation`, `held_out`, or `none`. `dropped`
+    counts, by split, the rows that had nothing to learn, by reason. `notes` say what was decided
+    on reading.
     """
 
-    format: Format
+    columns: Columns
     labels: list[Label] | None
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     scored: str
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> Format:
+        """The format of the rows."""
+        return self.columns.format
+
+    @property
+    def taken(self) -> dict[str, Any]:
+        """What the rows were taken for, as plain values."""
+        return asdict(self.columns) | {"labels": self.labels, "notes": self.notes}
 
 
-def read_custom(data: DataSection) -> CustomRows:
+def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
     """Read the rows that `data` names; hold some out of train where there is no validation file.
 
-    The test file is scored, else the validation file, else the rows held out. Raises DataError
-    naming every bad row of every split, and where nothing is left to train on or to score.
+    The test file is scored, else the validation file, else the rows held out; a part none of whose
+    rows has an answer is left out. Rows are held out where they are scored or `watched`. Raises
+    DataError naming every bad row of every split, and where nothing is left to train on.
     """
     tables = read_parts(data)
-    format_name, columns = find_columns(data, tables["train"])
+    columns = find_columns(data, tables["train"])
     labels, first_rows = None, {}
-    if format_name == "classification":
-        first_rows = {} if data.labels else find_labels(tables["train"], columns["label"])
+    if columns.format == "classification":
+        label = columns.column_of["label"]
+        first_rows = {} if data.labels else find_labels(tables["train"], label)
         labels = data.labels or list(first_rows)
-    build = example_builder(format_name, columns, data.tasks[0], labels)
+    notes = [note for table in tables.values() for note in table.notes]
+    notes += _leave_out_hidden(tables, columns, Classes(labels or []))
+    build = example_builder(columns.format, columns.column_of, data.tasks[0], labels)
     bad_rows = BadRows()
     splits, dropped = {}, {}
     for split, table in tables.items():
         splits[split], dropped[split] = _build_examples(table, build, bad_rows)
     bad_rows.raise_if_any()
     if first_rows:
-        check_labels(tables["train"], columns["label"], first_rows)
+        check_labels(tables["train"], columns.column_of["label"], first_rows)
 
     train, validation = splits["train"], splits.get("validation", [])
-    if "validation" not in splits and data.held_out:
-        count = len(train)
+    if "validation" not in splits and data.held_out and (watched or "test" not in splits):
+        rows = len(train)
         train, validation = hold_out(train, data.held_out, seed=ROW_SEED)
-        if copies := count - len(train) - len(validation):
+        if copies := rows - len(train) - len(validation):
             dropped["train"]["a held-out row's copy"] = copies
     test = splits.get("test", validation)
-    if not test:
-        raise DataError(
-            f"{tables['train'].name} has rows to train on, but none to score",
-            "give a validation or test file beside train, or data.held_out above 0",
-        )
     scored = next((split for split in ("test", "validation") if split in splits), "held_out")
+    if not test:
+        scored = "none"
+        notes.append("no rows are scored: there is no test or validation part, held_out is 0")
     dropped = {split: reasons for split, reasons in dropped.items() if reasons}
-    return CustomRows(format_name, labels, train, validation, test, scored, dropped)
+    return CustomRows(columns, labels, train, validation, test, scored, dropped, notes)
+
+
+def _leave_out_hidden(tables: dict[str, Table], columns: Columns, classes: Classes) -> list[str]:
+    """Remove the parts none of whose rows has its label or output, and say so."""
+    answer = columns.column_of.get("label", columns.column_of.get("output"))
+    notes = []
+    for part in ("validation", "test"):
+        if answer and part in tables and not has_answers(tables[part], answer, classes):
+            table = tables.pop(part)
+            notes.append(
+                f"{table.name} is left out: none of its {len(table.rows)} rows has {answer!r}"
+            )
+    return notes
 
 
 def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
@@ -75,12 +104,15 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     are taken, else the validation rows.
     """
     if path is None or path == data.path:
-        return read_custom(data).test
+        scored = read_custom(data).test
+        if not scored:
+            raise DataError("the run has no rows to score", "name a file of rows: --path FILE")
+        return scored
     tables = read_other(path, data)
     table = tables.get("test") or tables.get("validation") or tables["train"]
-    format_name, columns = find_columns(data, table)
+    columns = find_columns(data, table)
     bad_rows = BadRows()
-    build = example_builder(format_name, columns, data.tasks[0], data.labels)
+    build = example_builder(columns.format, columns.column_of, data.tasks[0], data.labels)
     examples, _ = _build_examples(table, build, bad_rows)
     bad_rows.raise_if_any()
     return examples
