@@ -7,11 +7,13 @@ checkpoints/step-000100/             what a resume needs
 metrics.jsonl                        one line per logged step or evaluation
 results.json                         scores before and after, time, memory, routing
 environment.json                     versions, device, data and base model, with hashes
+trained_rows.txt                     a hash of each row that was trained on
 """
 
 import contextlib
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ from moc_cli.files import (
 from moc_cli.run_files import (
     Environment,
     MetricsLine,
+    read_bytes,
     read_evaluation,
     read_lines,
     read_object,
@@ -42,10 +45,12 @@ from moc_cli.run_files import (
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
 
+TRAINED_ROWS = "trained_rows.txt"
 VOCABULARY = "vocabulary_sha256"
 # In the order in which an overwrite deletes them: what marks a run folder goes last.
 ENTRIES = (
     *("results.json", "controls", "checkpoints", "metrics.jsonl", "environment.json"),
+    TRAINED_ROWS,
     *("eval", "routing", "trackers", "recipe.yaml", LOCK),
 )
 
@@ -235,6 +240,15 @@ class RunFolder:
     def read_environment(self) -> dict[str, Any]:
         """Return environment.json; raises RunError where it is missing or damaged."""
         return read_object(self.path / "environment.json", Environment)
+
+    def write_trained_rows(self, hashes: Iterable[str]) -> None:
+        """Write trained_rows.txt, a line for each different row."""
+        write_text_atomic(self.path / TRAINED_ROWS, "\n".join(sorted(set(hashes))) + "\n")
+
+    def read_trained_rows(self) -> set[str]:
+        """Return the hashes in trained_rows.txt; an older run has none."""
+        path = self.path / TRAINED_ROWS
+        return set(read_bytes(path).decode("ascii", "replace").split()) if path.is_file() else set()
 
     def base_tensors(self) -> dict[str, str]:
         """Return the base's tensors as training found them; {} where the run does not say it."""

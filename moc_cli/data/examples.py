@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -99,7 +99,12 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def subset(examples: list[T], count: int | None, *, seed: int) -> list[T]:
+def row_hashes(examples: Iterable[Example]) -> list[str]:
+    """Name each example by the first 16 digits of its fingerprint."""
+    return [fingerprint([example])[:16] for example in examples]
+
+
+def subset(examples: Sequence[T], count: int | None, *, seed: int) -> list[T]:
     """`count` of the examples, drawn by `seed`, in their order; all where count is None or more."""
     if count is None or count >= len(examples):
         return list(examples)

@@ -56,20 +56,27 @@ class Splits:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of one task to score: `rows` are their numbers in the split, from 0; `total` is its
-    size.
-    """
+    """Rows of one task to score: `rows` are their numbers in the `split`, from 0."""
 
     name: str
-    examples: list[Example]
+    split: Sequence[Example]
     rows: list[int]
-    total: int
 
     @classmethod
     def draw(cls, name: str, examples: Sequence[Example], limit: int | None) -> "TaskRows":
         """Take all the rows of a split, or `limit` of them, the same ones in every run."""
         rows = subset(list(range(len(examples))), limit, seed=ROW_SEED)
-        return cls(name, [examples[row] for row in rows], rows, len(examples))
+        return cls(name, examples, rows)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The rows themselves."""
+        return [self.split[row] for row in self.rows]
+
+    @property
+    def total(self) -> int:
+        """The size of the split."""
+        return len(self.split)
 
     @property
     def limited(self) -> bool:

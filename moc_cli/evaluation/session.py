@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from moc_cli.data.examples import Example
 from moc_cli.data.splits import TaskRows
 from moc_cli.evaluation.base_scores import (
     BaseScore,
@@ -19,6 +21,7 @@ from moc_cli.evaluation.base_scores import (
 from moc_cli.evaluation.job import EvalJob, check_language_model, model_folder, model_job, run_job
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, check_output, prompt_hash
+from moc_cli.evaluation.same_rows import count_trained, find_changed
 from moc_cli.kinds import Kind
 from moc_cli.load_run import BaseOptions, LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.recipe.schema import Recipe
@@ -49,8 +52,24 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
     folder = options.output_dir or options.run / "eval" / job.label
     check_output(folder, within=None if options.output_dir else options.run)
     rows = job.read_rows()
+    trained = count_trained(run, rows)
+    for task in rows:
+        if task.name in trained:
+            say(
+                f"{task.name}: the run was trained on {trained[task.name]:,} of the "
+                f"{len(task.rows):,} rows to score; their score says nothing about new rows"
+            )
     model = load_model(options, recipe)
     assert isinstance(model, LoadedRun)
+    if job.path is None:
+
+        def fitting_rows(examples: list[Example]) -> list[Example]:
+            network = model.adapted.model
+            kept, _ = fitting(job.kind, examples, model.tokenizer, network, job.scoring)
+            return [examples[number] for number in kept]
+
+        for sentence in find_changed(run, rows, recipe.eval.max_samples, fitting_rows):
+            say(sentence)
     facts = model_facts(model)
     shared = {key: facts[key] for key in ("base_weights_sha256", "dtype")}
     file = model_folder(facts["model"], job) / "results.json"
@@ -58,7 +77,9 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
         *before_training(run, job.scoring.protocol),
         *earlier_evaluation(file, shared | job.conditions | {"run": None}),
     ]
-    return score_rows(job, model, rows, folder, base_scores=base_scores, silent=silent)
+    return score_rows(
+        job, model, rows, folder, base_scores=base_scores, trained=trained, silent=silent
+    )
 
 
 def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
@@ -106,11 +127,13 @@ def score_rows(
     folder: Path,
     *,
     base_scores: Sequence[BaseScore] = (),
+    trained: Mapping[str, int] = MappingProxyType({}),
     silent: bool = False,
 ) -> ResultsFolder:
     """Score the tasks, and write results.json and samples.jsonl after each.
 
-    `base_scores` of the same rows are added to them, unless the job scores the base itself.
+    `base_scores` of the same rows are added to them, unless the job scores the base itself, and the
+    number of `trained` rows of each task.
     """
     tasks = [_fitting(job, model, task) for task in tasks]
     results = ResultsFolder(folder, model_facts(model) | job.conditions)
@@ -126,6 +149,8 @@ def score_rows(
             elif score := find_score(base_scores, task, evaluation):
                 values, source = dict(score.values), score.source
             entry = make_entry(task, evaluation, values, source)
+            if task.name in trained:
+                entry["trained_rows"] = trained[task.name]
             results.add(task.name, entry, samples(job.kind, task, evaluation, base))
     except KeyboardInterrupt:
         say(f"stopped; {len(results.tasks)} scored tasks are in {results.results_file}")
@@ -172,8 +197,7 @@ def _fitting(job: EvalJob, model: LoadedModel, task: TaskRows) -> TaskRows:
         say(f"{task.name}: {note}")
     if not notes:
         return task
-    examples = [task.examples[number] for number in kept]
-    return replace(task, examples=examples, rows=[task.rows[number] for number in kept])
+    return replace(task, rows=[task.rows[number] for number in kept])
 
 
 def _score(

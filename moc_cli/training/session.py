@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from moc_cli.data.examples import row_hashes
 from moc_cli.errors import FileError, MocError
 from moc_cli.methods import Counts
 from moc_cli.models.fingerprint import hash_vocabulary
@@ -195,6 +196,7 @@ class Session:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"started": started, "from_step": step, "changed": job.changes}
         folder.write_environment(environment | {"history": [*history, start]})
+        folder.write_trained_rows(row_hashes(job.splits.train))
         return before
 
     def train_and_score(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moc_cli.data.custom.build import BuildExample, NothingToLearn, example_builder
@@ -103,7 +104,7 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     `data` is the section of a run, which has its format and labels. Of another folder the test rows
     are taken, else the validation rows.
     """
-    if path is None or path == data.path:
+    if path is None or same_place(path, data.path):
         scored = read_custom(data).test
         if not scored:
             raise DataError("the run has no rows to score", "name a file of rows: --path FILE")
@@ -116,6 +117,13 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     examples, _ = _build_examples(table, build, bad_rows)
     bad_rows.raise_if_any()
     return examples
+
+
+def same_place(path: str, other: str | None) -> bool:
+    """Return whether two paths name one file or folder, however they are written."""
+    places = [Path(name).expanduser() for name in (path, other) if name is not None]
+    both = len(places) == 2 and all(place.exists() for place in places)
+    return path == other or (both and places[0].samefile(places[1]))
 
 
 def _build_examples(
