@@ -142,7 +142,7 @@ class Inspection:
             **statistics.matrices(records.total),
             "tasks": {name: statistics.matrices(record) for name, record in records.tasks.items()},
             "per_site": statistics.per_site(records.total, level),
-            "per_control": statistics.per_control(records.total, mixture),
+            "per_control": statistics.per_control(records.total, mixture, method.scale),
             "summary": statistics.summary(records.total, mixture),
             "history": self.history,
             "task_distance": task_distances(records.tasks),

@@ -79,15 +79,19 @@ def per_site(record: Record, level: str) -> list[dict[str, Any]]:
     return rows
 
 
-def per_control(record: Record, mixture: Mixture) -> list[dict[str, Any]]:
-    """Return each control's share of its pool's choices, and its norm ‖B A‖·scale."""
+def per_control(record: Record, mixture: Mixture, scale: float) -> list[dict[str, Any]]:
+    """Return each control's share of its pool's choices, and its norm ‖B A‖·scale.
+
+    `scale` is the method's: what a family's multiplier takes from an update, the mixture gives
+    back before, so that it is in neither.
+    """
     use = record.use()["use"]
     return [
         {
             "name": name,
             "use": use[index],
             "dead": use[index] == 0,
-            "norm": mixture.scale * control_norm(mixture.control(index)),
+            "norm": scale * control_norm(mixture.control(index)),
         }
         for index, name in enumerate(record.layout.names)
     ]

@@ -86,7 +86,7 @@ def make_mixture(
         model.config.get_text_config().hidden_size,
         blocks,
         method.rank,
-        method.scale / _multiplier(model, family),
+        method.scale / _multiplier(model, family, layers[0]),
         routing,
         generator=torch.Generator().manual_seed(seed),
         device="meta" if first.device.type == "meta" else "cpu",
@@ -129,25 +129,29 @@ def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family
     )
 
 
-def _multiplier(model: PreTrainedModel, family: Family) -> float:
-    """What the model multiplies a block's output with before it adds it to the residual stream."""
+def _multiplier(model: PreTrainedModel, family: Family, layer: nn.Module) -> float:
+    """What the model multiplies a block's output with before it adds it to the residual stream.
+
+    The place names a value of the config or, where the model computes it, an attribute of a layer.
+    """
     config = model.config.get_text_config()
-    if not family.multiplier:
-        usual = getattr(config, "residual_multiplier", 1.0)
-        if usual != 1.0:
-            raise FamilyError(
-                f"placement: this model multiplies each block's output by residual_multiplier = "
-                f"{usual}, and a control beside it would be as much smaller",
-                hint="Add method.placement.multiplier: residual_multiplier.",
-            )
-        return 1.0
-    value = getattr(config, family.multiplier, None)
-    if not isinstance(value, float | int) or not value:
+    if family.multiplier:
+        value = getattr(config, family.multiplier, vars(layer).get(family.multiplier))
+        if isinstance(value, float | int) and value:
+            return float(value)
         raise FamilyError(
             f"placement: multiplier '{family.multiplier}' is {value!r} in the config of "
             f"{type(model).__name__}; it must be a number other than 0"
         )
-    return float(value)
+    usual = {"residual_multiplier": getattr(config, "residual_multiplier", 1.0)} | vars(layer)
+    for name, value in usual.items():
+        if "residual" in name and type(value) in (int, float) and value != 1.0:
+            raise FamilyError(
+                f"placement: this model multiplies each block's output by {name} = {value}, and a "
+                "control beside it would be as much smaller",
+                hint=f"Add method.placement.multiplier: {name}.",
+            )
+    return 1.0
 
 
 def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:

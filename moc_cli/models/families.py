@@ -8,6 +8,7 @@ is added after the block's LayerNorm (Parallel Control's code does so for the FF
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moc_cli.errors import FamilyError
@@ -15,10 +16,13 @@ from moc_cli.errors import FamilyError
 
 @dataclass(frozen=True)
 class Place:
-    """Read the input of one module, add to the output of another; "" is the layer itself."""
+    """Read the input of one module, add to the output of another; "" is the layer itself.
 
-    read: str
-    write: str
+    Where layers differ, several paths: the first that a layer has is taken.
+    """
+
+    read: str | Sequence[str]
+    write: str | Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Hooks are bound methods of plain objects, so that a deep copy or a pickle of the
 controls.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
@@ -36,7 +37,9 @@ class BlockHook:
 
     def register(self, layer: nn.Module, place: Place) -> list[RemovableHandle]:
         """Register both hooks at a place of a layer."""
-        read, write = layer.get_submodule(place.read), layer.get_submodule(place.write)
+        read, write = (find_module(layer, paths) for paths in (place.read, place.write))
+        assert read is not None  # `find_layers` has found both
+        assert write is not None
         return [
             read.register_forward_pre_hook(self._read, with_kwargs=True),
             write.register_forward_hook(self._write),
@@ -154,20 +157,32 @@ def find_list(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     """The model's layers; raises FamilyError naming every place in them that does not exist."""
     layers = find_list(model, family)
-    missing = []
+    missing: dict[str, int] = {}
     for number, layer in enumerate(layers):
-        known = {name for name, _ in layer.named_modules()}
         for block in ("attn", "ffn"):
             place = family.place(block)
-            for end, path in (("read", place.read), ("write", place.write)):
-                if path not in known:
-                    missing.append(f"{block}.{end} '{path}' (layer {number})")
+            for end, paths in (("read", place.read), ("write", place.write)):
+                if find_module(layer, paths) is None:
+                    named = " or ".join(f"'{path}'" for path in _listed(paths))
+                    missing[f"{block}.{end} {named} (layer {number})"] = number
     if missing:
+        first = next(iter(missing.values()))
         raise FamilyError(
-            f"placement: {type(model.base_model).__name__} has no {'; no '.join(missing[:4])}",
-            hint=f"A layer of it holds: {_parts(layers[0])}",
+            f"placement: {type(model.base_model).__name__} has no {'; no '.join([*missing][:4])}",
+            hint=f"Layer {first} holds: {_parts(layers[first])}. Where layers differ, a placement "
+            "names alternatives, as write: [self_attn, conv].",
         )
     return layers
+
+
+def find_module(layer: nn.Module, paths: str | Sequence[str]) -> nn.Module | None:
+    """The module at the first of the paths that a layer has; None where it has none of them."""
+    known = dict(layer.named_modules())
+    return next((known[path] for path in _listed(paths) if path in known), None)
+
+
+def _listed(paths: str | Sequence[str]) -> Sequence[str]:
+    return [paths] if isinstance(paths, str) else paths
 
 
 def find_runner(model: PreTrainedModel, family: Family) -> nn.Module:

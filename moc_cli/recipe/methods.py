@@ -21,14 +21,20 @@ from moc_cli.recipe.types import (
     section,
 )
 
+Paths = str | Annotated[list[str], Field(min_length=1)]
 Sites = Literal["attn", "ffn", "attn+ffn"]
 
 
 class Place(Section):
     """Where one control is attached: paths of modules inside a layer; "" is the layer itself."""
 
-    read: str = Field(description="path of the module whose input is the residual stream x_t")
-    write: str = Field(description="path of the module whose output the control is added to")
+    read: Paths = Field(
+        description="path of the module whose input is the residual stream x_t; where layers "
+        "differ, a list of paths, of which each layer takes the first that it has"
+    )
+    write: Paths = Field(
+        description="path, or list of paths, of the module whose output the control is added to"
+    )
 
 
 class Placement(Section):
@@ -40,8 +46,8 @@ class Placement(Section):
     causal: bool = Field(description="true for a decoder, false for an encoder")
     multiplier: Text | None = Field(
         default=None,
-        description="name of the value in the model's config with which it multiplies a block's "
-        "output before adding it; the controls are divided by it",
+        description="name of the value in the model's config, or of its layers, with which it "
+        "multiplies a block's output before adding it; the controls are divided by it",
     )
 
 

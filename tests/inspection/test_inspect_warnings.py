@@ -46,7 +46,7 @@ def routing_of(rule: Rule, **section) -> tuple[dict, MocMethod]:
     return {
         "sites": statistics.sites(mixture),
         "per_site": statistics.per_site(record, "sample"),
-        "per_control": statistics.per_control(record, mixture),
+        "per_control": statistics.per_control(record, mixture, mixture.scale),
         "summary": statistics.summary(record, mixture),
     }, method
 
