@@ -131,7 +131,14 @@ def _inputs(trained: LoadedRun) -> list[str]:
     )
     mask = "Give the `attention_mask` with padded rows"
     if getattr(trained.recipe.method, "top_k", 0):
-        return [*lines, "", f"{mask}: a token that it does not leave out votes on the routes."]
+        return [
+            *lines,
+            "",
+            f"{mask}: a token that it does not leave out votes on the routes. Without one, pad "
+            "tokens at the ends of rows do not vote, but other padding and the answer that is "
+            "scored do. The plain `hf` model of lm_eval gives none and pads with token 0: its "
+            "scores may depend on the batch size. Take batch size 1, or `moc eval --harness`.",
+        ]
     return [*lines, "", f"{mask}."]
 
 

@@ -4,6 +4,7 @@ Hooks on one module only, as a rule the base model. The routes of a generation a
 cache, so that several may run interleaved, and follow the cache's rows when beams reorder them.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,11 @@ from moc_cli.nn.mixture import Forward
 _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
 _OWNER = "_moc_owner"  # and whose they are
 _OWNERS = count()
+_UNMASKED = (
+    "no attention_mask was given, so every token votes on the routes; only pad tokens "
+    "(pad_token_id {pad}) at the ends of the rows do not. Padding with another token votes too, "
+    "and the scores then depend on the batch. Give attention_mask, or one row at a time."
+)
 
 
 class Store(Protocol):
@@ -64,8 +70,8 @@ class GenerationTracker:
     """Keeps `mixture.current` true for each forward of a model, its generations included.
 
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
-    without a cache vote too. `runner` is the module that sees every forward, with its token ids and
-    mask; by default the base model.
+    without a cache vote too; with `votes` false no token votes for another. `runner` is the module
+    that sees every forward, with its token ids and mask; by default the base model.
     """
 
     def __init__(
@@ -76,12 +82,14 @@ class GenerationTracker:
         causal: bool,
         new_store: Callable[[], Store],
         running: bool = False,
+        votes: bool = True,
         runner: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.mixture = mixture
         self.causal = causal
         self.running = running
+        self.votes = votes
         self.voters: Tensor | None = None
         self._new_store = new_store
         self._number = next(_OWNERS)
@@ -144,6 +152,8 @@ class GenerationTracker:
         valid = self.voters
         if valid is None:
             valid = valid_tokens(given.get("attention_mask"), length, past)
+            if self.votes and past == 0 and given.get("attention_mask") is None:
+                valid = self._without_padding(given.get("input_ids"), tokens.shape[0])
         store = deciding = None
         copies, again = self._copies(tokens.shape[0])
         if self.causal and not self.mixture.training:
@@ -161,6 +171,17 @@ class GenerationTracker:
         repeat = again and past == 0 and not self.running
         shape = tokens.shape[0], length
         self.mixture.current = Forward(valid, store, deciding, shape, past, copies, repeat)
+
+    def _without_padding(self, ids: Tensor | None, rows: int) -> Tensor | None:
+        """The voting tokens (B, T) of rows without a mask: pad tokens at their ends are none.
+
+        Warns once that the rest votes, where the rows are several or padded.
+        """
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        valid = None if ids is None or pad is None else inside_padding(ids, pad)
+        if rows > 1 or valid is not None:
+            warnings.warn(_UNMASKED.format(pad=pad), stacklevel=2)
+        return valid
 
     def _store_of(self, cache: Cache | None) -> Any:
         """What the cache's generation remembers; None where it began with other controls."""
@@ -238,6 +259,17 @@ def valid_tokens(mask: Any, length: int, past: int) -> Tensor | None:
     rows = torch.arange(length, device=mask.device)
     valid = allowed[:, 0, rows, first + rows]
     return valid
+
+
+def inside_padding(ids: Tensor, pad: int) -> Tensor | None:
+    """Which tokens (B, T) are not pad tokens at an end of their row; None where all are inside.
+
+    A row of pad tokens alone is taken as a text.
+    """
+    real = ids != pad
+    inside = (real.cumsum(dim=1) > 0) & (real.flip(1).cumsum(dim=1).flip(1) > 0)
+    inside |= ~real.any(dim=1, keepdim=True)
+    return None if bool(inside.all()) else inside
 
 
 def follow(cache: Cache, store: Store, owner: int) -> None:

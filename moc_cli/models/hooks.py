@@ -103,6 +103,7 @@ class HookedModel:
             causal=family.causal,
             new_store=mixture.new_store,
             running=mixture.routing.decode == "running",
+            votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
             runner=find_runner(model, family),
         )
 

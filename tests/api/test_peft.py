@@ -366,28 +366,36 @@ def test_the_other_way_round_the_surface_refuses_a_model_in_peft(tmp_path: Path)
 def test_lm_eval_reads_the_folder_in_a_process_that_imported_us(
     tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """lm_eval's own class gives a text's tokens without a mask, so that at batch 1 all vote."""
+    """lm_eval's own class gives a text's tokens without a mask, and pads a batch with token 0."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     model = wrapped()
     model.save_pretrained(tmp_path / "adapter")
     make().save_pretrained(tmp_path / "base")
-    language_model = HFLM(
-        pretrained=str(tmp_path / "base"),
-        peft=str(tmp_path / "adapter"),
-        tokenizer=byte_tokenizer,
-        device="cpu",
-        dtype="float32",
-        batch_size=1,
-    )
-    assert isinstance(language_model.model, PeftModel)
-    context, answer = "the cat sat on", " the mat"
-    request = Instance("loglikelihood", {}, (context, answer), 0)
-    ((found, _),) = language_model.loglikelihood([request], disable_tqdm=True)
-    ids = language_model.tok_encode(context + answer)
-    start = len(language_model.tok_encode(context))
-    with torch.no_grad():
-        steps = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
-    expected = sum(steps[place - 1, ids[place]].item() for place in range(start, len(ids)))
-    assert found == pytest.approx(expected, abs=1e-4)
+    texts = [("the cat sat on", " the mat"), ("so", " it"), ("a dog and a cat", " ran")]
+    requests = [Instance("loglikelihood", {}, text, 0) for text in texts]
+
+    def score(batch_size: int) -> list[float]:
+        language_model = HFLM(
+            pretrained=str(tmp_path / "base"),
+            peft=str(tmp_path / "adapter"),
+            tokenizer=byte_tokenizer,
+            device="cpu",
+            dtype="float32",
+            batch_size=batch_size,
+        )
+        assert isinstance(language_model.model, PeftModel)
+        return [value for value, _ in language_model.loglikelihood(requests, disable_tqdm=True)]
+
+    def expect(context: str, answer: str) -> float:
+        context_ids, ids = byte_tokenizer([context, context + answer])["input_ids"]
+        with torch.no_grad():
+            steps = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        places = range(len(context_ids), len(ids))
+        return sum(steps[place - 1, ids[place]].item() for place in places)
+
+    alone = score(1)
+    assert alone == pytest.approx([expect(*text) for text in texts], abs=1e-4)
+    with pytest.warns(UserWarning, match="no attention_mask was given"):
+        assert score(3) == pytest.approx(alone, abs=1e-4)
