@@ -1,15 +1,18 @@
 """Which run a checkpoint belongs to, and what may change when it is resumed."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moc_cli.errors import RunError
 from moc_cli.models.fingerprint import find_differences, hash_tensors, list_differences
 from moc_cli.models.load import known_hash
 from moc_cli.recipe.paths import PATH_KEYS, absolute_path
+from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import FORMER, ModelSection
 from moc_cli.runs import RunFolder
 from moc_cli.training.build import Built
+from moc_cli.training.checkpoint import Snapshot
 
 History = list[dict[str, Any]]  # of environment.json
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
@@ -32,6 +35,7 @@ CHANGEABLE = {
     "eval.early_stopping_patience": "from this step on",
     "eval.before": "",
 }
+BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 FACTS = {
     "vocabulary": "the tokenizer's vocabulary",
     "data": "the rows",
@@ -72,6 +76,8 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             old, new = absolute_path(old), absolute_path(new)
         if old == new or key in FORMER and new is None and old == FORMER[key]:
             continue
+        if key in BATCH_KEYS and _rows_a_step(before) == _rows_a_step(after):
+            continue  # see `keep_place`
         rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
         if not rule:
             refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")
@@ -83,6 +89,33 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             "resume with the old values, or start another run: --output-dir OTHER",
         )
     return changes
+
+
+def keep_place(snapshot: Snapshot, recipe: Recipe) -> tuple[Snapshot, list[str]]:
+    """Return the checkpoint with its place in the epoch counted in the recipe's micro-batches.
+
+    The sentence says that they are others than before. Raises RunError inside an epoch where rows
+    are grouped by length: other micro-batches then hold other rows.
+    """
+    size, steps = BATCH_KEYS
+    saved, wanted = (_flat(values) for values in (snapshot.identity["recipe"], recipe.model_dump()))
+    old, new = saved[size], wanted[size]
+    if old == new:
+        return snapshot, []
+    rows = _rows_a_step(wanted)
+    split = f"micro-batches of {new} rows, {old} before; {rows} rows a step as before"
+    counters = snapshot.counters
+    if counters.batch and recipe.train.group_by_length:
+        raise RunError(
+            f"step {counters.step} lies inside an epoch, and with train.group_by_length the order "
+            f"of its rows depends on the size of micro-batches ({old} then, {new} now)",
+            f"resume with --set {size}={old} --set {steps}={saved[steps]}, or from a checkpoint at "
+            "the end of an epoch",
+        )
+    if getattr(recipe.method, "top_k", 0):
+        split += "; each micro-batch votes on its own routes"
+    moved = replace(counters, batch=counters.batch * old // new)
+    return replace(snapshot, counters=moved), [split]
 
 
 def check_weights(
@@ -146,6 +179,12 @@ def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, S
     except RunError as error:
         warn(f"{error.message}; it is written anew")
     return history, scores
+
+
+def _rows_a_step(recipe: Mapping[str, Any]) -> int:
+    """Rows of one optimizer step, of a recipe with dotted keys."""
+    size, steps = (int(recipe[key]) for key in BATCH_KEYS)
+    return size * steps
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

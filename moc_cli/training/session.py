@@ -40,6 +40,7 @@ from moc_cli.training.resume import (
     check_facts,
     check_recipe,
     check_weights,
+    keep_place,
     known_of,
     make_identity,
 )
@@ -98,7 +99,11 @@ class Session:
         recipe, splits = build.read_rows(self.recipe)
         snapshot = self.find_checkpoint(checkpoints, resume, folder) if resume else None
         saved = snapshot.identity if snapshot else {}
-        changes = check_recipe(saved["recipe"], recipe.model_dump(mode="json")) if snapshot else []
+        changes = []
+        if snapshot is not None:
+            changes = check_recipe(saved["recipe"], recipe.model_dump(mode="json"))
+            snapshot, split = keep_place(snapshot, recipe)
+            changes += split
         accelerator = build.make_accelerator(
             recipe.launch, recipe.output.report_to, folder.trackers
         )
