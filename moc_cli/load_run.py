@@ -102,7 +102,7 @@ def open_run(
             f"{folder.controls} holds another method than {folder.recipe_file} describes"
         )
     try:
-        tokenizer = build.make_tokenizer(recipe.model)
+        tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:
         raise RunError(error.message, HINT) from error
     built = build.build(recipe, chosen, tokenizer)

@@ -77,11 +77,17 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation: (role, content) of each turn. `place`, not compared: where its row is."""
+    """A conversation: (role, content) of each turn. `place`, not compared: where its row is.
+
+    `record` is the JSON of its messages and tools where they hold more than role and content.
+    `unlearned` are the numbers of the answers that are not learned.
+    """
 
     task: str
     messages: tuple[tuple[str, str], ...]
     place: Place = field(default=("", "row", 0), compare=False)
+    record: str = field(default="", metadata={"optional": True})
+    unlearned: tuple[int, ...] = field(default=(), metadata={"optional": True})
 
 
 Example = ChoiceExample | PairExample | InstructionExample | TextExample | ChatExample
@@ -90,10 +96,18 @@ E = TypeVar("E", bound=Example)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Sha256 of the examples in their order: every field but the place of the row."""
+    """Sha256 of the examples in their order: every field but the place of the row.
+
+    Optional fields count only where they say something.
+    """
     digest = hashlib.sha256()
     for example in examples:
-        values = [getattr(example, field.name) for field in fields(example) if field.compare]
+        values = [
+            getattr(example, field.name)
+            for field in fields(example)
+            if field.compare
+            and (not field.metadata.get("optional") or getattr(example, field.name))
+        ]
         digest.update(json.dumps(values, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moc_cli.data.custom.build import template_hash as custom_template_hash
+from moc_cli.data.custom.chat import read_template
 from moc_cli.data.custom.rows import read_custom
 from moc_cli.data.custom.rows import read_scored as read_custom_scored
 from moc_cli.data.examples import ROW_SEED, Example, fingerprint, hold_out, subset
@@ -142,7 +143,10 @@ def read_splits(
         custom.dropped,
         custom.taken,
     )
-    return data.model_copy(update={"format": custom.format, "labels": custom.labels}), splits
+    known: dict[str, Any] = {"format": custom.format, "labels": custom.labels}
+    if data.chat_template is not None:
+        known["chat_template"] = read_template(data.chat_template)
+    return data.model_copy(update=known), splits
 
 
 def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:

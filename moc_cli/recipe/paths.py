@@ -14,6 +14,7 @@ PATH_KEYS = (
     "data.train",
     "data.validation",
     "data.test",
+    "data.chat_template",
 )
 
 

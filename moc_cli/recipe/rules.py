@@ -66,6 +66,8 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
         splits = {key: name for key, name in data.splits if name is not None}
         custom: dict[str, Any] = {"format": data.format, "columns": columns, "labels": data.labels}
         custom |= {"splits": splits, "config_name": data.config_name, "quoting": data.quoting}
+        custom |= {"chat_template": data.chat_template, "merge_system": data.merge_system}
+        custom["chat_turns"] = data.chat_turns != "all"
         custom |= {"train": data.train, "validation": data.validation, "test": data.test}
         for key in (key for key, value in custom.items() if value):
             message = f"only suite 'custom' reads this key, data.suite is '{data.suite}'"
@@ -78,6 +80,12 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     for key in (key for key in columns if key not in read):
         message = f"format '{data.format}' has no such column; its columns are {', '.join(read)}"
         yield BrokenRule(f"data.columns.{key}", message, (suite, "data.format"))
+    chat = {"chat_template": data.chat_template, "merge_system": data.merge_system}
+    chat["chat_turns"] = data.chat_turns != "all"
+    for key in (key for key, value in chat.items() if value):
+        if data.format not in (None, "chat"):
+            message = f"only format 'chat' reads this key, data.format is '{data.format}'"
+            yield BrokenRule(f"data.{key}", message, (suite, "data.format"))
     labels = data.labels or []
     if labels and data.format not in (None, "classification"):
         message = f"labels are for format 'classification', data.format is '{data.format}'"

@@ -32,6 +32,7 @@ from moc_cli.recipe.types import (
 Suite = Literal["commonsense", "glue", "builtin", "custom"]
 Format = Literal["instruction", "chat", "text", "classification", "regression"]
 ClassLabel = Text | Annotated[int, BeforeValidator(refuse_bool)]
+ChatTurns = Literal["all", "split", "last"]
 Quoting = Literal["csv", "none"]
 Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
@@ -144,6 +145,21 @@ class DataSection(Section):
         default=None,
         description="custom: the classes, in the order of the outputs; null: those of the "
         "training rows, sorted",
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        description="custom: template of conversations: a file, chatml, or the name of one of the "
+        "tokenizer's; null: the tokenizer's own",
+    )
+    chat_turns: ChatTurns = Field(
+        default="all",
+        description="custom: learned answers of a conversation; all: every one, or the last where "
+        "the template rewrites earlier ones; split: every one, in a row of its own; last: the last",
+    )
+    merge_system: bool = Field(
+        default=False,
+        description="custom: write system messages into the first user message, for a template "
+        "that has none",
     )
     max_length: RowLength = Field(
         default=256, description="maximum tokens per row; longer rows are cut, and counted"

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
-from jinja2 import TemplateError
-
 from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.custom.chat import apply_template
 from moc_cli.data.prompts import eval_prompt
 from moc_cli.data.source import BadRow, BadRows, parse_object, take
 from moc_cli.errors import DataError, MocError
@@ -74,15 +73,10 @@ def encode(
     """Return the tokens that the model continues; the last message is the user's."""
     if frame == "chat":
         try:
-            text = tokenizer.apply_chat_template(
-                [{"role": m["role"], "content": m["content"]} for m in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except TemplateError as error:
+            text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=True)
+        except BadRow as error:
             raise MocError(
-                f"the tokenizer's chat template refuses this conversation: {error}",
-                "use --template raw, or leave out --system",
+                f"this conversation: {error}", "use --template raw, or leave out --system"
             ) from error
         # The template writes its special tokens itself.
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.adapter.check import check_modules
 from moc_cli.data.batches import Batches
+from moc_cli.data.custom.chat import chat_notes, set_template
 from moc_cli.data.encode import Encoded
+from moc_cli.data.examples import ChatExample
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError, MocError
 from moc_cli.kinds import Kind, make_kind
@@ -93,14 +95,19 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> Track | None:
     return lambda values, step: accelerator.log(values, step=step)
 
 
-def make_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the recipe names, or the model's own."""
+def make_tokenizer(
+    model: ModelSection, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the recipe names, or the model's own, with the chat template of its
+    rows."""
     own = model.tokenizer_name is None
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         model.tokenizer_name or model.model_name_or_path,
         revision=model.revision if own else None,
         trust_remote_code=model.trust_remote_code,
     )
+    set_template(tokenizer, chat_template)
+    return tokenizer
 
 
 def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
@@ -151,6 +158,9 @@ def encode_rows(
         own, labels = config.id2label or {}, model.config.id2label or {}
         notes.append(checks.head_note(recipe, heads, own, labels))
     kind.check(splits.all_examples, tokenizer)
+    if data.format == "chat":
+        chats = [row for row in splits.all_examples if isinstance(row, ChatExample)]
+        notes += chat_notes(chats, tokenizer)
     encoded = kind.encode(
         splits.train,
         tokenizer,

@@ -117,7 +117,7 @@ def _read(
             raise
         raise _OutOfReach(error.message) from error
     try:
-        tokenizer = build.make_tokenizer(recipe.model)
+        tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:
         if not published:
             raise

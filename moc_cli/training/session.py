@@ -108,7 +108,7 @@ class Session:
             recipe.launch, recipe.output.report_to, folder.trackers
         )
         self.say(lines.device_line(describe_device(accelerator.device)))
-        tokenizer = build.make_tokenizer(recipe.model)
+        tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
         shapes = build.build_shapes(recipe).model
         rows = build.encode_rows(recipe, splits, tokenizer, shapes)
         splits = rows.splits

@@ -512,8 +512,9 @@ malformed(
 malformed(
     "an unknown role",
     "a.jsonl",
-    lines(GOOD_CHAT, chat(said("human", "Hi"), said("assistant", "b"))),
-    """F, line 2: messages[0].role is "human"; allowed: system, user, assistant""",
+    lines(GOOD_CHAT, chat(said("narrator", "Hi"), said("assistant", "b"))),
+    """F, line 2: messages[0].role is "narrator"; allowed: system, developer, user, assistant, """
+    "tool",
 )
 malformed(
     "no assistant turn",
@@ -534,10 +535,10 @@ malformed(
     "F, line 2: messages[0] has no 'content'; did you mean 'contents'?",
 )
 malformed(
-    "content that is null",
+    "content that is a number",
     "a.jsonl",
-    lines(GOOD_CHAT, chat(said("user", None), said("assistant", "b"))),
-    "F, line 2: messages[0].content is null, not a text",
+    lines(GOOD_CHAT, chat(said("user", 7), said("assistant", "b"))),
+    "F, line 2: messages[0].content is 7, not a text",
 )
 malformed(
     "a broken Parquet file",

@@ -96,7 +96,7 @@ def test_refused_chats_are_named_all_at_once():
 
 
 def test_templates_that_do_not_tell_their_answers_are_refused():
-    with pytest.raises(DataError, match="line 1: the chat template writes message 1 differently"):
+    with pytest.raises(DataError, match="line 1: the chat template writes message 3 differently"):
         chat_tokens([conversation(*TURNS)], tokenizer(FORGETFUL))
     with pytest.raises(DataError, match="line 1: the chat template marks no token as"):
         chat_tokens(

@@ -1,12 +1,12 @@
 """Build examples from rows of a custom dataset; name bad rows and those with nothing to learn."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+from moc_cli.data.custom.columns import Columns
 from moc_cli.data.custom.labels import Classes, Label, number_label
+from moc_cli.data.custom.messages import NothingToLearn, read_chat
 from moc_cli.data.examples import (
-    ChatExample,
     Example,
     InstructionExample,
     PairExample,
@@ -14,21 +14,28 @@ from moc_cli.data.examples import (
     TextExample,
 )
 from moc_cli.data.prompts import HEADER
-from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, did_you_mean, shown
-from moc_cli.recipe.sections import Format
+from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, shown
+from moc_cli.recipe.sections import DataSection, Format
 
-ROLES = ("system", "user", "assistant")
 BuildExample = Callable[[Fields, Place], Example]
 
 
-class NothingToLearn(Exception):
-    """A row is left out and counted; the message says why."""
+def instruction_prompt(
+    instruction: str,
+    context: str = "",
+    system: str = "",
+    history: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Return the text before the output, the same in training and in scoring.
 
-
-def instruction_prompt(instruction: str, context: str = "") -> str:
-    """Return the text before the output, the same in training and in scoring."""
+    `system` takes the place of the first lines; `history` are earlier questions and answers.
+    """
+    earlier = "".join(
+        f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in history
+    )
     middle = f"### Input:\n{context}\n\n" if context.strip() else ""
-    return f"{HEADER}\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    start = f"{system or HEADER}\n\n{earlier}"
+    return f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
 def template_hash() -> str:
@@ -36,24 +43,25 @@ def template_hash() -> str:
     return hashlib.sha256(instruction_prompt("{instruction}", "{input}").encode()).hexdigest()
 
 
-def example_builder(
-    format_name: Format, columns: Mapping[str, str], task: str, labels: list[Label] | None
-) -> BuildExample:
+def example_builder(data: DataSection, found: Columns, labels: list[Label] | None) -> BuildExample:
     """Return a function from a row and its place to an example.
 
-    `columns` names the column of each key that the format reads. The function raises BadRow or
-    NothingToLearn.
+    `found` names the format and the column of each key that it reads. The function raises BadRow
+    or NothingToLearn.
     """
+    task, columns = data.tasks[0], found.column_of
     classes = Classes(labels or [])
 
     def instruction(fields: Fields, place: Place) -> Example:
         request = _filled(fields, columns["instruction"], "an empty instruction")
         context = _text(fields, columns["input"]) if "input" in columns else ""
         output = _filled(fields, columns["output"], "an empty output")
-        return InstructionExample(task, instruction_prompt(request, context), output, place)
+        system = _text(fields, columns["system"]) if columns.get("system") in fields else ""
+        prompt = instruction_prompt(request, context, system, _history(fields, columns))
+        return InstructionExample(task, prompt, output, place)
 
     def chat(fields: Fields, place: Place) -> Example:
-        return ChatExample(task, _messages(fields, columns["messages"]), place)
+        return read_chat(fields, columns, task, place, merge_system=data.merge_system)
 
     def text(fields: Fields, place: Place) -> Example:
         return TextExample(task, _filled(fields, columns["text"], "an empty text"))
@@ -61,39 +69,21 @@ def example_builder(
     def pair(fields: Fields, place: Place) -> Example:
         first = _filled(fields, columns["text"], "an empty text")
         second = _text(fields, columns["text_pair"]) if "text_pair" in columns else None
-        if format_name == "regression":
+        if found.format == "regression":
             return PairExample(task, first, second, number_label(fields, columns["label"]))
         return PairExample(task, first, second, classes.number(fields, columns["label"]))
 
     builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
-    return builders.get(format_name, pair)
+    return builders.get(found.format, pair)
 
 
-def _messages(fields: Fields, column: str) -> tuple[tuple[str, str], ...]:
-    value = column_of_row(fields, column)
-    if not isinstance(value, list):
-        raise BadRow(f"'{column}' is {shown(value)}, not a list of messages")
-    messages = tuple(_message(item, f"{column}[{index}]") for index, item in enumerate(value))
-    answers = [content for role, content in messages if role == "assistant"]
-    if not answers:
-        raise BadRow(f"'{column}' has no message of the assistant to learn")
-    if not any(answer.strip() for answer in answers):
-        raise NothingToLearn("an empty answer")
-    return messages
-
-
-def _message(item: Any, where: str) -> tuple[str, str]:
-    if not isinstance(item, dict):
-        raise BadRow(f"{where} is {shown(item)}, not an object with role and content")
-    for key in ("role", "content"):
-        if key not in item:
-            raise BadRow(f"{where} has no '{key}'{did_you_mean(key, item)}")
-    role, content = item["role"], item["content"]
-    if role not in ROLES:
-        raise BadRow(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise BadRow(f"{where}.content is {shown(content)}, not a text")
-    return role, check_utf8(content, f"{where}.content")
+def _history(fields: Fields, columns: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the earlier questions and answers of an instruction row."""
+    value = fields.get(columns.get("history", "")) or []
+    pairs = value if isinstance(value, list) else [value]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
+        raise BadRow(f"'history' is {shown(value)}, not a list of [question, answer]")
+    return [(check_utf8(asked, "history"), check_utf8(said, "history")) for asked, said in pairs]
 
 
 def _filled(fields: Fields, column: str, reason: str) -> str:

@@ -4,12 +4,16 @@ Learned are the assistant's messages and the token that ends each. A template ma
 ({% generation %}). Otherwise the tokens of message i are what the conversation up to it has more
 than the conversation before it with the assistant's header; both must be a prefix of the complete
 conversation. White space that a template writes after the end token belongs to the next message.
+Where a template rewrites earlier answers (as Qwen3's does), only the last one is learned.
 """
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moc_cli.data.custom.messages import Turn, turns_of
 from moc_cli.data.examples import ChatExample
 from moc_cli.data.source import BadRow, BadRows, first_line
 from moc_cli.errors import DataError
@@ -17,8 +21,52 @@ from moc_cli.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_HINT = (
+    "data.merge_system: true writes system messages into the first user message, "
+    "data.chat_turns: last leaves out what follows the last answer, and data.chat_template takes "
+    "another template"
+)
 Tokens = tuple[list[int], list[bool]]  # the ids, and whether each is learned
+
+
+def read_template(template: str) -> str:
+    """Return the chat template that a recipe gives: `chatml`, a file, or what it says itself.
+
+    Raises DataError for a file that cannot be read.
+    """
+    if template == "chatml":
+        return CHATML
+    if "{" in template:
+        return template
+    path = Path(template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else template
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template: {path} cannot be read: {error}") from error
+
+
+def set_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
+    """Give a tokenizer the chat template of a recipe: a text, or the name of one of its own.
+
+    Raises DataError where it is neither.
+    """
+    if template is None:
+        return
+    text, own = read_template(template), tokenizer.chat_template
+    if "{" not in text:
+        if not isinstance(own, dict) or text not in own:
+            names = ", ".join(["chatml", *(own if isinstance(own, dict) else ())])
+            raise DataError(
+                f"data.chat_template: no file {template}, and no template of this name",
+                f"give a file or one of: {names}",
+            )
+        text = own[text]
+    tokenizer.chat_template = text
 
 
 def chat_tokens(
@@ -29,25 +77,41 @@ def chat_tokens(
     Raises DataError where the tokenizer has no chat template, and naming every conversation that
     the template refuses.
     """
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            f"format 'chat' needs a chat template, and the tokenizer of "
-            f"{tokenizer.name_or_path or 'this model'} has none",
-            "use a model that was tuned on conversations, or write the rows as instruction and "
-            "output",
-        ) from error
-    tokenize = _tokens_by_marks if _GENERATION.search(template) else _tokens_by_prefixes
+    marks = _GENERATION.search(_template(tokenizer)) is not None
     rows, bad_rows = [], BadRows()
     for example in examples:
-        messages = [{"role": role, "content": content} for role, content in example.messages]
         try:
-            rows.append(tokenize(messages, tokenizer))
+            conversation = Conversation(example, tokenizer)
+            by_marks = marks and not example.unlearned
+            rows.append(conversation.by_marks() if by_marks else conversation.by_prefixes())
         except BadRow as error:
             bad_rows.add(example.place, error)
-    bad_rows.raise_if_any()
+    bad_rows.raise_if_any(_HINT)
     return rows
+
+
+def chat_notes(examples: Sequence[ChatExample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Say what the chat template does not write, and how many conversations it rewrites."""
+    template = _template(tokenizer)
+    keys: dict[str, None] = {}
+    rewritten = 0
+    for example in dict.fromkeys(examples):
+        turns, tools = turns_of(example)
+        keys |= dict.fromkeys(key for turn in turns for key in turn)
+        keys |= {"tools": None} if tools else {}
+        answers = sum(turn["role"] == "assistant" for turn in turns) - len(example.unlearned)
+        if answers > 1 and not _GENERATION.search(template):
+            rewritten += Conversation(example, tokenizer).is_rewritten()
+    unwritten = [key for key in keys if key not in template]
+    notes = []
+    if unwritten:
+        notes.append(f"the chat template does not write: {', '.join(unwritten)}")
+    if rewritten:
+        notes.append(
+            f"the chat template rewrites earlier answers of {rewritten:,} conversations: only "
+            "their last answer is learned; data.chat_turns: split learns each, in a row of its own"
+        )
+    return notes
 
 
 def answer_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -62,61 +126,113 @@ def answer_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [token for token in answer if token in special][-1:]
 
 
-def _tokens_by_marks(
-    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Tokens:
-    encoded = _apply(
-        tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    learned = [bool(mark) for mark in encoded["assistant_masks"]]
-    if not any(learned):
-        raise BadRow("the chat template marks no token as the assistant's")
-    return list(encoded["input_ids"]), learned
-
-
-def _tokens_by_prefixes(
-    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Tokens:
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"format 'chat' needs a fast tokenizer, and {tokenizer.name_or_path} has none: only "
-            "that tells which characters a token stands for"
-        )
-    text = _apply(tokenizer, messages, tokenize=False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    learned = [False] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _apply(tokenizer, messages[:index], tokenize=False, add_generation_prompt=True)
-        until = _apply(tokenizer, messages[: index + 1], tokenize=False)
-        if not (text.startswith(until) and until.startswith(before)):
-            raise BadRow(
-                f"the chat template writes message {index} differently once other messages follow, "
-                "so the tokens of the answer cannot be located"
-            )
-        answer = [
-            position
-            for position, (start, end) in enumerate(encoded["offset_mapping"])
-            if end > len(before) and start < len(until)
-        ]
-        ends = [count for count, position in enumerate(answer, 1) if ids[position] in special]
-        if ends:
-            after_end = tokenizer.decode([ids[position] for position in answer[ends[-1] :]])
-            if not str(after_end).strip():
-                answer = answer[: ends[-1]]
-        for position in answer:
-            learned[position] = True
-    return ids, learned
-
-
-def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], **options: Any) -> Any:
+def apply_template(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], **options: Any
+) -> Any:
     """Apply the chat template; raises BadRow where it refuses the conversation."""
-    from jinja2 import TemplateError
-
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    # A template is a program of its author: it raises whatever it likes.
+    except Exception as error:
         raise BadRow(f"the chat template refuses it: {first_line(error)}") from None
+
+
+class Conversation:
+    """A conversation as a chat template writes it; raises BadRow where the template refuses it."""
+
+    def __init__(self, example: ChatExample, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.turns, self.tools = turns_of(example)
+        self.tokenizer = tokenizer
+        self.learned = [
+            index
+            for index, turn in enumerate(self.turns)
+            if turn["role"] == "assistant" and index not in example.unlearned
+        ]
+        self.text = self._write(self.turns)
+        for turn in self.turns:
+            if turn["role"] in ("system", "developer") and turn["content"].strip() not in self.text:
+                raise BadRow(f"the chat template leaves out the {turn['role']} message")
+
+    def by_marks(self) -> Tokens:
+        """Return the tokens, learned where the template marks them."""
+        encoded = self._apply(
+            self.turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        learned = [bool(mark) for mark in encoded["assistant_masks"]]
+        if not any(learned):
+            raise BadRow("the chat template marks no token as the assistant's")
+        return list(encoded["input_ids"]), learned
+
+    def by_prefixes(self) -> Tokens:
+        """Return the tokens, learned where the text grows by an answer."""
+        tokenizer = self.tokenizer
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"format 'chat' needs a fast tokenizer, and {tokenizer.name_or_path} has none: "
+                "only that tells which characters a token stands for"
+            )
+        encoded = tokenizer(
+            self.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = list(encoded["input_ids"])
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        learned = [False] * len(ids)
+        for first, last in self._spans():
+            answer = [
+                position
+                for position, (start, end) in enumerate(encoded["offset_mapping"])
+                if end > first and start < last
+            ]
+            ends = [count for count, position in enumerate(answer, 1) if ids[position] in special]
+            if ends:
+                after_end = tokenizer.decode([ids[position] for position in answer[ends[-1] :]])
+                if not str(after_end).strip():
+                    answer = answer[: ends[-1]]
+            for position in answer:
+                learned[position] = True
+        return ids, learned
+
+    def is_rewritten(self) -> bool:
+        """Return whether the template writes an answer differently once other messages follow."""
+        return any(self._span(index) is None for index in self.learned)
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Return the characters of each answer; of the last alone where others are rewritten."""
+        spans = [self._span(index) for index in self.learned]
+        last = spans[-1]
+        if last is None:
+            raise BadRow(
+                f"the chat template writes message {self.learned[-1]} differently once other "
+                "messages follow, so the tokens of the answer cannot be located"
+            )
+        located = [span for span in spans if span is not None]
+        return located if len(located) == len(spans) else [last]
+
+    def _span(self, index: int) -> tuple[int, int] | None:
+        until = self._write(self.turns[: index + 1])
+        if index:
+            before = self._write(self.turns[:index], add_generation_prompt=True)
+        else:  # no template takes an empty conversation: its header is what two answers share
+            others = [turn | {"content": text} for turn in self.turns[:1] for text in ("a", "b")]
+            before = os.path.commonprefix([self._write([other]) for other in others])
+        if self.text.startswith(until) and until.startswith(before):
+            return len(before), len(until)
+        return None
+
+    def _write(self, turns: Sequence[Turn], **options: Any) -> str:
+        return str(self._apply(turns, tokenize=False, **options))
+
+    def _apply(self, turns: Sequence[Turn], **options: Any) -> Any:
+        return apply_template(self.tokenizer, turns, tools=self.tools, **options)
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(
+            f"format 'chat' needs a chat template, and the tokenizer of "
+            f"{tokenizer.name_or_path or 'this model'} has none",
+            "use a model that was tuned on conversations, give one (data.chat_template: a file, or "
+            "chatml), or write the rows as instruction and output",
+        ) from error

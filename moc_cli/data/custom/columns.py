@@ -21,6 +21,11 @@ USUAL = {
     "output": ("output", "response", "completion", "answer"),
     "messages": ("messages", "conversation", "conversations"),
 }
+# What means something beside the columns of a format, always under these names.
+BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
+    "chat": {"tools": ("tools", "functions"), "system": ("system",)},
+    "instruction": {"system": ("system",), "history": ("history",)},
+}
 OPTIONAL = ("text_pair", "input")
 MANY = 50  # different whole numbers as labels; more of them may well be amounts
 _FORMATS = (
@@ -75,6 +80,12 @@ def find_columns(data: DataSection, train: Table) -> Columns:
     if missing:
         raise DataError(f"{train.name}: format '{format_}' needs {'; '.join(missing)}", hint)
     read = {key: column_of[key] for key in keys if key in column_of}
+    taken = set(read.values())
+    read |= {
+        key: next(name for name in names if name in columns)
+        for key, names in BESIDE.get(format_, {}).items()
+        if not set(names).isdisjoint(set(columns) - taken)
+    }
     return Columns(format_, why, read, [name for name in columns if name not in read.values()])
 
 

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moc_cli.data.custom.build import BuildExample, NothingToLearn, example_builder
+from moc_cli.data.custom.build import BuildExample, example_builder
 from moc_cli.data.custom.columns import Columns, find_columns
 from moc_cli.data.custom.labels import Classes, Label, check_labels, find_labels, has_answers
+from moc_cli.data.custom.messages import NothingToLearn, split_chats
 from moc_cli.data.custom.parts import read_other, read_parts
 from moc_cli.data.custom.table import Table
-from moc_cli.data.examples import ROW_SEED, Example, hold_out
+from moc_cli.data.examples import ROW_SEED, ChatExample, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection, Format
@@ -61,7 +62,7 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
         labels = data.labels or list(first_rows)
     notes = [note for table in tables.values() for note in table.notes]
     notes += _leave_out_hidden(tables, columns, Classes(labels or []))
-    build = example_builder(columns.format, columns.column_of, data.tasks[0], labels)
+    build = example_builder(data, columns, labels)
     bad_rows = BadRows()
     splits, dropped = {}, {}
     for split, table in tables.items():
@@ -82,7 +83,14 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
         scored = "none"
         notes.append("no rows are scored: there is no test or validation part, held_out is 0")
     dropped = {split: reasons for split, reasons in dropped.items() if reasons}
+    train, validation, test = (_turns(part, data) for part in (train, validation, test))
     return CustomRows(columns, labels, train, validation, test, scored, dropped, notes)
+
+
+def _turns(examples: list[Any], data: DataSection) -> list[Any]:
+    """Cut conversations as `data.chat_turns` says, after whole ones were held out."""
+    chats = bool(examples) and isinstance(examples[0], ChatExample)
+    return split_chats(examples, data.chat_turns) if chats else examples
 
 
 def _leave_out_hidden(tables: dict[str, Table], columns: Columns, classes: Classes) -> list[str]:
@@ -113,10 +121,10 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     table = tables.get("test") or tables.get("validation") or tables["train"]
     columns = find_columns(data, table)
     bad_rows = BadRows()
-    build = example_builder(columns.format, columns.column_of, data.tasks[0], data.labels)
+    build = example_builder(data, columns, data.labels)
     examples, _ = _build_examples(table, build, bad_rows)
     bad_rows.raise_if_any()
-    return examples
+    return _turns(examples, data)
 
 
 def same_place(path: str, other: str | None) -> bool:
