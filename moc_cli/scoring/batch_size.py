@@ -108,6 +108,14 @@ def free_bytes(device: torch.device) -> int:
     return free if limit == "max" else min(free, max(0, int(limit) - used))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory of the host or of a device was short."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return short or bool(should_reduce_batch_size(error))
+
+
 def _first_size(model: PreTrainedModel, longest: RowCost, option: BatchSizeOption) -> int:
     if option != "auto":
         return option
@@ -121,10 +129,7 @@ def _unless_out_of_memory(work: Callable[[list[int]], list[T]], items: list[int]
     try:
         return work(items)
     except (RuntimeError, MemoryError) as error:
-        from accelerate.utils.memory import should_reduce_batch_size
-
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (short or should_reduce_batch_size(error)):
+        if not is_out_of_memory(error):
             raise
         return None
 

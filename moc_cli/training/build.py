@@ -257,6 +257,7 @@ def make_settings(recipe: Recipe) -> Settings:
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_checkpointing=train.gradient_checkpointing,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         betas=(train.adam_beta1, train.adam_beta2),

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
+from moc_cli.scoring.batch_size import is_out_of_memory
 from moc_cli.training import loss, memory, optim, rng
 from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
@@ -31,6 +31,7 @@ from moc_cli.training.loop_types import (
     total_steps,
     warmup_steps,
 )
+from moc_cli.training.step_errors import not_finite, out_of_memory
 from moc_cli.training.usage import Usage
 
 
@@ -157,24 +158,30 @@ class Loop:
     def train_step(self) -> StepReport:
         """Take one window, update the trainables, and count.
 
-        Raises MocError, with nothing updated, when a loss or the gradient is not finite.
+        Raises MocError, with nothing updated and the state kept, when a loss or the gradient is not
+        finite, and when the window does not fit in memory.
         """
         started, before = time.perf_counter(), rng.capture()
         self.usage.mark()
         first, n = self.counters.batch, self.settings.gradient_accumulation_steps
         window = self.plan[first : first + n]
         batches = [self.data.collate(rows) for rows in window]
-        targets = max(1, sum(loss.count_targets(b["labels"], self.data.kind) for b in batches))
-        self.adapted.set_loss_scale(1.0 / len(window))
-        losses = [self.backward(batch, targets) for batch in batches]
-        limit = self.settings.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
-        # The step's only wait for the device: all that decides whether it may be taken.
-        *values, self.grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
+        short = False
+        try:
+            values = self.gradients(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            short = True  # what the error holds in memory is free after this block
+        if short:
+            self.keep(before)
+            raise out_of_memory(batches, self.settings, self.command)
         if not all(map(math.isfinite, [*values, self.grad_norm])):
-            self.usage.rewind()
-            self.save(before)
-            raise self.not_finite(window, values)
+            self.keep(before)
+            c, rate = self.counters, self.settings.learning_rate / 3
+            place = c.step, c.epoch, c.batch, len(self.plan)
+            again = f"{self.command} --set train.learning_rate={rate:.2g}"
+            raise not_finite(values, self.grad_norm, window, place=place, again=again)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.counters.step)
         self.stepper.step()
@@ -182,6 +189,23 @@ class Loop:
         self.count(window, batches, sum(values))
         self.counters.seconds += time.perf_counter() - started
         return self.report(sum(values))
+
+    def gradients(self, batches: list[dict[str, Tensor]]) -> list[float]:
+        """Add the gradients of a window and clip them; return each micro-batch's loss."""
+        targets = max(1, sum(loss.count_targets(b["labels"], self.data.kind) for b in batches))
+        self.adapted.set_loss_scale(1.0 / len(batches))
+        losses = [self.backward(batch, targets) for batch in batches]
+        limit = self.settings.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
+        # The step's only wait for the device: all that decides whether it may be taken.
+        *values, self.grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
+        return values
+
+    def keep(self, random_state: dict[str, Tensor]) -> None:
+        """Write a checkpoint of the state before a step that was not taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.usage.rewind()
+        self.save(random_state)
 
     def backward(self, batch: dict[str, Tensor], targets: int) -> Tensor:
         """Add the gradient of one micro-batch; return its share of the window's loss."""
@@ -220,20 +244,6 @@ class Loop:
         c, peak = self.counters, memory.peak_bytes(self.device)
         counted = c.examples, c.tokens, c.seconds
         return StepReport(c.step, self.total, self.epoch(), value, *counted, peak)
-
-    def not_finite(self, window: list[list[int]], values: list[float]) -> MocError:
-        """Return the error that names the step and the rows whose loss or gradient broke."""
-        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
-        what = f"the loss is {values[bad[0]]}" if bad else f"the gradient norm is {self.grad_norm}"
-        numbers = [self.counters.batch + i + 1 for i in bad or range(len(window))]
-        rows = [row for i in bad or range(len(window)) for row in window[i]]
-        return MocError(
-            f"{what} at step {self.counters.step + 1}, epoch {self.counters.epoch + 1}, "
-            f"micro-batch {', '.join(map(str, numbers))} of {len(self.plan)}, "
-            f"training rows {', '.join(map(str, rows))}",
-            "the state before that step is kept; try a lower rate from there: "
-            f"{self.command} --set train.learning_rate={self.settings.learning_rate / 3:.2g}",
-        )
 
     # Between two steps
 

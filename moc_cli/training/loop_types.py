@@ -23,6 +23,7 @@ class Settings:
     num_train_epochs: float = 3.0
     max_steps: int = -1
     gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)

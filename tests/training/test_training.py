@@ -23,6 +23,7 @@ from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, read_checkpoint
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MEASURED, require_trackers, without_measured
+from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings, StepReport, total_steps
 from moc_cli.training.loss import count_targets, task_loss
 
@@ -512,3 +513,44 @@ def test_resume_of_a_finished_run_takes_no_step(tmp_path):
     assert outcome.counters.step == 10
     assert all(torch.equal(again.state()[n], value) for n, value in adapted.state().items())
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "advice"),
+    [
+        (False, "moc train r --resume auto --set train.gradient_checkpointing=true"),
+        (True, "moc train r --overwrite --set train.per_device_train_batch_size=1 --set train.gra"),
+    ],
+)
+def test_a_step_that_does_not_fit_in_memory_keeps_the_state_before(
+    checkpointing, advice, tmp_path, monkeypatch
+):
+    settings = replace(SETTINGS, gradient_checkpointing=checkpointing)
+    rows = toy_rows(9)
+    data = Data(Plan(BATCHES), lambda numbers: toy_collate(rows, numbers))
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    toy_fit(good, ToyAdapted(dropout=0.3), data, replace(settings, max_steps=1))
+    backward, calls = Loop.backward, []
+
+    def short(self, batch, targets):
+        calls.append(batch["input_ids"].shape)
+        value = backward(self, batch, targets)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return value
+
+    monkeypatch.setattr(Loop, "backward", short)
+    with pytest.raises(MocError) as caught:
+        toy_fit(
+            bad,
+            ToyAdapted(dropout=0.3),
+            data,
+            replace(settings, max_steps=2),
+            command="moc train r --resume auto",
+        )
+    size = "a step of {} rows of up to {} tokens does not fit in memory".format(*calls[1])
+    assert caught.value.message == size
+    assert advice in caught.value.hint
+    for part in ("trainables", "optimizer", "rng"):
+        name = f"checkpoints/step-000001/{part}.safetensors"
+        assert (bad / name).read_bytes() == (good / name).read_bytes(), part

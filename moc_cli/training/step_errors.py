@@ -1,0 +1,60 @@
+"""Why a step could not be taken, and what to try from the state that was kept."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from moc_cli.errors import MocError
+from moc_cli.training.loop_types import Settings
+
+
+def not_finite(
+    values: Sequence[float],
+    norm: float,
+    window: Sequence[Sequence[int]],
+    *,
+    place: tuple[int, int, int, int],
+    again: str,
+) -> MocError:
+    """Return the error that names the rows whose loss or gradient is not finite.
+
+    `place`: steps, epochs and micro-batches of this epoch done, and the epoch's micro-batches.
+    """
+    step, epoch, done, total = place
+    bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+    what = f"the loss is {values[bad[0]]}" if bad else f"the gradient norm is {norm}"
+    numbers = [done + i + 1 for i in bad or range(len(window))]
+    rows = [row for i in bad or range(len(window)) for row in window[i]]
+    return MocError(
+        f"{what} at step {step + 1}, epoch {epoch + 1}, "
+        f"micro-batch {', '.join(map(str, numbers))} of {total}, "
+        f"training rows {', '.join(map(str, rows))}",
+        f"the state before that step is kept; try a lower rate from there: {again}",
+    )
+
+
+def out_of_memory(
+    batches: Sequence[Mapping[str, Tensor]], settings: Settings, command: str
+) -> MocError:
+    """Return the error of a step that does not fit in memory; `command` continues the run.
+
+    Another size of batch means other batches, and so another run.
+    """
+    rows, tokens = max((batch["input_ids"].shape for batch in batches), key=math.prod)
+    message = f"a step of {rows} rows of up to {tokens} tokens does not fit in memory"
+    if not settings.gradient_checkpointing:
+        return MocError(
+            message,
+            "the state before that step is kept; go on with less memory for each row: "
+            f"{command} --set train.gradient_checkpointing=true",
+        )
+    if rows > 1:
+        return MocError(
+            message,
+            "begin anew with batches of half the size, and as many rows in a step: "
+            f"{command.removesuffix(' --resume auto')} --overwrite "
+            f"--set train.per_device_train_batch_size={rows // 2} "
+            f"--set train.gradient_accumulation_steps={2 * settings.gradient_accumulation_steps}",
+        )
+    return MocError(message, "lower data.max_length, set train.bf16: true, or use another device")
