@@ -97,6 +97,14 @@ def system_reason(error: BaseException) -> str | None:
     return os.strerror(int(number[1])) if number else None
 
 
+def explain_system(error: OSError) -> FileError:
+    """Return what the system refused as an error of ours, with the file where it is known."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    if not names and isinstance(error, FileNotFoundError):
+        return FileError("the working directory is gone", "go to another folder first")
+    return FileError(f"{' -> '.join(names) or 'the system'}: {system_reason(error)}")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what a library says, or else the name of its error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ FLOORS = [
     {"__init__"},
     {"errors"},
     {"files"},
-    {"results"},
+    {"results", "signals"},
     {"run_files"},
     {"recipe", "report", "nn", "builtin"},
     {"models"},

@@ -24,7 +24,7 @@ from moc_cli.cli.generate import generate
 from moc_cli.cli.inspect_routing import inspect_routing
 from moc_cli.cli.predict import predict
 from moc_cli.cli.train import train
-from moc_cli.errors import MocError
+from moc_cli.errors import MocError, explain_system
 
 
 def _full_name(name: str) -> str:
@@ -67,11 +67,30 @@ def _moc(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code: 2 for a user's mistake, 130 after Ctrl-C.
+    """Run one command and return its exit code: 2 for a user's mistake, 130 after Ctrl-C, 143 and
+    129 after SIGTERM and SIGHUP.
 
     A user's mistake is reported in a sentence and a hint on stderr, or as JSON on stdout under
-    --json. Any other exception than MocError is a bug and passes through with its traceback.
+    --json; so is what the system refuses. Any other exception than MocError is a bug and passes
+    through with its traceback.
     """
+    from moc_cli.report.output import say
+    from moc_cli.report.streams import lasting_streams
+    from moc_cli.signals import stopped_by_signals
+
+    with stopped_by_signals() as stop, lasting_streams() as results:
+        code = _run(arguments)
+        if stop.number is not None:
+            say(f"stopped by signal {stop.number}")
+            code = 128 + stop.number
+        results.flush()
+        if results.refusal is not None:
+            say(f"Error: cannot write to standard output: {results.refusal}")
+            code = code or 2
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = app(args=arguments, prog_name="moc", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -80,6 +99,11 @@ def run(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except OSError as error:
+        if error.errno is None:  # a library's own
+            raise
+        _refuse(explain_system(error), as_json="--json" in arguments)
+        return 2
     except Exception as error:
         # Typer's usage errors: their class is not public under one name in all its versions.
         if not hasattr(error, "format_message"):
@@ -94,10 +118,6 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")  # a bar or a name that the terminal cannot show
     _delay_collection()
     code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has left, as in `moc recipes show quickstart | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     gc.freeze()  # saves Python's last collection, of objects that are freed anyway
     sys.exit(code)
 

@@ -26,6 +26,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     from moc_cli.evaluation import lm_eval_tasks
     from moc_cli.evaluation.results_folder import check_output
     from moc_cli.evaluation.session import load_model
+    from moc_cli.report.characters import printable
     from moc_cli.report.output import print_json, say
 
     lm_eval_tasks.check_installed()
@@ -38,7 +39,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
         print_json(results | {"folder": str(folder)})
         return
     for model, table in report.tables().items():
-        print(f"{model}\n{table}" if options.base else table)
+        print(printable(f"{model}\n{table}" if options.base else table))
     print(f"lm_eval {results['lm_eval_version']}; only contexts vote on routes")
     if results["limited"]:
         print(f"limited: the first {options.limit} rows of each task")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moc_cli.data.batches import pad_batch
 from moc_cli.errors import MocError
+from moc_cli.files import disk_errors
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.tokens import max_positions
 from moc_cli.scoring.forward import evaluating
@@ -170,7 +171,7 @@ def fresh_logits(
 
     Raises MocError with the last line of its error output where it failed.
     """
-    with TemporaryDirectory(prefix="moc-parity-") as scratch:
+    with disk_errors(gettempdir()), TemporaryDirectory(prefix="moc-parity-") as scratch:
         given, answer = Path(scratch, "inputs.safetensors"), Path(scratch, "logits.safetensors")
         save_file(inputs, given)
         arguments = [str(folder), str(given), str(answer), str(torch.get_num_threads()), device]

@@ -1,12 +1,13 @@
 """A run's export: check, load, write, prove, describe; then, with `--push-to-hub`, upload."""
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moc_cli.errors import MocError, RunError
+from moc_cli.errors import MocError, RunError, first_line
 from moc_cli.export import Options, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
@@ -99,17 +100,16 @@ def check_online() -> None:
 def push(folder: Path, name: str) -> str:
     """Upload a folder to a model repository, made private if it is new; return its address."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
     try:
         address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of moc")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's client passes on those of whatever it is made from
+        reason = first_line(error)
         raise MocError(
             f"{folder} is complete, but the upload to '{name}' failed: {reason}",
             "see `hf auth whoami` and the network, then upload the folder: "
-            f"hf upload {name} {folder}",
+            f"hf upload {shlex.join([name, str(folder)])}",
         ) from error
     return str(address)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.route_counts import Recorder, layout_of
+from moc_cli.methods.size import check_size
 from moc_cli.models.families import Family, Place, find_family
 from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
 from moc_cli.nn.mixture import Mixture, Routing
@@ -80,6 +81,7 @@ def make_mixture(
     blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
     layers = find_layers(model, family)
     _check(model, routing, blocks, len(layers))
+    check_size(model, method.rank)
     first = next(layers.parameters())
     mixture = Mixture(
         len(layers),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.methods.size import check_size
 from moc_cli.methods.targets import find_targets
 from moc_cli.recipe.methods import DoraMethod, LoraMethod, MolexMethod
 
@@ -34,6 +35,7 @@ class LowRank:
         init = "default" if isinstance(method, MolexMethod) else method.init
         names = find_targets(model, None if method.targets is None else tuple(method.targets))
         _check(model, names, method.rank, init)
+        check_size(model, method.rank)
         self._method = method
         self._model = model
         self._config = LoraConfig(

@@ -12,6 +12,7 @@ from moc_cli.recipe.methods import METHODS, MethodConfig
 from moc_cli.recipe.reader import Path
 from moc_cli.recipe.schema import RecipeFile
 from moc_cli.recipe.suggest import choices, nearest
+from moc_cli.recipe.types import HUGE, LARGEST
 
 
 class Explanation(NamedTuple):
@@ -39,8 +40,13 @@ def explain(error: ErrorDetails) -> Explanation:
         message = _missing(annotation, section, path)
     elif isinstance(value, str) and words:
         message = f"found {show(value)}{choices(value, words)}"
+    elif error["type"] in ("nul", "home"):
+        message = f"found {show(value)}; {error['msg']}"
     else:
         message = f"found {show(value)}; allowed: {describe(annotation)}"
+        limits = error.get("ctx", {})
+        if (limit := limits.get("le", limits.get("lt"))) in (LARGEST, HUGE):
+            message += f", and at most {limit:.10g}"
     return Explanation(path, message, path)
 
 
@@ -74,6 +80,7 @@ def describe(annotation: Any) -> str:
         for item in metadata:
             for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
                 bounds |= {name: getattr(bound, name) for name in _BOUNDS if hasattr(bound, name)}
+    bounds = {name: bound for name, bound in bounds.items() if bound not in (LARGEST, HUGE)}
     arguments = get_args(annotation)
     if words := _words(annotation):
         return ", ".join(words)

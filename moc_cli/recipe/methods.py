@@ -18,6 +18,7 @@ from moc_cli.recipe.types import (
     Share,
     Text,
     Texts,
+    Width,
     section,
 )
 
@@ -58,9 +59,7 @@ class Gate(Section):
         default="cosine",
         description="cosine: similarity in a projected space; linear: W x",
     )
-    projection_dim: Positive = Field(
-        default=256, description="dimension of the cosine gate's space"
-    )
+    projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
     estimator: Literal["renormalized", "straight_through", "probability"] = Field(
         default="renormalized",
         description="how the routed controls are weighted, and how the gate gets its gradient",
@@ -179,9 +178,7 @@ class LayerGate(Section):
         default="cosine",
         description="cosine: similarity in a projected space; linear: W x",
     )
-    projection_dim: Positive = Field(
-        default=256, description="dimension of the cosine gate's space"
-    )
+    projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
 
 
 class LayerBalance(Section):

@@ -14,6 +14,7 @@ from moc_cli.recipe.types import (
     AtLeastZero,
     BelowOne,
     Count,
+    Folder,
     HeldOut,
     Positive,
     RowLength,
@@ -23,6 +24,7 @@ from moc_cli.recipe.types import (
     StepLimit,
     Text,
     Texts,
+    Threads,
     one_or_more,
     refuse_bool,
     section,
@@ -260,7 +262,7 @@ class EvalSection(Section):
 class OutputSection(Section):
     """What is written, where and when."""
 
-    output_dir: Text = Field(description="the run folder")
+    output_dir: Folder = Field(description="the run folder")
     save_strategy: When = Field(default="steps", description="when to write a checkpoint")
     save_steps: Positive = Field(default=500, description="for save_strategy: steps")
     save_total_limit: Positive | None = Field(
@@ -282,8 +284,9 @@ class LaunchSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to run; auto: the GPU if there is one"
     )
-    num_threads: Positive | None = Field(
-        default=None, description="number of CPU threads; null: the choice of torch"
+    num_threads: Threads | None = Field(
+        default=None,
+        description="number of CPU threads, at most the machine's; null: the choice of torch",
     )
 
 

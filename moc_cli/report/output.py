@@ -1,7 +1,10 @@
 """The two streams: results go to stdout, everything said along the way to stderr."""
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any
+
+from moc_cli.report.characters import is_plain, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -9,23 +12,27 @@ if TYPE_CHECKING:
 
 def out() -> "Console":
     """Return the console of results."""
-    from rich.console import Console
+    from moc_cli.report.console import SafeConsole
 
-    return Console(highlight=False)
+    return SafeConsole(highlight=False)
 
 
 def err() -> "Console":
     """Return the console of progress and remarks."""
-    from rich.console import Console
+    from moc_cli.report.console import SafeConsole
 
-    return Console(stderr=True, highlight=False)
+    return SafeConsole(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
     """Print `value` as indented JSON on stdout; dataclasses and paths are understood."""
     from moc_cli.files import to_json
 
-    sys.stdout.write(to_json(value) + "\n")
+    text = "".join(
+        char if char == "\n" or is_plain(char) else json.dumps(char)[1:-1]
+        for char in to_json(value)
+    )
+    sys.stdout.write(text + "\n")
 
 
 def print_table(*tables: "RenderableType") -> None:
@@ -39,11 +46,3 @@ def say(text: str) -> None:
     """Print a remark on stderr, as it is: no markup, no wrapping, no control characters."""
     sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()
-
-
-def printable(text: str) -> str:
-    """Return `text` with control characters (of a user's file or path) made visible."""
-    return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )

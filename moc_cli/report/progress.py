@@ -86,7 +86,7 @@ class WorkProgress:
                 columns.append(f"in {duration(task.elapsed or 0)}")
             elif (left := task.time_remaining) is not None:
                 columns.append(f"{duration(left)} left")
-            print(*filter(None, columns), sep="  ", file=sys.stderr, flush=True)
+            output.say("  ".join(filter(None, columns)))
 
 
 class TrainProgress(WorkProgress):

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from moc_cli.report.characters import printable
 from moc_cli.report.numbers import MISSING, decimal, hundredths, percent
-from moc_cli.report.output import printable
 from moc_cli.report.tables import FittedTable
 
 Routing = Mapping[str, Any]

@@ -13,9 +13,9 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from moc_cli.report.characters import printable
 from moc_cli.report.lines import dropped_rows, taken_lines
 from moc_cli.report.numbers import byte_size, hundredths, percent
-from moc_cli.report.output import printable
 
 BARS = " ▏▎▍▌▋▊▉█"
 LABEL = 24  # characters that the first column keeps where the others need room
@@ -40,7 +40,9 @@ class FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
-        cells = [[Text(c) if isinstance(c, str) else c for c in row] for row in self.rows]
+        cells = [
+            [Text(printable(c)) if isinstance(c, str) else c for c in row] for row in self.rows
+        ]
         first, *others = (
             max(cell_len(line) for text in column for line in [*str(text).splitlines(), ""])
             for column in zip(self.head, *cells, strict=True)

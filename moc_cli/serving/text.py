@@ -5,7 +5,6 @@ Prompts are answered one at a time, so that no answer depends on the other promp
 
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
 from moc_cli.models.tokens import end_tokens, max_positions, pad_token_id
 from moc_cli.recipe.tasks import Frame
-from moc_cli.report.output import printable
+from moc_cli.report.characters import printable
 from moc_cli.scoring.forward import evaluating
 from moc_cli.serving.options import Sampling
 from moc_cli.serving.prompts import Message, encode
@@ -179,11 +178,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def harmless(text: str) -> str:
-    """`text` with what could steer a terminal made visible; blanks of all kinds stay."""
-    return "".join(
-        char if char in "\t" + JOINERS or unicodedata.category(char) == "Zs" else printable(char)
-        for char in text
-    )
+    """`text` with what could steer a terminal made visible; tabs and joiners stay."""
+    return "".join(char if char in "\t" + JOINERS else printable(char) for char in text)
 
 
 def write(text: str) -> None:

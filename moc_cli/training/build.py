@@ -32,6 +32,7 @@ from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import LaunchSection, ModelSection
 from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
+from moc_cli.report.output import say
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
 from moc_cli.training.log import Track
@@ -77,7 +78,10 @@ def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Pa
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MocError("moc train runs in one process for now, found WORLD_SIZE > 1")
     if launch.num_threads is not None:
-        torch.set_num_threads(launch.num_threads)
+        processors = os.cpu_count() or 1
+        if launch.num_threads > processors:
+            say(f"launch.num_threads: {launch.num_threads}, but the machine has {processors}")
+        torch.set_num_threads(min(launch.num_threads, processors))
     return Accelerator(
         cpu=launch.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that the loop answers between two steps."""
 
 import contextlib
 import os
@@ -7,12 +7,13 @@ import threading
 from types import FrameType
 
 from moc_cli.errors import MocError
+from moc_cli.signals import STOPS, is_ignored
 
 NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoint\n"
 
 
 class Interrupt:
-    """The first SIGINT or SIGTERM is remembered; a second SIGINT raises KeyboardInterrupt at once.
+    """The first SIGINT, SIGTERM or SIGHUP is remembered; a second SIGINT raises KeyboardInterrupt.
 
     As a context manager it installs its handlers and puts the old ones back.
     """
@@ -23,7 +24,9 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *STOPS):
+                if number in STOPS and is_ignored(number):
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

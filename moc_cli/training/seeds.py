@@ -9,7 +9,6 @@ model is the same whatever the seed, so it is scored only once, in the first run
 """
 
 import gc
-import signal
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.tasks import kind_of
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
+from moc_cli.signals import stop_number
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.resume import check_recipe
 from moc_cli.training.session import Session
@@ -105,9 +105,9 @@ def train_seeds(
                 session.run(resume=checkpoint, overwrite=overwrite)
                 del session  # before the next model is loaded
                 gc.collect()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             again = f"continue with: {call.command} --resume auto"
-            raise Interrupted(signal.SIGINT, f"stopped at seed {run.seed}", again) from None
+            raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", again) from None
         done.append(run)
         status = "finished" if len(done) == count else "running"
         summary = {"status": status} | summarize(done)
