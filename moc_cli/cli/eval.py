@@ -128,7 +128,7 @@ def evaluate(
     from moc_cli.evaluation.session import evaluate as score
     from moc_cli.report.score_tables import evaluation_table
 
-    results = score(options, silent=json)
+    results = score(options)
     if json:
         print_json(results.to_json() | {"folder": str(results.folder)})
     else:

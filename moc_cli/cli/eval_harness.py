@@ -33,7 +33,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     folder = options.output_dir or home / lm_eval_tasks.label(options)
     check_output(folder, within=None if options.output_dir else options.run)
     tasks = lm_eval_tasks.load_tasks(options)
-    report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder, silent=json)
+    report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder)
     results = report.folder.to_json()
     if json:
         print_json(results | {"folder": str(folder)})

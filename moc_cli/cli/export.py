@@ -68,7 +68,7 @@ def export(
         run,
         to,
         output_dir,
-        Options(dtype=chosen, calibration=calibration, silent=json),
+        Options(dtype=chosen, calibration=calibration),
         device=device,
         trust_remote_code=trust_remote_code,
         base=BaseOptions(base_path, allow_changed_base),

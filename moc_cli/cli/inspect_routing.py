@@ -103,7 +103,7 @@ def inspect_routing(
         base_path=base_path,
         allow_changed_base=allow_changed_base,
     )
-    routing = Inspection(options, silent=json).run()
+    routing = Inspection(options).run()
     from moc_cli.inspection.results import write_results
 
     paths = write_results(routing, folder)

@@ -59,7 +59,7 @@ def predict(
     )
     recipe = options.read_recipe()
     rows = options.read_rows(recipe)
-    answer = classify_rows(options, recipe, rows, silent=json)
+    answer = classify_rows(options, recipe, rows)
     if json:
         print_json(answer)
         return

@@ -112,7 +112,7 @@ def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, 
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.training.session import Session
 
-    session = Session(recipe, call=call, say=say, silent=json)
+    session = Session(recipe, call=call, say=say)
     results = session.run(resume=resume, overwrite=overwrite).results
     if json:
         print_json(results)
@@ -153,9 +153,7 @@ def _train_seeds(
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.training.seeds import SUMMARY, train_seeds
 
-    summary = train_seeds(
-        recipe, count, call=call, say=say, silent=json, resume=resume, overwrite=overwrite
-    )
+    summary = train_seeds(recipe, count, call=call, say=say, resume=resume, overwrite=overwrite)
     if json:
         print_json(summary)
         return

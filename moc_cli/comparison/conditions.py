@@ -6,6 +6,7 @@ from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
 from moc_cli.recipe.tasks import is_classifier
+from moc_cli.report.numbers import percent
 from moc_cli.results import main_score
 
 # Keys of the recipe's section `train` that make two trainings different experiments; batch and
@@ -36,6 +37,7 @@ Condition = tuple[str, Callable[[Run], Any], str]  # what it is, its value, what
 
 def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
     yield "base models", _base, "the runs do not start from the same weights"
+    yield "shares of trained parameters", _share, "a run that trains more may fit better"
     yield "tasks to train on", lambda run: ", ".join(run.recipe.data.tasks), ""
     yield "training rows", _rows_of("train"), "the runs have not learned from the same data"
     yield (
@@ -119,6 +121,12 @@ def _base(run: Run) -> _Base | None:
     fingerprint = (run.controls.get("base_fingerprint") or {}).get("bfloat16")
     sha256 = fingerprint or model.get("weights_sha256")
     return None if sha256 is None else _Base(sha256, model.get("name", "a model"))
+
+
+def _share(run: Run) -> str | None:
+    """The trained parameters in percent of the base's."""
+    parameters = (run.results or {}).get("parameters")
+    return None if parameters is None else f"{percent(parameters['share'], 3)} of the base"
 
 
 def _rows_of(part: str) -> Callable[[Run], str | None]:

@@ -21,15 +21,15 @@ def draw_curves(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write loss.png and loss.svg; return where they are, nothing where no run has a loss yet."""
     by_step = len({batch(run) for run in runs}) == 1
     logged = [_points(run, by_step) for run in runs]
-    held_out = [_held_out(run, by_step) for run in runs]
-    losses = np.concatenate([loss for _, loss in (*logged, *held_out)])
+    validation = [_validation(run, by_step) for run in runs]
+    losses = np.concatenate([loss for _, loss in (*logged, *validation)])
     if not losses.size:
         return []
     from moc_cli.report.figure_style import COLOURS, FigureFrame, figure_style, fitted
 
     names = [fitted(run.name, 2.2, 7) for run in runs]
     title = "Loss of " + (" and ".join(names) if len(names) < 3 else f"{len(names)} runs")
-    note = "Faint: as logged. Bold: moving mean. Hollow marks: on held-out rows."
+    note = "Faint: as logged. Bold: moving mean. Hollow marks: on the validation rows."
     with figure_style():
         frame = FigureFrame(title, note, "", height=3.4)
         axes = frame.figure.add_subplot()
@@ -40,10 +40,10 @@ def draw_curves(runs: Sequence[Run], folder: Path) -> list[Path]:
             if loss.size:
                 axes.plot(where, loss, color=colour, alpha=0.25, linewidth=0.6)
                 axes.plot(where, smooth(loss), dashes, color=colour, linewidth=1.3, label=name)
-            where, loss = held_out[number]
+            where, loss = validation[number]
             if loss.size:
                 # Hollow, so that one run's points do not hide another's.
-                marker, label = MARKERS[number % len(MARKERS)], f"{name}, held out"
+                marker, label = MARKERS[number % len(MARKERS)], f"{name}, validation"
                 (marks,) = axes.plot(where, loss, marker, color=colour, label=label)
                 marks.set(markersize=5, markerfacecolor="none", markeredgewidth=1.2)
         finite = losses[np.isfinite(losses)]
@@ -78,7 +78,7 @@ def _points(run: Run, by_step: bool) -> tuple[np.ndarray, np.ndarray]:
     return _arrays(lines, [line["loss"] for line in lines], by_step)
 
 
-def _held_out(run: Run, by_step: bool) -> tuple[np.ndarray, np.ndarray]:
+def _validation(run: Run, by_step: bool) -> tuple[np.ndarray, np.ndarray]:
     lines = [line for line in run.lines if line.get("eval", {}).get("loss") is not None]
     return _arrays(lines, [line["eval"]["loss"] for line in lines], by_step)
 

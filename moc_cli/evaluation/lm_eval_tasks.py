@@ -139,8 +139,6 @@ def run(
     tasks: dict[str, dict[str, Any]],
     model: LoadedModel,
     folder: Path,
-    *,
-    silent: bool = False,
 ) -> LmEvalReport:
     """Run the tasks; results.json and samples.jsonl are written after each name."""
     conditions = {
@@ -152,11 +150,11 @@ def run(
     }
     report = LmEvalReport(LmEvalFolder(folder, model_facts(model) | conditions), {})
     for name, loaded in tasks.items():
-        results, entries = _evaluate(options, name, loaded, model, silent)
+        results, entries = _evaluate(options, name, loaded, model)
         _merge(report.results.setdefault("model", {}), results)
         if options.base:
             with model.adapted.disabled():
-                base, bare = _evaluate(options, f"{name} (base)", loaded, model, silent)
+                base, bare = _evaluate(options, f"{name} (base)", loaded, model)
             _merge(report.results.setdefault("base model", {}), base)
             for task, entry in entries.items():
                 for metric, score in entry["metrics"].items():
@@ -174,7 +172,7 @@ def _merge(merged: dict[str, Any], results: dict[str, Any]) -> None:
 
 
 def _evaluate(
-    options: EvalOptions, name: str, loaded: dict[str, Any], model: LoadedModel, silent: bool
+    options: EvalOptions, name: str, loaded: dict[str, Any], model: LoadedModel
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Run what one name stands for: lm_eval's results, and our entry of each task and group."""
     from lm_eval.evaluator import evaluate
@@ -182,7 +180,7 @@ def _evaluate(
     from moc_cli.evaluation.lm_eval_model import MocLM
 
     begin = time.perf_counter()
-    with ProgressPerKind(name, silent) as progress, lm_eval_seeds():
+    with ProgressPerKind(name) as progress, lm_eval_seeds():
         language_model = MocLM(
             model,
             batch_size=options.rows_per_batch("auto"),
@@ -273,9 +271,9 @@ def _task_hash(samples: list[dict[str, Any]]) -> str:
 class ProgressPerKind(ExitStack):
     """A progress bar for each kind of request, opened with its first batch."""
 
-    def __init__(self, label: str, silent: bool) -> None:
+    def __init__(self, label: str) -> None:
         super().__init__()
-        self._label, self._silent = label, silent
+        self._label = label
         self._kind: str | None = None
         self._bar: WorkProgress
 
@@ -285,7 +283,7 @@ class ProgressPerKind(ExitStack):
             self.close()
             self._kind = kind
             name = f"{self._label}, {kind}"
-            self._bar = self.enter_context(WorkProgress(name, total, silent=self._silent))
+            self._bar = self.enter_context(WorkProgress(name, total))
         self._bar.observe(done, total)
 
 

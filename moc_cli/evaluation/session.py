@@ -32,7 +32,7 @@ from moc_cli.scoring.results import Evaluation
 from moc_cli.training.checks import fitting
 
 
-def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
+def evaluate(options: EvalOptions) -> ResultsFolder:
     """Score a run, or a bare model, as the options say.
 
     Raises MocError for all that is wrong with options and rows before weights are read.
@@ -45,7 +45,7 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
         check_output(folder)
         rows = job.read_rows()
         model = load_model(options)
-        return score_rows(job, model, rows, folder, silent=silent)
+        return score_rows(job, model, rows, folder)
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
@@ -77,9 +77,7 @@ def evaluate(options: EvalOptions, *, silent: bool = False) -> ResultsFolder:
         *before_training(run, job.scoring.protocol),
         *earlier_evaluation(file, shared | job.conditions | {"run": None}),
     ]
-    return score_rows(
-        job, model, rows, folder, base_scores=base_scores, trained=trained, silent=silent
-    )
+    return score_rows(job, model, rows, folder, base_scores=base_scores, trained=trained)
 
 
 def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
@@ -128,7 +126,6 @@ def score_rows(
     *,
     base_scores: Sequence[BaseScore] = (),
     trained: Mapping[str, int] = MappingProxyType({}),
-    silent: bool = False,
 ) -> ResultsFolder:
     """Score the tasks, and write results.json and samples.jsonl after each.
 
@@ -137,14 +134,14 @@ def score_rows(
     """
     tasks = [_fitting(job, model, task) for task in tasks]
     results = ResultsFolder(folder, model_facts(model) | job.conditions)
-    if results.replaced and not silent:
+    if results.replaced:
         say(f"{folder}: other {', '.join(results.replaced)} than before: its scores are replaced")
     try:
         for task in tasks:
-            evaluation = _score(job, model, task, silent)
+            evaluation = _score(job, model, task)
             base, values, source = None, None, None
             if job.base:
-                base = _score(job, model, task, silent, base=True)
+                base = _score(job, model, task, base=True)
                 values, source = base.values, "scored beside it"
             elif score := find_score(base_scores, task, evaluation):
                 values, source = dict(score.values), score.source
@@ -153,7 +150,8 @@ def score_rows(
                 entry["trained_rows"] = trained[task.name]
             results.add(task.name, entry, samples(job.kind, task, evaluation, base))
     except KeyboardInterrupt:
-        say(f"stopped; {len(results.tasks)} scored tasks are in {results.results_file}")
+        kept = f"{len(results.tasks)} scored tasks are in {results.results_file}"
+        say(f"stopped; {kept if results.tasks else 'no task was scored, nothing was written'}")
         raise
     return results
 
@@ -200,11 +198,9 @@ def _fitting(job: EvalJob, model: LoadedModel, task: TaskRows) -> TaskRows:
     return replace(task, rows=[task.rows[number] for number in kept])
 
 
-def _score(
-    job: EvalJob, model: LoadedModel, task: TaskRows, silent: bool, base: bool = False
-) -> Evaluation:
+def _score(job: EvalJob, model: LoadedModel, task: TaskRows, base: bool = False) -> Evaluation:
     """Score one task under a progress bar; with `base` the base model."""
     label = f"{task.name} (base)" if base else task.name
     off: AbstractContextManager[None] = model.adapted.disabled() if base else nullcontext()
-    with off, WorkProgress(label, len(task.examples), silent=silent) as bar:
+    with off, WorkProgress(label, len(task.examples)) as bar:
         return job.kind.score(model, task.examples, job.scoring, bar.observe)

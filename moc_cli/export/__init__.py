@@ -32,7 +32,6 @@ class Options:
 
     dtype: Dtype | None = None
     calibration: int = 64
-    silent: bool = False
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
     mixture = trained.adapted.mixture
     assert mixture is not None  # `check` refused what has none
     calibration, scored = _rows(trained, options.calibration)
-    counted, _ = _score(trained, calibration, "counting routes", options.silent)
+    counted, _ = _score(trained, calibration, "counting routes")
     frozen = choose(mixture, counted)
-    other, before = _score(trained, scored, "scoring with its routes", options.silent)
+    other, before = _score(trained, scored, "scoring with its routes")
     with held(mixture, frozen):
-        _, after = _score(trained, scored, "scoring with frozen routes", options.silent)
+        _, after = _score(trained, scored, "scoring with frozen routes")
         expected = parity.reference(trained)
     method = static_method(trained.recipe.method)
     config = trained.adapted.adapter_config() | trained.base
@@ -170,7 +170,7 @@ def _rows(trained: "LoadedRun", limit: int) -> tuple[dict[str, list[Example]], .
 
 
 def _score(
-    trained: "LoadedRun", tasks: dict[str, list[Example]], what: str, silent: bool
+    trained: "LoadedRun", tasks: dict[str, list[Example]], what: str
 ) -> tuple[Record, list["Evaluation"]]:
     """Score each task; return what the gates decided on its rows, and the results."""
     recipe = trained.recipe
@@ -181,7 +181,7 @@ def _score(
     results = []
     with recorder:
         for name, examples in tasks.items():
-            with WorkProgress(f"{what}: {name}", len(examples), silent=silent) as bar:
+            with WorkProgress(f"{what}: {name}", len(examples)) as bar:
                 results.append(kind.score(trained, examples, options, bar.observe))
     return recorder.record(), results
 

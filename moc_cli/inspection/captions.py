@@ -3,12 +3,20 @@
 from pathlib import PurePosixPath
 from typing import Any
 
+from moc_cli.recipe.methods import METHODS
+
 LEVELS = {"sample": "one per row", "token": "one per token", "batch": "one per batch"}
 
 
 def last_part(path: object) -> str:
     """Return the last part of a path, also of one written on Windows."""
     return PurePosixPath(str(path).replace("\\", "/")).name
+
+
+def run_name(path: object) -> str:
+    """Return a run folder's name; with its parent where it is named as a method, as glue/x/moc."""
+    parts = PurePosixPath(str(path).replace("\\", "/")).parts
+    return "/".join(parts[-2:] if parts and parts[-1] in METHODS else parts[-1:])
 
 
 def subtitle(routing: dict[str, Any]) -> str:
@@ -20,7 +28,7 @@ def subtitle(routing: dict[str, Any]) -> str:
     words = {"rank": "rank", "top_k": "top", "alpha": "alpha"}
     method = [str(section.get("name", "moc"))]
     method += [f"{word} {section[key]}" for key, word in words.items() if key in section]
-    parts = (last_part(routing["run"]), model, ", ".join(method))
+    parts = (run_name(routing["run"]), model, ", ".join(method))
     return " · ".join(part for part in parts if part)
 
 

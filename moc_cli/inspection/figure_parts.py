@@ -9,9 +9,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.ticker import FuncFormatter
 
 from moc_cli.inspection.captions import caption, subtitle
-from moc_cli.report.figure_style import COLOURS, EDGE, FAINT, SMALL, FigureFrame, Tooltip, fitted
+from moc_cli.report.figure_style import (
+    COLOURS,
+    EDGE,
+    FAINT,
+    INK,
+    SMALL,
+    FigureFrame,
+    Tooltip,
+    fitted,
+)
 
 NEVER = "#eceef2"  # a control that was never chosen
 OUTSIDE = (1.0, 1.0, 1.0, 0.0)  # a control outside the block's pool
@@ -60,7 +70,7 @@ class Sites:
 
 
 def control_by_layer(sites: Sites, routing: dict[str, Any], block: str) -> np.ndarray:
-    """Return [control of this block type, layer]: the mean share over the layer's sites.
+    """Return [layer, control of this block type]: the mean share over the layer's sites.
 
     Sites whose pool lacks the control are left out of the mean; NaN where none remains.
     """
@@ -71,7 +81,7 @@ def control_by_layer(sites: Sites, routing: dict[str, Any], block: str) -> np.nd
         count = (~np.isnan(shares)).sum(axis=0)
         total = np.nansum(shares, axis=0)
         means.append(np.where(count > 0, total / np.maximum(count, 1), np.nan))
-    return np.array(means).T
+    return np.array(means)
 
 
 def step_edges(steps: list[int]) -> np.ndarray:
@@ -105,6 +115,21 @@ def difference_colours() -> Colormap:
 def share_text(share: float) -> str:
     """Return a share in percent, or that it is none."""
     return f"{100 * share:.1f} %" if share > SMALLEST else "never"
+
+
+def in_percents() -> FuncFormatter:
+    """Return the format of an axis of shares."""
+    return FuncFormatter(lambda share, _: f"{100 * share:.3g}")
+
+
+def in_points(change: float) -> str:
+    """Return a difference of shares in points; empty where there is none."""
+    return f"{100 * change:+.0f}" if abs(change) > SMALLEST else ""
+
+
+def in_percent(share: float) -> str:
+    """Return a share as a whole number of percent; empty where it is none."""
+    return f"{100 * share:.0f}" if share > SMALLEST else ""
 
 
 def new_frame(
@@ -148,12 +173,15 @@ def draw_map(
     text: Callable[[int, int], str] | None = None,
     colours: Colormap | None = None,
     outlined: Sequence[tuple[int, int]] = (),
+    numbered: int = 7,
+    number: Callable[[float], str] = in_percent,
 ) -> QuadMesh:
     """Draw a matrix, row 0 on top; NaN cells stay blank. Cells meet the pixels' edges.
 
     `rows` and `columns` name a cell in its tooltip, `text(row, column)` its value if that is not a
     share. `highest` is the value of the darkest colour; with `colours`, those of a difference, the
     scale runs from -highest to it. `outlined` holds the (row, column) of cells with a thin frame.
+    The cells of at most `numbered` rows and columns have their `number` written into them.
     """
     mesh = draw_cells(
         axes, values, np.arange(len(columns) + 1) - 0.5, highest=highest, colours=colours
@@ -163,6 +191,8 @@ def draw_map(
     frames = PolyCollection(squares, facecolors="none", edgecolors=EDGE, linewidths=0.45)
     axes.add_collection(frames, autolim=False)
     drawn = np.argwhere(~np.isnan(values))
+    if max(values.shape) <= numbered:
+        write_numbers(axes, values, highest, number)
     if text is None:  # one tooltip for all grey cells: far smaller pages where they are many
         everything = (-0.5, -0.5, len(columns) - 0.5, len(rows) - 0.5)
         frame.tooltips.append(Tooltip(axes, everything, "Grey:", "never chosen", False))
@@ -174,6 +204,17 @@ def draw_map(
         listed = abs(value) > SMALLEST
         frame.tooltips.append(Tooltip(axes, box, rows[row], described, listed))
     return mesh
+
+
+def write_numbers(
+    axes: Axes, values: np.ndarray, highest: float, number: Callable[[float], str]
+) -> None:
+    """Write a number into each cell, light on dark colours; none where it would be empty."""
+    for (row, column), value in np.ndenumerate(values):
+        shown = "" if np.isnan(value) else number(float(value))
+        if shown:
+            text = axes.text(column, row, shown, ha="center", va="center", size=SMALL)
+            text.set_color("white" if abs(value) > 0.45 * highest else INK)
 
 
 def draw_cells(
@@ -213,6 +254,8 @@ def draw_bars(
 ) -> None:
     """Draw a bar for each value beside or above a map, from 0 to `end`."""
     (axes.bar if along == "x" else axes.barh)(range(len(values)), values, 0.8, color=colours)
+    if text is share_text:
+        (axes.yaxis if along == "x" else axes.xaxis).set_major_formatter(in_percents())
     axes.spines[["top", "right"]].set_visible(False)
     for place, (name, value) in enumerate(zip(names, values, strict=True)):
         low, high = place - 0.5, place + 0.5
@@ -229,10 +272,17 @@ def draw_bars(
 
 
 def colour_bar(
-    frame: FigureFrame, mesh: QuadMesh, axes: Any, label: str, *, size: float = 0.8
+    frame: FigureFrame,
+    mesh: QuadMesh,
+    axes: Any,
+    label: str,
+    *,
+    size: float = 0.8,
+    percent: bool = True,
 ) -> None:
     """Add the scale of the colours with its unit; the grey of "never" stands in the caption."""
-    bar = frame.figure.colorbar(mesh, ax=axes, shrink=size, aspect=28, pad=0.015)
+    form = in_percents() if percent else None
+    bar = frame.figure.colorbar(mesh, ax=axes, shrink=size, aspect=28, pad=0.015, format=form)
     bar.set_label(label)
     bar.outline.set_linewidth(0.5)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.inspection.captions import last_part
+from moc_cli.inspection.captions import run_name
 from moc_cli.inspection.figure_parts import (
     BLOCK_COLOURS,
     BLOCK_WORDS,
@@ -22,6 +22,8 @@ from moc_cli.inspection.figure_parts import (
     draw_cells,
     draw_map,
     draw_sites,
+    in_percents,
+    in_points,
     layer_ticks,
     name_ticks,
     new_frame,
@@ -40,7 +42,7 @@ from moc_cli.report.figure_style import (
     fitted,
 )
 
-SHARE = "share of a site's choices"
+SHARE = "share of a site's choices, %"
 OWN = "Outlined: a site's own control."
 GREY = "Grey: never chosen."
 NUMBERED = 10  # up to this many tasks have their distances written into the cells
@@ -52,8 +54,7 @@ def site_map(routing: dict[str, Any]) -> FigureFrame:
     sites = Sites.of(routing)
     values = sites.in_pool(routing["share"])
     bars_note = "Bars: a control's share of all choices in its pool."
-    title = "Which control each site chooses"
-    frame = new_frame(routing, title, OWN, GREY, bars_note, height=5.7)
+    frame = new_frame(routing, "Which control each site chooses", OWN, GREY, bars_note, height=5.7)
     grid = frame.figure.add_gridspec(2, 1, height_ratios=[1, 9], hspace=0.02)
     bars, axes = grid.subplots(sharex=True)  # type: ignore[misc]
 
@@ -64,14 +65,14 @@ def site_map(routing: dict[str, Any]) -> FigureFrame:
         means = f"mean weight {weight:.3g}, mean probability {probability:.3g}"
         return f"{share_text(values[row, column])}, {times} times, {means}"
 
-    mesh = draw_sites(frame, axes, sites, values, highest=peak(values), text=text)
+    mesh = draw_sites(frame, axes, sites, values, highest=peak(values), text=text, numbered=14)
     sites.label(axes, "x", "control", unit="layer; attention before FFN")
     sites.label(axes, "y", "site that chooses")
     use = [control["use"] for control in routing["per_control"]]
     colours = [BLOCK_COLOURS.get(block, FAINT) for block in sites.blocks]
     end = max(use, default=0) * 1.08 or 1
     draw_bars(frame, bars, use, sites.names, row="use", along="x", end=end, colours=colours)
-    bars.set_ylabel("use")
+    bars.set_ylabel("use, %")
     bars.locator_params("y", nbins=3)
     for place, (block, colour) in zip((0.90, 0.99), BLOCK_COLOURS.items(), strict=True):
         if block in sites.blocks:
@@ -121,37 +122,37 @@ def layer_maps(routing: dict[str, Any]) -> FigureFrame | None:
         "A cell: the mean over a layer's sites. Bars: a control's share of all choices in its "
         "pool; ×: never chosen. Outlined: the control's own layer."
     )
-    frame = new_frame(routing, "In which layers each control is chosen", note, height=3.7)
-    widths = [4, 1] * len(types)
-    row = frame.figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    frame = new_frame(routing, "In which layers each control is chosen", note, height=4.0)
+    grid = frame.figure.subplots(2, len(types), height_ratios=[1, 6], squeeze=False, sharex="col")
     layers = sorted(set(sites.layers))
     parts = {block: control_by_layer(sites, routing, block) for block in types}
     highest = max(peak(part) for part in parts.values())
     controls = routing["per_control"]
     end = max((control["use"] for control in controls), default=0) * 1.1 or 1
-    for (block, part), axes, bars in zip(parts.items(), row[::2], row[1::2], strict=True):
+    for (block, part), bars, axes in zip(parts.items(), *grid, strict=True):
         members = sites.members(block)
         names = [sites.names[index] for index in members]
         mesh = draw_map(
             frame,
             axes,
             part,
-            [f"{name} is chosen" for name in names],
-            [f"in layer {layer}" for layer in layers],
+            [f"layer {layer} chooses" for layer in layers],
+            names,
             highest=highest,
-            outlined=[(i, layers.index(sites.layers[index])) for i, index in enumerate(members)],
+            outlined=[(layers.index(sites.layers[index]), j) for j, index in enumerate(members)],
         )
-        layer_ticks(axes, layers, along="x", most=8)
-        layer_ticks(axes, [sites.layers[index] for index in members], along="y")
-        axes.set_title(f"{BLOCK_WORDS[block]} controls", size=8)
-        axes.set_xlabel("layer that chooses")
-        axes.set_ylabel(f"{BLOCK_WORDS[block]} control (layer)")
+        layer_ticks(axes, layers, along="y")
+        layer_ticks(axes, [sites.layers[index] for index in members], along="x")
+        axes.set_ylabel("layer that chooses")
+        axes.set_xlabel(f"{BLOCK_WORDS[block]} control (layer)")
         use, colour = [controls[index]["use"] for index in members], BLOCK_COLOURS[block]
-        draw_bars(frame, bars, use, names, row="use", along="y", end=end, colours=colour)
-        bars.set_xlabel("use")
+        draw_bars(frame, bars, use, names, row="use", along="x", end=end, colours=colour)
+        bars.set_title(f"{BLOCK_WORDS[block]} controls", size=8)
+        bars.set_ylabel("use, %")
+        bars.locator_params("y", nbins=3)
         dead = [place for place, index in enumerate(members) if controls[index]["dead"]]
-        bars.plot([end * 0.06] * len(dead), dead, "x", color=FAINT, ms=2.2, mew=0.5)
-    colour_bar(frame, mesh, list(row), "mean " + SHARE, size=0.8)
+        bars.plot(dead, [end * 0.06] * len(dead), "x", color=FAINT, ms=2.2, mew=0.5)
+    colour_bar(frame, mesh, grid, "mean " + SHARE, size=0.8)
     return frame
 
 
@@ -193,8 +194,7 @@ def history(routing: dict[str, Any]) -> FigureFrame | None:
         f"Recorded at {len(steps)} steps. Dotted: the local share under chance. "
         "Grey: not chosen since the step before."
     )
-    title = "How the use of the controls changed in training"
-    frame = new_frame(routing, title, note, height=4.6, counted=False)
+    frame = new_frame(routing, "Use of the controls in training", note, height=4.6, counted=False)
     line, axes = frame.figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
     edges = step_edges(steps)
     mesh = draw_cells(axes, use, edges, highest=peak(use))
@@ -204,7 +204,8 @@ def history(routing: dict[str, Any]) -> FigureFrame | None:
     line.axhline(routing["summary"]["chance_local"], color=FAINT, lw=0.8, ls=":")
     top = max(0.1, *local) * 1.1
     line.set_ylim(0, top)
-    line.set_ylabel("local share")
+    line.set_ylabel("local share, %")
+    line.yaxis.set_major_formatter(in_percents())
     line.spines[["top", "right"]].set_visible(False)
     line.locator_params("y", nbins=4)
     together = math.ceil(len(steps) / COLUMNS)
@@ -220,17 +221,16 @@ def history(routing: dict[str, Any]) -> FigureFrame | None:
             low, high = share_text(shares[first:last].min()), share_text(shares[first:last].max())
             text = f"{at}: {low}" if low == high else f"{at}: {low} to {high}"
             frame.tooltips.append(Tooltip(panel, box, row, text, high != share_text(0.0)))
-    colour_bar(frame, mesh, [line, axes], "share of all choices in its pool", size=0.75)
+    colour_bar(frame, mesh, [line, axes], "share of all choices in its pool, %", size=0.75)
     return frame
 
 
 def task_distance(routing: dict[str, Any]) -> FigureFrame | None:
     """Draw the distance between the tasks' routes, task × task; None below two tasks."""
-    section = routing.get("task_distance") or {}
-    names = section.get("tasks") or []
+    names = (routing.get("task_distance") or {}).get("tasks") or []
     if len(names) < 2:
         return None
-    matrix = np.asarray(section["matrix"], dtype=float)
+    matrix = np.asarray(routing["task_distance"]["matrix"], dtype=float)
     title = "Distance between the routes of two tasks"
     note = "0: the same routes; 1: no control in common. Mean over the sites."
     frame = new_frame(routing, title, note, height=min(4.4, 2.1 + 0.3 * len(names)))
@@ -243,16 +243,13 @@ def task_distance(routing: dict[str, Any]) -> FigureFrame | None:
         [f"to {name}" for name in names],
         highest=1.0,
         text=lambda row, column: f"{matrix[row, column]:.3f}",
+        numbered=NUMBERED,
+        number="{:.2f}".format,
     )
     axes.set_aspect("equal")
     name_ticks(axes, names, along="x", room=1.1)
     name_ticks(axes, names, along="y", room=1.1)
-    for (row, column), distance in np.ndenumerate(matrix) if len(names) <= NUMBERED else ():
-        colour = "white" if distance > 0.45 else INK
-        axes.text(
-            column, row, f"{distance:.2f}", ha="center", va="center", size=SMALL, color=colour
-        )
-    colour_bar(frame, mesh, axes, "Jensen-Shannon distance")
+    colour_bar(frame, mesh, axes, "Jensen-Shannon distance", percent=False)
     return frame
 
 
@@ -263,15 +260,24 @@ def comparison(routing: dict[str, Any]) -> FigureFrame | None:
         return None
     sites = Sites.of(routing)
     values = sites.in_pool(other["difference"])
-    title = f"Shares of this run minus those of {fitted(last_part(other['run']), 2.4, 9.5, 'bold')}"
+    title = f"Shares of this run minus those of {fitted(run_name(other['run']), 2.4, 9.5, 'bold')}"
     frame = new_frame(routing, title, "Red: chosen more often here.", OWN, height=5.2)
     axes, bars = frame.figure.subplots(1, 2, width_ratios=[6, 1])
 
     def text(row: int, column: int) -> str:
         return f"{100 * values[row, column]:+.1f} points"
 
-    highest, colours = peak(abs(values)), difference_colours()
-    mesh = draw_sites(frame, axes, sites, values, highest=highest, colours=colours, text=text)
+    mesh = draw_sites(
+        frame,
+        axes,
+        sites,
+        values,
+        highest=peak(abs(values)),
+        colours=difference_colours(),
+        text=text,
+        numbered=12,
+        number=in_points,
+    )
     sites.label(axes, "x", "control")
     sites.label(axes, "y", "site that chooses")
     draw_bars(
@@ -285,7 +291,7 @@ def comparison(routing: dict[str, Any]) -> FigureFrame | None:
         text=lambda distance: f"{distance:.3f}",
     )
     bars.set_xlabel("Jensen-Shannon\ndistance")
-    colour_bar(frame, mesh, [axes, bars], "difference of shares")
+    colour_bar(frame, mesh, [axes, bars], "difference of shares, points")
     return frame
 
 

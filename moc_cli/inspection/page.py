@@ -138,8 +138,11 @@ def token_table(routing: dict[str, Any]) -> str:
     if not width:
         chosen = [", ".join(names[control] for control in choice) for choice in choices]
         rows.append(["chosen", *chosen])
-    rows.append(["lead in probability", *(f"{margin:.3g}" for margin in tokens["margin"])])
-    note = "A token's most probable control, and how probable it is. ✓: the site chose it."
+    rows.append(["lead", *(f"{margin:.4f}" for margin in tokens["margin"])])
+    note = (
+        "A token's most probable control, and how probable it is. ✓: the site chose it; lead: in "
+        "mean probability."
+    )
     if len(shown) < len(tokens["tokens"]):
         note += f" The first {TOKENS} of {len(tokens['tokens'])} tokens."
     return f"<p>{note}</p>{table(['token', *names], rows)}"

@@ -69,14 +69,14 @@ def record(
 
 
 def record_tasks(
-    trained: LoadedRun, tasks: Sequence[TaskRows], *, batch_size: BatchSize, silent: bool
+    trained: LoadedRun, tasks: Sequence[TaskRows], *, batch_size: BatchSize
 ) -> RunRecord:
     """Record what the gates do on the prompts of each task."""
     kind = make_kind(trained.recipe.data)
     records: dict[str, Record] = {}
     for task in tasks:
         rows = kind.voters(task.examples, trained.tokenizer, trained.recipe.data.max_length)
-        with WorkProgress(f"route {task.name}", len(task.examples), silent=silent) as bar:
+        with WorkProgress(f"route {task.name}", len(task.examples)) as bar:
             records[task.name] = record(
                 trained, rows, batch_size=batch_size, on_progress=bar.observe
             )

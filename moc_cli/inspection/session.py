@@ -51,8 +51,8 @@ class InspectOptions:
 class Inspection:
     """One call of the command. All that can be wrong is found before weights are loaded."""
 
-    def __init__(self, options: InspectOptions, *, silent: bool) -> None:
-        self.options, self.silent = options, silent
+    def __init__(self, options: InspectOptions) -> None:
+        self.options = options
         self.recipe = options.recipe
         self.layout = read_layout(options.run, self.method)
         self.history = history(RunFolder.open(options.run))
@@ -115,11 +115,11 @@ class Inspection:
             prompts, tokens = text_votes(trained, self.options.text)
             return RunRecord({}, record(trained, prompts, batch_size=1)), tokens
         size = self._batch_size()
-        return record_tasks(trained, self.tasks, batch_size=size, silent=self.silent), None
+        return record_tasks(trained, self.tasks, batch_size=size), None
 
     def _ablate(self, trained: LoadedRun) -> list[dict[str, Any]]:
         examples = [example for task in self.tasks for example in task.examples]
-        with WorkProgress("ablate sites", len(self.layout.names), silent=self.silent) as bar:
+        with WorkProgress("ablate sites", len(self.layout.names)) as bar:
             return ablate(trained, examples, batch_size=self._batch_size(), on_progress=bar.observe)
 
     def _describe(self, trained: LoadedRun, records: RunRecord) -> dict[str, Any]:

@@ -5,6 +5,10 @@ untrained_gate  nothing ever gave the gate a gradient: λ = 0, and the task give
 collapsed       nearly all choices go to a few controls of the pool
 local_only      nearly all sites choose their own control, so that layers exchange nothing
 one_token       most choices would change without one token of many
+uniform         the gate gives all controls nearly the same probability
+half_dead       half of a pool's controls or more are never chosen
+
+All but the first are about many decisions: of one text they are not given.
 """
 
 import math
@@ -16,18 +20,24 @@ from moc_cli.recipe.methods import MocMethod
 COLLAPSED = 0.1  # effective number of controls, as a share of the pool's
 LOCAL_ONLY = 0.9  # share of local choices
 ONE_TOKEN = 0.5  # share of the decisions that one token turns
+UNIFORM = 0.999  # entropy of the gate, as a share of the largest possible
+DEAD = 0.5  # share of a pool's controls
+ENOUGH = 5  # choices for each control, below which chance alone leaves controls unchosen
 
 GateWarning = dict[str, str]
 
 
 def find_warnings(routing: Mapping[str, Any], method: MocMethod) -> list[GateWarning]:
     """Return the warnings that a routing.json deserves, the most serious first."""
-    warnings = [
-        _untrained(method),
-        *(_collapsed(routing, method, pool) for pool in _pools(routing)),
-        _local_only(routing, method),
-        _one_token(routing, method),
-    ]
+    untrained = _untrained(method)
+    warnings = [untrained]
+    if routing["text"] is None:
+        warnings += [
+            *(_few_controls(routing, method, pool) for pool in _pools(routing)),
+            None if untrained else _uniform(routing, method),
+            _local_only(routing, method),
+            _one_token(routing, method),
+        ]
     return [warning for warning in warnings if warning is not None]
 
 
@@ -54,8 +64,14 @@ def _untrained(method: MocMethod) -> GateWarning | None:
     }
 
 
-def _collapsed(routing: Mapping[str, Any], method: MocMethod, pool: str) -> GateWarning | None:
+def _few_controls(routing: Mapping[str, Any], method: MocMethod, pool: str) -> GateWarning | None:
     members = [i for i, site in enumerate(routing["sites"]) if site["pool"] == pool]
+    return _collapsed(routing, method, pool, members) or _half_dead(routing, method, pool, members)
+
+
+def _collapsed(
+    routing: Mapping[str, Any], method: MocMethod, pool: str, members: list[int]
+) -> GateWarning | None:
     use = [routing["per_control"][i]["use"] for i in members]
     effective = math.exp(-sum(share * math.log(share) for share in use if share > 0))
     fewest = method.top_k  # each decision takes so many different ones
@@ -63,15 +79,57 @@ def _collapsed(routing: Mapping[str, Any], method: MocMethod, pool: str) -> Gate
         return None
     top = max(members, key=lambda i: routing["per_control"][i]["use"])
     name, share = routing["per_control"][top]["name"], routing["per_control"][top]["use"]
-    where = "" if pool == "shared" else f" of the {pool} pool"
-    weight = method.balance.weight
-    advice = f"{3 * weight:.2g}" if weight else "0.01"
     return {
         "name": "collapsed",
-        "message": f"the gate{where} has collapsed: {100 * share:.0f} % of the choices go to "
-        f"{name}, and of {len(members)} controls {effective:.1f} are in effective use. Raise "
-        f"method.balance.weight, now {weight:g}, to {advice}",
+        "message": f"the gate{_of_pool(pool)} has collapsed: {100 * share:.0f} % of the choices go "
+        f"to {name}, and of {len(members)} controls {effective:.1f} are in effective use. "
+        f"{_more_balance(method)}",
         "key": "method.balance.weight",
+    }
+
+
+def _half_dead(
+    routing: Mapping[str, Any], method: MocMethod, pool: str, members: list[int]
+) -> GateWarning | None:
+    dead = sum(routing["per_control"][i]["dead"] for i in members)
+    choices = routing["decisions"] * len(members) * method.top_k
+    if dead < DEAD * len(members) or choices < ENOUGH * len(members):
+        return None
+    return {
+        "name": "half_dead",
+        "message": f"{dead} of {len(members)} controls{_of_pool(pool)} are dead: no site chooses "
+        f"them. {_more_balance(method)}",
+        "key": "method.balance.weight",
+    }
+
+
+def _of_pool(pool: str) -> str:
+    return "" if pool == "shared" else f" of the {pool} pool"
+
+
+def _more_balance(method: MocMethod) -> str:
+    weight = method.balance.weight
+    advice = f"{3 * weight:.2g}" if weight else "0.01"
+    return f"Raise method.balance.weight, now {weight:g}, to {advice}"
+
+
+def _uniform(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | None:
+    sizes = [sum(s["pool"] == pool for s in routing["sites"]) for pool in _pools(routing)]
+    entropy, most = routing["summary"]["gate_entropy"], math.log(sum(sizes) / len(sizes))
+    if min(sizes) < 2 or entropy < UNIFORM * most:
+        return None
+    if method.gate.estimator == "renormalized":
+        key = "method.gate.estimator"
+        advice = f"Set {key}=straight_through, so that the task trains the gate too"
+    else:
+        key, weight = "method.balance.weight", method.balance.weight
+        advice = f"Lower {key}, now {weight:g}, to {weight / 3:.2g}"
+    return {
+        "name": "uniform",
+        "message": f"the gate gives all controls nearly the same probability: its entropy is "
+        f"{entropy:.4f} of at most {most:.4f}, and the chosen control leads by "
+        f"{routing['summary']['margin']:.4f}, so that little turns a choice. {advice}",
+        "key": key,
     }
 
 

@@ -102,7 +102,7 @@ def watched_line(step: int, values: Mapping[str, float]) -> str:
         f"{name} {value:.4f}" if name in LOWER_IS_BETTER else f"{name} {100 * value:.1f}"
         for name, value in values.items()
     )
-    return f"step {step}: held-out {', '.join(numbers)}"
+    return f"step {step}: validation {', '.join(numbers)}"
 
 
 def summary_line(results: Mapping[str, Any], folder: Path) -> str:

@@ -65,9 +65,7 @@ class PredictOptions:
         return rows
 
 
-def predict(
-    options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows, *, silent: bool = False
-) -> dict[str, Any]:
+def predict(options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows) -> dict[str, Any]:
     """Classify the rows, write them to `output_file` if given, and return what --json prints."""
     from moc_cli.data.encode import encode_pairs
     from moc_cli.load_run import BaseOptions, open_run
@@ -79,7 +77,7 @@ def predict(
     truncated = encode_pairs(rows.examples, model.tokenizer, max_length=limit).truncated
     if truncated:
         say(f"{truncated} of {len(rows.examples)} rows are cut to {limit} tokens, as in training")
-    with WorkProgress("predict", len(rows.examples), silent=silent) as bar:
+    with WorkProgress("predict", len(rows.examples)) as bar:
         items = classify(
             model,
             rows.examples,

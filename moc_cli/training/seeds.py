@@ -78,7 +78,6 @@ def train_seeds(
     *,
     call: Call,
     say: Callable[[str], None],
-    silent: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -91,17 +90,16 @@ def train_seeds(
     seeds = plan(recipe, count)
     home = Path(recipe.output.output_dir)
     _check_folders(home, seeds, call, resume=resume, overwrite=overwrite)
-    tell: Callable[[str], None] = (lambda text: None) if silent else say
     done: list[Seeded] = []
     summary: dict[str, Any] = {}
     for run in seeds:
         try:
             if resume and _is_finished(run):
-                tell(f"seed {run.seed}: finished before, in {run.folder.path}")
+                say(f"seed {run.seed}: finished before, in {run.folder.path}")
             else:
-                tell(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
+                say(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
                 checkpoint = "auto" if resume and run.folder.recipe_file.is_file() else None
-                session = Session(run.recipe, call=call, say=say, silent=silent)
+                session = Session(run.recipe, call=call, say=say)
                 session.run(resume=checkpoint, overwrite=overwrite)
                 del session  # before the next model is loaded
                 gc.collect()

@@ -57,17 +57,14 @@ class Finished:
 
 
 class Session:
-    """One call of `moc train`; messages go to `say`, only warnings if `silent`."""
+    """One call of `moc train`; messages go to `say`."""
 
-    def __init__(
-        self, recipe: Recipe, *, call: Call, say: Callable[[str], None], silent: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, *, call: Call, say: Callable[[str], None]) -> None:
         self.recipe = absolute_paths(recipe)
         self.call = call
         self.again = f"{call.command} --resume auto"
         self.warn = say
-        self.say: Callable[[str], None] = (lambda text: None) if silent else say
-        self.silent = silent
+        self.say = say
         self.interrupt = Interrupt()
 
     def run(self, *, resume: str | None = None, overwrite: bool = False) -> Finished:
@@ -237,7 +234,6 @@ class Session:
         trackers = build.start_trackers(job.accelerator, job.recipe)
         bar = TrainProgress(
             total_steps(settings, job.rows.data.batches),
-            silent=self.silent,
             every=settings.logging_steps,
             memory_kind=peak_kind(job.accelerator.device),
         )
@@ -293,7 +289,7 @@ class Session:
         scores = {}
         for name in tasks:
             examples = job.splits.tests[name]
-            with WorkProgress(f"{label} {name}", len(examples), silent=self.silent) as bar:
+            with WorkProgress(f"{label} {name}", len(examples)) as bar:
 
                 def observe(done: int, total: int, bar: WorkProgress = bar) -> None:
                     bar.observe(done, total)

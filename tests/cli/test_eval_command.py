@@ -270,7 +270,7 @@ def test_both_parts_of_mnli_are_scored_and_averaged(tmp_path: Path) -> None:
     model = make_tiny_model("bert", num_labels=3, type_vocab_size=2)
     loaded = loaded_model(model, make_pair_tokenizer())
     tasks = job.read_rows()
-    report = session.score_rows(job, loaded, tasks, tmp_path / "out", silent=True).to_json()
+    report = session.score_rows(job, loaded, tasks, tmp_path / "out").to_json()
     assert {name: main_score(entry)["n"] for name, entry in report["tasks"].items()} == {
         "mnli": 12,
         "mnli (mismatched)": 7,
@@ -306,12 +306,12 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
 
     monkeypatch.setattr(Choice, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
-        session.score_rows(job, loaded, tasks, tmp_path, silent=True)
+        session.score_rows(job, loaded, tasks, tmp_path)
     assert "stopped; 1 scored tasks are in" in capsys.readouterr().err
     monkeypatch.setattr(Choice, "score", score)
     kept = json.loads((tmp_path / "results.json").read_text())
     assert list(kept["tasks"]) == ["boolq"]
-    report = session.score_rows(job, loaded, tasks[1:], tmp_path, silent=True)
+    report = session.score_rows(job, loaded, tasks[1:], tmp_path)
     assert list(report.tasks) == ["boolq", "piqa"]
     assert report.tasks["boolq"] == kept["tasks"]["boolq"]
     lines = samples(tmp_path)

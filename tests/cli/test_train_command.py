@@ -77,11 +77,12 @@ def test_the_next_commands_can_be_pasted(tmp_path, choices, capsys):
     assert json.loads(capsys.readouterr().out)["adapter"] == 4 * 2 * 2 * 32 + 256 * (32 + 4) + 1
 
 
-def test_json_is_all_that_stdout_gets(tmp_path, choices, capsys):
+def test_under_json_stdout_gets_json_alone_and_stderr_the_progress(tmp_path, choices, capsys):
     assert run([*choices, "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == results(tmp_path)
-    assert shown.err == ""
+    assert "train 6/6" in shown.err
+    assert "after ARC-Easy 6/6" in shown.err
 
 
 def test_dry_run_touches_nothing_and_shows_the_mask(tmp_path, choices, capsys):
@@ -109,7 +110,7 @@ def test_dry_run_counts_what_a_run_then_trains(tmp_path, pairs, capsys):
     planned = json.loads(capsys.readouterr().out)
     assert run([*pairs, "--json"]) == 0
     parameters = json.loads(capsys.readouterr().out)["parameters"]
-    assert planned["row"]["label"] == 0
+    assert planned["row"]["label"] == "not_equivalent"
     assert {name: planned[name] for name in parameters} == parameters
     assert planned["modules"] == 32 * 2 + 2
 

@@ -404,7 +404,7 @@ def test_curves_are_drawn_the_same_each_time(make: Make, tmp_path: Path) -> None
     runs = read_runs([make("a"), make("b", "train.per_device_train_batch_size=3")])
     png, svg = draw_curves(runs, tmp_path / "one")
     assert png.read_bytes().startswith(b"\x89PNG")
-    for words in ("a, held out", "b, held out", "epoch", "Faint: as logged"):
+    for words in ("a, validation", "b, validation", "epoch", "Faint: as logged"):
         assert words in svg.read_text()
     again = draw_curves(runs, tmp_path / "two")
     assert [p.read_bytes() for p in again] == [png.read_bytes(), svg.read_bytes()]

@@ -123,6 +123,18 @@ def test_the_map_shows_every_share() -> None:
     np.testing.assert_array_equal(values(mesh), np.array(routing["share"]))
 
 
+def test_small_maps_have_their_numbers() -> None:
+    routing = routing_of(6, TASKS[:1])
+    shown = words(drawn("routing-map", routing)).split()
+    assert {f"{100 * share:.0f}" for row in routing["share"] for share in row if share} <= {*shown}
+    assert len(drawn("routing-map", routing_of(24, TASKS[:1])).axes[1].texts) == 0
+
+
+def test_a_run_named_as_its_method_has_its_parents_name_too() -> None:
+    routing = full_routing(6) | {"run": "/home/me/runs/glue/minilm/moc", "model": "org/MiniLM"}
+    assert "minilm/moc · org/MiniLM · moc, rank 16" in words(drawn("routing-map", routing))
+
+
 def test_controls_outside_the_pool_stay_blank() -> None:
     routing = routing_of(24, TASKS[:2], split_pools=True)
     (mesh,) = meshes(drawn("routing-map", routing))
@@ -146,14 +158,14 @@ def test_the_four_panels_split_the_map_by_type() -> None:
 
 
 def test_the_layer_maps_average_over_the_blocks_of_a_layer() -> None:
-    """Control k × layer, by the plain loop over the recorded shares."""
+    """Layer × control k, by the plain loop over the recorded shares."""
     routing = routing_of(24, TASKS[:2])
     figure = drawn("routing-layers", routing)
     for mesh, first in zip(meshes(figure), (0, 1), strict=True):
         for k, layer in np.ndindex(12, 12):
             control = 2 * k + first
             both = [routing["share"][2 * layer + block][control] for block in (0, 1)]
-            assert values(mesh)[k, layer] == pytest.approx(sum(both) / 2)
+            assert values(mesh)[layer, k] == pytest.approx(sum(both) / 2)
 
 
 def test_a_layer_without_one_block_type_is_averaged_over_what_it_has() -> None:
@@ -162,11 +174,11 @@ def test_a_layer_without_one_block_type_is_averaged_over_what_it_has() -> None:
         routing[key] = [row[:5] for row in routing[key][:5]]
     routing["sites"] = routing["sites"][:5]  # layer 2 has no FFN site
     part = control_by_layer(Sites.of(routing), routing, "attn")
-    assert part[1, 2] == routing["share"][4][2]
+    assert part[2, 1] == routing["share"][4][2]
     split = [site | {"pool": site["block"]} for site in routing["sites"]]
     part = control_by_layer(Sites.of(routing | {"sites": split}), routing, "ffn")
-    assert part[0, 1] == routing["share"][3][1]  # its attention block cannot choose it
-    assert np.isnan(part[:, 2]).all()
+    assert part[1, 0] == routing["share"][3][1]  # its attention block cannot choose it
+    assert np.isnan(part[2]).all()
 
 
 def test_every_task_has_its_panel_on_one_scale() -> None:

@@ -44,6 +44,8 @@ def routing_of(rule: Rule, **section) -> tuple[dict, MocMethod]:
         adapted.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     record, mixture = recorder.record(), adapted.mixture
     return {
+        "text": None,
+        "decisions": 8,
         "sites": statistics.sites(mixture),
         "per_site": statistics.per_site(record, "sample"),
         "per_control": statistics.per_control(record, mixture, mixture.scale),
@@ -69,6 +71,14 @@ def one_token(site: int, row: int, token: int) -> tuple[int, float]:
     return ((site + row) % SIZE, 5.0) if token == 0 else ((site + row + 1) % SIZE, 0.1)
 
 
+def uniform(site: int, row: int, token: int) -> tuple[int, float]:
+    return (3 * site + row) % SIZE, 0.001
+
+
+def half_dead(site: int, row: int, token: int) -> tuple[int, float]:
+    return 2 * ((site + row) % (SIZE // 2)), 2.0
+
+
 @pytest.mark.parametrize(
     ("rule", "section", "name", "key"),
     [
@@ -91,6 +101,14 @@ def one_token(site: int, row: int, token: int) -> tuple[int, float]:
         ),
         (local, {}, "local_only", "method.routing.exclude_local"),
         (one_token, {}, "one_token", "method.routing.vote"),
+        (uniform, {}, "uniform", "method.gate.estimator"),
+        (
+            uniform,
+            {"gate": {"estimator": "straight_through"}},
+            "uniform",
+            "method.balance.weight",
+        ),
+        (half_dead, {}, "half_dead", "method.balance.weight"),
     ],
 )
 def test_each_fault_has_its_own_warning(rule, section, name, key):
@@ -100,6 +118,8 @@ def test_each_fault_has_its_own_warning(rule, section, name, key):
     for warning in found:
         assert warning["key"] == key
         assert key in warning["message"]
+    of_a_text = [warning["name"] for warning in find_warnings(routing | {"text": "Hi."}, method)]
+    assert of_a_text == [name for name in [name] if name == "untrained_gate"]
 
 
 def test_the_keys_named_are_keys_of_the_recipe():
@@ -108,6 +128,7 @@ def test_the_keys_named_are_keys_of_the_recipe():
         (healthy, {"balance": {"weight": 0.0}}),
         (local, {}),
         (one_token, {}),
+        (uniform, {}),
     ):
         routing, method = routing_of(rule, **section)
         for warning in find_warnings(routing, method):
