@@ -70,9 +70,12 @@ class ControlsMethod:
 
 
 def make_mixture(
-    model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int
+    model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int, *, empty: bool = False
 ) -> tuple[Mixture, Family]:
-    """The controls and gates that fit a model, on its device, and where they belong in it."""
+    """The controls and gates that fit a model, on its device, and where they belong in it.
+
+    With `empty` they are on the meta device, for numbers that are loaded later.
+    """
     family = _family(model, method)
     try:
         routing = _routing(method)
@@ -82,7 +85,7 @@ def make_mixture(
     layers = find_layers(model, family)
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
-    first = next(layers.parameters())
+    device = torch.device("meta") if empty else next(layers.parameters()).device
     mixture = Mixture(
         len(layers),
         model.config.get_text_config().hidden_size,
@@ -91,8 +94,8 @@ def make_mixture(
         method.scale / _multiplier(model, family, layers[0]),
         routing,
         generator=torch.Generator().manual_seed(seed),
-        device="meta" if first.device.type == "meta" else "cpu",
-    ).to(first.device)
+        device="meta" if device.type == "meta" else "cpu",
+    ).to(device)
     mixture.train(model.training)
     return mixture, family
 

@@ -100,9 +100,11 @@ def _difference(then: list[str], now: list[str]) -> str:
 
 
 def _outside(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters; a module that peft keeps in copies counts as it came."""
     modules = tuple(f"{name}." for name in skip)
-    for name, parameter in model.named_parameters():
-        if not modules or not name.startswith(modules):
+    for full_name, parameter in model.named_parameters():
+        name = full_name.replace(".original_module.", ".")
+        if ".modules_to_save." not in full_name and not name.startswith(modules):
             yield name, parameter
 
 

@@ -21,7 +21,8 @@ from transformers import (
 
 import moc_cli.peft
 from moc_cli.api import attach, load_controls
-from moc_cli.errors import MocError, RunError
+from moc_cli.errors import MocError, RecipeError, RunError
+from moc_cli.models.fingerprint import fingerprint
 from moc_cli.peft import MocConfig
 
 METHODS = {
@@ -185,7 +186,7 @@ def test_loading_is_strict(change: str, tmp_path: Path) -> None:
     if change == "payload":
         state[name].view(-1)[3] += 1e-6
     elif change == "base":
-        config["base_fingerprint"] = moc_cli.peft.fingerprint(base)
+        config["base_fingerprint"] = fingerprint(base)
         base.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
     else:
         config["state_sha256"] = None
@@ -231,13 +232,55 @@ def test_the_hash_and_the_fingerprint_let_the_right_ones_through(tmp_path: Path)
     config["state_sha256"] = moc_cli.peft.state_hash(
         load_file(tmp_path / "adapter_model.safetensors")
     )
-    config["base_fingerprint"] = moc_cli.peft.fingerprint(make())
+    config["base_fingerprint"] = fingerprint(make())
     described.write_text(json.dumps(config))
     found = PeftModel.from_pretrained(make(), tmp_path, adapter_name="mine").eval()
     assert torch.equal(logits(found), logits(model))
     found.load_adapter(tmp_path, "again")  # the base now holds a set, and is still the base
     found.set_adapter("again")
     assert torch.equal(logits(found), logits(model))
+
+
+def test_a_set_that_peft_saved_knows_its_base(tmp_path: Path) -> None:
+    """And a set saved by an earlier version, without a fingerprint, is not read in silence."""
+    wrapped().save_pretrained(tmp_path)
+    other = make()
+    other.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
+    with pytest.raises(RunError, match="other weights than the base"):
+        PeftModel.from_pretrained(other, tmp_path)
+    described = tmp_path / "adapter_config.json"
+    config = json.loads(described.read_text())
+    described.write_text(json.dumps(config | {"base_fingerprint": None}))
+    with pytest.warns(UserWarning, match="does not say which base it was trained on"):
+        PeftModel.from_pretrained(make(), tmp_path)
+
+
+def test_a_base_with_a_head_of_another_set_is_still_the_base(tmp_path: Path) -> None:
+    def classifier() -> PreTrainedModel:
+        return make_tiny("bert").eval()
+
+    get_peft_model(classifier(), MocConfig(rank=2)).save_pretrained(tmp_path)
+    model = get_peft_model(classifier(), MocConfig(rank=2, modules_to_save=["classifier"]))
+    model.load_adapter(tmp_path, "other")
+
+
+def test_low_cpu_mem_usage_loads_the_same_numbers(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    lean = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(lean), logits(model))
+    lean.load_adapter(tmp_path, "again", low_cpu_mem_usage=True)
+    lean.set_adapter("again")
+    assert torch.equal(logits(lean), logits(model))
+
+
+def test_a_set_for_each_row_is_refused() -> None:
+    model, names = wrapped(), ["default"] * ROWS
+    with pytest.raises(MocError, match="adapter_names: one set of controls") as refusal:
+        model(**inputs(), adapter_names=names)
+    assert "moc_cli.Tenants" in str(refusal.value.hint)
+    with pytest.raises(MocError, match="adapter_names"):
+        model.generate(**inputs(), adapter_names=names)
 
 
 def test_merging_is_refused_with_the_reason() -> None:
@@ -353,6 +396,18 @@ def test_a_bad_method_is_told_as_in_a_recipe() -> None:
         MocConfig(method={"name": "moc", "rnk": 4})
     with pytest.raises(MocError, match="has a config of its own in peft"):
         MocConfig(method={"name": "lora"})
+    with pytest.raises(RecipeError) as refusal:
+        MocConfig("control", rank=0, scael=2.0)
+    assert "method.rank" in str(refusal.value)
+    assert "method.scael" in str(refusal.value)
+
+
+def test_the_keys_of_a_recipe_are_arguments() -> None:
+    config = MocConfig(rank=16, top_k=2, gate={"projection_dim": 8}, task_type="CAUSAL_LM", seed=3)
+    assert (config.method["name"], config.method["rank"], config.method["top_k"]) == ("moc", 16, 2)
+    assert config.method["gate"]["projection_dim"] == 8
+    assert (config.task_type, config.seed) == ("CAUSAL_LM", 3)
+    assert MocConfig("control", rank=3).section == MocConfig(method=METHODS["control"]).section
 
 
 def test_the_other_way_round_the_surface_refuses_a_model_in_peft(tmp_path: Path) -> None:

@@ -1,101 +1,25 @@
-"""`import moc_cli.peft`: adapters of Mixture-of-Control and Control become known to `peft`.
-
-    import moc_cli.peft
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(base, "exported")
-
-`peft` keeps its list of methods closed, so that importing this extends it for this process. All
-controls of a model lie in one module beside the model's own, so that `peft` saves and switches the
-gates with them; only the active set has hooks in the model. Unlike `peft` itself, loading is
-strict: about keys, shapes, the base, and a payload that `moc export` wrote.
-"""
+"""The tuner that `peft` asks for: the sets of controls of a model, placed, switched and read."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType
 from peft.utils.other import set_additional_trainable_modules
-from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
-from moc_cli.adapter.check import check_base, check_bounds, check_finite
-from moc_cli.adapter.config import make_method
-from moc_cli.adapter.folder import PAYLOAD, read_shapes
+from moc_cli.adapter.check import check_base, check_finite
 from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.hooks import HookedModel
 from moc_cli.models.load import name_classes
 from moc_cli.nn.mixture import Mixture
-from moc_cli.recipe.methods import ControlMethod, MocMethod
 
-NAME = "MOC"
-TESTED = "0.21"
 MODULE = "moc"  # the submodule of the base model with every set; not a name with `prefix`
 SETS = "moc_mixtures"  # its sets, by the adapter's name
-
-
-@dataclass
-class MocConfig(PeftConfig):
-    """What `adapter_config.json` says for `peft`.
-
-    `method` is a recipe's `method` section, of name moc or control. `base_fingerprint` tells the
-    base by samples of its parameters, `state_sha256` the payload; both are compared if they are
-    there. `id2label` names the classes of a classifier. `modules_to_save` names modules that are
-    trained and saved whole.
-    """
-
-    method: dict[str, Any] = field(default_factory=lambda: {"name": "moc"})
-    seed: int = 42
-    modules_to_save: list[str] | None = None
-    base_weights_sha256: str | None = None
-    id2label: dict[str, str] | None = None
-    base_fingerprint: dict[str, str] | None = None
-    state_sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType(NAME)
-        options = dict(self.method)
-        name = options.pop("name", "moc")
-        section = make_method(name, options)
-        if not isinstance(section, MocMethod | ControlMethod):
-            raise MocError(f"MocConfig: method '{name}' has a config of its own in peft")
-        self.method = section.model_dump(mode="json")
-
-    @classmethod
-    def from_pretrained(cls, path: str, subfolder: str | None = None, **kwargs: Any) -> "MocConfig":
-        """As `peft` does; raises RunError where the config declares more than its payload holds."""
-        config: MocConfig = super().from_pretrained(path, subfolder, **kwargs)
-        folder = Path(path, subfolder or "")
-        if (folder / PAYLOAD).is_file():
-            check_bounds(folder, config.section, read_shapes(folder))
-        return config
-
-    @property
-    def section(self) -> MocMethod | ControlMethod:
-        """The checked method."""
-        options = dict(self.method)
-        made = make_method(options.pop("name"), options)
-        assert isinstance(made, MocMethod | ControlMethod)
-        return made
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As `peft` does, but without the hash of a payload that may be another one by now."""
-        known, self.state_sha256 = self.state_sha256, None
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.state_sha256 = known
 
 
 class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
@@ -127,7 +51,7 @@ class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has 
         if len(names) > 1:
             raise MocError(
                 f"{', '.join(names)}: one set of controls acts at a time in peft",
-                "see moc_cli.serving.tenants for batches that mix several",
+                "use moc_cli.Tenants for batches that mix several",
             )
         super().set_adapter(names, inference_mode=inference_mode)
         self._show(names[0] if names else None)
@@ -146,6 +70,14 @@ class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has 
             self._show(None)
         super().delete_adapter(adapter_name)
         self._families.pop(adapter_name, None)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Called by `peft` where it put the loaded numbers on a device of its own choice."""
+        (model,) = self._model
+        base = next(p for n, p in model.named_parameters() if not n.startswith(f"{MODULE}."))
+        self.moc_mixtures[adapter_name].to(device or base.device)
 
     def _show(self, name: str | None) -> None:
         if name == self._placed:
@@ -176,19 +108,24 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Place a set; the numbers are made on the CPU even with `low_cpu_mem_usage`: they are few.
+        """Place a set; with `low_cpu_mem_usage` it has no numbers before they are loaded.
 
-        Raises RunError for another base than the one that the set was trained on.
+        The config of a new set gets the base's fingerprint. Raises RunError for another base than
+        the one that the set was trained on.
         """
         config = self.peft_config[adapter_name]
+        base = fingerprint(model, [MODULE, *(config.modules_to_save or ())])
         check_base(
             getattr(model, "name_or_path", "") or type(model).__name__,
             vars(config),
-            fingerprint=fingerprint(model, [MODULE, *(config.modules_to_save or ())]),
+            fingerprint=base,
             required=False,
         )
+        config.base_fingerprint = config.base_fingerprint or base
         name_classes(model.config, config.id2label)
-        mixture, family = make_mixture(model, config.section, config.seed)
+        # peft makes the first set under a context that empties all new modules.
+        empty = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
+        mixture, family = make_mixture(model, config.section, config.seed, empty=empty)
         control_sets = getattr(model, MODULE, None)
         if control_sets is None:
             control_sets = ControlSets(model)
@@ -214,6 +151,16 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         )
         if config.inference_mode:
             mixture.requires_grad_(False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around each forward; raises MocError for a set of its own for each row."""
+        if kwargs.get("adapter_names") is not None:
+            raise MocError(
+                "adapter_names: one set of controls acts on all rows of a batch in peft",
+                "use moc_cli.Tenants for batches that mix several",
+            )
+        yield
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise MocError("controls are added beside a model's modules; none is replaced")
@@ -290,34 +237,3 @@ def state_hash(state: Mapping[str, Tensor], adapter_name: str = "default") -> st
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def register() -> None:
-    """Make the method known to this process's `peft`; does nothing the second time.
-
-    Raises MocError for a version of `peft` that this was not tested with, or that has a method of
-    this name itself.
-    """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
-    if known is MocConfig:
-        return
-    installed = version("peft")
-    if not installed.startswith(f"{TESTED}."):
-        raise MocError(
-            f"peft {installed} is not a version that moc was tested with: {TESTED}.*",
-            f"pip install 'peft=={TESTED}.*', or load the controls with moc_cli.load_controls",
-        )
-    if known is not None or NAME in PeftType.__members__:
-        raise MocError(f"peft {installed} has a method {NAME} of its own", "use load_controls")
-    member = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType.__members__)
-    PeftType._member_map_[NAME] = member
-    PeftType._member_names_.append(NAME)
-    PeftType._value2member_map_[NAME] = member
-    type.__setattr__(PeftType, NAME, member)
-    register_peft_method(name=NAME.lower(), config_cls=MocConfig, model_cls=MocModel)
-
-
-register()
