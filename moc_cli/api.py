@@ -94,7 +94,8 @@ class Controls:
     def set_loss_scale(self, scale: float) -> None:
         """Multiply the balance loss by this: 1 / the number of micro-batches of a step.
 
-        The balance loss joins the objective in the backward pass, on top of any loss.
+        The balance loss joins the objective in the backward pass, on top of any loss. Without this
+        call it is scaled as the loss that the model returns for `labels` is.
         """
         self.adapted.set_loss_scale(scale)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from moc_cli.errors import FamilyError
+from moc_cli.errors import FamilyError, MocError
 from moc_cli.models.families import Family, Place
 from moc_cli.models.generation import GenerationTracker
 from moc_cli.nn.mixture import Forward, Mixture
@@ -75,6 +75,55 @@ class _RememberForward(torch.autograd.Function):
         return grad, None, None
 
 
+class Balanced(Protocol):
+    """A mixture with a balance loss."""
+
+    training: bool
+    current: Forward
+    loss_scale: float | None
+
+
+@dataclass(eq=False)
+class FollowLoss:
+    """Scales the balance loss as the model's own loss is scaled, by what its backward pass shows.
+
+    That is the gradient that the loss receives, 1/n from a trainer that accumulates n
+    micro-batches; and where the loss was divided by the labels of all of them, this batch's share.
+    """
+
+    mixture: Balanced
+
+    def register(self, model: nn.Module) -> RemovableHandle:
+        return model.register_forward_hook(self._after, with_kwargs=True)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the whole model; MocError where a trainer computes the loss by itself."""
+        mixture = self.mixture
+        if not (mixture.training and torch.is_grad_enabled() and mixture.loss_scale is None):
+            return
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        if labels is None and items is not None:
+            raise MocError(
+                "the trainer computes the loss by itself, so that its scale is not known to the "
+                "balance loss",
+                "call set_loss_scale(1 / gradient_accumulation_steps) before training",
+            )
+        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+        if labels is None or loss is None or not loss.requires_grad:
+            return
+        share: float | Tensor = 1.0
+        if items is not None:
+            next_tokens = labels.ndim > 1 and module.can_generate()  # type: ignore[operator]
+            counted = kwargs.get("shift_labels", labels[..., 1:] if next_tokens else labels)
+            share = counted.ne(-100).sum() / items
+        current = mixture.current
+
+        def keep(grad: Tensor) -> None:
+            current.loss_scale = grad.detach() * share
+
+        loss.register_hook(keep)
+
+
 class HookedModel:
     """A model with a mixture placed in it: hooks at every site, and around each forward.
 
@@ -97,6 +146,8 @@ class HookedModel:
             self._handles += hook.register(layers[site.layer], family.place(site.block))
         for layer in layers:
             self._handles.append(layer.register_forward_hook(self._after_layer))
+        if mixture.routing.top_k and mixture.routing.balance_weight:
+            self._handles.append(FollowLoss(mixture).register(model))
         self.tracker = GenerationTracker(
             model,
             mixture,

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from moc_cli.models.families import Family
 from moc_cli.models.generation import GenerationTracker
-from moc_cli.models.hooks import find_layers, find_runner
+from moc_cli.models.hooks import FollowLoss, find_layers, find_runner
 from moc_cli.nn.gate import Route
 from moc_cli.nn.layer_mixture import LayerMixture, LayerSite
 
@@ -100,6 +100,8 @@ class LayerMixedModel:
             )
             for site, layer in zip(mixture.sites, self.layers, strict=True)
         ]
+        if mixture.balance_weight:
+            self._handles.append(FollowLoss(mixture).register(model))
         if len(set(getattr(model.config.get_text_config(), "layer_types", None) or [])) > 1:
             self._handles.append(runner.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self._handles.append(runner.register_forward_hook(self._forget))

@@ -283,9 +283,12 @@ def balance_loss(
     return size * (share * mean).sum()
 
 
+Coefficient = Callable[[], float | Tensor]
+
+
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
         ctx.coefficient = coefficient
         ctx.like = loss.dtype, loss.device
         return x.view_as(x)
@@ -293,11 +296,11 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dtype, device = ctx.like
-        return grad, torch.full((), ctx.coefficient, dtype=dtype, device=device), None
+        return grad, torch.as_tensor(ctx.coefficient(), dtype=dtype, device=device), None
 
 
-def inject(x: Tensor, loss: Tensor, coefficient: float) -> Tensor:
-    """Identity on x whose backward also sends `coefficient` into `loss`.
+def inject(x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
+    """Identity on x whose backward also sends `coefficient()` into `loss`.
 
     It makes loss part of the objective without a module holding a tensor that carries a graph,
     which would keep a recomputed layer alive under activation checkpointing.

@@ -67,7 +67,7 @@ class LayerMixture(nn.Module):
         self.weight = weight
         self.balance_weight = balance_weight
         self.active = True
-        self.loss_scale = 1.0
+        self.loss_scale: float | None = None  # None: that of the model's own loss
         self.current = Forward()
         self.watchers: list[Watcher] = []
         self.sites = [LayerSite(index) for index in range(layers)]
@@ -139,8 +139,8 @@ class LayerMixture(nn.Module):
         if self.balance_weight:
             site.loss = loss.detach()
         if self.weight is None:
-            h = inject(h, self.weight_logits.sum(), 0.0)
-        return inject(h, loss, self.balance_weight * self.loss_scale)
+            h = inject(h, self.weight_logits.sum(), lambda: 0.0)
+        return inject(h, loss, self.current.scaled(self.balance_weight, self.loss_scale))
 
     def balance(self) -> float | None:
         """λ·Σ_t L·P̄_j of the last training forward, read from the device; for logs."""

@@ -12,6 +12,7 @@ from moc_cli.nn.gate import (
     GATES,
     VOTES,
     Ballot,
+    Coefficient,
     Estimator,
     Level,
     Route,
@@ -116,6 +117,8 @@ class Forward:
     For watchers: the rows are `copies` of each of the user's own, as beams are; `repeat` marks a
     forward that takes its generation's decisions once more, `ended` one that is over, so that what
     runs in it now is the recompute of a backward pass.
+
+    `loss_scale` is what the model's own loss was multiplied by, known when its backward begins.
     """
 
     valid: Tensor | None = None
@@ -126,6 +129,11 @@ class Forward:
     copies: int = 1
     repeat: bool = False
     ended: bool = False
+    loss_scale: float | Tensor = 1.0
+
+    def scaled(self, weight: float, scale: float | None) -> Coefficient:
+        """`weight` times `scale`, or where that is None, times that of the model's own loss."""
+        return lambda: weight * (self.loss_scale if scale is None else scale)
 
 
 @dataclass(eq=False)
@@ -173,7 +181,7 @@ class Mixture(nn.Module):
         self.scale = scale
         self.routing = routing
         self.active = True
-        self.loss_scale = 1.0
+        self.loss_scale: float | None = None  # None: that of the model's own loss
         self.current = Forward()
         self.watchers: list[Watcher] = []
         self.reroute: Callable[[Site, Route], Route] | None = None  # another route than the voted
@@ -232,10 +240,10 @@ class Mixture(nn.Module):
         site.loss = None if loss is None else loss.detach()
         update = self.combine(site, route).update(x)
         if loss is not None:
-            weight = routing.balance_weight * self.loss_scale
+            weight = routing.balance_weight
             if routing.balance_reduce == "mean":
                 weight /= len(self.sites)
-            return inject(update, loss, weight)
+            return inject(update, loss, self.current.scaled(weight, self.loss_scale))
         return update
 
     def combine(self, site: Site, route: Route | None) -> WeightedControls:

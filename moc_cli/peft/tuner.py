@@ -192,7 +192,10 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         return model
 
     def set_loss_scale(self, scale: float) -> None:
-        """Multiply the balance loss by this: 1 / the number of micro-batches of a step."""
+        """Multiply the balance loss by this: 1 / the number of micro-batches of a step.
+
+        Without this call it is scaled as the loss that the model returns for `labels` is.
+        """
         for mixture in self.model.get_submodule(MODULE).moc_mixtures.values():
             mixture.loss_scale = scale
 
