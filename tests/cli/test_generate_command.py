@@ -286,7 +286,7 @@ def test_conversations_in_each_frame() -> None:
         "Who?"
     )
     told = Writer(None, tokenizer, "chat", system="Be brief").messages("Hi")
-    with pytest.raises(MocError, match="refuses this conversation: no system"):
+    with pytest.raises(MocError, match="the chat template refuses it: no system"):
         encode(tokenizer, "chat", told)
 
 
