@@ -27,7 +27,7 @@ from moc_cli.adapter.folder import CONFIG, PAYLOAD, stamp
 from moc_cli.errors import MocError
 from moc_cli.serving.tenants import Tenants
 
-EACH = 40
+EACH = int(os.environ.get("MOC_FUZZ", "40"))  # mutations of each kind
 GATE = {"projection_dim": 8}
 
 
