@@ -5,8 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from moc_cli.adapter.check import check_base, open_adapter, read_state
+from moc_cli.adapter.check import (
+    check_base,
+    check_bounds,
+    check_finite,
+    open_adapter,
+    read_state,
+)
+from moc_cli.adapter.folder import read_shapes
 from moc_cli.errors import MocError, RecipeError, RunError
 from moc_cli.methods import TextModel, bare
 from moc_cli.models.fingerprint import (
@@ -23,8 +31,9 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
 from moc_cli.report.output import say
 from moc_cli.runs import RunFolder
-from moc_cli.training import build
+from moc_cli.training import build, checkpoint
 
+TRAINABLES = "trainables.safetensors"
 DEVICES = ("auto", "cpu", "cuda")
 HINT = "if the base model is in another folder now, name it: --base-path DIR"
 
@@ -94,32 +103,28 @@ def open_run(
     check_device(device)
     recipe = _on_device(recipe or folder.read_recipe(trust_remote_code=False), device)
     recipe = _with_base(recipe, folder, base)
-    adapter, config, _ = open_adapter(folder.controls)
-    state = read_state(adapter)
+    saved, state = _read_saved(folder, recipe)
     chosen = build.make_accelerator(recipe.launch, (), folder.path).device
-    if config.method != recipe.method:
-        raise RunError(
-            f"{folder.controls} holds another method than {folder.recipe_file} describes"
-        )
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:
         raise RunError(error.message, HINT) from error
     built = build.build(recipe, chosen, tokenizer)
-    _check_weights(folder, recipe, adapter.config, built, base)
+    _check_weights(folder, recipe, saved, built, base)
     _check_vocabulary(folder, hash_vocabulary(tokenizer), base)
     built.adapted.load_state(state)
     built.adapted.model.train(False)
+    facts = build.base_facts(recipe, built)
     return LoadedRun(
-        name=str(folder.path),
+        name=folder.name,
         adapted=built.adapted,
         tokenizer=tokenizer,
         weights_hash=built.weights_hash,
         device=chosen,
         folder=folder,
         recipe=recipe,
-        adapter_config=adapter.config,
-        base=build.base_facts(recipe, built),
+        adapter_config=built.adapted.adapter_config() | facts | saved,
+        base=facts,
     )
 
 
@@ -154,6 +159,39 @@ def check_device(device: str | None) -> None:
         raise MocError(f"--device: found '{device}'{choices(device, DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise MocError("--device is cuda, but torch sees no GPU", "use --device cpu or auto")
+
+
+def saved_shapes(folder: RunFolder) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a run's saved tensors; RunError where they are damaged."""
+    if folder.checkpoint is not None:
+        return read_shapes(folder.checkpoint, TRAINABLES)
+    adapter, _, _ = open_adapter(folder.controls)
+    return adapter.shapes
+
+
+def _read_saved(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what is known of a run's saved tensors, as adapter_config.json says it, and them.
+
+    Raises RunError where they are damaged, or not of the recipe's method.
+    """
+    if folder.checkpoint is None:
+        adapter, config, _ = open_adapter(folder.controls)
+        if config.method != recipe.method:
+            raise RunError(
+                f"{folder.controls} holds another method than {folder.recipe_file} describes"
+            )
+        return adapter.config, read_state(adapter)
+    where = folder.checkpoint
+    check_bounds(where, recipe.method, saved_shapes(folder))
+    snapshot = checkpoint.read_checkpoint(where)
+    check_finite(snapshot.trainables, where)
+    step, files = snapshot.counters.step, checkpoint.read_state(where)["files"]
+    say(f"{folder.path}: the controls are those of a checkpoint, step {step:,}")
+    return {
+        "base_weights_sha256": snapshot.identity.get("weights"),
+        "step": step,
+        "payload_sha256": files[TRAINABLES],
+    }, snapshot.trainables
 
 
 def _with_base(recipe: Recipe, folder: RunFolder, base: BaseOptions) -> Recipe:

@@ -76,8 +76,9 @@ class RunFolder:
     As a context manager it releases its lock at the end; a killed process releases it too.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, checkpoint: Path | None = None) -> None:
         self.path = Path(path)
+        self.checkpoint = checkpoint  # whose controls are meant, where not those of the end
         self._lock: int | None = None
 
     @property
@@ -107,17 +108,31 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """Return the existing run at `path`.
+        """Return the existing run at `path`, or the run of the checkpoint at `path`.
 
-        Raises RunError when there is none.
+        A run that was interrupted before its end stands for its newest checkpoint. Raises RunError
+        where there is no run.
         """
-        run = cls(path)
+        run, inside = cls(path), Path(path)
+        if inside.parent.name == "checkpoints" and not run.recipe_file.is_file():
+            run = cls(inside.parent.parent, inside)
         if not run.recipe_file.is_file():
             raise RunError(
                 f"{run.path} is not a run folder: it holds no recipe.yaml",
                 "give the folder that `moc train` wrote (output.output_dir)",
             )
+        if run.checkpoint is None and not os.path.lexists(run.controls):
+            run.checkpoint = max(run.checkpoints.glob("step-*"), default=None)
         return run
+
+    @property
+    def name(self) -> str:
+        """The folder of what is meant: the run, or one of its checkpoints."""
+        return str(self.checkpoint or self.path)
+
+    def labelled(self, label: str) -> str:
+        """Return a name of results; those of a checkpoint stand apart from those of the end."""
+        return f"{label}-{self.checkpoint.name}" if self.checkpoint else label
 
     def read_recipe(self, *, trust_remote_code: bool) -> "Recipe":
         """Return the run's recipe.

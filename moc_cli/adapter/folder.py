@@ -150,13 +150,13 @@ def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: Path, name: str = PAYLOAD) -> dict[str, tuple[int, ...]]:
     """The shapes that the payload's header declares, none of whose numbers are read.
 
     safetensors refuses a header whose tensors do not fill the rest of the file exactly.
     """
-    path = folder / PAYLOAD
-    with _opened(folder, PAYLOAD) as payload:
+    path = folder / name
+    with _opened(folder, name) as payload:
         size = os.fstat(payload.fileno()).st_size
         length = int.from_bytes(payload.read(8), "little")
     if length > min(LARGEST_HEADER, size - 8):
@@ -164,14 +164,14 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     try:
         with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.offset_keys():
-                entry = tensors.get_slice(name)
+            for key in tensors.offset_keys():
+                entry = tensors.get_slice(key)
                 if entry.get_dtype() not in DTYPES:
                     raise RunError(
-                        f"{path} is damaged: '{name[:80]}' has type {entry.get_dtype()}; "
+                        f"{path} is damaged: '{key[:80]}' has type {entry.get_dtype()}; "
                         f"allowed: {', '.join(DTYPES)}"
                     )
-                shapes[name] = tuple(entry.get_shape())
+                shapes[key] = tuple(entry.get_shape())
     except SafetensorError as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{path} is damaged: {reason}") from error

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from moc_cli.errors import MocError
+from moc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
     from moc_cli.evaluation.options import EvalOptions
@@ -16,13 +17,12 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     """
     from moc_cli.evaluation.job import check_language_model, model_home
 
-    recipe = None
+    recipe, run = None, None
     if options.run is None:
         check_language_model(options.model or "", trust_remote_code=options.trust_remote_code)
-        home = model_home(options.model or "")
     else:
-        recipe = _read_recipe(options)
-        home = options.run / "eval"
+        run = RunFolder.open(options.run)
+        recipe = _read_recipe(options, run)
     from moc_cli.evaluation import lm_eval_tasks
     from moc_cli.evaluation.results_folder import check_output
     from moc_cli.evaluation.session import load_model
@@ -30,8 +30,13 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     from moc_cli.report.output import print_json, say
 
     lm_eval_tasks.check_installed()
-    folder = options.output_dir or home / lm_eval_tasks.label(options)
-    check_output(folder, within=None if options.output_dir else options.run)
+    label = lm_eval_tasks.label(options)
+    if run is not None:
+        home = run.path / "eval" / run.labelled(label)
+    else:
+        home = model_home(options.model or "") / label
+    folder = options.output_dir or home
+    check_output(folder, within=run.path if run and not options.output_dir else None)
     tasks = lm_eval_tasks.load_tasks(options)
     report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder)
     results = report.folder.to_json()
@@ -48,13 +53,10 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     say(f"every item: {report.folder.samples_file}")
 
 
-def _read_recipe(options: "EvalOptions") -> "Recipe":
+def _read_recipe(options: "EvalOptions", run: RunFolder) -> "Recipe":
     """Return a run's recipe; MocError where the run is a classifier."""
     from moc_cli.recipe.tasks import is_classifier
-    from moc_cli.runs import RunFolder
 
-    assert options.run is not None
-    run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     data = recipe.data
     if is_classifier(data.suite, data.tasks[0], data.format):

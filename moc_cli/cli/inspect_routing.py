@@ -80,9 +80,12 @@ def inspect_routing(
     recipe = _read_recipe(run, trust_remote_code)
     compare_recipe = None if compare is None else _read_recipe(compare, trust_remote_code)
     from moc_cli.files import check_folder
+    from moc_cli.runs import RunFolder
 
-    folder = output_dir or (run / "routing" if text is None else run / "routing" / "text")
-    check_folder(folder, within=None if output_dir else run)
+    home = RunFolder.open(run)
+    below = home.checkpoint.name if home.checkpoint else ""
+    folder = output_dir or home.path / "routing" / below / ("" if text is None else "text")
+    check_folder(folder, within=None if output_dir else home.path)
     from moc_cli.inspection.session import Inspection, InspectOptions
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The run folder that `moc train` wrote.")
-]
-OptionalRunArgument = Annotated[
-    Path | None, typer.Argument(metavar="[RUN]", help="The run folder that `moc train` wrote.")
-]
+RUN = (
+    "The run folder that `moc train` wrote, or one of its checkpoints, as "
+    "RUN/checkpoints/step-000100; an interrupted run stands for its newest."
+)
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN)]
+OptionalRunArgument = Annotated[Path | None, typer.Argument(metavar="[RUN]", help=RUN)]
 RecipeArgument = Annotated[
     str,
     typer.Argument(

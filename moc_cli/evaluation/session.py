@@ -49,8 +49,8 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
-    folder = options.output_dir or options.run / "eval" / job.label
-    check_output(folder, within=None if options.output_dir else options.run)
+    folder = options.output_dir or run.path / "eval" / run.labelled(job.label)
+    check_output(folder, within=None if options.output_dir else run.path)
     rows = job.read_rows()
     trained = count_trained(run, rows)
     for task in rows:

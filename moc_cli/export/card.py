@@ -49,7 +49,8 @@ def make_card(
 ) -> str:
     """Return README.md with the YAML front matter of the hub."""
     recipe, folder = trained.recipe, trained.folder
-    results = folder.read_results() if (folder.path / "results.json").is_file() else {}
+    finished = folder.checkpoint is None and (folder.path / "results.json").is_file()
+    results = folder.read_results() if finished else {}
     parts = [
         _front(trained, written),
         f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
@@ -182,6 +183,9 @@ def _data(trained: LoadedRun) -> list[str]:
 
 def _scores(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
     """The run's own scores; what they depend on stands above them."""
+    if trained.folder.checkpoint is not None:
+        step = trained.adapter_config["step"]
+        return [f"These are the controls of a checkpoint, step {step}: it was not scored alone."]
     if results.get("status") != "finished":
         return ["The run was not finished when this was written."]
     chosen = results.get("controls", {})

@@ -14,8 +14,13 @@ def last_part(path: object) -> str:
 
 
 def run_name(path: object) -> str:
-    """Return a run folder's name; with its parent where it is named as a method, as glue/x/moc."""
+    """Return a run folder's name; with its parent where it is named as a method, as glue/x/moc.
+
+    A checkpoint's name stands after its run's.
+    """
     parts = PurePosixPath(str(path).replace("\\", "/")).parts
+    if parts[-2:-1] == ("checkpoints",):
+        return f"{run_name('/'.join(parts[:-2]))}, {parts[-1]}"
     return "/".join(parts[-2:] if parts and parts[-1] in METHODS else parts[-1:])
 
 

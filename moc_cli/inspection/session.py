@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moc_cli.adapter.check import open_adapter
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError, RunError
 from moc_cli.inspection import statistics
@@ -17,7 +16,7 @@ from moc_cli.inspection.distances import check_same_sites, compared, task_distan
 from moc_cli.inspection.record import RunRecord, record, record_tasks
 from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import find_warnings
-from moc_cli.load_run import BaseOptions, LoadedRun, open_run
+from moc_cli.load_run import BaseOptions, LoadedRun, open_run, saved_shapes
 from moc_cli.methods.route_counts import Layout
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
@@ -174,11 +173,13 @@ def history(folder: RunFolder) -> list[dict[str, Any]]:
 
 def read_layout(run: Path, method: MocMethod) -> Layout:
     """Return a run's sites and pools, from its files alone."""
-    adapter, _, _ = open_adapter(RunFolder.open(run).controls)
-    odd = [name[:80] for name in adapter.shapes if not KEY.match(name)]
+    folder = RunFolder.open(run)
+    shapes = saved_shapes(folder)
+    odd = [name[:80] for name in shapes if not KEY.match(name)]
     if odd:
-        raise RunError(f"{adapter.folder}: '{odd[0]}' is not a tensor of method moc")
-    return layout_of_controls(set(adapter.shapes), method.top_k)
+        where = folder.checkpoint or folder.controls
+        raise RunError(f"{where}: '{odd[0]}' is not a tensor of method moc")
+    return layout_of_controls(set(shapes), method.top_k)
 
 
 def layout_of_controls(keys: set[str], top_k: int) -> Layout:
