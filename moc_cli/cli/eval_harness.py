@@ -1,5 +1,6 @@
 """`moc eval RUN --harness A,B`: tasks of lm-evaluation-harness."""
 
+import shlex
 from typing import TYPE_CHECKING
 
 from moc_cli.errors import MocError
@@ -63,6 +64,6 @@ def _read_recipe(options: "EvalOptions", run: RunFolder) -> "Recipe":
         raise MocError(
             f"--harness scores language models; {run.path} is a classifier "
             f"({', '.join(data.tasks)})",
-            f"score it: moc eval {run.path}",
+            f"score it: {shlex.join(['moc', 'eval', str(run.path)])}",
         )
     return recipe

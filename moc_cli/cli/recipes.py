@@ -1,5 +1,6 @@
 """`moc recipes`: list, show, copy the shipped recipes; print the schema of a recipe file."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,8 @@ def copy(
     if json:
         print_json({"name": entry.name, "path": target})
     else:
-        say(f"Copied {entry.name} to {target}. Next: {program()} train {target}")
+        command = shlex.join([program(), "train", str(target)])
+        say(f"Copied {entry.name} to {target}. Next: {command}")
 
 
 @app.command()

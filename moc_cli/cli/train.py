@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, program
+from moc_cli.cli.try_next import comparison_commands, seeds_commands, show_next, use_commands
 
 TRUST = "model.trust_remote_code"
 
@@ -92,22 +93,32 @@ def train(
         return
     from moc_cli.runs import Call  # imported late: a mistake in the recipe is reported sooner
 
-    command = [program(), "train", recipe]
-    for change in changes:
-        command += ["--set", change]
-    if seeds is not None:
-        command += ["--seeds", str(seeds)]
-    if trust_remote_code:
-        command.append("--trust-remote-code")
-    call = Call(shlex.join(command), None if output_dir is None else str(output_dir))
+    def command(changes: list[str]) -> str:
+        words = [program(), "train", recipe]
+        for change in changes:
+            words += ["--set", change]
+        if seeds is not None:
+            words += ["--seeds", str(seeds)]
+        return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
+
+    call = Call(command(changes), None if output_dir is None else str(output_dir))
     with _reporting_stops(json):
         if seeds is None:
-            _train(loaded, call, resume, overwrite, json)
+            elsewhere = [change for change in changes if not _is_of_method(change)]
+            _train(loaded, call, command(elsewhere), resume, overwrite, json)
         else:
             _train_seeds(loaded, seeds, call, resume is not None, overwrite, json)
 
 
-def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, json: bool) -> None:
+def _is_of_method(change: str) -> bool:
+    """Whether a `--set` changes the method: such a key may be none of another method."""
+    return change.partition("=")[0].strip().partition(".")[0] == "method"
+
+
+def _train(
+    recipe: "Recipe", call: "Call", other: str, resume: str | None, overwrite: bool, json: bool
+) -> None:
+    """Train one run; `other` is the call of a training of another method."""
     from moc_cli.report.lines import summary_line
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.training.session import Session
@@ -128,22 +139,7 @@ def _train(recipe: "Recipe", call: "Call", resume: str | None, overwrite: bool, 
     )
     folder = recipe.output.output_dir
     say(summary_line(results, Path(folder)))
-    run, method = shlex.quote(folder), recipe.method
-    if method.name == "control":
-        other, changes = "moc", f"--set method=moc --set method.rank={method.rank}"
-    elif method.name == "moc":
-        other, changes = "control", f"--set method=control --set method.rank={method.rank}"
-    else:
-        other, changes = "moc", "--set method=moc"
-    other_run = shlex.quote(f"{folder}-{other}")
-    commands = [(f"{program()} eval {run}", "score every item, for intervals")]
-    if method.name == "moc":
-        commands.append((f"{program()} inspect-routing {run}", "which controls the sites choose"))
-    commands += [
-        (f"{call.base} {changes} --output-dir {other_run}", f"method {other}"),
-        (f"{program()} compare {run} {other_run}", "then: the two runs side by side"),
-    ]
-    _show_next(commands)
+    show_next([*use_commands(recipe, folder), *comparison_commands(recipe, folder, other)])
 
 
 def _train_seeds(
@@ -161,20 +157,8 @@ def _train_seeds(
     median = summary["median"]
     say(f"The median run by {median['by']} is seed {median['seed']}: {median['path']}")
     say(f"Written: {Path(recipe.output.output_dir) / SUMMARY}")
-    commands = [
-        (f"{program()} eval {shlex.quote(median['path'])}", "score every item of the median run")
-    ]
-    if count > 1:
-        runs = shlex.join(run["path"] for run in summary["seeds"])
-        commands.append((f"{program()} compare {runs}", "the seeds side by side"))
-    _show_next(commands)
-
-
-def _show_next(commands: list[tuple[str, str]]) -> None:
-    from moc_cli.report.output import say
-
-    lines = [f"  {command}   # {purpose}" for command, purpose in commands]
-    say("\n".join(["\nTry next:", *lines]))
+    runs = [run["path"] for run in summary["seeds"]]
+    show_next([*use_commands(recipe, median["path"]), *seeds_commands(runs)])
 
 
 @contextmanager

@@ -30,7 +30,9 @@ def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys)
     commands = shown.err.partition("Try next:\n")[2].splitlines()
     assert [line.split("   # ")[0].strip() for line in commands] == [
         f"moc eval {home}",
+        f"moc generate {home} --prompt Hello",
         f"moc inspect-routing {home}",
+        f"moc export {home} --to controls --output-dir {home}-controls",
         f"moc train {choices[1]} --set method=control --set method.rank=4 "
         f"--output-dir {home}-control",
         f"moc compare {home} {home}-control",
@@ -63,18 +65,47 @@ def test_a_run_leaves_its_folder_and_shows_its_tables(tmp_path, choices, capsys)
     assert not [path for path in folder.path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_the_next_commands_can_be_pasted(tmp_path, choices, capsys):
-    """Folders are quoted, and the other method has the same rank; without a gate none is shown."""
-    folder = tmp_path / "a run"
-    changes = ["--set", "method=control", "--set", "method.rank=2", "--output-dir", str(folder)]
-    assert run([*choices, *changes]) == 0
-    commands = capsys.readouterr().err.partition("Try next:\n")[2].splitlines()
-    assert not [line for line in commands if "inspect-routing" in line]
-    (other,) = [shlex.split(line, comments=True) for line in commands if " train " in line]
-    assert other[-2:] == ["--output-dir", f"{folder}-moc"]
-    assert run([*other[1:], "--dry-run", "--json"]) == 0
+def next_commands(arguments, options, folder, capsys):
+    """What a short training with these options proposes, each as its words after `moc`."""
+    options = [*options, "train.max_steps=1", "eval.before=false", "eval.max_samples=2"]
+    changes = [word for option in options for word in ("--set", option)]
+    assert run([*arguments, *changes, "--output-dir", str(folder)]) == 0
+    lines = capsys.readouterr().err.partition("Try next:\n")[2].splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_every_next_command_runs_as_it_is_printed(tmp_path, choices, capsys):
+    """With options of the method set, in a folder with a space."""
+    keys = ["rank=2", "alpha=0.8", "top_k=2", "gate.projection_dim=4", "sites=ffn"]
+    options = [f"method.{key}" for key in keys]
+    commands = next_commands(choices, options, tmp_path / "a run", capsys)
+    names = ["eval", "generate", "inspect-routing", "export", "train", "compare"]
+    assert [command[0] for command in commands] == names
+    for command in commands:
+        assert run(command) == 0, command
+    other = RunFolder.open(tmp_path / "a run-control").read_recipe(trust_remote_code=False)
+    assert (other.method.rank, other.method.sites) == (2, "ffn")
+    assert (other.train.max_steps, other.eval.max_samples) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("control", ["scale=0.5"]), ("lora", ["alpha=4", "dropout=0"])]
+)
+def test_the_other_method_is_proposed_at_the_same_rank(name, keys, tmp_path, choices, capsys):
+    options = [f"method={name}", "method.rank=2", *(f"method.{key}" for key in keys)]
+    commands = next_commands(choices, options, tmp_path / "a run", capsys)
+    assert [command[0] for command in commands] == [
+        *("eval", "generate", "export", "train", "compare")
+    ]
+    assert run([*commands[-2], "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
     # 4 controls of rank 2 and width 32; a projection to 256, 4 experts, one temperature.
-    assert json.loads(capsys.readouterr().out)["adapter"] == 4 * 2 * 2 * 32 + 256 * (32 + 4) + 1
+    assert plan["adapter"] == 4 * 2 * 2 * 32 + 256 * (32 + 4) + 1
+
+
+def test_a_classifier_is_not_asked_to_write(pairs, capsys):
+    assert run(pairs) == 0
+    assert "moc generate" not in capsys.readouterr().err.partition("Try next:\n")[2]
 
 
 def test_under_json_stdout_gets_json_alone_and_stderr_the_progress(tmp_path, choices, capsys):
