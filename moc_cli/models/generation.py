@@ -152,7 +152,8 @@ class GenerationTracker:
         valid = self.voters
         if valid is None:
             valid = valid_tokens(given.get("attention_mask"), length, past)
-            if self.votes and past == 0 and given.get("attention_mask") is None:
+            unmasked = given.get("attention_mask") is None and _GENERATION.get() is None
+            if self.votes and past == 0 and unmasked:
                 valid = self._without_padding(given.get("input_ids"), tokens.shape[0])
         store = deciding = None
         copies, again = self._copies(tokens.shape[0])
@@ -175,7 +176,8 @@ class GenerationTracker:
     def _without_padding(self, ids: Tensor | None, rows: int) -> Tensor | None:
         """The voting tokens (B, T) of rows without a mask: pad tokens at their ends are none.
 
-        Warns once that the rest votes, where the rows are several or padded.
+        Warns once that the rest votes, where the rows are several or padded. `generate` is not
+        asked: it makes a mask itself, and leaves it out where it marks every token.
         """
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         valid = None if ids is None or pad is None else inside_padding(ids, pad)

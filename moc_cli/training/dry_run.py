@@ -127,8 +127,8 @@ def _read(
     return Reading(
         steps=total_steps(build.make_settings(recipe), rows.data.batches),
         rows=len(rows.encoded.rows),
-        watched=len(splits.validation),
-        scored=sum(map(len, splits.tests.values())),
+        watched=len(rows.splits.validation),
+        scored=sum(map(len, rows.splits.tests.values())),
         truncated=rows.encoded.truncated,
         answers_cut_off=rows.encoded.answers_cut_off,
         dropped=rows.splits.dropped,

@@ -56,3 +56,12 @@ def test_only_the_ends_of_a_row_are_padding() -> None:
     assert inside is not None
     assert inside.int().tolist() == [[0, 1, 1, 1, 0], [1] * 5, [1] * 5]
     assert inside_padding(ids[1:2], pad=0) is None
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_makes_its_own_mask(cache: str) -> None:
+    ids = make_batch(2)["input_ids"].clamp(min=5)
+    options = {"max_new_tokens": 2, "cache_implementation": cache, "pad_token_id": 0}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message="no attention_mask was given")
+        make().model.generate(ids, attention_mask=torch.ones_like(ids), **options)
