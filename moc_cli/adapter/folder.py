@@ -56,14 +56,20 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(home, read_config(home), read_shapes(home))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json as plain values; its format and its own hash are checked."""
+def read_values(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json as plain values, whoever wrote it."""
     path = folder / CONFIG
     with _opened(folder, CONFIG) as file:
         content = file.read(LARGEST_CONFIG + 1)
     if len(content) > LARGEST_CONFIG:
         raise RunError(f"{path} is too large: at most {LARGEST_CONFIG} bytes are read")
-    config = _parse_object(content, path)
+    return _parse_object(content, path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json as plain values; its format and its own hash are checked."""
+    path = folder / CONFIG
+    config = read_values(folder)
     if config.get("format") not in READABLE or isinstance(config["format"], bool | float):
         raise RunError(
             f"{path} has format {str(config.get('format'))[:20]!r}; "

@@ -21,6 +21,7 @@ from moc_cli.cli.compare import compare
 from moc_cli.cli.eval import evaluate
 from moc_cli.cli.export import export
 from moc_cli.cli.generate import generate
+from moc_cli.cli.import_controls import import_controls
 from moc_cli.cli.inspect_routing import inspect_routing
 from moc_cli.cli.predict import predict
 from moc_cli.cli.train import train
@@ -47,6 +48,7 @@ app.command()(inspect_routing)
 app.command()(generate)
 app.command()(predict)
 app.command()(export)
+app.command("import")(import_controls)
 app.add_typer(recipes.app)
 
 

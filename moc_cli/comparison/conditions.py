@@ -81,7 +81,9 @@ def _difference(
 def _states(runs: Sequence[Run], label: str) -> Iterator[str]:
     """Yield sentences on single runs: not finished, stopped early, scored with other controls."""
     for run in runs:
-        if run.results is None:
+        if run.results is None and not run.lines:
+            yield f"{run.name} has no record of a training: its controls were trained elsewhere."
+        elif run.results is None:
             yield f"{run.name} has not finished: its last logged step is {run.step:,}."
         elif run.results["stopped"] == "early":
             yield f"{run.name} stopped early, at step {run.results['steps']:,}."

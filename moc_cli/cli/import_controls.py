@@ -1,0 +1,59 @@
+"""`moc import CONTROLS RECIPE`: controls that were trained elsewhere become a run."""
+
+import shlex
+from json import dumps as quote
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, program
+from moc_cli.cli.try_next import show_next, use_commands
+
+
+def import_controls(
+    controls: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONTROLS",
+            help="A folder that controls.save, the Trainer or peft wrote.",
+        ),
+    ],
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder; default: the recipe's."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the run folder.")
+    ] = False,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Make a run of controls that were trained from Python, so that all commands take them.
+
+    The recipe names the base model and the rows; its method is replaced by that of the controls.
+    """
+    from moc_cli.recipe.load import load_recipe
+    from moc_cli.recipe.trust import check_trust
+
+    changes = list(set_ or [])
+    folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
+    loaded = load_recipe(recipe, [*changes, *folder])
+    check_trust(loaded, recipe, granted=trust_remote_code)
+    from moc_cli.report.output import print_json, say
+    from moc_cli.runs import Call
+    from moc_cli.training.take_in import take_in
+
+    words = [program(), "import", str(controls), recipe]
+    for change in changes:
+        words += ["--set", change]
+    call = Call(shlex.join(words), None if output_dir is None else str(output_dir))
+    run = take_in(loaded, controls, call=call, overwrite=overwrite)
+    taken = run.read_recipe(trust_remote_code=True)
+    if json:
+        print_json({"run": run.path, "method": taken.method.model_dump(mode="json")})
+        return
+    say(f"Written: {run.path}, method {taken.method.name} of the controls")
+    show_next(use_commands(taken, str(run.path)))

@@ -1,0 +1,65 @@
+"""`moc import`: a run folder around controls that were trained elsewhere, for all commands."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from moc_cli.adapter.check import check_base
+from moc_cli.adapter.from_peft import read_any
+from moc_cli.errors import MocError, RecipeError, RunError
+from moc_cli.models.fingerprint import hash_vocabulary
+from moc_cli.recipe.load import dump
+from moc_cli.recipe.paths import absolute_paths
+from moc_cli.recipe.rules import broken_rules
+from moc_cli.recipe.schema import Recipe
+from moc_cli.runs import Call, RunFolder
+from moc_cli.training import build
+from moc_cli.training.environment import describe_environment
+
+
+def take_in(recipe: Recipe, controls: Path, *, call: Call, overwrite: bool) -> RunFolder:
+    """Write a run folder with these controls; its recipe says which base and which rows.
+
+    `controls` was written by `save` or the Trainer after `attach`, by `moc export --to controls`,
+    or by peft. Method and seed of the recipe become those of the controls. Raises MocError, with
+    nothing written, for damaged controls, for another base than the one that they were trained on,
+    and for rows that cannot be read.
+    """
+    config, state = read_any(controls)
+    recipe = absolute_paths(recipe)
+    train = recipe.train.model_copy(update={"modules": config.modules or None})
+    changes: dict[str, Any] = {"method": config.method, "train": train}
+    if config.seed is not None:
+        changes["seed"] = config.seed
+    recipe = recipe.model_copy(update=changes)
+    broken = list(map(str, broken_rules(recipe)))
+    if broken:
+        raise RecipeError("\n".join(broken))
+    output_dir = recipe.output.output_dir
+    folder = RunFolder.claim(output_dir, call=call, resume=False, overwrite=overwrite)
+    with folder:
+        recipe, splits = build.read_rows(recipe)
+        accelerator = build.make_accelerator(recipe.launch, (), folder.path)
+        tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
+        built = build.build(recipe, accelerator.device, tokenizer)
+        check_base(built.name, config.model_dump(), fingerprint=built.fingerprint)
+        try:
+            built.adapted.load_state(state)
+        except MocError as error:
+            raise RunError(f"{controls}: {error.message}") from error
+        folder.begin(dump(recipe), fresh=True)
+        environment = describe_environment(
+            accelerator.device,
+            model=recipe.model.model_name_or_path,
+            revision=recipe.model.revision,
+            weights=built.weights_hash,
+            tensors=built.tensors,
+            vocabulary=hash_vocabulary(tokenizer),
+            data=splits.fingerprints(),
+        )
+        folder.write_environment(environment)
+        facts = built.adapted.adapter_config() | build.base_facts(recipe, built)
+        payload = save(built.adapted.state(), {"format": "pt"})
+        folder.save_controls(facts | {"step": config.step}, payload)
+    return folder
