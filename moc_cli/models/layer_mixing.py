@@ -1,4 +1,4 @@
-"""Run a second layer after each layer of a model, and mix the two outputs.
+"""Run a second layer beside each layer of a model, on the same input, and mix the two outputs.
 
 One forward hook a layer. In a generation the second layer has keys and values of its own: layer j
 at depth t sees other inputs than at depth j, so they must not share a slot of the cache.

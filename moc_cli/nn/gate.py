@@ -59,8 +59,24 @@ class Route:
         return Route(self.ids, self.weights.detach(), self._picks, self._groups)
 
 
+def _new_bias(size: int, device: str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
+
+
+def _draw_bias(
+    bias: nn.Parameter | None, weight: nn.Parameter, generator: torch.Generator | None
+) -> None:
+    if bias is not None:
+        bound = 1 / math.sqrt(weight.shape[1])
+        nn.init.uniform_(bias, -bound, bound, generator=generator)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 class LinearGate(nn.Module):
-    """logits = W x, W (N, d) kaiming-uniform(a=√5); no bias, and no projection."""
+    """logits = W x (+ b), W (N, d) kaiming-uniform(a=√5), b as nn.Linear's; no projection."""
 
     def __init__(
         self,
@@ -69,26 +85,30 @@ class LinearGate(nn.Module):
         projection_dim: int = 0,
         generator: torch.Generator | None = None,
         device: str = "cpu",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, width, dtype=torch.float32, device=device))
+        self.bias = _new_bias(size, device) if bias else None
         if device != "meta":
             self.reset(generator)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draw the start values."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+        _draw_bias(self.bias, self.weight, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d) -> logits (B, T, N), in float32 or wider."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        return _linear(x, self.weight, self.bias, dtype)
 
 
 class CosineGate(nn.Module):
     """logits = s · cos(P x, e_k), normalised over the feature axis; s = exp(min(log τ, log 100)).
 
     P (p, d) kaiming-uniform(a=√5), e (N, p) ~ N(0, 0.01²), log τ starts at log 2 (after Tutel).
+    With a bias it is P x + b.
     """
 
     MAX_LOG_TEMPERATURE = math.log(100)
@@ -100,25 +120,28 @@ class CosineGate(nn.Module):
         projection_dim: int,
         generator: torch.Generator | None = None,
         device: str = "cpu",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         shapes = (projection_dim, width), (size, projection_dim), ()
         self.projection, self.experts, self.log_temperature = (
             nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) for shape in shapes
         )
+        self.bias = _new_bias(projection_dim, device) if bias else None
         if device != "meta":
             self.reset(generator)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draw the start values."""
         nn.init.kaiming_uniform_(self.projection, a=math.sqrt(5), generator=generator)
+        _draw_bias(self.bias, self.projection, generator)
         nn.init.normal_(self.experts, std=0.01, generator=generator)
         nn.init.constant_(self.log_temperature, math.log(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d) -> logits (B, T, N), in float32 or wider."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        features = F.normalize(F.linear(x.to(dtype), self.projection.to(dtype)), dim=-1)
+        features = F.normalize(_linear(x, self.projection, self.bias, dtype), dim=-1)
         experts = F.normalize(self.experts.to(dtype), dim=-1)
         temperature = self.log_temperature.clamp(max=self.MAX_LOG_TEMPERATURE).exp()
         return temperature.to(dtype) * F.linear(features, experts)

@@ -41,14 +41,14 @@ class LayerSite:
 class LayerMixture(nn.Module):
     """h ← w·u_t(h) + (1−w)·u_j(h), u a whole layer; where j = t, h ← u_t(h).
 
-    One gate over the L layers, shared by all of them, reads h; j is the layer that the mean
-    probability of the voting tokens ranks first: of the whole batch in training, of each row in
-    evaluation, kept for the rest of a generation. Balance loss of a layer: L·P̄_j, summed over the
-    layers, times λ (MoLEx, arXiv 2503.11144).
+    One gate over the L layers, shared by all of them, reads h; j is the layer that the tokens'
+    `vote` ranks first: of the whole batch in training, of each row in evaluation, kept for the rest
+    of a generation. Balance loss of a layer: L·P̄_j, summed over the layers, times λ (MoLEx, arXiv
+    2503.11144).
 
     Learned: the gate, trained by the balance loss alone, since one choice has weight 1 whatever its
     probability; and, where `weight` is None, two scalars whose softmax is (w, 1−w), at first
-    (0.95, 0.05).
+    (`start`, 1 − `start`).
     """
 
     def __init__(
@@ -57,14 +57,18 @@ class LayerMixture(nn.Module):
         width: int,
         *,
         weight: float | None = 0.95,
+        start: float = 0.95,
         gate: str = "cosine",
         projection_dim: int = 256,
+        bias: bool = False,
+        vote: str = "mean",
         balance_weight: float = 0.01,
         generator: torch.Generator | None = None,
         device: str = "cpu",
     ) -> None:
         super().__init__()
         self.weight = weight
+        self.vote = vote
         self.balance_weight = balance_weight
         self.active = True
         self.loss_scale: float | None = None  # None: that of the model's own loss
@@ -72,11 +76,11 @@ class LayerMixture(nn.Module):
         self.watchers: list[Watcher] = []
         self.sites = [LayerSite(index) for index in range(layers)]
         self.pools = {POOL: list(range(layers))}
-        scorer = GATES[gate](width, layers, projection_dim, generator, device)
+        scorer = GATES[gate](width, layers, projection_dim, generator, device, bias)
         self.gates = nn.ModuleDict({POOL: scorer})
         if weight is None:
-            start = torch.tensor([math.log(0.95), math.log(0.05)], dtype=torch.float32)
-            self.weight_logits = nn.Parameter(start.to(device))
+            logits = torch.tensor([math.log(start), math.log(1 - start)], dtype=torch.float32)
+            self.weight_logits = nn.Parameter(logits.to(device))
 
     def mix(self, first: Tensor, second: Tensor) -> Tensor:
         """w·first + (1−w)·second, in first's type."""
@@ -123,7 +127,7 @@ class LayerMixture(nn.Module):
 
     def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
         p = probabilities(self.gates[POOL], h)  # (B, T, L)
-        ballot = poll(p, valid, "batch" if self.training else "sample", 1, "mean")
+        ballot = poll(p, valid, "batch" if self.training else "sample", 1, self.vote)
         route = decide(ballot, 1, "renormalized").detach()
         if not self.training:
             return route, p.new_zeros(()), ballot

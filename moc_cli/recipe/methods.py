@@ -12,6 +12,7 @@ from moc_cli.recipe.types import (
     AtLeastZero,
     BelowOne,
     Count,
+    OpenShare,
     Positive,
     PositiveShare,
     Section,
@@ -179,6 +180,7 @@ class LayerGate(Section):
         description="cosine: similarity in a projected space; linear: W x",
     )
     projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
+    bias: bool = Field(default=False, description="a bias in the gate's linear map")
 
 
 class LayerBalance(Section):
@@ -194,6 +196,11 @@ class MolexMethod(_LowRank):
     weight: MixWeight = Field(
         default=0.95,
         description="weight of the layer itself, or learned; the second layer gets the rest",
+    )
+    weight_start: OpenShare = Field(default=0.95, description="first value of a learned weight")
+    vote: Literal["mean", "mode"] = Field(
+        default="mean",
+        description="mean: the tokens' mean probabilities decide; mode: the tokens' counted picks",
     )
     gate: LayerGate = section("how layers are scored")
     balance: LayerBalance = section("the load-balance loss")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods import Adapted, attach
+from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.recipe.methods import LoraMethod, MolexMethod
 
 
@@ -292,3 +293,38 @@ def test_what_cannot_be_placed_is_refused_before_anything_changes():
         attach(model, molex())
     assert set(model.state_dict()) == names
     assert not has_hooks(model)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_gate_may_have_a_bias(kind: str) -> None:
+    """Set to favour one layer it decides alone; without it the layer is chosen by the state."""
+    gate = {"kind": kind, "projection_dim": 8, "bias": True}
+    adapted = attach(bare("llama", torch.float32), molex(gate=gate), seed=1)
+    named = adapted.named_trainables()
+    bias = named["gates.shared.bias"]
+    assert bias.any()
+    assert adapted.no_decay("gates.shared.bias")
+    with torch.no_grad():
+        bias.copy_(1e4 * (named["gates.shared.experts"][2] if kind == "cosine" else bias * 0))
+        if kind == "linear":
+            bias[2] = 1e4
+        adapted.model.eval()(**make_batch())
+    assert all(set(picks) == {2} for picks in choices(adapted))
+
+
+def test_the_most_frequent_pick_may_decide() -> None:
+    """Two tokens of three pick layer 0 by a little, the third picks layer 1 by far."""
+    p = torch.tensor([[[0.5, 0.4, 0.1], [0.5, 0.4, 0.1], [0.0, 1.0, 0.0]]])
+    picks = {}
+    for vote in ("mean", "mode"):
+        mixture = LayerMixture(3, 3, gate="linear", vote=vote).eval()
+        with torch.no_grad():
+            mixture.gates["shared"].weight.copy_(torch.eye(3))
+        route, _ = mixture.route(mixture.sites[0], (p + 1e-6).log())
+        picks[vote] = route.ids.item()
+    assert picks == {"mean": 1, "mode": 0}
+
+
+def test_a_learned_weight_starts_where_it_is_said() -> None:
+    mixture = LayerMixture(2, 4, weight=None, start=0.5)
+    assert mixture.mix(torch.ones(1), torch.zeros(1)).item() == pytest.approx(0.5)
