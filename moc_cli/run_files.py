@@ -5,6 +5,7 @@ values of the shape, or a RunError that names the file and the key. Keys beyond 
 through as they are.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -215,6 +216,14 @@ def read_training(path: Path) -> dict[str, Any]:
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Return the results.json of `moc eval`, in format 2 whichever it has."""
     return parse(json.dumps(_in_format_2(path)).encode(), Evaluated, str(path))
+
+
+def read_base_tensors(path: Path) -> dict[str, str]:
+    """Return the base's tensors from an environment.json; {} where it does not say them."""
+    with contextlib.suppress(RunError):
+        tensors: dict[str, str] = read_object(path, Environment).get("model", {}).get("tensors", {})
+        return tensors
+    return {}
 
 
 def read_bytes(path: Path) -> bytes:

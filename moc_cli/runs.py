@@ -35,6 +35,7 @@ from moc_cli.files import (
 from moc_cli.run_files import (
     Environment,
     MetricsLine,
+    read_base_tensors,
     read_bytes,
     read_evaluation,
     read_lines,
@@ -267,10 +268,7 @@ class RunFolder:
 
     def base_tensors(self) -> dict[str, str]:
         """Return the base's tensors as training found them; {} where the run does not say it."""
-        with contextlib.suppress(RunError):
-            tensors: dict[str, str] = self.read_environment().get("model", {}).get("tensors", {})
-            return tensors
-        return {}
+        return read_base_tensors(self.path / "environment.json")
 
     def base_vocabulary(self) -> str | None:
         """Return the hash of the tokenizer's vocabulary; None where the run does not say it."""

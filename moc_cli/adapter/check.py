@@ -17,9 +17,16 @@ from moc_cli.adapter.folder import CONFIG, Adapter, read_adapter
 from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.files import to_plain
 from moc_cli.methods import attach
-from moc_cli.models.fingerprint import fingerprint, same_base
+from moc_cli.models.fingerprint import (
+    describe_tensors,
+    find_differences,
+    fingerprint,
+    list_differences,
+    same_base,
+)
 from moc_cli.models.load import known_hash
 from moc_cli.recipe.methods import MethodConfig
+from moc_cli.run_files import read_base_tensors
 
 # The fields of peft in a config of lora or dora that decide what peft makes of it.
 _PEFT = ("peft_type", "r", "lora_alpha", "use_dora", "target_modules")
@@ -52,6 +59,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
         config.model_dump(),
         fingerprint=base,
         weights_hash=lambda: known_hash(model.name_or_path or ""),
+        differences=lambda: _differences(model, adapter.folder, names),
     )
     if missing:
         check_modules(model, names)
@@ -137,6 +145,7 @@ def check_base(
     *,
     fingerprint: Mapping[str, str] | None = None,
     weights_hash: Callable[[], str | None] = lambda: None,
+    differences: Callable[[], str] = lambda: "",
     required: bool = True,
 ) -> None:
     """Raise RunError unless the base model `name` is the one that the controls were trained on.
@@ -144,6 +153,7 @@ def check_base(
     `expected` is what adapter_config.json says. The `fingerprint` of the parameters in memory
     decides where it can be compared. Otherwise the hash of the weight files does, by which older
     adapters name their base. Where neither can be compared, the base is refused if `required`.
+    `differences` are the lines that a refusal ends with.
     """
     wanted_fingerprint = expected.get("base_fingerprint") or {}
     same = same_base(fingerprint or {}, wanted_fingerprint)
@@ -164,10 +174,21 @@ def check_base(
             "load the base in float32 or bfloat16, or from its folder",
         )
     if same is False:
+        listed = differences()
         raise RunError(
-            f"'{name}' has other weights than the base: {trained}{hashes}",
+            f"'{name}' has other weights than the base: {trained}{hashes}"
+            + (f":\n{listed}" if listed else ""),
             "give the same base model, or train again on this one",
         )
+
+
+def _differences(model: PreTrainedModel, folder: Path, skip: tuple[str, ...]) -> str:
+    """List the tensors in which the model is not the base of a run, whose `controls` are `folder`.
+
+    Empty for an adapter outside of a run, which does not describe each tensor.
+    """
+    then = read_base_tensors(folder.parent / "environment.json")
+    return list_differences(find_differences(then, describe_tensors(model, skip))) if then else ""
 
 
 def _check_fit(

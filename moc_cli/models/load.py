@@ -21,12 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
 
 from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import describe_tensors, fingerprint, hash_tensors
-from moc_cli.models.weight_files import check_weights, stored_shapes
+from moc_cli.models.weight_files import check_weights, loaded_files, stored_shapes
 
 Kind = Literal["causal", "classification"]
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
@@ -188,15 +188,18 @@ def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
 
 
 def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
-    """The names and shapes in a checkpoint's files where they lie here, else None.
+    """The names and shapes in the files that a checkpoint is loaded from, else None.
 
-    The hub is not asked. Raises MocError for files that are cut off.
+    None where they do not all lie here; the hub is not asked. Raises MocError for files that are
+    cut off.
     """
     try:
-        paths = _weight_files(name, revision)
+        entry = _weights_entry(name, revision)
     except (OSError, ValueError):
         return None
-    return stored_shapes(name, paths) if paths else None
+    paths = loaded_files(entry) if entry else []
+    fetched = Path(resolve(name)).is_dir() or all(path.is_file() for path in paths)
+    return stored_shapes(name, paths) if paths and fetched else None
 
 
 def hash_weights(name: str, revision: str | None = None) -> str:
@@ -223,17 +226,23 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
     source = resolve(name)
     if Path(source).is_dir():
         return sorted(Path(source).glob("*.safetensors"))
-    for entry in ("model.safetensors", "model.safetensors.index.json"):
+    entry = _weights_entry(name, revision)
+    return sorted(entry.parent.glob("*.safetensors")) if entry else []
+
+
+def _weights_entry(name: str, revision: str | None) -> Path | None:
+    """The file from which transformers loads a model's weights, or the index of such files."""
+    for entry in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         path = cached_file(
-            source,
+            resolve(name),
             entry,
             revision=revision or "main",
             local_files_only=True,
             _raise_exceptions_for_missing_entries=False,
         )
         if path:
-            return sorted(Path(path).parent.glob("*.safetensors"))
-    return []
+            return Path(path)
+    return None
 
 
 def _hash_file(path: Path) -> str:

@@ -11,8 +11,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.run_files import Shape, read_object
 
 _POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+
+
+class Index(Shape):
+    """model.safetensors.index.json: each tensor's file."""
+
+    weight_map: dict[str, str]
+
+
+def loaded_files(entry: Path) -> list[Path]:
+    """Return the files that `entry` stands for: itself, or those that it lists as an index.
+
+    Raises MocError for an index that cannot be read.
+    """
+    if entry.suffix != ".json":
+        return [entry]
+    names = set(read_object(entry, Index)["weight_map"].values())
+    return [entry.parent / name for name in sorted(names)]
 
 
 def stored_shapes(model: str, paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
@@ -90,11 +108,16 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _damaged(model: str, path: Path, error: Exception) -> MocError:
-    with path.open("rb") as stream:
-        pointer = stream.read(len(_POINTER)) == _POINTER
-    if pointer:
+    if isinstance(error, FileNotFoundError):
+        reason, hint = "is missing", "download it again, or copy it from where it is whole"
+    elif _is_pointer(path):
         reason, hint = "is a pointer of git-lfs, not the file itself", "run: git lfs pull"
     else:
         reason = f"is incomplete or damaged ({error})"
         hint = "download it again, or copy it again from where it is whole"
     return MocError(f"model '{model}': its weights cannot be loaded: {path.name} {reason}", hint)
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER

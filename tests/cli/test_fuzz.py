@@ -1,8 +1,9 @@
-"""Seeded fuzzers: a mutated recipe or run folder is refused with a sentence, or read.
+"""Seeded fuzzers: a mutated recipe, run folder or adapter is refused with a sentence, or read.
 
 `MOC_FUZZ=300` makes so many mutations of each; without it a few, for the suite.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,11 @@ import yaml
 from support.machine import ROOT
 from support.tiny_runs import choices_run
 
+from moc_cli import load_controls
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, stamp
 from moc_cli.cli import run
 from moc_cli.errors import MocError
+from moc_cli.models.load import load_model
 from moc_cli.recipe.load import load_recipe
 
 LONG = int(os.environ.get("MOC_FUZZ", "0"))
@@ -88,7 +91,8 @@ def mutate(folder: Path, rng: random.Random) -> str:
     elif name.endswith(CONFIG) and rng.random() < 0.7:
         config = change(json.loads(path.read_text()), rng)
         if isinstance(config, dict):
-            config = stamp(config, path.with_name(PAYLOAD).read_bytes())
+            with contextlib.suppress(RecursionError):  # too deep for a hash: it keeps the old one
+                config = stamp(config, path.with_name(PAYLOAD).read_bytes())
         path.write_text(json.dumps(config))
     else:
         path.write_bytes(damage(path.read_text(), rng))
@@ -111,10 +115,10 @@ def test_a_damaged_run_folder_gives_no_traceback(
         shutil.copytree(trained, folder)
         name = mutate(folder, rng)
         commands: list[list[str | Path]] = [
-            ["compare", folder, trained, "--output", tmp_path / "compared"],
+            ["compare", folder, trained, "--output-dir", tmp_path / "compared"],
             ["eval", folder, "--limit", "2"],
-            ["export", folder, "--to", "controls", "--output", tmp_path / f"export-{seed}"],
-            ["inspect-routing", folder, "--limit", "2", "--output", tmp_path / "routing"],
+            ["export", folder, "--to", "controls", "--output-dir", tmp_path / f"export-{seed}"],
+            ["inspect-routing", folder, "--limit", "2", "--output-dir", tmp_path / "routing"],
             ["train", recipe, "--output-dir", folder, "--resume", "auto"],
         ]
         command = [str(word) for word in (rng.choice(commands[:3]) if seed % 5 else commands[-1])]
@@ -130,6 +134,38 @@ def test_a_damaged_run_folder_gives_no_traceback(
         assert codes[-1] == 0 or "Error: " in said
         shutil.rmtree(folder)
     print(f"{len(codes)} mutated run folders: {codes.count(2)} refused")
+
+
+def test_a_damaged_adapter_gives_no_traceback(trained: Path, tmp_path: Path) -> None:
+    model = load_model(str(trained.parent / "model"), kind="causal").model
+    names = set(model.state_dict())
+    refused = 0
+    for seed in range(LONG or 40):
+        rng = random.Random(f"adapter {seed}")
+        folder = Path(shutil.copytree(trained / "controls", tmp_path / str(seed)))
+        config, payload = json.loads((folder / CONFIG).read_text()), folder / PAYLOAD
+        if rng.random() < 0.5:
+            content = payload.read_bytes()
+            header = 8 + int.from_bytes(content[:8], "little")
+            edge = rng.choice([header, len(content)])
+            place = rng.randrange(edge)
+            cut = content[:place] if rng.random() < 0.3 else content
+            payload.write_bytes(cut[:place] + bytes([rng.randrange(256)]) + cut[place + 1 :])
+        else:
+            config = change(config, rng)
+        if isinstance(config, dict) and rng.random() < 0.9:
+            with contextlib.suppress(RecursionError):  # too deep for a hash: it keeps the old one
+                config = stamp(config, payload.read_bytes())
+        (folder / CONFIG).write_text(json.dumps(config))
+        try:
+            load_controls(model, folder).detach()
+        except MocError:
+            refused += 1
+        except Exception as error:
+            pytest.fail(f"mutation {seed}: {error!r}")
+        assert set(model.state_dict()) == names
+        shutil.rmtree(folder)
+    print(f"{LONG or 40} mutated adapters: {refused} refused")
 
 
 def test_a_mutated_recipe_gives_no_traceback(tmp_path: Path) -> None:
@@ -175,7 +211,7 @@ def test_no_command_calls_the_network_with_local_data(
         [*choices_run(tmp_path), "--set", "eval.before=false", "--set", "train.max_steps=2"],
         ["eval", folder, "--limit", "2"],
         ["inspect-routing", folder, "--limit", "2"],
-        ["export", folder, "--to", "controls", "--output", str(tmp_path / "export")],
+        ["export", folder, "--to", "controls", "--output-dir", str(tmp_path / "export")],
     ]
     for command in commands:
         assert run(command) == 0

@@ -10,8 +10,11 @@ import pytest
 from safetensors.torch import load, save
 from support.tiny_runs import choices_run
 
+from moc_cli import load_controls
 from moc_cli.adapter.folder import CONFIG, PAYLOAD, stamp
 from moc_cli.cli import run
+from moc_cli.errors import RunError
+from moc_cli.models.load import load_model
 
 Say = Callable[..., str]
 
@@ -136,3 +139,12 @@ def test_no_output_goes_through_a_link_out_of_the_run(
     assert "a link leads out of" in refused("eval", strange, "--limit", "2")
     assert "a link leads out of" in refused("inspect-routing", strange, "--limit", "2")
     assert not list((tmp_path / "mine").iterdir())
+
+
+def test_load_controls_names_the_tensors_of_another_base(trained: Path) -> None:
+    model = load_model(str(trained.parent / "model"), kind="causal").model
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 8)
+    with pytest.raises(RunError) as caught:
+        load_controls(model, trained / "controls")
+    assert f"model.embed_tokens.weight: {rows} rows then, {rows + 8} now" in caught.value.message

@@ -86,3 +86,20 @@ def test_weights_cut_off_are_told_before_they_load(content, reason, tmp_path):
     for load in (build_meta, load_model):
         with pytest.raises(MocError, match=f"model.safetensors {reason}"):
             load(name, **CAUSAL)
+
+
+def test_only_the_files_that_are_loaded_are_read(tmp_path):
+    name = saved(tmp_path)
+    (tmp_path / "stray.safetensors").write_bytes(b"cut off")
+    whole = load_model(name, **CAUSAL)
+    whole.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    build_meta(name, **CAUSAL)
+    assert load_model(name, **CAUSAL).weights_hash == whole.weights_hash
+    part = next(tmp_path.glob("model-*.safetensors"))
+    part.unlink()
+    with pytest.raises(MocError, match=f"{part.name} is missing"):
+        load_model(name, **CAUSAL)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(MocError, match="index.json cannot be read: it lacks weight_map"):
+        load_model(name, **CAUSAL)
