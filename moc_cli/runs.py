@@ -122,8 +122,12 @@ class RunFolder:
                 f"{run.path} is not a run folder: it holds no recipe.yaml",
                 "give the folder that `moc train` wrote (output.output_dir)",
             )
-        if run.checkpoint is None and not os.path.lexists(run.controls):
-            run.checkpoint = max(run.checkpoints.glob("step-*"), default=None)
+        saved = sorted(run.checkpoints.glob("step-*"))
+        if run.checkpoint is None and saved and not os.path.lexists(run.controls):
+            run.checkpoint = saved[-1]
+        if run.checkpoint is not None and not run.checkpoint.is_dir():
+            names = ", ".join(path.name for path in saved) or "none"
+            raise RunError(f"{run.path} has no checkpoint {run.checkpoint.name}; it has {names}")
         return run
 
     @property

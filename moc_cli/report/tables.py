@@ -9,7 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -102,12 +102,12 @@ def parameter_table(parameters: Mapping[str, Any]) -> FittedTable:
     return FittedTable("Parameters", ["part", "number", "share of base"], rows)
 
 
-def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[Table]:
+def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[RenderableType]:
     """Show for each pool the use of its controls as bars, as many columns of them as fit.
 
     `summary` is the `routing` of a training's results.json.
     """
-    tables = []
+    tables: list[RenderableType] = []
     for pool, state in summary.get("pools", {}).items():
         names, use, dead = state["controls"], state["use"], state["dead"]
         longest = max((len(name) for name in names), default=0)
@@ -118,8 +118,7 @@ def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[
         local = percent(state["local_share"])
         title.append(f"  {state['decisions']:,} choices, {local} local, ")
         title.append(f"{len(dead)} of {len(names)} dead", "red" if dead else "")
-        table = Table(title=title, box=None, show_header=False, padding=(0, 1, 0, 0))
-        table.title_justify = "left"
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
         for _ in range(columns):
             table.add_column(no_wrap=True)
             table.add_column(no_wrap=True, width=8)
@@ -131,7 +130,7 @@ def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[
                 cells += [Text(names[index], style), Text(bar(use[index] / top, 8), "cyan")]
                 cells += [Text(f"{hundredths(use[index])}%", style)]
             table.add_row(*cells)
-        tables.append(table)
+        tables.append(Group(title, table, Text()))
     return tables
 
 
@@ -190,7 +189,7 @@ def recipe_table(recipes: Sequence[tuple[str, str]]) -> Table:
     """Show the shipped recipes: name and purpose."""
     table = _table(3)
     table.add_column("recipe", no_wrap=True)  # a name is there to be copied
-    table.add_column("what it does")
+    table.add_column("what it does", overflow="fold")
     for name, summary in recipes:
         table.add_row(Text(name), Text(summary))
     return table

@@ -69,3 +69,6 @@ def test_a_damaged_checkpoint_is_told(trained, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
     assert run(["eval", str(folder)]) == 2
     assert "step-000003 is damaged: trainables.safetensors" in capsys.readouterr().err
+    assert run(["eval", str(folder.with_name("step-000004"))]) == 2
+    said = capsys.readouterr().err
+    assert "has no checkpoint step-000004; it has step-000003, step-000006" in said

@@ -121,7 +121,7 @@ def summary(size: int, dead: int = 1) -> dict[str, Any]:
 
 def test_use_of_64_controls_fits_in_100_columns_and_16_rows() -> None:
     text = drawn(*tables.utilization_tables(summary(64)))
-    assert len(text.splitlines()) == 17
+    assert len(text.rstrip().splitlines()) == 17
     assert "Controls of the shared pool" in text
     assert "12,800 choices, 12.5 % local, 1 of 64 dead" in text
     for index in range(64):
@@ -229,3 +229,13 @@ def test_progress_on_a_terminal_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> 
 def test_remarks_cannot_move_the_cursor(capsys: pytest.CaptureFixture) -> None:
     output.say("a\x1b[31m[bold]b\nc\x07")
     assert capsys.readouterr().err == "a\\x1b[31m[bold]b\nc\\x07\n"
+
+
+def test_a_recipes_purpose_is_not_cut_in_a_narrow_terminal() -> None:
+    name, purpose = (
+        "commonsense/mistral-7b-instruct-v0.3/moc",
+        "Mistral-7B-Instruct-v0.3: eight tasks",
+    )
+    text = drawn(tables.recipe_table([(name, purpose)]), width=60)
+    assert name in text
+    assert "…" not in text
