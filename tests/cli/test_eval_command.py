@@ -308,6 +308,10 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
     with pytest.raises(KeyboardInterrupt):
         session.score_rows(job, loaded, tasks, tmp_path)
     assert "stopped; 1 scored tasks are in" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        session.score_rows(job, loaded, tasks[1:], tmp_path / "none")
+    assert "stopped; no task was scored, nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     monkeypatch.setattr(Choice, "score", score)
     kept = json.loads((tmp_path / "results.json").read_text())
     assert list(kept["tasks"]) == ["boolq"]
