@@ -19,13 +19,16 @@ VOTE = {
 BALANCE = {"method.balance.weight": 0.01, "method.balance.reduce": "sum"}
 # DoRA's protocol, by the paper's shares of parameters.
 LORA = {"method.rank": 32, "method.alpha": 64, "method.dropout": 0.05}
-TRAINING = {  # Table 5 of the paper
+TRAINING = {
+    # Table 5 of the paper
     "train.learning_rate": 3e-4,
     "train.weight_decay": 0.01,
     "train.num_train_epochs": 3.0,
     "train.per_device_train_batch_size": 16,
     "data.max_length": 256,
+    # LLM-Adapters' protocol
     "data.train_on_inputs": True,
+    # ours, as the protocol has no rows to watch
     "data.held_out": 120,
     # Hugging Face's TrainingArguments
     "train.adam_beta1": 0.9,

@@ -13,7 +13,7 @@ from support.key_runs import KeyRun
 
 from moc_cli.kinds import make_kind
 from moc_cli.recipe.methods import METHODS
-from moc_cli.training.build import make_scoring_options
+from moc_cli.training.build import make_scoring_options, make_settings
 
 See = Callable[[KeyRun], Any]
 VALUE = object()  # what is seen is the value itself
@@ -125,6 +125,18 @@ def _checkpoints_kept(run: KeyRun) -> int:
     return len(list((run.folder / "run" / "checkpoints").iterdir()))
 
 
+def _recomputed(run: KeyRun) -> dict[str, bool]:
+    """What the model does, and what the loop says of it where memory is short."""
+    return {
+        "model": run.adapted.model.is_gradient_checkpointing,
+        "loop": make_settings(run.recipe).gradient_checkpointing,
+    }
+
+
+def _trackers(run: KeyRun) -> dict[str, Any]:
+    return {"asked": run.accelerator["log_with"] == ["wandb"], "fed": run.tracked > 0}
+
+
 CHAT = {"data.format": "chat", "data.columns.messages": "other_messages"}
 QUOTED = {"data.path": "quoted.csv", "data.format": "text"}
 STEPS = {"train.max_steps": 6, "output.logging_steps": 1}
@@ -206,9 +218,7 @@ OTHERS = {
     "train.warmup_steps": Change(2, _rates, WARM, also=STEPS),
     "train.warmup_ratio": Change(1 / 3, _rates, WARM, also=STEPS),
     "train.bf16": Change(True, lambda run: run.adapted.model.dtype == torch.bfloat16),
-    "train.gradient_checkpointing": Change(
-        True, lambda run: run.adapted.model.is_gradient_checkpointing
-    ),
+    "train.gradient_checkpointing": Change(True, _recomputed),
     "train.group_by_length": Change(
         False, _order, OTHER, also={"train.per_device_train_batch_size": 3}
     ),
@@ -242,9 +252,9 @@ OTHERS = {
     "output.logging_steps": Change(
         4, lambda run: [line["step"] for line in run.loop.losses], [4, 8, 12, 15]
     ),
-    "output.report_to": Change(["wandb"], lambda run: run.accelerator["log_with"]),
+    "output.report_to": Change(["wandb"], _trackers, True, also=SHORT),
     "launch.device": Change("cuda", lambda run: run.accelerator["cpu"], False),
-    "launch.num_threads": Change(2, lambda run: run.threads),
+    "launch.num_threads": Change(2, lambda run: run.job.identity["threads"]),
     "per_task": Change(
         {"ARC-Easy": {"train": {"learning_rate": 0.002}, "eval": {"max_samples": 3}}},
         _for_task,
@@ -253,6 +263,18 @@ OTHERS = {
     ),
 }
 
+# Rows of other suites are read by code of their own.
+ELSEWHERE: list[tuple[str, Change]] = [
+    ("data.held_out", Change(7, _rows("validation"), base="own")),
+    ("data.max_train_samples", Change(5, _rows("train"), base="own")),
+    ("data.max_eval_samples", Change(2, _rows("validation"), base="own")),
+    ("data.max_eval_samples", Change(2, _rows("validation"), base="pairs")),
+    ("eval.max_samples", Change(3, _rows("scored"), base="own")),
+    (
+        "eval.eval_strategy",
+        Change("epoch", _rows("validation"), 4, "own", also={"data.test": "parts/score.jsonl"}),
+    ),
+]
 
 # The section `method`.
 

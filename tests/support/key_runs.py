@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import Call, RunFolder
-from moc_cli.training import build
+from moc_cli.training import build, session
 from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
@@ -207,22 +207,15 @@ class KeyRun:
 
     @cached_property
     def accelerator(self) -> dict[str, Any]:
-        """The arguments with which accelerate is started where there is a GPU."""
+        """The arguments with which the session starts accelerate where there is a GPU."""
         with (
             patch.object(torch.cuda, "is_available", return_value=True),
-            patch.object(build, "Accelerator") as made,
+            patch.object(build, "Accelerator", side_effect=_Started) as made,
+            suppress(_Started),
         ):
-            launch, output = self.loaded.launch, self.loaded.output
-            build.make_accelerator(launch, output.report_to, self.folder)
+            assert self.job
         arguments: dict[str, Any] = made.call_args.kwargs
         return arguments
-
-    @property
-    def threads(self) -> int:
-        """How many threads torch uses once the run has its device."""
-        with _threads_kept():
-            build.make_accelerator(self.loaded.launch, [], self.folder)
-            return torch.get_num_threads()
 
     @cached_property
     def loop(self) -> SimpleNamespace:
@@ -265,10 +258,28 @@ class KeyRun:
         return Session(self.loaded, call=Call("moc train"), say=lambda text: None)
 
     @cached_property
+    def _finished(self) -> tuple[dict[str, Any], int]:
+        with (
+            _threads_kept(),
+            patch.object(session, "require_trackers"),
+            patch.object(Accelerator, "init_trackers"),
+            patch.object(Accelerator, "log") as log,
+        ):
+            return self._session().run().results, log.call_count
+
+    @property
     def finished(self) -> dict[str, Any]:
         """The results of the whole session."""
-        with _threads_kept():
-            return self._session().run().results
+        return self._finished[0]
+
+    @property
+    def tracked(self) -> int:
+        """How many lines of numbers the whole session gave to its trackers."""
+        return self._finished[1]
+
+
+class _Started(Exception):
+    """Ends a session where it starts accelerate."""
 
 
 @contextmanager

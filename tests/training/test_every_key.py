@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from support.key_changes import CHANGES, OTHER, VALUE
+from support.key_changes import CHANGES, ELSEWHERE, OTHER, VALUE, Change
 from support.key_runs import KeyRun, make_bases
 
 from moc_cli.recipe.reference import keys
@@ -38,9 +38,7 @@ def test_the_table_holds_every_key() -> None:
     assert {(key.method, key.key) for key in keys()} == set(CHANGES)
 
 
-@pytest.mark.parametrize(("method", "key"), CHANGES)
-def test_a_key_reaches_the_run(method: str, key: str, runs: Runs) -> None:
-    change = CHANGES[method, key]
+def check(key: str, change: Change, runs: Runs) -> None:
     before = seen(change.see(runs(change.base, change.also)))
     after = seen(change.see(runs(change.base, change.also | {key: change.value} | change.needs)))
     assert before.keys() == after.keys()
@@ -49,3 +47,13 @@ def test_a_key_reaches_the_run(method: str, key: str, runs: Runs) -> None:
         assert before[name] != entry, name
         if change.expected is not OTHER:
             assert entry == (pytest.approx(expected) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.parametrize(("method", "key"), CHANGES)
+def test_a_key_reaches_the_run(method: str, key: str, runs: Runs) -> None:
+    check(key, CHANGES[method, key], runs)
+
+
+@pytest.mark.parametrize(("key", "change"), ELSEWHERE)
+def test_a_key_reaches_the_rows_of_every_suite(key: str, change: Change, runs: Runs) -> None:
+    check(key, change, runs)
