@@ -4,7 +4,7 @@ Hooks are bound methods of plain objects, so that a deep copy or a pickle of the
 controls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
@@ -101,27 +101,37 @@ class FollowLoss:
         mixture = self.mixture
         if not (mixture.training and torch.is_grad_enabled() and mixture.loss_scale is None):
             return
-        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        if labels is None and items is not None:
+        current, labels = mixture.current, kwargs.get("labels")
+        items = kwargs.get("num_items_in_batch")
+        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+        log_probs = getattr(output, "log_probs", None)  # TRL's: its trainer makes the mean of them
+        if labels is not None and loss is not None:
+            share = 1.0 if items is None else _count(module, labels, kwargs) / items
+            _when_known(loss, lambda grad: setattr(current, "loss_scale", grad * share))
+        elif log_probs is not None:
+            mask = output.label_mask
+            _when_known(
+                log_probs, lambda grad: setattr(current, "loss_scale", -(grad * mask).sum())
+            )
+        elif labels is not None or items is not None:
             raise MocError(
                 "the trainer computes the loss by itself, so that its scale is not known to the "
                 "balance loss",
                 "call set_loss_scale(1 / gradient_accumulation_steps) before training",
             )
-        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        if labels is None or loss is None or not loss.requires_grad:
-            return
-        share: float | Tensor = 1.0
-        if items is not None:
-            next_tokens = labels.ndim > 1 and module.can_generate()  # type: ignore[operator]
-            counted = kwargs.get("shift_labels", labels[..., 1:] if next_tokens else labels)
-            share = counted.ne(-100).sum() / items
-        current = mixture.current
 
-        def keep(grad: Tensor) -> None:
-            current.loss_scale = grad.detach() * share
 
-        loss.register_hook(keep)
+def _count(module: nn.Module, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """How many labels of a batch are learned, as the Trainer counts them."""
+    next_tokens = labels.ndim > 1 and module.can_generate()  # type: ignore[operator]
+    counted: Tensor = kwargs.get("shift_labels", labels[..., 1:] if next_tokens else labels)
+    return counted.ne(-100).sum()
+
+
+def _when_known(value: Tensor, keep: Callable[[Tensor], None]) -> None:
+    """Call `keep` with the gradient that a tensor receives; the gradient stays as it is."""
+    if value.requires_grad:
+        value.register_hook(lambda grad: keep(grad.detach()))
 
 
 class HookedModel:

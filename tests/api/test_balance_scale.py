@@ -1,6 +1,7 @@
 """The balance loss is scaled as the task's loss is: by hand, by the Trainer, in peft, in molex."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from moc_cli.api import attach
 from moc_cli.errors import MocError
+from moc_cli.models.hooks import FollowLoss
+from moc_cli.nn.mixture import Forward
 from moc_cli.peft import MocConfig
 
 GATE = {"projection_dim": 8}
@@ -54,6 +57,22 @@ def test_the_loss_that_is_divided_divides_the_balance_loss(
     assert any(value.any() for value in gradients[0].values())
     for name, value in gradients[0].items():
         assert torch.equal(value, gradients[1][name]), name
+
+
+def test_log_probabilities_in_place_of_a_loss_show_its_scale() -> None:
+    """As TRL's trainer has it, which sums them itself: 3 of the 12 labels of a step are here."""
+    mixture = SimpleNamespace(training=True, current=Forward(), loss_scale=None)
+    log_probs = torch.zeros(2, 4, requires_grad=True)
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]])
+
+    class Fused(torch.nn.Module):
+        def forward(self, labels: torch.Tensor) -> Any:
+            return SimpleNamespace(log_probs=log_probs * mask, label_mask=mask)
+
+    model = Fused()
+    FollowLoss(mixture).register(model)
+    (-model(labels=mask).log_probs.sum() / 12).backward()
+    assert mixture.current.loss_scale.item() == pytest.approx(3 / 12)
 
 
 def train(model: PreTrainedModel, copies: int, folder: Path, **more: Any) -> None:
