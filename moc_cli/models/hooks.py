@@ -105,14 +105,14 @@ class FollowLoss:
         items = kwargs.get("num_items_in_batch")
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
         log_probs = getattr(output, "log_probs", None)  # TRL's: its trainer makes the mean of them
-        if labels is not None and loss is not None:
-            share = 1.0 if items is None else _count(module, labels, kwargs) / items
-            _when_known(loss, lambda grad: setattr(current, "loss_scale", grad * share))
-        elif log_probs is not None:
+        if log_probs is not None:
             mask = output.label_mask
             _when_known(
                 log_probs, lambda grad: setattr(current, "loss_scale", -(grad * mask).sum())
             )
+        elif labels is not None and loss is not None:
+            share = 1.0 if items is None else _count(module, labels, kwargs) / items
+            _when_known(loss, lambda grad: setattr(current, "loss_scale", grad * share))
         elif labels is not None or items is not None:
             raise MocError(
                 "the trainer computes the loss by itself, so that its scale is not known to the "
