@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moc_cli.data.custom.build import template_hash as custom_template_hash
 from moc_cli.data.custom.chat import read_template
+from moc_cli.data.custom.frame import frame_hash, read_frame
 from moc_cli.data.custom.rows import read_custom
 from moc_cli.data.custom.rows import read_scored as read_custom_scored
 from moc_cli.data.examples import ROW_SEED, Example, fingerprint, hold_out, subset
@@ -133,17 +133,19 @@ def read_splits(
     if data.suite != "custom":
         return data, _read_benchmark(data, max_test)
     custom = read_custom(data, watched=watched)
+    template = read_frame(data.template) if custom.format == "instruction" else data.template
     test = subset(custom.test, max_test, seed=ROW_SEED)
     splits = Splits(
         subset(custom.train, data.max_train_samples, seed=ROW_SEED),
         subset(custom.validation, data.max_eval_samples, seed=ROW_SEED),
         {data.tasks[0]: test} if test else {},
-        custom_template_hash(),
+        frame_hash(template),
         custom.scored,
         custom.dropped,
         custom.taken,
     )
     known: dict[str, Any] = {"format": custom.format, "labels": custom.labels}
+    known["template"] = template
     if data.chat_template is not None:
         known["chat_template"] = read_template(data.chat_template)
     return data.model_copy(update=known), splits

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli import __version__
-from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.custom.frame import frame_text
 from moc_cli.data.prompts import eval_prompt
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import BUILTIN, class_names
-from moc_cli.recipe.tasks import prompt_frame
 from moc_cli.report.numbers import score_text
 
 PAPER = "https://arxiv.org/abs/2606.31397"
@@ -111,10 +110,10 @@ def _base(trained: LoadedRun) -> list[str]:
 def _inputs(trained: LoadedRun) -> list[str]:
     """What the model was trained to read: prompt frame, tokenizer and attention mask."""
     data, tokenizer = trained.recipe.data, trained.tokenizer
-    frame = prompt_frame(data.suite, data.tasks[0], data.format)
+    frame = data.frame
     template = {
         "commonsense": eval_prompt("{instruction}"),
-        "instruction": instruction_prompt("{instruction}", "{input}"),
+        "instruction": frame_text(data.template),
     }.get(frame or "")
     if template is not None:
         lines = [f"Prompt (frame `{frame}`):", "", "```text", template, "```", ""]

@@ -131,7 +131,7 @@ def make_kind(data: DataSection) -> Kind:
         return Pairs(task.metrics, task.num_labels, task.labels)
     assert data.format is not None
     if name == "writing":
-        return Writing(data.format)
+        return Writing(data.format, data.frame == "chat")
     if name == "regression":
         return Pairs(FORMATS[data.format].metrics, 1)
     return Pairs(FORMATS[data.format].metrics, len(data.labels or ()), data.labels)

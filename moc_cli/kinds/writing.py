@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +37,8 @@ VOTERS = {
 class Writing(Causal):
     """Texts of one format: instruction, chat or text.
 
+    `templated` instructions are conversations, which the tokenizer's chat template writes.
+
     Only given tokens vote on routes; a vote of tokens that are then predicted would tell what
     comes:
 
@@ -48,6 +50,11 @@ class Writing(Causal):
     """
 
     format: str
+    templated: bool = False
+
+    @property
+    def _are_chats(self) -> bool:
+        return self.templated or self.format == "chat"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -56,7 +63,7 @@ class Writing(Causal):
 
     def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError naming every conversation that the chat template refuses."""
-        if self.format == "chat":
+        if self._are_chats:
             chat_tokens(list(dict.fromkeys(examples)), tokenizer)
 
     def encode(
@@ -68,7 +75,7 @@ class Writing(Causal):
         train_on_inputs: bool,
     ) -> Encoded:
         """Encode texts; of conversations the assistant's turns are learned."""
-        encode = encode_chats if self.format == "chat" else encode_texts
+        encode = encode_chats if self._are_chats else encode_texts
         return encode(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
 
     def too_long(
@@ -81,11 +88,14 @@ class Writing(Causal):
         """Instructions whose own prompt and output are too long together; other texts are cut."""
         if self.format != "instruction":
             return {}
-        long = [n for n, row in enumerate(examples) if may_exceed([row.prompt, row.output], limit)]
-        rows = [examples[number] for number in long]
-        prompts = prompt_ids(tokenizer, [row.prompt for row in rows])
-        lengths = zip(map(len, prompts), _output_lengths(tokenizer, rows), strict=True)
-        return {n: sum(pair) for n, pair in zip(long, lengths, strict=True) if sum(pair) > limit}
+        long = [
+            number
+            for number, row in enumerate(examples)
+            if isinstance(row, ChatExample) or may_exceed([row.prompt, row.output], limit)
+        ]
+        tests = _tests(tokenizer, [examples[number] for number in long])
+        lengths = [len(test.prompt) + test.new for test in tests]
+        return {n: length for n, length in zip(long, lengths, strict=True) if length > limit}
 
     def voters(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -114,10 +124,11 @@ class Writing(Causal):
         held_out = lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
         items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
         if self.format == "instruction":
-            outputs = _generate(model, examples, size, on_progress)
+            tests = _tests(model.tokenizer, examples)
+            outputs = _generate(model, tests, size, on_progress)
             items = [
-                TextScore(item.loss, item.tokens, example.output.strip(), output)
-                for item, example, output in zip(items, examples, outputs, strict=True)
+                TextScore(item.loss, item.tokens, test.output, output)
+                for item, test, output in zip(items, tests, outputs, strict=True)
             ]
         seconds, n = time.perf_counter() - begin, len(items)
         measure = metrics.perplexity(held_out.rows)
@@ -150,20 +161,51 @@ class Writing(Causal):
         return example.train_text
 
 
+class Test(NamedTuple):
+    """The tokens of a prompt, the output that is right, and how many tokens may be written."""
+
+    prompt: list[int]
+    output: str
+    new: int
+
+
+def _tests(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample | ChatExample]
+) -> list[Test]:
+    """Return what is asked and right in each row; a row may write one token more, to end with."""
+    chats = [row for row in examples if isinstance(row, ChatExample)]
+    if chats:
+        return [_chat_test(tokenizer, *tokens) for tokens in chat_tokens(chats, tokenizer)]
+    rows = [row for row in examples if isinstance(row, InstructionExample)]
+    prompts = prompt_ids(tokenizer, [row.prompt for row in rows])
+    outputs = prompt_ids(tokenizer, [row.output for row in rows])
+    return [
+        Test(prompt, row.output.strip(), len(output) + 1)
+        for row, prompt, output in zip(rows, prompts, outputs, strict=True)
+    ]
+
+
+def _chat_test(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]) -> Test:
+    """Cut a conversation at its answer, which is right as the chat template writes it."""
+    first = learned.index(True)
+    answer = ids[first:]
+    text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return Test(ids[:first], text, sum(learned))
+
+
 def _generate(
     model: TextModel,
-    examples: Sequence[InstructionExample],
+    tests: Sequence[Test],
     size: BatchSize,
     on_progress: Progress | None,
 ) -> list[str]:
     """Write an output for every prompt, white space at its ends left out.
 
-    A row writes as many tokens as its own right output has, and one more to end with.
+    A row writes as many tokens as its own right output has, and one to end with.
     """
     network: Any = model.adapted.model
     tokenizer = model.tokenizer
-    prompts = prompt_ids(tokenizer, [example.prompt for example in examples])
-    new = _output_lengths(tokenizer, examples)
+    prompts, new = [test.prompt for test in tests], [test.new for test in tests]
     for prompt, count in zip(prompts, new, strict=True):
         check_fits(network, [prompt], "a prompt with its output", count)
     costs = [RowCost(*lengths) for lengths in zip(map(len, prompts), new, strict=True)]
@@ -186,11 +228,3 @@ def _generate(
             return [str(text).strip() for text in decoded]
 
         return run_batches(network, costs, work, size=size, on_progress=on_progress)
-
-
-def _output_lengths(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample]
-) -> list[int]:
-    """How many tokens each row may write: those of its output, and one to end with."""
-    outputs = prompt_ids(tokenizer, [example.output for example in examples])
-    return [len(ids) + 1 for ids in outputs]

@@ -15,6 +15,7 @@ PATH_KEYS = (
     "data.validation",
     "data.test",
     "data.chat_template",
+    "data.template",
 )
 
 

@@ -68,6 +68,7 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
         custom |= {"splits": splits, "config_name": data.config_name, "quoting": data.quoting}
         custom |= {"chat_template": data.chat_template, "merge_system": data.merge_system}
         custom["chat_turns"] = data.chat_turns != "all"
+        custom["template"] = data.template != "alpaca"
         custom |= {"train": data.train, "validation": data.validation, "test": data.test}
         for key in (key for key, value in custom.items() if value):
             message = f"only suite 'custom' reads this key, data.suite is '{data.suite}'"
@@ -80,12 +81,19 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     for key in (key for key in columns if key not in read):
         message = f"format '{data.format}' has no such column; its columns are {', '.join(read)}"
         yield BrokenRule(f"data.columns.{key}", message, (suite, "data.format"))
-    chat = {"chat_template": data.chat_template, "merge_system": data.merge_system}
-    chat["chat_turns"] = data.chat_turns != "all"
-    for key in (key for key, value in chat.items() if value):
-        if data.format not in (None, "chat"):
-            message = f"only format 'chat' reads this key, data.format is '{data.format}'"
-            yield BrokenRule(f"data.{key}", message, (suite, "data.format"))
+    of_format: dict[str, tuple[str, Any]] = {
+        "chat_turns": ("chat", data.chat_turns != "all"),
+        "template": ("instruction", data.template != "alpaca"),
+    }
+    if data.frame != "chat":
+        of_format["chat_template"] = ("chat", data.chat_template)
+        of_format["merge_system"] = ("chat", data.merge_system)
+    for key, (format_, value) in of_format.items():
+        if value and data.format not in (None, format_):
+            message = f"only format '{format_}' reads this key, data.format is '{data.format}'"
+            if data.format == "instruction":
+                message += "; data.template: chat writes such rows by the chat template"
+            yield BrokenRule(f"data.{key}", message, (suite, "data.format", "data.template"))
     labels = data.labels or []
     if labels and data.format not in (None, "classification"):
         message = f"labels are for format 'classification', data.format is '{data.format}'"

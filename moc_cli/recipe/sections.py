@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from moc_cli.recipe.methods import MethodSection
-from moc_cli.recipe.tasks import CUSTOM_TASK
+from moc_cli.recipe.tasks import CUSTOM_TASK, Frame, prompt_frame
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
@@ -148,6 +148,12 @@ class DataSection(Section):
         description="custom: the classes, in the order of the outputs; null: those of the "
         "training rows, sorted",
     )
+    template: Text = Field(
+        default="alpaca",
+        description="custom: prompt of instruction rows; alpaca, chat (the tokenizer's chat "
+        "template), plain (instruction and input as lines), or a file with {instruction}, {input} "
+        "and {system}",
+    )
     chat_template: Text | None = Field(
         default=None,
         description="custom: template of conversations: a file, chatml, or the name of one of the "
@@ -181,6 +187,12 @@ class DataSection(Section):
         description="training rows, or a share of them, held out for validation where the data "
         "has no validation split (commonsense, custom)",
     )
+
+    @property
+    def frame(self) -> Frame | None:
+        """What surrounds the prompts of a run; None where it generates no text, or not known."""
+        frame = prompt_frame(self.suite, self.tasks[0], self.format)
+        return "chat" if frame == "instruction" and self.template == "chat" else frame
 
     @model_validator(mode="before")
     @classmethod

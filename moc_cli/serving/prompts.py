@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
-from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.custom.chat import apply_template
+from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.prompts import eval_prompt
 from moc_cli.data.source import BadRow, BadRows, parse_object, take
 from moc_cli.errors import DataError, MocError
@@ -68,9 +68,15 @@ def check_system(system: str | None, frame: Frame) -> None:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", frame: Frame, messages: Sequence[Message]
+    tokenizer: "PreTrainedTokenizerBase",
+    frame: Frame,
+    messages: Sequence[Message],
+    template: str = "alpaca",
 ) -> list[int]:
-    """Return the tokens that the model continues; the last message is the user's."""
+    """Return the tokens that the model continues; the last message is the user's.
+
+    `template` is `data.template` of a run, for the frame `instruction`.
+    """
     if frame == "chat":
         try:
             text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=True)
@@ -83,7 +89,7 @@ def encode(
     if frame == "commonsense":
         text = eval_prompt(messages[-1]["content"])
     elif frame == "instruction":
-        text = instruction_prompt(messages[-1]["content"])
+        text = instruction_prompt(messages[-1]["content"], template=template)
     else:
         text = "\n".join(message["content"] for message in messages)
     return prompt_ids(tokenizer, [text])[0]

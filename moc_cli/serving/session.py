@@ -7,7 +7,6 @@ from typing import Any
 from moc_cli.errors import DataError
 from moc_cli.load_run import BaseOptions, LoadedModel, open_model, open_run
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.tasks import prompt_frame
 from moc_cli.report.output import print_json, say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.serving.chat import Chat
@@ -25,17 +24,18 @@ def run_generate(
     if options.run is not None and recipe is not None:
         base = BaseOptions(options.base_path, options.allow_changed_base)
         loaded: LoadedModel = open_run(options.run, device=options.device, recipe=recipe, base=base)
-        data = recipe.data
-        trained = prompt_frame(data.suite, data.tasks[0], data.format)
+        trained, template = recipe.data.frame, recipe.data.template
     else:
-        trusted, trained = options.trust_remote_code, None
+        trusted, trained, template = options.trust_remote_code, None, "alpaca"
         loaded = open_model(
             str(options.model), device=options.device or "auto", trust_remote_code=trusted
         )
     frame, why = choose_frame(options.template, trained, loaded.tokenizer)
     check_system(options.system, frame)
     say(f"template: {frame}, {why}")
-    writer = Writer(loaded.adapted, loaded.tokenizer, frame, options.system, options.sampling)
+    writer = Writer(
+        loaded.adapted, loaded.tokenizer, frame, template, options.system, options.sampling
+    )
     if prompts is None:
         try:
             import readline  # noqa: F401  line editing and history for input()

@@ -47,9 +47,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Writer(TextModel):
-    """A model that answers prompts, with its controls or as its base model."""
+    """A model that answers prompts, with its controls or as its base model.
+
+    `template` is the recipe's, of the frame `instruction`.
+    """
 
     frame: Frame = "raw"
+    template: str = "alpaca"
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -63,7 +67,7 @@ class Writer(TextModel):
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's tokens; raises DataError where it is empty or too long."""
-        ids = encode(self.tokenizer, self.frame, messages)
+        ids = encode(self.tokenizer, self.frame, messages, self.template)
         if not messages[-1]["content"].strip() or not ids:
             raise DataError("the prompt is empty", 'give a text: --prompt "..."')
         self.room(len(ids))

@@ -162,7 +162,7 @@ def encode_rows(
         own, labels = config.id2label or {}, model.config.id2label or {}
         notes.append(checks.head_note(recipe, heads, own, labels))
     kind.check(splits.all_examples, tokenizer)
-    if data.format == "chat":
+    if data.frame == "chat":
         chats = [row for row in splits.all_examples if isinstance(row, ChatExample)]
         notes += chat_notes(chats, tokenizer)
     encoded = kind.encode(

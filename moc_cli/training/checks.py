@@ -30,7 +30,7 @@ def match(
     data: DataSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """Give model and tokenizer the same padding and end tokens; say what was taken for what."""
-    if data.format != "chat":
+    if data.frame != "chat":
         return match_tokens(model, tokenizer)
     ends = answer_ends(tokenizer)
     notes = match_tokens(model, tokenizer, ends)

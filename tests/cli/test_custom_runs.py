@@ -11,7 +11,7 @@ from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_m
 from torch.nn.functional import cross_entropy
 
 from moc_cli.cli import run
-from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds import Writing
 from moc_cli.load_run import open_run

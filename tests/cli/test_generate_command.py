@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moc_cli.cli import run
-from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.encode import prompt_tokens
 from moc_cli.data.suites import load_examples
 from moc_cli.errors import DataError, MocError

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moc_cli.data.custom.build import instruction_prompt
+from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.custom.rows import CustomRows, read_custom, read_scored
 from moc_cli.data.examples import (
     ChatExample,

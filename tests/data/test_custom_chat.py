@@ -102,7 +102,7 @@ def test_templates_that_do_not_tell_their_answers_are_refused():
         chat_tokens(
             [conversation(*TURNS)], tokenizer(MARKED.replace("== 'assistant'", "== 'nobody'"))
         )
-    with pytest.raises(DataError, match="format 'chat' needs a chat template, and the tokenizer"):
+    with pytest.raises(DataError, match="these rows need a chat template, and the tokenizer"):
         chat_tokens([conversation(*TURNS)], make_byte_tokenizer())
 
 

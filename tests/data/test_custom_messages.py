@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.models import make_byte_tokenizer
 
-from moc_cli.data.custom.build import instruction_prompt
 from moc_cli.data.custom.chat import CHATML, chat_notes, chat_tokens, set_template
+from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.custom.messages import turns_of
 from moc_cli.data.custom.rows import read_custom
 from moc_cli.data.examples import ChatExample, InstructionExample

@@ -78,3 +78,15 @@ def test_the_schema_requires_tasks_of_benchmarks_only():
         {"required": ["tasks"]},
     ]
     assert set(data["properties"]["suite"]["enum"]) == {"commonsense", "glue", "builtin", "custom"}
+
+
+def test_a_template_is_for_instructions_and_the_chat_template_for_it(recipe):
+    start = "suite: custom, path: p, "
+    (problem,) = refused(recipe, f"{{{start}format: chat, template: plain}}")
+    assert problem.startswith("data.template: only format 'instruction' reads this key")
+    keys = "format: instruction, chat_template: chatml, merge_system: true"
+    assert len(refused(recipe, f"{{{start}{keys}}}")) == 2
+    assert recipe(f"{{{start}{keys}, template: chat}}").data.frame == "chat"
+    assert recipe(f"{{{start}format: instruction, template: plain}}").data.frame == "instruction"
+    (problem,) = refused(recipe, "{suite: glue, tasks: rte, template: plain}")
+    assert problem.startswith("data.template: only suite 'custom' reads this key")

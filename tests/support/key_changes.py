@@ -190,6 +190,12 @@ OTHERS = {
     "data.chat_template": Change(
         "chatml", lambda run: "<|im_start|>" in run.first_text, True, "own", also=CHAT
     ),
+    "data.template": Change(
+        "chat",
+        lambda run: run.first_text.startswith("user: "),
+        True,
+        "own",
+    ),
     "data.chat_turns": Change(
         "split", lambda run: len(run.rows.encoded.rows), 16, "own", also=CHAT
     ),

@@ -1,9 +1,10 @@
 """Build examples from rows of a custom dataset; name bad rows and those with nothing to learn."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from moc_cli.data.custom.columns import Columns
+from moc_cli.data.custom.frame import instruction_prompt, read_frame
 from moc_cli.data.custom.labels import Classes, Label, number_label
 from moc_cli.data.custom.messages import NothingToLearn, read_chat
 from moc_cli.data.examples import (
@@ -13,43 +14,21 @@ from moc_cli.data.examples import (
     Place,
     TextExample,
 )
-from moc_cli.data.prompts import HEADER
 from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, shown
 from moc_cli.recipe.sections import DataSection, Format
 
+_CHAT = {"messages": "messages", "system": "system"}
 BuildExample = Callable[[Fields, Place], Example]
-
-
-def instruction_prompt(
-    instruction: str,
-    context: str = "",
-    system: str = "",
-    history: Sequence[tuple[str, str]] = (),
-) -> str:
-    """Return the text before the output, the same in training and in scoring.
-
-    `system` takes the place of the first lines; `history` are earlier questions and answers.
-    """
-    earlier = "".join(
-        f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in history
-    )
-    middle = f"### Input:\n{context}\n\n" if context.strip() else ""
-    start = f"{system or HEADER}\n\n{earlier}"
-    return f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-
-
-def template_hash() -> str:
-    """Return the sha256 of the prompt template, for a run's fingerprints."""
-    return hashlib.sha256(instruction_prompt("{instruction}", "{input}").encode()).hexdigest()
 
 
 def example_builder(data: DataSection, found: Columns, labels: list[Label] | None) -> BuildExample:
     """Return a function from a row and its place to an example.
 
     `found` names the format and the column of each key that it reads. The function raises BadRow
-    or NothingToLearn.
+    or NothingToLearn. Raises DataError where `data.template` cannot be used.
     """
     task, columns = data.tasks[0], found.column_of
+    template = read_frame(data.template) if found.format == "instruction" else ""
     classes = Classes(labels or [])
 
     def instruction(fields: Fields, place: Place) -> Example:
@@ -57,7 +36,12 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
         context = _text(fields, columns["input"]) if "input" in columns else ""
         output = _filled(fields, columns["output"], "an empty output")
         system = _text(fields, columns["system"]) if columns.get("system") in fields else ""
-        prompt = instruction_prompt(request, context, system, _history(fields, columns))
+        history = _history(fields, columns)
+        if template == "chat":
+            turns = _turns(request, context, output, history)
+            row = {"messages": turns, "system": system}
+            return read_chat(row, _CHAT, task, place, merge_system=data.merge_system)
+        prompt = instruction_prompt(request, context, system, history, template=template)
         return InstructionExample(task, prompt, output, place)
 
     def chat(fields: Fields, place: Place) -> Example:
@@ -75,6 +59,19 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
 
     builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
     return builders.get(found.format, pair)
+
+
+def _turns(
+    request: str, context: str, output: str, history: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Return an instruction row as messages, of which only the last is learned."""
+    turns: list[dict[str, Any]] = []
+    for asked, answer in history:
+        turns.append({"role": "user", "content": asked})
+        turns.append({"role": "assistant", "content": answer, "weight": 0})
+    question = f"{request}\n\n{context}" if context.strip() else request
+    turns.append({"role": "user", "content": question})
+    return [*turns, {"role": "assistant", "content": output}]
 
 
 def _history(fields: Fields, columns: Mapping[str, str]) -> list[tuple[str, str]]:

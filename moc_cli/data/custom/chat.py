@@ -231,8 +231,8 @@ def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise DataError(
-            f"format 'chat' needs a chat template, and the tokenizer of "
+            f"these rows need a chat template, and the tokenizer of "
             f"{tokenizer.name_or_path or 'this model'} has none",
             "use a model that was tuned on conversations, give one (data.chat_template: a file, or "
-            "chatml), or write the rows as instruction and output",
+            "chatml), or write the rows as instruction and output with data.template: alpaca",
         ) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from moc_cli.data.custom.build import BuildExample, example_builder
 from moc_cli.data.custom.columns import Columns, find_columns
+from moc_cli.data.custom.frame import NAMES
 from moc_cli.data.custom.labels import Classes, Label, check_labels, find_labels, has_answers
 from moc_cli.data.custom.messages import NothingToLearn, split_chats
 from moc_cli.data.custom.parts import read_other, read_parts
@@ -62,6 +63,9 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
         labels = data.labels or list(first_rows)
     notes = [note for table in tables.values() for note in table.notes]
     notes += _leave_out_hidden(tables, columns, Classes(labels or []))
+    if columns.format == "instruction":
+        name = data.template if data.template in NAMES else "the recipe's own template"
+        notes.append(f"prompts are written by {name} (data.template)")
     build = example_builder(data, columns, labels)
     bad_rows = BadRows()
     splits, dropped = {}, {}
