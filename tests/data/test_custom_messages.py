@@ -79,7 +79,7 @@ def test_parts_null_tools_and_developers_reach_the_template(tmp_path):
     assert tools == [{"name": "f"}]
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = PLAIN
-    (note,) = chat_notes([chat], tokenizer)
+    note, _ = chat_notes([chat], tokenizer)
     assert note == ("the chat template does not write: tool_calls, name, reasoning_content, tools")
     shown = PLAIN + "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}{{ tools }}"
     tokenizer.chat_template = shown
@@ -155,3 +155,25 @@ def test_history_and_system_of_an_instruction_are_in_its_prompt(tmp_path):
         "### Instruction:\nb?\n\n### Response:\n"
     )
     assert "not a list of [question, answer]" in refused(tmp_path, row | {"history": ["a?"]})
+
+
+def test_an_answer_of_which_the_template_writes_nothing_is_not_learned(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [ASKED, call, {"role": "tool", "content": "{}"}, ANSWERED]
+    tokenizer = make_byte_tokenizer()
+    marked = PLAIN.replace(
+        "{{ m['content'] }}</s>", "{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    )
+    for template in (PLAIN, marked):
+        tokenizer.chat_template = template
+        chats = read(tmp_path, {"messages": turns})
+        assert learned(chats, template) == ["Ho</s>"]
+        notes = chat_notes(chats, tokenizer)
+        assert "1 answers are not learned: the chat template writes nothing of them" in notes
+    with pytest.raises(DataError, match="line 1: the chat template writes nothing of the answer"):
+        learned(read(tmp_path, {"messages": turns[:2]}), PLAIN)
+    empty = {"role": "assistant", "content": " "}
+    chats = read(tmp_path, {"messages": [ASKED, empty, *turns]}, chat_turns="last")
+    assert learned(chats, PLAIN) == ["Ho</s>"]
+    written = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['tool_calls'] }}")
+    assert learned(read(tmp_path, {"messages": turns[:2]}), written)[0].startswith("[{'function'")

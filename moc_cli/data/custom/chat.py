@@ -4,7 +4,8 @@ Learned are the assistant's messages and the token that ends each. A template ma
 ({% generation %}). Otherwise the tokens of message i are what the conversation up to it has more
 than the conversation before it with the assistant's header; both must be a prefix of the complete
 conversation. White space that a template writes after the end token belongs to the next message.
-Where a template rewrites earlier answers (as Qwen3's does), only the last one is learned.
+Where a template rewrites earlier answers (as Qwen3's does), only the last one is learned. An answer
+of which a template writes nothing (tool calls in ChatML) is not learned.
 """
 
 import os
@@ -82,7 +83,7 @@ def chat_tokens(
     for example in examples:
         try:
             conversation = Conversation(example, tokenizer)
-            by_marks = marks and not example.unlearned
+            by_marks = marks and not example.unlearned and not conversation.unwritten
             rows.append(conversation.by_marks() if by_marks else conversation.by_prefixes())
         except BadRow as error:
             bad_rows.add(example.place, error)
@@ -94,18 +95,25 @@ def chat_notes(examples: Sequence[ChatExample], tokenizer: "PreTrainedTokenizerB
     """Say what the chat template does not write, and how many conversations it rewrites."""
     template = _template(tokenizer)
     keys: dict[str, None] = {}
-    rewritten = 0
+    rewritten = unwritten_answers = 0
     for example in dict.fromkeys(examples):
         turns, tools = turns_of(example)
         keys |= dict.fromkeys(key for turn in turns for key in turn)
         keys |= {"tools": None} if tools else {}
         answers = sum(turn["role"] == "assistant" for turn in turns) - len(example.unlearned)
-        if answers > 1 and not _GENERATION.search(template):
-            rewritten += Conversation(example, tokenizer).is_rewritten()
+        if answers > 1:
+            conversation = Conversation(example, tokenizer)
+            unwritten_answers += len(conversation.unwritten)
+            rewritten += not _GENERATION.search(template) and conversation.is_rewritten()
     unwritten = [key for key in keys if key not in template]
     notes = []
     if unwritten:
         notes.append(f"the chat template does not write: {', '.join(unwritten)}")
+    if unwritten_answers:
+        notes.append(
+            f"{unwritten_answers:,} answers are not learned: the chat template writes nothing of "
+            "them"
+        )
     if rewritten:
         notes.append(
             f"the chat template rewrites earlier answers of {rewritten:,} conversations: only "
@@ -143,12 +151,16 @@ class Conversation:
     def __init__(self, example: ChatExample, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.turns, self.tools = turns_of(example)
         self.tokenizer = tokenizer
-        self.learned = [
+        answers = [
             index
             for index, turn in enumerate(self.turns)
             if turn["role"] == "assistant" and index not in example.unlearned
         ]
         self.text = self._write(self.turns)
+        self.unwritten = [index for index in answers if self._is_unwritten(index)]
+        self.learned = [index for index in answers if index not in self.unwritten]
+        if not self.learned:
+            raise BadRow("the chat template writes nothing of the answer to be learned")
         for turn in self.turns:
             if turn["role"] in ("system", "developer") and turn["content"].strip() not in self.text:
                 raise BadRow(f"the chat template leaves out the {turn['role']} message")
@@ -195,6 +207,15 @@ class Conversation:
     def is_rewritten(self) -> bool:
         """Return whether the template writes an answer differently once other messages follow."""
         return any(self._span(index) is None for index in self.learned)
+
+    def _is_unwritten(self, index: int) -> bool:
+        """Return whether the template writes an answer as if there were none, as of tool calls."""
+        turn = self.turns[index]
+        if turn["content"].strip():
+            return False
+        empty = {"role": turn["role"], "content": ""}
+        before = self.turns[:index]
+        return self._write([*before, turn]) == self._write([*before, empty])
 
     def _spans(self) -> list[tuple[int, int]]:
         """Return the characters of each answer; of the last alone where others are rewritten."""

@@ -75,7 +75,12 @@ def split_chats(examples: list[ChatExample], turns: ChatTurns) -> list[ChatExamp
     for example in examples:
         messages, tools = turns_of(example)
         answers = [n for n, turn in enumerate(messages) if turn["role"] == "assistant"]
-        learned = [n for n in answers if n not in example.unlearned]
+        learned = [
+            n
+            for n in answers
+            if n not in example.unlearned
+            and (messages[n]["content"].strip() or len(messages[n]) > 2)
+        ]
         for last in learned if turns == "split" else learned[-1:]:
             earlier = tuple(n for n in answers if n < last)
             parts.append(
