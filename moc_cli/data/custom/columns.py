@@ -103,6 +103,8 @@ def _find_format(
             return "text", by_columns
         if data.labels:
             return "classification", "by data.labels"
+        if column_of["label"] in train.classes:
+            return "classification", "the dataset names its classes"
         return _format_of_labels(column_of["label"], train)
     other_half = {"output": "instruction", "instruction": "output"}
     wanted = [other_half[key] for key in other_half if key in column_of] or ["text", "messages"]

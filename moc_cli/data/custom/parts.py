@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moc_cli.data.custom.table import Table, arrow_rows, joined, read_table, suffix_of, table_of
+from moc_cli.data.custom.table import Table, joined, read_table, suffix_of, table_of_dataset
 from moc_cli.data.source import did_you_mean, first_line, load_from_hub
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
@@ -224,7 +224,7 @@ def _read_hub(name: str, data: DataSection) -> dict[str, Table]:
 def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
     """Return the parts of a `datasets` object; one without splits is train."""
     if not isinstance(dataset, dict):
-        return {"train": table_of(name, arrow_rows(dataset))}
+        return {"train": table_of_dataset(name, dataset)}
     for part in PARTS:
         wanted = getattr(data.splits, part)
         if wanted is not None and wanted not in dataset:
@@ -238,7 +238,7 @@ def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
         wanted = getattr(data.splits, part)
         split = wanted or next((split for split in names if split in dataset), None)
         if split is not None:
-            tables[part] = table_of(f"{name}, split {split}", arrow_rows(dataset[split]))
+            tables[part] = table_of_dataset(f"{name}, split {split}", dataset[split])
     if "train" not in tables and data.train is None:
         raise DataError(
             f"{name} has no split 'train'; it has {', '.join(dataset)}",

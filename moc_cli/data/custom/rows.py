@@ -11,6 +11,7 @@ from moc_cli.data.custom.frame import NAMES
 from moc_cli.data.custom.labels import Classes, Label, check_labels, find_labels, has_answers
 from moc_cli.data.custom.messages import NothingToLearn, split_chats
 from moc_cli.data.custom.parts import read_other, read_parts
+from moc_cli.data.custom.prepare import join_turns, name_classes
 from moc_cli.data.custom.table import Table
 from moc_cli.data.examples import ROW_SEED, ChatExample, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
@@ -55,13 +56,16 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
     DataError naming every bad row of every split, and where nothing is left to train on.
     """
     tables = read_parts(data)
+    notes = [note for table in tables.values() for note in table.notes]
+    notes += join_turns(tables, data)
     columns = find_columns(data, tables["train"])
     labels, first_rows = None, {}
     if columns.format == "classification":
         label = columns.column_of["label"]
+        for table in tables.values():
+            name_classes(table, label, data.labels)
         first_rows = {} if data.labels else find_labels(tables["train"], label)
-        labels = data.labels or list(first_rows)
-    notes = [note for table in tables.values() for note in table.notes]
+        labels = data.labels or [*tables["train"].classes.get(label, [])] or list(first_rows)
     notes += _leave_out_hidden(tables, columns, Classes(labels or []))
     if columns.format == "instruction":
         name = data.template if data.template in NAMES else "the recipe's own template"
@@ -123,7 +127,10 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
         return scored
     tables = read_other(path, data)
     table = tables.get("test") or tables.get("validation") or tables["train"]
+    join_turns({"test": table}, data)
     columns = find_columns(data, table)
+    if columns.format == "classification":
+        name_classes(table, columns.column_of["label"], data.labels)
     bad_rows = BadRows()
     build = example_builder(data, columns, data.labels)
     examples, _ = _build_examples(table, build, bad_rows)

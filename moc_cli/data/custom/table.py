@@ -41,6 +41,7 @@ class Table:
     """The rows of one file or split, each with its place: its columns, or why it is bad.
 
     `typed` is False where every value is a text, as in CSV. `blank` counts the blank lines.
+    `classes` holds for columns of class numbers the names that the dataset gives them.
     `notes` say what was decided on reading.
     """
 
@@ -49,6 +50,7 @@ class Table:
     rows: list[tuple[Place, Fields | BadRow]] = field(default_factory=list)
     blank: int = 0
     notes: list[str] = field(default_factory=list)
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, unit: str, number: int, row: Fields | BadRow) -> None:
         """Append a row; `unit` is what the numbers count."""
@@ -96,6 +98,7 @@ def joined(tables: Sequence[Table]) -> Table:
         table.rows += part.rows
         table.blank += part.blank
         table.notes += part.notes
+        table.classes |= part.classes
     return table
 
 
@@ -280,7 +283,13 @@ def _read_parquet(file: Path, quoting: Quoting | None) -> Table:
     from pyarrow import parquet
 
     try:
-        return table_of(str(file), parquet.ParquetFile(file).read().to_pylist())
+        rows = parquet.ParquetFile(file).read()
+        table = table_of(str(file), rows.to_pylist())
+        if b"huggingface" in (rows.schema.metadata or {}):
+            import datasets
+
+            table.classes = _class_names(datasets.Features.from_arrow_schema(rows.schema))
+        return table
     # Arrow raises a dozen unrelated classes, an OverflowError for a duration among them.
     except Exception as error:
         raise DataError(f"{file} cannot be read as Parquet: {first_line(error)}") from error
@@ -290,15 +299,26 @@ def _read_arrow(file: Path, quoting: Quoting | None) -> Table:
     import datasets
 
     try:
-        return table_of(str(file), arrow_rows(datasets.Dataset.from_file(str(file))))
+        return table_of_dataset(str(file), datasets.Dataset.from_file(str(file)))
     except Exception as error:  # as for Parquet
         raise DataError(f"{file} cannot be read as Arrow: {first_line(error)}") from error
 
 
-def arrow_rows(dataset: Any) -> list[Fields]:
-    """Return the rows of a `datasets.Dataset` as plain values; pictures are not decoded."""
-    rows: list[Fields] = dataset.with_format("arrow")[:].to_pylist()
-    return rows
+def table_of_dataset(name: str, dataset: Any) -> Table:
+    """Return the table of a `datasets.Dataset`; pictures are not decoded."""
+    table = table_of(name, dataset.with_format("arrow")[:].to_pylist())
+    table.classes = _class_names(dataset.features)
+    return table
+
+
+def _class_names(features: Any) -> dict[str, list[str]]:
+    import datasets
+
+    return {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel) and feature.names
+    }
 
 
 Reader = Callable[[Path, Quoting | None], Table]
