@@ -31,7 +31,7 @@ from moc_cli.training.loop_types import (
     total_steps,
     warmup_steps,
 )
-from moc_cli.training.step_errors import not_finite, out_of_memory
+from moc_cli.training.step_errors import may_split, not_finite, out_of_memory
 from moc_cli.training.usage import Usage
 
 
@@ -175,7 +175,8 @@ class Loop:
             short = True  # what the error holds in memory is free after this block
         if short:
             self.keep(before)
-            raise out_of_memory(batches, self.settings, self.command)
+            splits = may_split(self.counters.batch, self.settings.group_by_length)
+            raise out_of_memory(batches, self.settings, self.command, splits=splits)
         if not all(map(math.isfinite, [*values, self.grad_norm])):
             self.keep(before)
             c, rate = self.counters, self.settings.learning_rate / 3

@@ -22,8 +22,10 @@ class Settings:
     seed: int = 42
     num_train_epochs: float = 3.0
     max_steps: int = -1
+    per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    group_by_length: bool = True
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)

@@ -13,6 +13,7 @@ from moc_cli.recipe.sections import FORMER, ModelSection
 from moc_cli.runs import RunFolder
 from moc_cli.training.build import Built
 from moc_cli.training.checkpoint import Snapshot
+from moc_cli.training.step_errors import may_split
 
 History = list[dict[str, Any]]  # of environment.json
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
@@ -105,7 +106,7 @@ def keep_place(snapshot: Snapshot, recipe: Recipe) -> tuple[Snapshot, list[str]]
     rows = _rows_a_step(wanted)
     split = f"micro-batches of {new} rows, {old} before; {rows} rows a step as before"
     counters = snapshot.counters
-    if counters.batch and recipe.train.group_by_length:
+    if not may_split(counters.batch, recipe.train.group_by_length):
         raise RunError(
             f"step {counters.step} lies inside an epoch, and with train.group_by_length the order "
             f"of its rows depends on the size of micro-batches ({old} then, {new} now)",

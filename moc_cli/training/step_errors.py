@@ -34,12 +34,21 @@ def not_finite(
     )
 
 
+def may_split(batch: int, group_by_length: bool) -> bool:
+    """Whether a run may go on with other micro-batches of the same rows a step.
+
+    `batch`: micro-batches taken from the epoch that runs. Where rows are grouped by length, the
+    order of an epoch depends on their size.
+    """
+    return batch == 0 or not group_by_length
+
+
 def out_of_memory(
-    batches: Sequence[Mapping[str, Tensor]], settings: Settings, command: str
+    batches: Sequence[Mapping[str, Tensor]], settings: Settings, command: str, *, splits: bool
 ) -> MocError:
     """Return the error of a step that does not fit in memory; `command` continues the run.
 
-    Another size of batch means other batches, and so another run.
+    `splits`: whether the run may go on with smaller micro-batches; otherwise they are another run.
     """
     rows, tokens = max((batch["input_ids"].shape for batch in batches), key=math.prod)
     message = f"a step of {rows} rows of up to {tokens} tokens does not fit in memory"
@@ -50,11 +59,17 @@ def out_of_memory(
             f"{command} --set train.gradient_checkpointing=true",
         )
     if rows > 1:
-        return MocError(
-            message,
-            "begin anew with batches of half the size, and as many rows in a step: "
-            f"{command.removesuffix(' --resume auto')} --overwrite "
-            f"--set train.per_device_train_batch_size={rows // 2} "
-            f"--set train.gradient_accumulation_steps={2 * settings.gradient_accumulation_steps}",
+        size = settings.per_device_train_batch_size
+        parts = next(number for number in range(2, size + 1) if size % number == 0)
+        smaller = (
+            f"--set train.per_device_train_batch_size={size // parts} "
+            f"--set train.gradient_accumulation_steps="
+            f"{parts * settings.gradient_accumulation_steps}"
         )
+        what = f"batches of {size // parts} instead of {size} rows, and as many rows in a step"
+        if splits:
+            kept = f"the state before that step is kept; go on with {what}"
+            return MocError(message, f"{kept}: {command} {smaller}")
+        anew = f"{command.removesuffix(' --resume auto')} --overwrite {smaller}"
+        return MocError(message, f"begin anew with {what}: {anew}")
     return MocError(message, "lower data.max_length, set train.bf16: true, or use another device")

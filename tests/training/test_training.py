@@ -515,17 +515,23 @@ def test_resume_of_a_finished_run_takes_no_step(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
 
 
+FEWER = "batches of 3 instead of 9 rows, and as many rows in a step"
+SMALLER = "--set train.per_device_train_batch_size=3 --set train.gradient_accumulation_steps=3"
+
+
 @pytest.mark.parametrize(
-    ("checkpointing", "advice"),
+    ("changes", "advice"),
     [
-        (False, "moc train r --resume auto --set train.gradient_checkpointing=true"),
-        (True, "moc train r --overwrite --set train.per_device_train_batch_size=1 --set train.gra"),
+        ({}, "moc train r --resume auto --set train.gradient_checkpointing=true"),
+        ({"group_by_length": True}, f"begin anew with {FEWER}: moc train r --overwrite {SMALLER}"),
+        ({"group_by_length": False}, f"go on with {FEWER}: moc train r --resume auto {SMALLER}"),
     ],
 )
 def test_a_step_that_does_not_fit_in_memory_keeps_the_state_before(
-    checkpointing, advice, tmp_path, monkeypatch
+    changes, advice, tmp_path, monkeypatch
 ):
-    settings = replace(SETTINGS, gradient_checkpointing=checkpointing)
+    settings = replace(SETTINGS, per_device_train_batch_size=9, gradient_accumulation_steps=1)
+    settings = replace(settings, gradient_checkpointing=bool(changes), **changes)
     rows = toy_rows(9)
     data = Data(Plan(BATCHES), lambda numbers: toy_collate(rows, numbers))
     good, bad = tmp_path / "good", tmp_path / "bad"
