@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, program
+from moc_cli.cli.options import (
+    AllowChangedBaseOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    TrustOption,
+    program,
+)
 from moc_cli.cli.try_next import comparison_commands, seeds_commands, show_next, use_commands
 
 TRUST = "model.trust_remote_code"
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
-    from moc_cli.runs import Call
 
 
 def train(
@@ -37,6 +43,7 @@ def train(
             "compared.",
         ),
     ] = None,
+    allow_changed_base: AllowChangedBaseOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run that is in the run folder.")
     ] = False,
@@ -77,6 +84,8 @@ def train(
                 "add --resume auto, or name the base model: --set model.model_name_or_path=DIR",
             )
         changes.append(f"model.model_name_or_path={quote(str(base_path))}")
+    if allow_changed_base and resume is None:
+        raise MocError("--allow-changed-base is for a run that is continued", "add --resume auto")
     folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
     typed = any(change.partition("=")[0].strip() == TRUST for change in changes)
@@ -91,7 +100,11 @@ def train(
     if dry_run:
         _dry_run(loaded, json)
         return
-    from moc_cli.runs import Call  # imported late: a mistake in the recipe is reported sooner
+    # Imported late: a mistake in the recipe is reported sooner.
+    from moc_cli.report.output import say
+    from moc_cli.runs import Call
+    from moc_cli.training.seeds import train_seeds
+    from moc_cli.training.session import Session
 
     def command(changes: list[str]) -> str:
         words = [program(), "train", recipe]
@@ -105,9 +118,20 @@ def train(
     with _reporting_stops(json):
         if seeds is None:
             elsewhere = [change for change in changes if not _is_of_method(change)]
-            _train(loaded, call, command(elsewhere), resume, overwrite, json)
+            session = Session(loaded, call=call, say=say, allow_changed_base=allow_changed_base)
+            results = session.run(resume=resume, overwrite=overwrite).results
+            _show(loaded, results, command(elsewhere), json)
         else:
-            _train_seeds(loaded, seeds, call, resume is not None, overwrite, json)
+            summary = train_seeds(
+                loaded,
+                seeds,
+                call=call,
+                say=say,
+                resume=resume is not None,
+                overwrite=overwrite,
+                allow_changed_base=allow_changed_base,
+            )
+            _show_seeds(loaded, summary, json)
 
 
 def _is_of_method(change: str) -> bool:
@@ -115,16 +139,11 @@ def _is_of_method(change: str) -> bool:
     return change.partition("=")[0].strip().partition(".")[0] == "method"
 
 
-def _train(
-    recipe: "Recipe", call: "Call", other: str, resume: str | None, overwrite: bool, json: bool
-) -> None:
-    """Train one run; `other` is the call of a training of another method."""
+def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> None:
+    """Print a run's results; `other` is the call of a training of another method."""
     from moc_cli.report.lines import summary_line
     from moc_cli.report.output import out, print_json, print_table, say
-    from moc_cli.training.session import Session
 
-    session = Session(recipe, call=call, say=say)
-    results = session.run(resume=resume, overwrite=overwrite).results
     if json:
         print_json(results)
         return
@@ -142,14 +161,11 @@ def _train(
     show_next([*use_commands(recipe, folder), *comparison_commands(recipe, folder, other)])
 
 
-def _train_seeds(
-    recipe: "Recipe", count: int, call: "Call", resume: bool, overwrite: bool, json: bool
-) -> None:
+def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
     from moc_cli.report.comparison_tables import seeds_table
     from moc_cli.report.output import print_json, print_table, say
-    from moc_cli.training.seeds import SUMMARY, train_seeds
+    from moc_cli.training.seeds import SUMMARY
 
-    summary = train_seeds(recipe, count, call=call, say=say, resume=resume, overwrite=overwrite)
     if json:
         print_json(summary)
         return

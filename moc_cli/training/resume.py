@@ -5,7 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from moc_cli.errors import RunError
-from moc_cli.models.fingerprint import find_differences, hash_tensors, list_differences
+from moc_cli.models.fingerprint import (
+    find_differences,
+    hash_tensors,
+    in_a_layer,
+    list_differences,
+)
 from moc_cli.models.load import known_hash
 from moc_cli.recipe.paths import PATH_KEYS, absolute_path
 from moc_cli.recipe.schema import Recipe
@@ -37,6 +42,10 @@ CHANGEABLE = {
     "eval.before": "",
 }
 BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+ALLOW = "--allow-changed-base"
+OLD_BASE = (
+    "name the folder of the old base with --base-path DIR, or start another run: --output-dir OTHER"
+)
 FACTS = {
     "vocabulary": "the tokenizer's vocabulary",
     "data": "the rows",
@@ -120,48 +129,59 @@ def keep_place(snapshot: Snapshot, recipe: Recipe) -> tuple[Snapshot, list[str]]
 
 
 def check_weights(
-    saved: dict[str, Any], model: ModelSection, built: Built, then: Mapping[str, str]
-) -> None:
-    """Raise RunError where the base's weights are not those of the checkpoint.
+    saved: dict[str, Any],
+    model: ModelSection,
+    built: Built,
+    then: Mapping[str, str],
+    *,
+    allow_changes: bool = False,
+) -> list[str]:
+    """Return a sentence where the base's weights differ, and `allow_changes` lets them.
 
-    `then` describes the base's tensors as the run folder knows them. Older checkpoints hold the
-    hash of the weight files instead of the tensors'.
+    Raises RunError for any other difference to those of the checkpoint; weights inside of a layer
+    may never differ. `then` describes the base's tensors as the run folder knows them. Older
+    checkpoints hold the hash of the weight files instead of the tensors'.
     """
     wanted = saved.get("weights")
     if wanted in (None, built.weights_hash):
-        return
+        return []
+    what, hint = f"the weights of the base model {built.name} changed", OLD_BASE
     if hash_tensors(then) == wanted:
-        what = f":\n{list_differences(find_differences(then, built.tensors))}"
+        differences = find_differences(then, built.tensors)
+        what += f" since the checkpoint was written:\n{list_differences(differences)}"
+        if not any(map(in_a_layer, differences)):
+            if allow_changes:
+                return [what]
+            hint += f"; no control touches these weights, if they are meant: {ALLOW}"
     elif known_hash(model.model_name_or_path, model.revision) == wanted:
-        return
+        return []
     else:
-        what = ""
-    raise RunError(
-        f"the weights of the base model {built.name} changed since the checkpoint was written"
-        + what,
-        "name the folder of the old base with --base-path DIR, or start another run: "
-        "--output-dir OTHER",
-    )
+        what += " since the checkpoint was written"
+    raise RunError(what, hint)
 
 
-def check_facts(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a sentence when the number of threads changed.
+def check_facts(
+    saved: dict[str, Any], now: dict[str, Any], *, allow_changes: bool = False
+) -> list[str]:
+    """Return sentences on another number of threads, and another vocabulary where it is allowed.
 
     Raises RunError when vocabulary, rows or trainables are not those of the checkpoint. What an
     older checkpoint does not say is not compared.
     """
-    changed = [name for key, name in FACTS.items() if key in saved and saved[key] != now.get(key)]
-    if changed:
-        raise RunError(
-            f"{' and '.join(changed)} changed since the checkpoint was written",
-            "bring back the old files, or start another run: --output-dir OTHER",
-        )
+    changed = [key for key in FACTS if key in saved and saved[key] != now.get(key)]
+    hint = "bring back the old files, or start another run: --output-dir OTHER"
+    if changed == ["vocabulary"] and not allow_changes:
+        hint += f"; if it is meant: {ALLOW}"
+    if changed and not (changed == ["vocabulary"] and allow_changes):
+        names = " and ".join(FACTS[key] for key in changed)
+        raise RunError(f"{names} changed since the checkpoint was written", hint)
+    sentences = [f"{FACTS[key]} changed since the checkpoint was written" for key in changed]
     if saved.get("threads") != now.get("threads"):
-        return [
+        sentences.append(
             f"threads: {saved.get('threads')} -> {now.get('threads')}; "
             "results may differ in their last bits"
-        ]
-    return []
+        )
+    return sentences
 
 
 def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, Scores]:

@@ -80,6 +80,7 @@ def train_seeds(
     say: Callable[[str], None],
     resume: bool = False,
     overwrite: bool = False,
+    allow_changed_base: bool = False,
 ) -> dict[str, Any]:
     """Train every seed that is not finished, and return what seeds.json holds.
 
@@ -99,7 +100,9 @@ def train_seeds(
             else:
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
                 checkpoint = "auto" if resume and run.folder.recipe_file.is_file() else None
-                session = Session(run.recipe, call=call, say=say)
+                session = Session(
+                    run.recipe, call=call, say=say, allow_changed_base=allow_changed_base
+                )
                 session.run(resume=checkpoint, overwrite=overwrite)
                 del session  # before the next model is loaded
                 gc.collect()

@@ -6,7 +6,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,23 @@ class Finished:
 
 
 class Session:
-    """One call of `moc train`; messages go to `say`."""
+    """One call of `moc train`; messages go to `say`.
 
-    def __init__(self, recipe: Recipe, *, call: Call, say: Callable[[str], None]) -> None:
+    `allow_changed_base`: a resumed run may have another vocabulary, and other weights of its base
+    outside of the layers.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        call: Call,
+        say: Callable[[str], None],
+        allow_changed_base: bool = False,
+    ) -> None:
         self.recipe = absolute_paths(recipe)
         self.call = call
+        self.allow_changed_base = allow_changed_base
         self.again = f"{call.command} --resume auto"
         self.warn = say
         self.say = say
@@ -138,8 +150,9 @@ class Session:
             threads=torch.get_num_threads(),
         )
         if snapshot is not None:
-            check_weights(saved, recipe.model, built, folder.base_tensors())
-            changes += check_facts(saved, identity)
+            allow, then = self.allow_changed_base, folder.base_tensors()
+            changes += check_weights(saved, recipe.model, built, then, allow_changes=allow)
+            changes += check_facts(saved, identity, allow_changes=allow)
         for change in changes:
             self.warn(f"changed: {change}")
         return Job(
@@ -186,6 +199,8 @@ class Session:
         if snapshot is not None:
             for path in checkpoints.set_aside_after(step):
                 self.warn(f"moved a later checkpoint to {path}")
+            if self.allow_changed_base:  # it is now a checkpoint of a run on this base
+                checkpoints.save(replace(snapshot, identity=job.identity))
         environment = describe_environment(
             job.accelerator.device,
             model=job.recipe.model.model_name_or_path,

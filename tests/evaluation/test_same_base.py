@@ -100,6 +100,31 @@ def test_other_values_in_a_layer_are_named_and_refused(made, base):
         assert "--base-path" in refusal.value.hint
 
 
+def test_a_run_goes_on_with_more_rows_of_embeddings_where_it_is_allowed(
+    made, base, tmp_path, capsys
+):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rows = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(base)
+    folder = shutil.copytree(made / "run", tmp_path / "run")
+    moved = ["train", str(folder / "recipe.yaml"), "--output-dir", str(folder)]
+    moved += ["--base-path", str(base), "--resume", "auto"]
+    assert run([*moved, "--overwrite", "--allow-changed-base"]) == 2
+    capsys.readouterr()
+    assert run(moved) == 2
+    said = capsys.readouterr().err
+    assert f"model.embed_tokens.weight: {rows} rows then, {rows + 8} now" in said
+    assert "if they are meant: --allow-changed-base" in said
+    longer = [*moved, "--set", "train.max_steps=3", "--json"]
+    assert run([*longer, "--allow-changed-base"]) == 0
+    assert "changed: the weights of the base model" in capsys.readouterr().err
+    assert run(longer) == 0  # its checkpoints are now of this base
+    assert run(["eval", str(folder), "--base-path", str(base), "--limit", "1"]) == 0
+    assert run([*moved[:2], "--allow-changed-base"]) == 2
+    assert "is for a run that is continued" in capsys.readouterr().err
+
+
 def test_more_rows_of_embeddings_may_be_allowed(made, base, capsys):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(base),
