@@ -167,7 +167,7 @@ class DataSection(Section):
     merge_system: bool = Field(
         default=False,
         description="custom: write system messages into the first user message, for a template "
-        "that has none",
+        "that refuses them",
     )
     max_length: RowLength = Field(
         default=256, description="maximum tokens per row; longer rows are cut, and counted"
