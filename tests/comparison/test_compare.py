@@ -23,6 +23,12 @@ from moc_cli.report.comparison_tables import comparison_tables
 from moc_cli.scoring.metrics import METRICS
 
 Make = Callable[..., Path]
+OTHER_SETTINGS = {
+    **{"learning_rate": 0.5, "lr_scheduler_type": "constant", "weight_decay": 0.5},
+    **{"warmup_steps": 7, "warmup_ratio": 0.5, "max_grad_norm": 0.5},
+    **{"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5},
+}
+SHARE = {"adapter": 200, "modules": 0, "base": 10_000, "share": 0.02}
 RIGHT = {"a": [1, 1, 1, 0, 0, 1, 0, 1], "b": [1, 0, 1, 1, 1, 1, 0, 1]}  # of the items of a task
 
 
@@ -73,6 +79,7 @@ def make(tmp_path: Path) -> Make:
             if loaded.method.name == "moc"
             else {},
         }
+        results |= changes.get("results", {})
         if status is not None:
             (folder / "results.json").write_text(json.dumps(results))
         environment = {
@@ -311,7 +318,15 @@ def test_the_evaluation_with_the_most_items_is_taken_or_the_one_asked_for(make: 
         ([], {"train": "f" * 64}, "have not learned from the same data"),
         (["data.train_on_inputs=true"], {}, "false in a; true in b"),
         (["train.per_device_train_batch_size=3"], {}, "Different rows a step: 16 in a; 3 in b"),
-        (["train.learning_rate=0.5"], {}, "Different train.learning_rate"),
+        (["train.gradient_accumulation_steps=2"], {}, "Different rows a step: 16 in a; 32 in b"),
+        *(
+            ([f"train.{key}={value}"], {}, f"Different train.{key}: ")
+            for key, value in OTHER_SETTINGS.items()
+        ),
+        (["data.max_length=99"], {}, "Different data.max_length: "),
+        ([], {"results": {"steps": 29}}, "have not learned for the same time"),
+        ([], {"results": {"stopped": "early"}}, "b stopped early, at step 30."),
+        ([], {"results": {"parameters": SHARE}}, "a run that trains more may fit better"),
         (["train.bf16=true"], {}, "Different train.bf16: false in a; true in b."),
         (["seed=7"], {}, "Different seeds"),
         ([], {"threads": 2}, "times and speeds are not comparable"),
@@ -323,11 +338,44 @@ def test_the_evaluation_with_the_most_items_is_taken_or_the_one_asked_for(make: 
 def test_each_condition_that_differs_is_said(
     make: Make, overrides: list[str], changes: dict[str, Any], words: str
 ) -> None:
-    base = ["data.train_on_inputs=false"]
+    base = ["data.train_on_inputs=false", "train.warmup_steps=0"]
     found = compare(read_runs([make("a", *base), make("b", *base, *overrides, **changes)]))
     assert any(words in remark for remark in found.remarks), found.remarks
     told = [remark for remark in found.remarks if "No two runs have scores" not in remark]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [
+        ({"protocol": "generate"}, "Different protocols: rank in a; generate in b"),
+        ({"limit": 5}, "Different limits: 9 in a; 5 in b (the scores are not of the same rows"),
+        ({"rows_sha256": "2" * 64}, "Different scored rows of world: 8 rows (11111111) in a; "),
+        ({"limited": True, "rows": 20}, "b was scored on a part of world (8 of 20 rows)."),
+    ],
+)
+def test_each_condition_of_a_scoring_that_differs_is_said(
+    make: Make, conditions: dict[str, Any], words: str
+) -> None:
+    folders = [make("a"), make("b")]
+    for folder, given in zip(folders, ({}, conditions), strict=True):
+        write_eval(folder, {"world": choice_items(RIGHT["a"])})
+        path = folder / "eval" / "rank" / "results.json"
+        results = json.loads(path.read_text())
+        entry = results["tasks"]["world"] | {"rows_sha256": "1" * 64}
+        of_task = {key: value for key, value in given.items() if key in {*entry, "limited"}}
+        results |= given | {"limit": given.get("limit", 9), "tasks": {"world": entry | of_task}}
+        path.write_text(json.dumps(results))
+    (remark,) = compare(read_runs(folders)).remarks
+    assert words in remark
+
+
+def test_other_tasks_to_train_on_are_said(make: Make) -> None:
+    runs = [
+        make(task, f"data.tasks=[{task}]", recipe="glue/minilm/moc") for task in ("rte", "mrpc")
+    ]
+    remarks = compare(read_runs(runs)).remarks
+    assert "Different tasks to train on: rte in rte; mrpc in mrpc." in remarks
 
 
 def test_scores_of_other_controls_or_of_changed_files_are_not_trusted(make: Make) -> None:

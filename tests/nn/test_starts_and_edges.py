@@ -1,0 +1,80 @@
+"""What controls and gates start from, and what they do at the edges: types, limits, no voters."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moc_cli.nn.control import Control
+from moc_cli.nn.gate import GATES, CosineGate, LinearGate, probabilities
+from moc_cli.nn.mixture import Forward, Mixture, Routing
+
+WIDTH, SIZE = 6, 4
+
+
+def assert_kaiming(values: torch.Tensor) -> None:
+    """Kaiming-uniform with a = √5 over rows of d numbers: uniform in ±1/√d."""
+    bound = 1 / math.sqrt(values.shape[1])
+    assert 0.99 * bound < values.abs().max() <= bound
+    assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+def test_a_control_starts_as_its_formula_says():
+    control = Control(400, 50, torch.Generator().manual_seed(0))
+    assert_kaiming(control.A.detach())
+    assert not control.B.any()
+
+
+def test_gates_start_as_their_formulas_say():
+    generator = torch.Generator().manual_seed(0)
+    assert_kaiming(LinearGate(400, 50, generator=generator).weight.detach())
+    gate = CosineGate(400, 50, 80, generator)
+    assert_kaiming(gate.projection.detach())
+    assert gate.experts.std().item() == pytest.approx(0.01, rel=0.05)
+    assert abs(gate.experts.mean().item()) < 1e-3
+    assert gate.log_temperature.item() == pytest.approx(math.log(2))
+
+
+def test_the_temperature_is_at_most_100():
+    gate, x = CosineGate(WIDTH, SIZE, 5), torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        gate.log_temperature.fill_(math.log(100))
+        highest = gate(x)
+        gate.log_temperature.fill_(9.0)
+        assert torch.equal(gate(x), highest)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_bfloat16_states_are_routed_in_float32(kind):
+    gate, x = GATES[kind](WIDTH, SIZE, 5), torch.randn(2, 3, WIDTH, dtype=torch.bfloat16)
+    p = probabilities(gate, x)
+    assert p.dtype == torch.float32
+    assert torch.equal(p, probabilities(gate, x.float()))
+
+
+def test_the_own_control_is_left_out_of_pools_that_are_not_shared():
+    routing = Routing(share_gate=False, exclude_local=True, top_k=2, projection_dim=5)
+    mixture = Mixture(3, WIDTH, ("attn", "ffn"), 2, 1.0, routing)
+    for site in mixture.sites:
+        mixture.update(site, torch.randn(2, 3, WIDTH))
+        assert sorted(site.choice.flatten().tolist()) == sorted({0, 1, 2} - {site.local})
+
+
+@pytest.mark.parametrize("level", ["batch", "sample"])
+def test_rows_without_voters_are_harmless(level):
+    mixture = Mixture(2, WIDTH, ("attn", "ffn"), 2, 1.0, Routing(level=level, projection_dim=5))
+    for name, parameter in mixture.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter)
+    x, site = torch.randn(2, 3, WIDTH), mixture.sites[0]
+    for voters in ([[True] * 3, [False] * 3], [[False] * 3] * 2):
+        mixture.zero_grad()
+        mixture.current = Forward(torch.tensor(voters))
+        update = mixture.update(site, x)
+        update.sum().backward()
+        assert update.isfinite().all()
+        assert site.loss.isfinite()
+        grads = [p.grad for p in mixture.parameters() if p.grad is not None]
+        assert grads
+        assert all(grad.isfinite().all() for grad in grads)
