@@ -13,6 +13,8 @@ from moc_cli.data.commonsense import make_example
 from moc_cli.data.encode import IGNORED, Encoded, common_prefix, encode_pairs, encode_texts
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.suites import load_examples
+from moc_cli.kinds.pairs import Pairs
+from moc_cli.kinds.writing import Writing
 
 EOS = 2
 
@@ -157,13 +159,13 @@ def test_common_prefix() -> None:
 
 
 def test_pairs_are_typed_labelled_and_cut(pair_tokenizer: PreTrainedTokenizerFast) -> None:
-    pairs = [PairExample("mrpc", "abc", "de", 1), PairExample("mrpc", "x" * 20, "yz", 0)]
+    pairs = [PairExample("mrpc", "abc", "de", 1), PairExample("mrpc", "abcdefghijklmnop", "yz", 0)]
     encoded = encode_pairs(pairs, pair_tokenizer, max_length=10)
     short, cut = encoded.rows
     assert short["token_type_ids"] == [0] * 5 + [1] * 3
     assert short["labels"] == 1
     assert encoded.lengths == [8, 10]
-    assert pair_tokenizer.decode(cut["input_ids"]) == "<s>xxxxx</s>yz</s>"
+    assert pair_tokenizer.decode(cut["input_ids"]) == "<s>abcde</s>yz</s>"
     assert (encoded.truncated, encoded.answers_cut_off) == (1, 0)
     single = encode_pairs([PairExample("cola", "abc", None, 0)], pair_tokenizer, max_length=10)
     assert single.lengths == [5]
@@ -244,6 +246,19 @@ def test_collate_pads_on_its_side(byte_tokenizer: PreTrainedTokenizerFast, side:
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert dict(vars(byte_tokenizer)) == state
     assert rows[1] == {"input_ids": [5], "labels": [5]}
+
+
+def test_training_pads_language_models_before_and_classifiers_behind(
+    byte_tokenizer: PreTrainedTokenizerFast, pair_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = [[5, 6, 7], [8]]
+    texts = [{"input_ids": row, "labels": row} for row in ids]
+    batch = Writing("text").collate(texts, byte_tokenizer)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [IGNORED, IGNORED, 8]]
+    pairs = [{"input_ids": row, "labels": 1} for row in ids]
+    batch = Pairs(("accuracy",), 2, ("no", "yes")).collate(pairs, pair_tokenizer)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_collate_without_a_pad_token_uses_the_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:

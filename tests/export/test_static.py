@@ -99,6 +99,13 @@ class TestFolded:
             theirs = freeze(adapted, {}, frozen).model(**batch).logits
         assert (ours - theirs).abs().max() / ours.abs().max() < TOLERANCE
 
+    def test_its_controls_sit_where_the_runs_do(self) -> None:
+        places = {"read": "mlp", "write": "self_attn"}
+        placement = {"layers": "layers", "attn": places, "ffn": places, "causal": True}
+        method = MocMethod(rank=4, top_k=2, sites="ffn", placement=placement)
+        frozen = static.static_method(method)
+        assert (frozen.rank, frozen.sites, frozen.placement) == (12, "ffn", method.placement)
+
     def test_routes_are_free_again_afterwards(self) -> None:
         adapted, batch = make("llama", {}), make_batch(side="left")
         before = count(adapted, batch)

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.models import make_byte_tokenizer, make_tiny_model
 
 from moc_cli.errors import MocError
+from moc_cli.models.fingerprint import fingerprint, same_base
 from moc_cli.models.load import build_meta, load_model, load_tokenizer
 
 CAUSAL = {"kind": "causal"}
@@ -103,3 +106,21 @@ def test_only_the_files_that_are_loaded_are_read(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(MocError, match="index.json cannot be read: it lacks weight_map"):
         load_model(name, **CAUSAL)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    name = saved(tmp_path)
+    weights = next(Path(name).glob("*.safetensors"))
+    torch.save(load_file(weights), Path(name) / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(MocError, match="safetensors"):
+        load_model(name, **CAUSAL)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_fingerprint_is_of_values_from_first_to_last(place):
+    model = make_tiny_model("llama")
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[place, place] += 1
+    assert same_base(before, fingerprint(model)) is False

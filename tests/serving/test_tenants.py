@@ -320,6 +320,21 @@ def test_compiled_steps_on_a_static_cache_mix_sets_and_are_traced_whole(folders:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_sets_decide_by_row_although_the_model_came_in_training_mode(folders: dict) -> None:
+    model = make("llama").train()
+    tenants = serve(model, {"law": folders["llama"]["law"]})
+    model.eval()
+    batch = make_batch()
+    with torch.no_grad(), tenants.rows(["law"] * ROWS):
+        together = model(**batch).logits
+    for row in range(ROWS):
+        own = {name: values[row : row + 1] for name, values in batch.items()}
+        with torch.no_grad(), tenants.rows(["law"]):
+            alone = model(**own).logits[0]
+        real = own["attention_mask"][0].bool()
+        assert (together[row] - alone)[real].abs().max() < 1e-4
+
+
 def test_a_batch_of_another_size_than_the_names_is_refused(folders: dict) -> None:
     tenants = serve(make("llama"), folders["llama"])
     with tenants.rows(["law", None]), pytest.raises(MocError, match="16 rows, but .* for 2"):

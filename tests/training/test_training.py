@@ -385,12 +385,13 @@ def test_the_best_checkpoint_holds_the_best_step_s_weights(tmp_path):
     assert all(torch.equal(best[name], value) for name, value in seen[6].items())
 
 
-def test_loss_is_better_when_lower_and_nan_is_never_best():
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
+def test_loss_is_better_when_lower_and_nan_is_never_best(metric):
     counters = Counters()
     verdicts = []
     for step, value in enumerate([math.nan, 2.0, 1.5, 1.5, math.nan, 1.0], 1):
         counters.step = step
-        verdicts.append(update_best(counters, {"loss": value}, "loss"))
+        verdicts.append(update_best(counters, {metric: value}, metric))
     assert verdicts == [False, True, True, False, False, True]
     assert (counters.best_value, counters.best_step, counters.bad_evaluations) == (1.0, 6, 0)
     with pytest.raises(MocError, match=r"'f1'.*not give"):
