@@ -19,6 +19,7 @@ from moc_cli.models.families import FAMILIES
 from moc_cli.models.tokens import compare_tokens, match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.results import ScoringOptions
 
 # Why rows are left out, after "3 with ".
@@ -165,9 +166,20 @@ def check_family(recipe: Recipe, model: PreTrainedModel) -> None:
 
 
 def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
-    """Say which rows pick the best step, and whether they are the rows that are scored."""
-    if recipe.eval.eval_strategy == "no" or not splits.validation:
+    """Say which rows pick the best step, and whether they are the rows that are scored.
+
+    Of a benchmark also say where rows are held out that nothing watches.
+    """
+    if not splits.validation:
         return []
+    if recipe.eval.eval_strategy == "no":
+        data, tasks = recipe.data, TASKS[recipe.data.suite]
+        if not tasks or all(tasks[name].has_validation for name in data.tasks):
+            return []
+        return [
+            f"training rows are held out (data.held_out: {data.held_out}), and nothing watches "
+            "them: eval.eval_strategy is no; --set data.held_out=0 trains on them too"
+        ]
     scored = {example for examples in splits.tests.values() for example in examples}
     text = f"{len(splits.validation):,} rows are watched and pick the best step"
     if scored & set(splits.validation):

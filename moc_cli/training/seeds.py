@@ -23,6 +23,7 @@ from moc_cli.recipe.tasks import kind_of
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
+from moc_cli.training.build import read_rows
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.resume import check_recipe
 from moc_cli.training.session import Session
@@ -86,11 +87,15 @@ def train_seeds(
 
     seeds.json is written after every seed, so that a stop loses none. Raises RunError, before
     anything is trained, where a folder is taken and neither `resume` nor `overwrite` was asked for;
+    MocError where no rows are scored;
     Interrupted after a signal, with the command that goes on.
     """
     seeds = plan(recipe, count)
     home = Path(recipe.output.output_dir)
     _check_folders(home, seeds, call, resume=resume, overwrite=overwrite)
+    # Other suites always have rows to score.
+    if recipe.data.suite == "custom" and not read_rows(recipe)[1].tests:
+        raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
     done: list[Seeded] = []
     summary: dict[str, Any] = {}
     for run in seeds:
@@ -124,8 +129,6 @@ def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
     middle one, so that it is always an existing run.
     """
     results = [run.folder.read_results() for run in seeds]
-    if not results[0]["tasks"]:
-        raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
     runs = [
         {
             "seed": run.seed,

@@ -1,6 +1,7 @@
 """Files and folders as they lie around: what is read of them, and the errors of damaged ones."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -166,8 +167,11 @@ def mutated(raw: bytes, rng: random.Random) -> bytes:
 
 
 def test_a_damaged_file_ends_in_a_sentence(tmp_path):
-    """60 files of five kinds; any error but ours fails the test."""
+    """Damaged files of each kind, `MOC_FUZZ` of them; any error but ours fails the test."""
     save(tmp_path / "good.parquet", ROWS)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    asked = {"instruction": "Add", "input": "1", "output": "2", "history": [["a", "b"]]}
     table = "text{0}label\n" + "".join(f"row {n}{{0}}{n % 2}\n" for n in range(8))
     good = {
         "csv": table.format(",").encode(),
@@ -175,16 +179,22 @@ def test_a_damaged_file_ends_in_a_sentence(tmp_path):
         "jsonl": LINES.encode(),
         "json": json.dumps(ROWS).encode(),
         "parquet": (tmp_path / "good.parquet").read_bytes(),
+        "arrow": next((tmp_path / "saved").glob("*.arrow")).read_bytes(),
+        "chat.jsonl": (json.dumps({"messages": turns, "tools": [{"name": "f"}]}) + "\n").encode()
+        * 6,
+        "asked.jsonl": (json.dumps(asked) + "\n").encode() * 6,
     }
-    rng, messages = random.Random(0), []
-    for number in range(60):
+    messages = []
+    for number in range(int(os.environ.get("MOC_FUZZ", "60"))):
         suffix = list(good)[number % len(good)]
         file = tmp_path / f"bad.{suffix}"
-        file.write_bytes(mutated(good[suffix], rng))
+        file.write_bytes(mutated(good[suffix], random.Random(number)))
         try:
             read_custom(section(path=str(file)))
         except DataError as error:
             messages.append(error.message)
+        except Exception as error:
+            pytest.fail(f"mutation {number} of {suffix}: {error!r}")
     assert len(messages) > 20
     assert all("bad." in message or "hold out" in message for message in messages)
 

@@ -209,6 +209,24 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
     assert len(said) == 5
 
 
+def test_odd_lines_of_a_benchmark_are_named_or_read(tmp_path: Path) -> None:
+    odd = fields(7)
+    odd["instruction"] = f"one\u2028{odd['instruction']}"
+    raw = json.dumps(odd, ensure_ascii=False).encode()
+    path = write(tmp_path, "boolq", "test", [fields(), raw, fields(1)])
+    rows = load_examples("commonsense", "boolq", "test", path=tmp_path)
+    assert len(rows) == 3
+    assert "one\u2028" in rows[1].eval_prompt
+    long, deep = b'{"answer": ' + b"9" * 5000 + b"}", b'{"answer": ' + b"[" * 100_000
+    write(tmp_path, "boolq", "test", [fields(), long, deep])
+    with pytest.raises(DataError) as caught:
+        load_examples("commonsense", "boolq", "test", path=tmp_path)
+    assert caught.value.message.splitlines() == [
+        f"{path}, line 2: a number of too many digits",
+        f"{path}, line 3: not JSON that can be read: nested too deeply",
+    ]
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_local_rows_are_read_in_order(tmp_path: Path, zipped: bool) -> None:
     write(tmp_path, "boolq", "train", [fields(n) for n in range(20)], zipped)

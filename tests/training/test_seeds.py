@@ -69,6 +69,17 @@ def test_each_seed_is_the_run_that_it_would_be_alone(tmp_path, choices, capsys) 
     )
 
 
+def test_a_recipe_that_scores_nothing_is_refused_before_a_seed_trains(tmp_path, capsys) -> None:
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    keys = [f"data.path={tmp_path / 'rows.txt'}", "data.held_out=0", "eval.eval_strategy=no"]
+    sets = [word for key in keys for word in ("--set", key)]
+    folder = tmp_path / "run"
+    flags = ["--seeds", "2", "--output-dir", str(folder)]
+    assert run(["train", "custom/world-llama/moc", *sets, *flags]) == 2
+    assert "--seeds compares scores, and this recipe scores no rows" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_head_is_drawn_by_seed_and_scored_for_each(tmp_path, pairs, capsys) -> None:
     arguments = [*pairs, "--set", "train.max_steps=1", "--seeds", "2"]
     assert run(arguments) == 0
