@@ -14,6 +14,8 @@ from moc_cli.recipe.tasks import HubSplit
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
 LISTED = 20  # ranges of rows in one line of an error, and lines in the error; the rest is counted
+NOT_UTF8 = "not UTF-8 text"
+UTF8_HINT = "save the file as UTF-8; from Latin-1: iconv -f ISO-8859-1 -t UTF-8 FILE > NEW"
 T = TypeVar("T")
 Fields = dict[str, Any]
 
@@ -42,7 +44,8 @@ class BadRows:
     def raise_if_any(self, hint: str | None = None) -> None:
         """Raise DataError naming every bad row, if there are any."""
         if self._numbers:
-            raise DataError("\n".join(self.lines()), hint)
+            not_utf8 = any(reason.endswith(NOT_UTF8) for _, _, reason in self._numbers)
+            raise DataError("\n".join(self.lines()), hint or (UTF8_HINT if not_utf8 else None))
 
     def lines(self) -> list[str]:
         """Return a line for each file and reason, with the numbers of its rows."""
@@ -81,7 +84,7 @@ def check_utf8(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"'{where}' is not UTF-8 text") from None
+        raise BadRow(f"'{where}' is {NOT_UTF8}") from None
     return text
 
 
@@ -138,7 +141,7 @@ def parse_object(line: bytes) -> Fields:
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise BadRow("not UTF-8 text") from None
+        raise BadRow(NOT_UTF8) from None
     except json.JSONDecodeError as error:
         raise BadRow(f"not JSON: {error.msg} at character {error.colno}") from None
     except RecursionError:

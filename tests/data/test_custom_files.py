@@ -203,3 +203,51 @@ def test_a_duration_in_parquet_is_told(tmp_path):
     long = pyarrow.array([2**62], pyarrow.duration("s"))
     parquet.write_table(pyarrow.table({"text": ["a"], "took": long}), tmp_path / "a.parquet")
     assert "a.parquet cannot be read as Parquet: " in refused(path=str(tmp_path / "a.parquet"))
+
+
+# Files as users have them
+
+
+def sentence(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_custom(section(path=str(path)))
+    return f"{caught.value.message} | {caught.value.hint}"
+
+
+def test_files_that_cannot_be_read_say_what_to_do(tmp_path):
+    def lines(row: dict) -> Path:
+        path = tmp_path / "rows.jsonl"
+        path.write_text((json.dumps(row) + "\n") * 8)
+        return path
+
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("text,label\ncaf\u00e9,a\ntea,b\n".encode("latin-1"))
+    assert "line 2: 'text' is not UTF-8 text | save the file as UTF-8" in sentence(latin)
+    bare = tmp_path / "bare.tsv"
+    bare.write_text("ham\tHello\nspam\tWin\n")
+    assert "where it is a row, write a line of names above it" in sentence(bare)
+    squad = {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
+    assert "no format reads lists or objects, as in 'answers' | write their" in sentence(
+        lines(squad)
+    )
+    flat = {"text": "t", "role": "prompter", "parent_id": None}
+    assert "(OASST) | write each conversation as one row" in sentence(lines(flat))
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    assert "| save it as .csv, .jsonl or .parquet" in sentence(tmp_path / "rows.xlsx")
+
+
+def test_files_of_spreadsheets_and_competitions(tmp_path):
+    text = "text;label\r\n" + "".join(f'"caf\u00e9; {n}";{n % 2}\r\n' for n in range(8))
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    rows = read_custom(section(path=str(tmp_path / "a.csv")))
+    assert (rows.train[0].text_a[:5], rows.labels) == ("caf\u00e9;", [0, 1])
+    kaggle = tmp_path / "kaggle"
+    kaggle.mkdir()
+    train = "".join(f"{n},,text {n},{n % 2}\n" for n in range(8))
+    (kaggle / "train.csv").write_text(f"id,keyword,text,target\n{train}")
+    (kaggle / "test.csv").write_text("id,keyword,text\n1,,a\n")
+    (kaggle / "sample_submission.csv").write_text("id,target\n1,0\n")
+    (note,) = read_custom(section(path=str(kaggle))).notes
+    assert note.endswith("--set data.columns.label=NAME, of 'target'")
+    rows = read_custom(section(path=str(kaggle), columns={"label": "target"}))
+    assert (rows.format, len(rows.train), len(rows.test)) == ("classification", 6, 2)

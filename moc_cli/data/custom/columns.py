@@ -27,6 +27,7 @@ BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "instruction": {"system": ("system",), "history": ("history",)},
 }
 OPTIONAL = ("text_pair", "input")
+BY_COLUMNS = "by its columns"
 MANY = 50  # different whole numbers as labels; more of them may well be amounts
 _FORMATS = (
     "formats by their columns: chat (messages), instruction (instruction, input, output), "
@@ -93,14 +94,13 @@ def _find_format(
     column_of: Mapping[str, str], data: DataSection, train: Table
 ) -> tuple[Format, str]:
     """Return the format that the columns tell, and why it is this one."""
-    by_columns = "by its columns"
     if "messages" in column_of:
-        return "chat", by_columns
+        return "chat", BY_COLUMNS
     if "instruction" in column_of and "output" in column_of:
-        return "instruction", by_columns
+        return "instruction", BY_COLUMNS
     if "text" in column_of:
         if "label" not in column_of:
-            return "text", by_columns
+            return "text", BY_COLUMNS
         if data.labels:
             return "classification", "by data.labels"
         if column_of["label"] in train.classes:
@@ -111,10 +111,17 @@ def _find_format(
     questions = [_nearest_column(key, train) for key in wanted]
     question = next(filter(None, questions), "")
     columns = ", ".join(map(repr, train.columns)) or "none"
-    header = "" if train.typed else "the first line of the file is taken for its header; "
-    raise DataError(
-        f"{train.name}: its columns ({columns}) fit no format{question}", header + _FORMATS
-    )
+    nested = [repr(name) for name in train.columns if _holds(train, name, list | dict)]
+    reason = f"; no format reads lists or objects, as in {', '.join(nested)}" if nested else ""
+    hint = _FORMATS
+    if nested:
+        hint = f"write their texts in columns of their own; {hint}"
+    if not train.typed:
+        hint = (
+            "the first line of the file is taken for its header: where it is a row, write a line "
+            f"of names above it; {hint}"
+        )
+    raise DataError(f"{train.name}: its columns ({columns}) fit no format{question}{reason}", hint)
 
 
 def _format_of_labels(column: str, train: Table) -> tuple[Format, str]:
@@ -135,6 +142,22 @@ def _format_of_labels(column: str, train: Table) -> tuple[Format, str]:
             "--set data.format=classification or --set data.format=regression",
         )
     return "classification", "labels are whole numbers"
+
+
+def label_question(columns: Columns, train: Table) -> list[str]:
+    """Return a note on columns of plain texts whose few values may be classes; none of others."""
+    if columns.format != "text" or columns.why != BY_COLUMNS:
+        return []
+    few = []
+    for name in columns.not_read:
+        values = [fields.get(name) for _, fields in train.readable()]
+        labels = [str(value) for value in values if not is_missing(value)]
+        if 2 <= len(set(labels)) <= min(MANY, len(labels) // 2):
+            few.append(name)
+    if not few:
+        return []
+    names = ", ".join(map(repr, few))
+    return [f"to learn classes instead of the texts: --set data.columns.label=NAME, of {names}"]
 
 
 def _nearest_column(key: str, train: Table) -> str:
@@ -173,6 +196,12 @@ def _refuse_other_rows(train: Table, column_of: Mapping[str, str]) -> None:
                 "rows (KTO), which are not supported",
                 f"keep the rows whose {name} is true and leave the column out",
             )
+    if {"text", "role", "parent_id"} <= columns:
+        raise DataError(
+            f"{train.name}: columns 'text', 'role' and 'parent_id' are single messages of "
+            "conversations (OASST)",
+            "write each conversation as one row: messages, a list of {role, content}",
+        )
     for name in ("image", "images", "video", "videos", "audio", "audios"):
         if name in columns - used and _holds(train, name, list | dict | str | bytes):
             raise DataError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.data.custom.build import BuildExample, example_builder
-from moc_cli.data.custom.columns import Columns, find_columns
+from moc_cli.data.custom.columns import Columns, find_columns, label_question
 from moc_cli.data.custom.frame import NAMES
 from moc_cli.data.custom.labels import Classes, Label, check_labels, find_labels, has_answers
 from moc_cli.data.custom.messages import NothingToLearn, split_chats
@@ -59,6 +59,7 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
     notes = [note for table in tables.values() for note in table.notes]
     notes += join_turns(tables, data)
     columns = find_columns(data, tables["train"])
+    notes += label_question(columns, tables["train"])
     labels, first_rows = None, {}
     if columns.format == "classification":
         label = columns.column_of["label"]

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.data.examples import Place
-from moc_cli.data.source import BadRow, Fields, first_line, parse_object
+from moc_cli.data.source import NOT_UTF8, UTF8_HINT, BadRow, Fields, first_line, parse_object
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import Quoting
 
@@ -78,7 +78,9 @@ def read_table(file: Path, quoting: Quoting | None = None) -> Table:
     """Read one file; raises DataError where it is damaged or has no rows."""
     suffix = suffix_of(file)
     if suffix is None:
-        raise DataError(f"{file} is not one of {', '.join(READERS)}", "see data.path")
+        raise DataError(
+            f"{file} is not one of {', '.join(READERS)}", "save it as .csv, .jsonl or .parquet"
+        )
     try:
         table = READERS[suffix](file, quoting)
     except (OSError, EOFError, zlib.error) as error:
@@ -140,7 +142,7 @@ def _whole_json(raw: bytes, file: Path) -> list[Any] | dict[str, Any] | None:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}, line {line}: not UTF-8 text") from error
+        raise DataError(f"{file}, line {line}: {NOT_UTF8}", UTF8_HINT) from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return None
