@@ -227,8 +227,9 @@ def test_files_that_cannot_be_read_say_what_to_do(tmp_path):
     bare.write_text("ham\tHello\nspam\tWin\n")
     assert "where it is a row, write a line of names above it" in sentence(bare)
     squad = {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
-    assert "no format reads lists or objects, as in 'answers' | write their" in sentence(
-        lines(squad)
+    assert (
+        "lists and objects, as in 'answers', are read as messages only | write their"
+        in sentence(lines(squad))
     )
     flat = {"text": "t", "role": "prompter", "parent_id": None}
     assert "(OASST) | write each conversation as one row" in sentence(lines(flat))

@@ -112,7 +112,11 @@ def _find_format(
     question = next(filter(None, questions), "")
     columns = ", ".join(map(repr, train.columns)) or "none"
     nested = [repr(name) for name in train.columns if _holds(train, name, list | dict)]
-    reason = f"; no format reads lists or objects, as in {', '.join(nested)}" if nested else ""
+    reason = (
+        f"; lists and objects, as in {', '.join(nested)}, are read as messages only"
+        if nested
+        else ""
+    )
     hint = _FORMATS
     if nested:
         hint = f"write their texts in columns of their own; {hint}"
