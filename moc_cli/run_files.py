@@ -9,14 +9,14 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from moc_cli.errors import RunError, system_reason
+from moc_cli.errors import FileError, RunError, system_reason
 from moc_cli.results import read_results
 
 LARGEST = 2**31  # bytes
@@ -192,6 +192,21 @@ class Environment(Shape):
     history: list[dict[str, Any]] = absent()
 
 
+class Compared(Shape):
+    """comparison.json."""
+
+    runs: list[dict[str, Any]]
+    resamples: Whole
+
+
+class Routed(Shape):
+    """routing.json."""
+
+    run: str
+    sites: list[Any]
+    warnings: list[dict[str, Any]]
+
+
 def read_object(path: Path, shape: type) -> dict[str, Any]:
     """Return the JSON object in a file; raises RunError unless it has the shape."""
     return parse(read_bytes(path), shape, str(path))
@@ -216,6 +231,25 @@ def read_training(path: Path) -> dict[str, Any]:
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Return the results.json of `moc eval`, in format 2 whichever it has."""
     return parse(json.dumps(_in_format_2(path)).encode(), Evaluated, str(path))
+
+
+def check_own(
+    folder: Path, record: str, shape: type, others: Iterable[str], *, command: str
+) -> None:
+    """Raise FileError where a command would replace files of a folder that it did not write.
+
+    `record` is its JSON file: where that has the shape, the `others` are the command's too.
+    """
+    present = [name for name in (record, *others) if os.path.lexists(folder / name)]
+    if not present:
+        return
+    try:
+        read_object(folder / record, shape)
+    except RunError as error:
+        raise FileError(
+            f"{folder / present[0]} is damaged or not of `{command}`, and would be replaced",
+            "remove it, or give another folder: --output-dir DIR",
+        ) from error
 
 
 def read_base_tensors(path: Path) -> dict[str, str]:

@@ -7,6 +7,8 @@ import typer
 
 from moc_cli.cli.options import JsonOption, program, split_names
 
+RECORD = "comparison.json"
+
 
 def compare(
     runs: Annotated[
@@ -40,18 +42,23 @@ def compare(
     Intervals are paired bootstraps over items. They need the items that `moc eval` writes.
     """
     from moc_cli.comparison.compare import compare as compare_runs
-    from moc_cli.comparison.curves import draw_curves
+    from moc_cli.comparison.curves import PICTURES, draw_curves
     from moc_cli.comparison.runs import read_runs
-    from moc_cli.files import check_folder, write_json_atomic
+    from moc_cli.files import check_folder, write_bytes_atomic, write_json_atomic
     from moc_cli.report.output import out, print_json, print_table, say
+    from moc_cli.run_files import Compared, check_own
 
     loaded = read_runs(runs)
     folder = output_dir or Path("runs") / "compare" / _folder_name([run.name for run in loaded])
     check_folder(folder)
+    check_own(folder, RECORD, Compared, PICTURES, command="moc compare")
     comparison = compare_runs(loaded, program=program(), tasks=split_names(tasks), label=scores)
-    pictures = draw_curves(loaded, folder)
+    drawn = {folder / name: content for name, content in draw_curves(loaded).items()}
+    pictures = list(drawn)
     results = comparison.to_json() | {"pictures": pictures}
-    write_json_atomic(folder / "comparison.json", results)
+    write_json_atomic(folder / RECORD, results)  # first: it says whose the pictures are
+    for path, content in drawn.items():
+        write_bytes_atomic(path, content)
     if json:
         print_json(results)
         return
@@ -69,7 +76,7 @@ def compare(
             f"- Intervals ({results['resamples']:,} paired resamples) say how far other items "
             "could move a difference; another seed of training can move it too (moc train --seeds)."
         )
-    say(f"Written: {', '.join(map(str, [*pictures, folder / 'comparison.json']))}")
+    say(f"Written: {', '.join(map(str, [*pictures, folder / RECORD]))}")
 
 
 def _folder_name(runs: list[str]) -> str:

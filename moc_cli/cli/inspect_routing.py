@@ -86,6 +86,7 @@ def inspect_routing(
     below = home.checkpoint.name if home.checkpoint else ""
     folder = output_dir or home.path / "routing" / below / ("" if text is None else "text")
     check_folder(folder, within=None if output_dir else home.path)
+    from moc_cli.inspection.results import check_output, write_results
     from moc_cli.inspection.session import Inspection, InspectOptions
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views
@@ -106,9 +107,8 @@ def inspect_routing(
         base_path=base_path,
         allow_changed_base=allow_changed_base,
     )
+    check_output(folder)
     routing = Inspection(options).run()
-    from moc_cli.inspection.results import write_results
-
     paths = write_results(routing, folder)
     if json:
         print_json(routing | {"folder": str(folder)})

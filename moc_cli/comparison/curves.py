@@ -1,14 +1,12 @@
 """Loss curves of several runs as one figure, PNG and SVG."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moc_cli.comparison.conditions import batch
 from moc_cli.comparison.runs import Run
-from moc_cli.files import write_bytes_atomic
 
 # Lines beyond the number of colours differ in their dashes.
 DASHES = ("-", "--", ":", "-.")
@@ -17,14 +15,17 @@ SMOOTHED = 20  # the moving mean reaches over one in so many of a curve's points
 WIDE = 10  # a loss that falls by this factor is drawn on a logarithmic axis
 
 
-def draw_curves(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write loss.png and loss.svg; return where they are, nothing where no run has a loss yet."""
+PICTURES = ("loss.png", "loss.svg")
+
+
+def draw_curves(runs: Sequence[Run]) -> dict[str, bytes]:
+    """Return the pictures by their names; none where no run has a loss yet."""
     by_step = len({batch(run) for run in runs}) == 1
     logged = [_points(run, by_step) for run in runs]
     validation = [_validation(run, by_step) for run in runs]
     losses = np.concatenate([loss for _, loss in (*logged, *validation)])
     if not losses.size:
-        return []
+        return {}
     from moc_cli.report.figure_style import COLOURS, FigureFrame, figure_style, fitted
 
     names = [fitted(run.name, 2.2, 7) for run in runs]
@@ -56,10 +57,8 @@ def draw_curves(runs: Sequence[Run], folder: Path) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=1 if len(runs) < 7 else 2)
         frame.settle()
-        pictures = {folder / "loss.png": frame.save("png"), folder / "loss.svg": frame.save("svg")}
-    for path, content in pictures.items():
-        write_bytes_atomic(path, content)
-    return list(pictures)
+        png, svg = PICTURES
+        return {png: frame.save("png"), svg: frame.save("svg")}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -9,6 +9,15 @@ from moc_cli.files import to_plain, write_bytes_atomic, write_text_atomic
 from moc_cli.inspection.figures import FIGURES, draw_figures
 from moc_cli.inspection.page import build_page
 from moc_cli.report.figure_style import figure_style
+from moc_cli.run_files import Routed, check_own
+
+RECORD, PAGE = "routing.json", "routing.html"
+
+
+def check_output(folder: Path) -> None:
+    """Raise FileError where `write_results` would replace or remove files of others."""
+    pictures = [f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")]
+    check_own(folder, RECORD, Routed, [PAGE, *pictures], command="moc inspect-routing")
 
 
 def write_results(routing: dict[str, Any], folder: Path) -> list[Path]:
@@ -16,7 +25,7 @@ def write_results(routing: dict[str, Any], folder: Path) -> list[Path]:
 
     Raises FileError when the disk refuses.
     """
-    path = folder / "routing.json"
+    path = folder / RECORD
     lines = [
         f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
         for key, value in to_plain(routing).items()
@@ -39,7 +48,7 @@ def draw(routing: dict[str, Any], folder: Path) -> list[Path]:
             for ending, content in (("png", frame.save("png")), ("svg", figures[name][1])):
                 paths.append(folder / f"{name}.{ending}")
                 write_bytes_atomic(paths[-1], content)
-    page = folder / "routing.html"
+    page = folder / PAGE
     write_text_atomic(page, build_page(routing, figures))
     for name in FIGURES.keys() - figures.keys():
         for old in (folder / f"{name}.png", folder / f"{name}.svg"):

@@ -3,17 +3,19 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moc_cli.data.custom.unlabelled import UnlabelledRows, read_unlabelled
-from moc_cli.errors import DataError, MocError
+from moc_cli.errors import DataError, FileError, MocError
 from moc_cli.files import check_folder, write_text_atomic
 from moc_cli.recipe.tasks import is_classifier
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
+from moc_cli.run_files import read_bytes
 from moc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class PredictOptions:
                     f"--output-file {self.output_file}: give a name in {' or '.join(ENDINGS)}"
                 )
             check_folder(self.output_file.parent)
+            self._check_replaced(self.output_file)
         recipe = RunFolder.open(self.run).read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
         if not is_classifier(data.suite, data.tasks[0], data.format):
@@ -52,6 +55,15 @@ class PredictOptions:
                 f"have it write: moc generate {self.run} --file {self.file}",
             )
         return recipe
+
+    def _check_replaced(self, file: Path) -> None:
+        """Raise FileError unless a file that is there holds predictions, by its first line."""
+        first, *_ = read_bytes(file).split(b"\n", 1) if os.path.lexists(file) else [b""]
+        if first and OWN[0].encode() not in first:
+            raise FileError(
+                f"--output-file {file} is not of `moc predict`, and would be replaced",
+                "give another name",
+            )
 
     def read_rows(self, recipe: "Recipe") -> UnlabelledRows:
         """Read the file; raises DataError where a row cannot be used or a column is ours."""

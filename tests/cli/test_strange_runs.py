@@ -148,3 +148,27 @@ def test_load_controls_names_the_tensors_of_another_base(trained: Path) -> None:
     with pytest.raises(RunError) as caught:
         load_controls(model, trained / "controls")
     assert f"model.embed_tokens.weight: {rows} rows then, {rows + 8} now" in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "loss.svg"])
+def test_compare_replaces_only_its_own_files(
+    name: str, trained: Path, strange: Path, tmp_path: Path, refused: Say
+) -> None:
+    command = ["compare", str(trained), str(strange), "--output-dir", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert f"{out / name} is damaged or not of `moc compare`" in refused(*command)
+    assert [path.name for path in out.iterdir()] == [name]
+    (out / name).unlink()
+    assert [run(command), run(command)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["routing.json", "routing-map.png"])
+def test_inspect_routing_replaces_only_its_own_files(
+    name: str, trained: Path, tmp_path: Path, refused: Say
+) -> None:
+    command = ["inspect-routing", str(trained), "--limit", "2", "--output-dir", str(tmp_path)]
+    (tmp_path / name).write_text('{"run": 1}')
+    assert f"{tmp_path / name} is damaged or not of `moc inspect-routing`" in refused(*command)
+    assert (tmp_path / name).read_text() == '{"run": 1}'

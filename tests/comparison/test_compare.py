@@ -448,18 +448,16 @@ def test_names_are_as_long_as_they_must_be(make: Make) -> None:
     assert method_name(runs[1]) == "control r4 ffn"
 
 
-def test_curves_are_drawn_the_same_each_time(make: Make, tmp_path: Path) -> None:
+def test_curves_are_drawn_the_same_each_time(make: Make) -> None:
     runs = read_runs([make("a"), make("b", "train.per_device_train_batch_size=3")])
-    png, svg = draw_curves(runs, tmp_path / "one")
-    assert png.read_bytes().startswith(b"\x89PNG")
+    drawn = draw_curves(runs)
+    assert drawn["loss.png"].startswith(b"\x89PNG")
     for words in ("a, validation", "b, validation", "epoch", "Faint: as logged"):
-        assert words in svg.read_text()
-    again = draw_curves(runs, tmp_path / "two")
-    assert [p.read_bytes() for p in again] == [png.read_bytes(), svg.read_bytes()]
+        assert words in drawn["loss.svg"].decode()
+    assert draw_curves(runs) == drawn
     for one in runs:
         one.lines.clear()
-    assert draw_curves(runs, tmp_path / "three") == []
-    assert not (tmp_path / "three").exists()
+    assert draw_curves(runs) == {}
 
 
 def test_smoothing_keeps_lines_and_ends() -> None:
