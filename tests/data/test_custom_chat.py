@@ -83,6 +83,7 @@ def test_labels_are_the_learned_tokens_and_what_comes_before_them_may_vote():
     cut = encode_chats([example, example], made, max_length=10, train_on_inputs=False)
     assert (cut.truncated, cut.answers_cut_off) == (2, 2)
     assert cut.prompt_lengths == [10, 10]
+    assert cut.ids == [ids[:10]] * 2
 
 
 def test_refused_chats_are_named_all_at_once():

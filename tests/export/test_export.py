@@ -217,6 +217,15 @@ def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(
 
 
 @pytest.mark.usefixtures("same_process")
+def score_line(task: dict, reference: str) -> str:
+    """The line of a card's table for the accuracy of `task`."""
+    score = task["metrics"]["accuracy"]
+    before, value, error, majority = (
+        f"{100 * score[key]:.1f}" for key in (reference, "value", "stderr", "majority")
+    )
+    return f"| world | accuracy | {before} | {value} ± {error} | {majority} | {score['n']} |\n"
+
+
 def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
     assert export(capsys, moc, "--to", "controls", "--output-dir", folder)[0] == 0
@@ -230,7 +239,8 @@ def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, c
     results = json.loads((moc / "results.json").read_text())
     assert environment["model"]["weights_sha256"] in text
     assert environment["data"]["train"]["sha256"] in text
-    assert f"{100 * results['tasks']['world']['metrics']['accuracy']['value']:.1f}" in text
+    assert score_line(results["tasks"]["world"], "before") in text
+    assert "| task | metric | untrained | trained | majority | n |\n" in text
     for words in (
         "protocol `rank`",
         "8 drawn rows a task",
@@ -282,9 +292,8 @@ def test_the_card_shows_the_base_beside_what_was_evaluated(moc, tmp_path, capsys
     task = json.loads(capsys.readouterr().out)["tasks"]["world"]
     card = make_card(open_run(folder), *nothing_written(), "controls", {})
     part = card.split("`moc eval`: protocol `rank`, 7 drawn rows a task.")[1]
-    score = task["metrics"]["accuracy"]
-    base, value = 100 * score["base"], 100 * score["value"]
-    assert f"| world | accuracy | {base:.1f} | {value:.1f} ±" in part
+    assert score_line(task, "base") in part
+    assert "| task | metric | base | trained | majority | n |\n" in part
 
 
 def test_the_card_names_a_base_of_the_hub(moc):

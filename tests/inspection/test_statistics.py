@@ -36,6 +36,8 @@ def test_shares_are_of_the_choices_of_each_site():
     assert found["decisions"] == len(make_batch()["input_ids"])
     assert counts.sum(1).tolist() == [2 * found["decisions"]] * len(mixture.sites)
     assert torch.allclose(torch.tensor(found["share"]).double(), counts / counts.sum(1)[0])
+    pool = record.summary()["pools"]["shared"]
+    assert pool["decisions"] == found["decisions"] * len(mixture.sites)
     numbers = per_site(record, "sample")
     share = counts / counts.sum(1, keepdim=True)
     assert [site["local_share"] for site in numbers] == pytest.approx(share.diagonal().tolist())
@@ -49,6 +51,13 @@ def test_shares_are_of_the_choices_of_each_site():
     assert whole["chance_local"] == pytest.approx(1 / len(mixture.sites))
     excluded = make(routing={"exclude_local": True})
     assert summary(run(excluded), excluded.mixture)["chance_local"] == 0
+
+
+def test_local_shares_where_gates_are_not_shared():
+    record = run(make(share_gate=False))
+    share = torch.tensor(matrices(record)["share"])
+    local = [site["local_share"] for site in per_site(record, "sample")]
+    assert local == pytest.approx(share.diagonal().tolist())
 
 
 def test_norms_hold_the_scale():

@@ -256,6 +256,21 @@ def test_a_static_cache_is_a_new_prefill_after_reset() -> None:
             assert (out.logits[:, -1] - scores[:, -1]).abs().max() < TOLERANCE
 
 
+def test_a_reset_static_cache_takes_new_routes() -> None:
+    adapted, prompts = make_moc("llama"), torch.randint(5, 250, (2, 3, 9))
+    used = StaticCache(adapted.model.config, 16)
+    chosen = []
+    for prompt in prompts:
+        used.reset()
+        for store in (used, StaticCache(adapted.model.config, 16)):
+            with torch.no_grad():
+                adapted.model(input_ids=prompt, past_key_values=store)
+            chosen.append(adapted.routes())
+    for again, fresh in zip(chosen[::2], chosen[1::2], strict=True):
+        assert all(torch.equal(again[site], fresh[site]) for site in fresh)
+    assert any(not torch.equal(chosen[0][site], chosen[2][site]) for site in chosen[0])
+
+
 def test_a_cache_filled_without_the_mixture_is_refused() -> None:
     adapted, ids = make_molex("llama"), make_batch(2)["input_ids"]
     store = DynamicCache(config=adapted.model.config)

@@ -320,6 +320,43 @@ def test_compiled_steps_on_a_static_cache_mix_sets_and_are_traced_whole(folders:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("stage", ["waiting", "prompt", "step"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reorder_cache": torch.tensor([3, 2, 0, 4, 1])},
+        {"batch_select_indices": torch.tensor([3, 0, 2]), "batch_repeat_interleave": 2},
+    ],
+)
+def test_rows_of_a_cache_change_places_with_their_sets(
+    changes: dict, stage: str, folders: dict
+) -> None:
+    tenants = serve(make("llama"), folders["llama"])
+    names, ids = ["law", None, "code", "law", "math"], make_batch()["input_ids"][:5].clamp(min=5)
+    mask = torch.ones_like(ids)
+    mask[3, :8] = 0
+    order = torch.arange(5)
+    for change in changes.values():
+        order = order[change] if isinstance(change, Tensor) else order.repeat_interleave(change)
+
+    def step(cache: DynamicCache, rows: Tensor, first: int, last: int) -> Tensor:
+        given = {"input_ids": ids[rows, first:last], "attention_mask": mask[rows, :last]}
+        return tenants.model(**given, past_key_values=cache).logits
+
+    ends = {"waiting": [6], "prompt": [10], "step": [10, 11]}[stage]
+    caches = [DynamicCache(config=tenants.model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache, rows in zip(caches, (torch.arange(5), order), strict=True):
+            with tenants.rows([names[row] for row in rows]):
+                for first, last in zip([0, *ends], ends, strict=False):
+                    step(cache, rows, first, last)
+        for name, change in changes.items():
+            getattr(caches[0], name)(change)
+        for first, last in zip([*ends, 11], [11, 12], strict=False):
+            moved, expected = (step(cache, order, first, last) for cache in caches)
+            assert torch.allclose(moved[:, -1], expected[:, -1], atol=1e-5)
+
+
 def test_sets_decide_by_row_although_the_model_came_in_training_mode(folders: dict) -> None:
     model = make("llama").train()
     tenants = serve(model, {"law": folders["llama"]["law"]})

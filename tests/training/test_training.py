@@ -226,6 +226,16 @@ def test_a_line_holds_means_and_its_clock_apart(tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_lines_beyond_the_checkpoint_are_cut_on_resume(tmp_path):
+    settings = replace(SETTINGS, save_strategy="steps", save_steps=3)
+    toy_fit(tmp_path, ToyAdapted(), toy_data(BATCHES), settings)
+    whole = comparable(tmp_path)
+    third = read_checkpoint(tmp_path / "checkpoints/step-000003")
+    assert third.counters.log_lines < len(whole)
+    toy_fit(tmp_path, ToyAdapted(), toy_data(BATCHES), settings, resume=third)
+    assert comparable(tmp_path) == whole
+
+
 def test_missing_tracker_is_named():
     require_trackers([])
     with pytest.raises(MocError, match="no_such_tracker"):
