@@ -158,7 +158,7 @@ def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> 
     )
     folder = recipe.output.output_dir
     say(summary_line(results, Path(folder)))
-    show_next([*use_commands(recipe, folder), *comparison_commands(recipe, folder, other)])
+    show_next([*use_commands(folder), *comparison_commands(recipe, folder, other)])
 
 
 def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
@@ -174,7 +174,7 @@ def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
     say(f"The median run by {median['by']} is seed {median['seed']}: {median['path']}")
     say(f"Written: {Path(recipe.output.output_dir) / SUMMARY}")
     runs = [run["path"] for run in summary["seeds"]]
-    show_next([*use_commands(recipe, median["path"]), *seeds_commands(runs)])
+    show_next([*use_commands(median["path"]), *seeds_commands(runs)])
 
 
 @contextmanager

@@ -17,10 +17,15 @@ _SHARED = {"moc": ("rank", "scale", "sites", "placement")}
 _SHARED["control"] = _SHARED["moc"]
 
 
-def use_commands(recipe: "Recipe", run: str) -> list[Command]:
-    """Return the commands that use a finished run."""
-    from moc_cli.recipe.tasks import is_classifier
+def use_commands(run: str) -> list[Command]:
+    """Return the commands that use a finished run.
 
+    Its own recipe holds what its rows were taken for, also where the user's leaves it open.
+    """
+    from moc_cli.recipe.tasks import is_classifier
+    from moc_cli.runs import RunFolder
+
+    recipe = RunFolder(run).read_recipe(trust_remote_code=True)
     data = recipe.data
 
     def command(name: str, *options: str) -> str:

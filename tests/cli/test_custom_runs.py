@@ -11,6 +11,7 @@ from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_m
 from torch.nn.functional import cross_entropy
 
 from moc_cli.cli import run
+from moc_cli.cli.try_next import use_commands
 from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds import Writing
@@ -127,6 +128,8 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
         assert scores[main]["value"] > 0.5
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert kept.data.format == kind
+    purposes = [purpose for _, purpose in use_commands(str(tmp_path / "run"))]
+    assert ("text of the trained model" in purposes) == ("perplexity" in scores)
     assert kept.data.labels == (["blue", "red"] if kind == "classification" else None)
     opened = open_run(tmp_path / "run")
     assert opened.causal == (KINDS[kind][1] == "llama")
