@@ -133,6 +133,10 @@ class Adapted:
         """Whether weight decay must leave this parameter alone: gates, biases, norms."""
         return name.startswith("gates.") or self.named_trainables()[name].ndim < 2
 
+    def in_gate(self, name: str) -> bool:
+        """Whether this has the gate's learning rate: gates, and the learned weight of `molex`."""
+        return name.startswith(("gates.", "weight_logits"))
+
     def state(self) -> dict[str, Tensor]:
         """A copy of every trained parameter on the CPU."""
         return {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moc_cli.errors import FamilyError
+from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.low_rank import LowRank
 from moc_cli.methods.route_counts import Recorder, layout_of
 from moc_cli.models.families import FAMILIES, Family
@@ -25,6 +25,7 @@ class Molex:
         family = _family(model)
         layers = find_layers(model, family)
         first = next(layers.parameters())
+        mixed = _mixed_layers(method, len(layers))
         self._method = method
         self._family = family
         self.low_rank = LowRank(model, method, seed)
@@ -42,7 +43,7 @@ class Molex:
             device="meta" if first.device.type == "meta" else "cpu",
         ).to(first.device)
         self.mixture.train(model.training)
-        self.hooked = LayerMixedModel(model, self.mixture, family)
+        self.hooked = LayerMixedModel(model, self.mixture, family, mixed)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return self.low_rank.named_parameters() | dict(self.mixture.named_parameters())
@@ -79,6 +80,20 @@ class Molex:
     def detach(self) -> None:
         self.hooked.remove()
         self.low_rank.detach()
+
+
+def _mixed_layers(method: MolexMethod, layers: int) -> set[int]:
+    """The numbers of the layers that mix; raises MocError for one that the model lacks."""
+    if method.mixed_layers is None:
+        return set(range(layers))
+    mixed = set(method.mixed_layers)
+    lacking = sorted(number for number in mixed if number >= layers)
+    if lacking:
+        raise MocError(
+            f"method.mixed_layers: the model has no layer {', '.join(map(str, lacking))}; its "
+            f"layers are 0 to {layers - 1}"
+        )
+    return mixed
 
 
 def _family(model: PreTrainedModel) -> Family:

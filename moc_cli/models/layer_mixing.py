@@ -5,7 +5,7 @@ at depth t sees other inputs than at depth j, so they must not share a slot of t
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,9 +82,14 @@ class LayerStore:
 
 
 class LayerMixedModel:
-    """A model whose layers each run a second layer, chosen by the mixture; hooks and caches."""
+    """A model whose layers each run a second layer, chosen by the mixture; hooks and caches.
 
-    def __init__(self, model: PreTrainedModel, mixture: LayerMixture, family: Family) -> None:
+    Only the layers numbered in `mixed` do so; each of them may choose any layer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mixture: LayerMixture, family: Family, mixed: Collection[int]
+    ) -> None:
         self.model = model
         self.mixture = mixture
         self.layers = find_layers(model, family)
@@ -99,6 +104,7 @@ class LayerMixedModel:
                 _LayerHook(self, site).after, with_kwargs=True, prepend=True
             )
             for site, layer in zip(mixture.sites, self.layers, strict=True)
+            if site.index in mixed
         ]
         if mixture.balance_weight:
             self._handles.append(FollowLoss(mixture).register(model))

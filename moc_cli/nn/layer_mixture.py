@@ -41,7 +41,7 @@ class LayerSite:
 class LayerMixture(nn.Module):
     """h ← w·u_t(h) + (1−w)·u_j(h), u a whole layer; where j = t, h ← u_t(h).
 
-    One gate over the L layers, shared by all of them, reads h; j is the layer that the tokens'
+    One gate over the L layers, shared by all that mix, reads h; j is the layer that the tokens'
     `vote` ranks first: of the whole batch in training, of each row in evaluation, kept for the rest
     of a generation. Balance loss of a layer: L·P̄_j, summed over the layers, times λ (MoLEx, arXiv
     2503.11144).

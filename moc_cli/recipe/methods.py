@@ -12,6 +12,7 @@ from moc_cli.recipe.types import (
     AtLeastZero,
     BelowOne,
     Count,
+    Counts,
     OpenShare,
     Positive,
     PositiveShare,
@@ -53,14 +54,24 @@ class Placement(Section):
     )
 
 
-class Gate(Section):
-    """How the gate scores the controls."""
+class _Gate(Section):
+    """What the gates of controls and of layers share."""
 
     kind: Literal["cosine", "linear"] = Field(
         default="cosine",
         description="cosine: similarity in a projected space; linear: W x",
     )
     projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
+    learning_rate: AboveZero | None = Field(
+        default=None,
+        description="peak learning rate of the gate, and of a learned weight, in moc train; "
+        "null: train.learning_rate",
+    )
+
+
+class Gate(_Gate):
+    """How the gate scores the controls."""
+
     estimator: Literal["renormalized", "straight_through", "probability"] = Field(
         default="renormalized",
         description="how the routed controls are weighted, and how the gate gets its gradient",
@@ -172,14 +183,9 @@ class DoraMethod(_LowRank):
     init: Init = Field(default="default", description="initialization of A and B, by peft's names")
 
 
-class LayerGate(Section):
+class LayerGate(_Gate):
     """How the gate scores the layers."""
 
-    kind: Literal["cosine", "linear"] = Field(
-        default="cosine",
-        description="cosine: similarity in a projected space; linear: W x",
-    )
-    projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
     bias: bool = Field(default=False, description="a bias in the gate's linear map")
 
 
@@ -201,6 +207,11 @@ class MolexMethod(_LowRank):
     vote: Literal["mean", "mode"] = Field(
         default="mean",
         description="mean: the tokens' mean probabilities decide; mode: the tokens' counted picks",
+    )
+    mixed_layers: Counts | None = Field(
+        default=None,
+        description="numbers, from 0, of the layers that mix in a second one, which may be any "
+        "layer; null: all",
     )
     gate: LayerGate = section("how layers are scored")
     balance: LayerBalance = section("the load-balance loss")

@@ -28,6 +28,7 @@ from moc_cli.models.load import (
     load_tokenizer,
 )
 from moc_cli.models.weight_files import own_head
+from moc_cli.recipe.methods import MocMethod, MolexMethod
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import LaunchSection, ModelSection
@@ -254,6 +255,7 @@ def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
     data = recipe.data
+    gate = recipe.method.gate if isinstance(recipe.method, MocMethod | MolexMethod) else None
     main, *_ = watched_metrics(data.suite, data.tasks[0], data.format)
     metric = scoring.metric_for_best_model or main
     return Settings(
@@ -265,6 +267,7 @@ def make_settings(recipe: Recipe) -> Settings:
         gradient_checkpointing=train.gradient_checkpointing,
         group_by_length=train.group_by_length,
         learning_rate=train.learning_rate,
+        gate_learning_rate=gate.learning_rate if gate else None,
         weight_decay=train.weight_decay,
         betas=(train.adam_beta1, train.adam_beta2),
         epsilon=train.adam_epsilon,

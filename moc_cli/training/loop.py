@@ -67,7 +67,9 @@ class Loop:
         self.optimizer = optim.build_optimizer(
             self.named,
             {name for name in self.named if adapted.no_decay(name)},
+            {name for name in self.named if adapted.in_gate(name)},
             learning_rate=settings.learning_rate,
+            gate_learning_rate=settings.gate_learning_rate,
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             epsilon=settings.epsilon,
@@ -184,7 +186,7 @@ class Loop:
             again = f"{self.command} --set train.learning_rate={rate:.2g}"
             raise not_finite(values, self.grad_norm, window, place=place, again=again)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.counters.step)
+            group["lr"] = group["initial_lr"] * self.rate_factor(self.counters.step)
         self.stepper.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.count(window, batches, sum(values))
@@ -218,11 +220,10 @@ class Loop:
         self.accelerator.backward(value)
         return value.detach().float()
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of the step that follows `step` done ones."""
+    def rate_factor(self, step: int) -> float:
+        """Return the part of the peak rates that the step after `step` done ones has."""
         kind = self.settings.lr_scheduler_type
-        factor = optim.rate_factor(step, kind=kind, total=self.total, warmup=self.warmup)
-        return self.settings.learning_rate * factor
+        return optim.rate_factor(step, kind=kind, total=self.total, warmup=self.warmup)
 
     def count(
         self, window: list[list[int]], batches: list[dict[str, Tensor]], value: float
@@ -317,7 +318,7 @@ class Loop:
             "epoch": self.epoch(),
             "loss": c.loss_sum / max(1, c.loss_steps),
             "balance_loss": self.adapted.balance_loss(),
-            "lr": self.rate(c.step - 1),
+            "lr": self.settings.learning_rate * self.rate_factor(c.step - 1),
             "grad_norm": self.grad_norm,
             "examples": c.examples,
             "tokens": c.tokens,

@@ -27,6 +27,7 @@ class Settings:
     gradient_checkpointing: bool = False
     group_by_length: bool = True
     learning_rate: float = 3e-4
+    gate_learning_rate: float | None = None  # None: as all others
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

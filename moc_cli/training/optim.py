@@ -1,6 +1,7 @@
 """AdamW over the trainables, and learning rates as pure functions of the step."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -14,21 +15,29 @@ SCHEDULES = ("linear", "cosine", "constant")
 def build_optimizer(
     named: dict[str, Parameter],
     no_decay: set[str],
+    gate: Collection[str] = (),
     *,
     learning_rate: float,
+    gate_learning_rate: float | None = None,
     weight_decay: float,
     betas: tuple[float, float],
     epsilon: float,
 ) -> torch.optim.AdamW:
-    """Return AdamW with two groups; names in `no_decay` take no weight decay."""
+    """Return AdamW; names in `no_decay` take no weight decay.
+
+    Names in `gate` have `gate_learning_rate`, if there is one. A group's `initial_lr` is its peak
+    rate, as torch's schedulers call it.
+    """
+    members: dict[tuple[float, float], list[Parameter]] = {}
+    for name, parameter in named.items():
+        own_rate = gate_learning_rate if name in gate else None
+        rate = learning_rate if own_rate is None else own_rate
+        decay = 0.0 if name in no_decay else weight_decay
+        members.setdefault((rate, decay), []).append(parameter)
     groups = [
-        {
-            "params": [p for name, p in named.items() if name not in no_decay],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for name, p in named.items() if name in no_decay], "weight_decay": 0.0},
+        {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in members.items()
     ]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon)
 
 

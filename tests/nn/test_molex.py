@@ -90,6 +90,9 @@ def test_a_learned_weight_starts_at_the_fixed_one():
     with torch.no_grad():
         assert torch.allclose(states(fixed, batch), states(learned, batch), atol=1e-6)
     assert learned.no_decay("weight_logits")
+    in_gate = set(filter(learned.in_gate, learned.named_trainables()))
+    assert {name.split(".")[0] for name in in_gate} == {"gates", "weight_logits"}
+    assert not any("lora" in name for name in in_gate)
     assert learned.no_decay("gates.shared.projection")
 
 
@@ -288,6 +291,8 @@ def test_what_cannot_be_placed_is_refused_before_anything_changes():
     names = set(model.state_dict())
     with pytest.raises(MocError, match="'q_prj' matches no linear module"):
         attach(model, molex(targets=["q_prj"]))
+    with pytest.raises(MocError, match="has no layer 2, 7; its layers are 0 to 1"):
+        attach(model, molex(mixed_layers=[0, 7, 2]))
     model.config.model_type = "lama"
     with pytest.raises(FamilyError, match="where the layers are, and model_type 'lama'"):
         attach(model, molex())
@@ -328,3 +333,45 @@ def test_the_most_frequent_pick_may_decide() -> None:
 def test_a_learned_weight_starts_where_it_is_said() -> None:
     mixture = LayerMixture(2, 4, weight=None, start=0.5)
     assert mixture.mix(torch.ones(1), torch.zeros(1)).item() == pytest.approx(0.5)
+
+
+def always_the_first(**changes: object) -> Adapted:
+    """A gate that picks layer 0 everywhere; LoRA's B is 0 and adds nothing."""
+    gate = {"kind": "linear", "bias": True}
+    adapted = attach(bare("llama", torch.float32), molex(gate=gate, **changes), seed=1)
+    with torch.no_grad():
+        adapted.named_trainables()["gates.shared.bias"][0] = 1e4
+    return adapted
+
+
+def test_naming_all_layers_is_the_default() -> None:
+    batch, named = make_batch(), make("llama", molex(mixed_layers=[2, 0, 1]))
+    with torch.no_grad():
+        assert torch.equal(states(named, batch), states(make("llama"), batch))
+
+
+def test_layers_that_do_not_mix_are_the_model_s_own_and_may_be_picked() -> None:
+    adapted, batch, inputs = always_the_first(mixed_layers=[2]), make_batch(), []
+    plain = bare("llama", torch.float32)
+    for model in (adapted.model, plain):
+        model.model.norm.register_forward_hook(lambda *given: inputs.append(given[1][0]))
+    with torch.no_grad():
+        ours, theirs = (
+            model(**batch, output_hidden_states=True).hidden_states
+            for model in (adapted.model, plain)
+        )
+        assert all(torch.equal(*pair) for pair in zip(ours[:3], theirs[:3], strict=True))
+        assert set(adapted.routes()) == {"2"}
+        assert not torch.allclose(*inputs, atol=1e-3)
+    adapted.model.train()(**batch).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.named_trainables().values())
+
+
+def test_a_generation_mixes_in_some_layers_as_one_forward_does() -> None:
+    adapted, ids = always_the_first(mixed_layers=[1]), torch.randint(5, 250, (2, 9))
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        whole = adapted.model(ids, mask, use_cache=False).logits
+        past = adapted.model(ids[:, :6], mask[:, :6], use_cache=True).past_key_values
+        rest = adapted.model(ids[:, 6:], mask, past_key_values=past).logits
+    assert torch.allclose(rest, whole[:, 6:], atol=1e-5)

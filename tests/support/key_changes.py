@@ -389,7 +389,15 @@ def _gate_changes(method: str) -> dict[str, Change]:
     return {
         "gate.kind": Change("linear", _gate_kind, "LinearGate", also=also),
         "gate.projection_dim": Change(8, _projection, also=also),
+        "gate.learning_rate": Change(
+            0.002, lambda run: make_settings(run.recipe).gate_learning_rate, also=also
+        ),
     }
+
+
+def _mixing_layers(run: KeyRun) -> list[str]:
+    run.adapted.model(torch.tensor([[5, 6, 7, 8]]))
+    return list(run.adapted.routes())
 
 
 def _molex_changes() -> dict[str, Change]:
@@ -397,6 +405,14 @@ def _molex_changes() -> dict[str, Change]:
     also = {"method": "molex"}
     return {
         "weight": Change(0.7, lambda run: run.mixture.weight, also=also),
+        "weight_start": Change(
+            0.6,
+            lambda run: run.mixture.weight_logits.softmax(dim=0)[0].item(),
+            also={"method": {"name": "molex", "weight": "learned"}},
+        ),
+        "vote": Change("mode", lambda run: run.mixture.vote, also=also),
+        "mixed_layers": Change([0], _mixing_layers, ["0"], also=also),
+        "gate.bias": Change(True, lambda run: "bias" in _parts(run), also=also),
         "balance.weight": Change(0.3, lambda run: run.mixture.balance_weight, also=also),
     } | _gate_changes("molex")
 

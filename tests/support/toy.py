@@ -48,6 +48,9 @@ class ToyAdapted:
     def no_decay(self, name: str) -> bool:
         return name.endswith("bias")
 
+    def in_gate(self, name: str) -> bool:
+        return name.endswith("bias")
+
     def state(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.named_trainables().items()}
 

@@ -200,6 +200,20 @@ def test_weight_decay_spares_the_named(tmp_path):
     assert named["a"].tolist() == pytest.approx([0.95, 0.95])
 
 
+def test_the_gate_has_a_rate_of_its_own_on_the_same_schedule(tmp_path):
+    """AdamW's first step is as long as its rate; the toy's gate is its bias."""
+    settings = replace(SETTINGS, weight_decay=0.0, gate_learning_rate=0.002)
+    settings = replace(settings, max_steps=2, warmup_steps=1, max_grad_norm=0.0)
+    before, adapted, seen = ToyAdapted().state(), ToyAdapted(), []
+    observe = lambda report: seen.append(adapted.state())  # noqa: E731
+    toy_fit(tmp_path, adapted, toy_data(BATCHES), settings, observe=observe)
+    assert all(torch.equal(seen[0][name], before[name]) for name in before)  # the warm-up's first
+    for name, rate in (("head.bias", 0.002), ("head.weight", 0.05)):
+        assert (seen[1][name] - before[name]).abs().max().item() <= 1.01 * rate, name
+        assert (seen[1][name] - before[name]).abs().max().item() >= 0.5 * rate, name
+    assert [line["lr"] for line in read_lines(tmp_path)] == [0.0, 0.05]
+
+
 # Logs
 
 
@@ -465,6 +479,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stops):
     settings = replace(
         EVALUATED,
         gradient_accumulation_steps=2,
+        gate_learning_rate=0.2,
         logging_steps=4,
         warmup_steps=2,
         save_strategy="steps",
