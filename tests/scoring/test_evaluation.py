@@ -199,6 +199,12 @@ def test_loss_is_the_mean_over_labelled_tokens(
     assert seen[-1] == (13, 13)
 
 
+def test_what_is_scored_is_the_answer_alone(byte_tokenizer: Tokenizer) -> None:
+    (row,) = Choice().encode_answers(MIXED[:1], byte_tokenizer, 500).rows
+    scored = [token for token in row["labels"] if token != IGNORED]
+    assert byte_tokenizer.decode(scored, skip_special_tokens=True).strip() == "the kite"
+
+
 def test_only_prompt_tokens_vote(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     masks: list[Tensor] = []
 
