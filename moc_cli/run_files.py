@@ -260,7 +260,7 @@ def read_base_tensors(path: Path) -> dict[str, str]:
     return {}
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, largest: int | None = LARGEST) -> bytes:
     """Return the content of a regular file; raises RunError where it cannot be read."""
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -268,8 +268,8 @@ def read_bytes(path: Path) -> bytes:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise RunError(f"{path} cannot be read: it is no regular file")
-            if state.st_size > LARGEST:
-                raise RunError(f"{path} cannot be read: it is larger than {LARGEST} bytes")
+            if largest is not None and state.st_size > largest:
+                raise RunError(f"{path} cannot be read: it is larger than {largest} bytes")
             return file.read()
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist", "has the run finished?") from error

@@ -10,6 +10,7 @@ from moc_cli.adapter.check import check_bounds, check_finite, open_adapter, read
 from moc_cli.adapter.config import AdapterConfig, parse_adapter
 from moc_cli.adapter.folder import CONFIG, FORMAT, PAYLOAD, read_shapes, read_values
 from moc_cli.errors import RunError
+from moc_cli.run_files import read_bytes
 
 _MODEL = "base_model.model."
 _SETS = f"{_MODEL}moc.moc_mixtures."
@@ -32,7 +33,7 @@ def read_any(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             "only moc and control are taken in from peft; train the others with moc train",
         )
     shapes = read_shapes(folder)
-    payload = (folder / PAYLOAD).read_bytes()
+    payload = read_bytes(folder / PAYLOAD, largest=None)
     raw = {key: values[key] for key in _SAME if values.get(key) is not None}
     raw |= {
         "format": FORMAT,

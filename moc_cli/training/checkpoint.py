@@ -32,7 +32,7 @@ from moc_cli.files import (
     unused_name,
     write_folder_atomic,
 )
-from moc_cli.run_files import Shape, read_object
+from moc_cli.run_files import Shape, read_bytes, read_object
 
 FORMAT = 1
 STATE = "state.json"
@@ -112,10 +112,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     tensors = {}
     for part in PARTS:
         name = f"{part}.safetensors"
-        try:
-            payload = (path / name).read_bytes()
-        except OSError as error:
-            raise RunError(f"checkpoint {path} cannot be read: {name}: {error.strerror}") from error
+        payload = read_bytes(path / name, largest=None)
         if hashlib.sha256(payload).hexdigest() != state["files"].get(name):
             raise RunError(f"checkpoint {path} is damaged: {name} does not match its hash")
         try:

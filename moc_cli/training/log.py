@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.errors import MocError
-from moc_cli.files import disk_errors, open_own, to_plain, write_text_atomic
+from moc_cli.files import disk_errors, open_own, to_plain, write_bytes_atomic
+from moc_cli.run_files import read_bytes
 
 MEASURED = "measured"
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -29,10 +30,10 @@ class MetricsLog:
 
     def keep(self, lines: int) -> None:
         """Drop all after the first `lines` lines: what a killed run wrote beyond its checkpoint."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        first = [f"{line}\n" for line in text.split("\n")[:-1]][:lines]
+        content = read_bytes(self.path) if self.path.exists() else b""
+        first = content.split(b"\n")[:-1][:lines]
         self.lines = len(first)
-        write_text_atomic(self.path, "".join(first))
+        write_bytes_atomic(self.path, b"".join(line + b"\n" for line in first))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line.
@@ -50,7 +51,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Put the lines on the disk, before a checkpoint that counts on them."""
         if self.path.exists():
-            descriptor = os.open(self.path, os.O_RDONLY)
+            descriptor = open_own(self.path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:

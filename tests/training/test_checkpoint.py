@@ -20,6 +20,7 @@ from moc_cli.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop_types import Settings
 
 PARTS = ("trainables.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -110,6 +111,24 @@ def test_a_missing_or_cut_file_is_seen(tmp_path, part):
     (path / part).unlink()
     with pytest.raises(RunError, match="step-000004"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, part):
+    path = Checkpoints(tmp_path).save(snapshot())
+    (path / part).unlink()
+    os.mkfifo(path / part)
+    with pytest.raises(RunError, match="no regular file"):
+        read_checkpoint(path)
+
+
+def test_lines_of_a_log_are_kept_byte_by_byte(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"a": "\xff\xe2\x80\xa8"}\n{"b": 1}\n{"c"')
+    log = MetricsLog(file)
+    log.keep(1)
+    assert file.read_bytes() == b'{"a": "\xff\xe2\x80\xa8"}\n'
+    assert log.lines == 1
 
 
 def test_state_of_another_shape_is_damaged(tmp_path):
