@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -229,7 +228,7 @@ def disk_errors(target: str | Path) -> Iterator[None]:
 
 def unused_name(prefix: str, target: Path) -> Path:
     """A name beside `target` that nobody can guess."""
-    return target.with_name(f"{prefix}{target.name}-{secrets.token_hex(8)}-{os.getpid()}")
+    return target.with_name(f"{prefix}{target.name}-{os.urandom(8).hex()}-{os.getpid()}")
 
 
 def _umask() -> int:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, program
-from moc_cli.cli.try_next import show_next, use_commands
 
 
 def import_controls(
@@ -42,6 +41,7 @@ def import_controls(
     folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
     check_trust(loaded, recipe, granted=trust_remote_code)
+    from moc_cli.cli.try_next import show_next, use_commands
     from moc_cli.report.output import print_json, say
     from moc_cli.runs import Call
     from moc_cli.training.take_in import take_in

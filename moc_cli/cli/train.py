@@ -17,7 +17,6 @@ from moc_cli.cli.options import (
     TrustOption,
     program,
 )
-from moc_cli.cli.try_next import comparison_commands, seeds_commands, show_next, use_commands
 
 TRUST = "model.trust_remote_code"
 
@@ -147,6 +146,7 @@ def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> 
     if json:
         print_json(results)
         return
+    from moc_cli.cli.try_next import comparison_commands, show_next, use_commands
     from moc_cli.report.score_tables import results_table
     from moc_cli.report.tables import memory_table, parameter_table, utilization_tables
 
@@ -162,6 +162,7 @@ def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> 
 
 
 def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
+    from moc_cli.cli.try_next import seeds_commands, show_next, use_commands
     from moc_cli.report.comparison_tables import seeds_table
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.training.seeds import SUMMARY
