@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_no_file_is_written_through_a_link(tmp_path: Path, monkeypatch) -> None:
     target.symlink_to("victim")
     files.write_text_atomic(target, "new")
     assert (victim.read_text(), target.read_text(), target.is_symlink()) == ("mine", "new", False)
-    monkeypatch.setattr(secrets, "token_hex", lambda count: "0" * 2 * count)
+    monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
     (tmp_path / f".tmp-results.json-{'0' * 16}-{os.getpid()}").symlink_to("victim")
     with pytest.raises(FileError, match="File exists"):
         files.write_text_atomic(target, "newer")
