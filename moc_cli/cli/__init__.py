@@ -4,6 +4,8 @@ import gc
 import io
 import os
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,16 +18,21 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from moc_cli import __version__
-from moc_cli.cli import recipes
-from moc_cli.cli.compare import compare
-from moc_cli.cli.eval import evaluate
-from moc_cli.cli.export import export
-from moc_cli.cli.generate import generate
-from moc_cli.cli.import_controls import import_controls
-from moc_cli.cli.inspect_routing import inspect_routing
-from moc_cli.cli.predict import predict
-from moc_cli.cli.train import train
 from moc_cli.errors import MocError, explain_system
+
+# Each command's module in this folder, and the function or the group in it. `moc --help` lists them
+# in this order.
+COMMANDS = {
+    "train": ("train", "train"),
+    "eval": ("eval", "evaluate"),
+    "compare": ("compare", "compare"),
+    "inspect-routing": ("inspect_routing", "inspect_routing"),
+    "generate": ("generate", "generate"),
+    "predict": ("predict", "predict"),
+    "export": ("export", "export"),
+    "import": ("import_controls", "import_controls"),
+    "recipes": ("recipes", "app"),
+}
 
 
 def _full_name(name: str) -> str:
@@ -33,23 +40,28 @@ def _full_name(name: str) -> str:
     return "output-dir" if name == "output" else name
 
 
-app = typer.Typer(
-    name="moc",
-    help="Fine-tune transformers with Mixture-of-Control: moc train RECIPE.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _full_name},
-)
-app.command()(train)  # moc --help lists the commands in this order
-app.command("eval")(evaluate)
-app.command()(compare)
-app.command()(inspect_routing)
-app.command()(generate)
-app.command()(predict)
-app.command()(export)
-app.command("import")(import_controls)
-app.add_typer(recipes.app)
+def make_app(names: Iterable[str]) -> typer.Typer:
+    """Return the program with these commands; only their modules are imported."""
+    app = typer.Typer(
+        name="moc",
+        help="Fine-tune transformers with Mixture-of-Control: moc train RECIPE.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": _full_name,
+        },
+    )
+    app.callback()(_moc)
+    for name in names:
+        module, attribute = COMMANDS[name]
+        command = getattr(import_module(f"moc_cli.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command)
+        else:
+            app.command(name)(command)
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -58,7 +70,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def _moc(
     version: Annotated[
         bool,
@@ -93,6 +104,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    called = arguments[:1]
+    app = make_app(called if called and called[0] in COMMANDS else COMMANDS)
     try:
         code = app(args=arguments, prog_name="moc", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -147,14 +147,14 @@ def test_exit_codes_and_tracebacks(
         def app(**_: object) -> None:
             raise error
 
-        return app
+        return lambda names: app
 
-    monkeypatch.setattr(cli, "app", failing(MocError("[b]wrong", "do right")))
+    monkeypatch.setattr(cli, "make_app", failing(MocError("[b]wrong", "do right")))
     assert cli.run([]) == 2
     assert capsys.readouterr().err == "Error: [b]wrong\nHint: do right\n"
-    monkeypatch.setattr(cli, "app", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(cli, "make_app", failing(KeyboardInterrupt()))
     assert cli.run([]) == 130
-    monkeypatch.setattr(cli, "app", failing(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(cli, "make_app", failing(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cli.run([])
 
