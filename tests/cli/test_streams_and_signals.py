@@ -42,7 +42,7 @@ def in_place_of_moc(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None])
     def app(**options: object) -> None:
         action()
 
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(cli, "make_app", lambda names: app)
 
 
 def test_a_log_that_cannot_be_written_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_typer_passes_the_signal_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     app = typer.Typer()
     app.command()(work)
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(cli, "make_app", lambda names: app)
     assert cli.run([]) == 129
 
 
