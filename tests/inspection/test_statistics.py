@@ -54,10 +54,16 @@ def test_shares_are_of_the_choices_of_each_site():
 
 
 def test_local_shares_where_gates_are_not_shared():
+    """A site's own control has the place of its layer in a pool of attention or FFN controls."""
     record = run(make(share_gate=False))
-    share = torch.tensor(matrices(record)["share"])
-    local = [site["local_share"] for site in per_site(record, "sample")]
-    assert local == pytest.approx(share.diagonal().tolist())
+    layers = len(record.layout.names) // 2
+    counts = torch.arange(1, layers + 1, dtype=torch.float64)
+    counted = SimpleNamespace(
+        layout=record.layout, sums=record.sums, decisions=record.decisions, counts=lambda _: counts
+    )
+    local = [site["local_share"] for site in per_site(counted, "sample")]
+    expected = [(site // 2 + 1) / counts.sum().item() for site in range(2 * layers)]
+    assert local == pytest.approx(expected)
 
 
 def test_norms_hold_the_scale():

@@ -205,6 +205,20 @@ def test_what_is_scored_is_the_answer_alone(byte_tokenizer: Tokenizer) -> None:
     assert byte_tokenizer.decode(scored, skip_special_tokens=True).strip() == "the kite"
 
 
+def test_positions_begin_with_the_first_token_of_a_row(
+    byte_tokenizer: Tokenizer, tiny_model: MakeModel
+) -> None:
+    model, seen = tiny_model("llama"), []
+    model.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    encoded = encode_texts(MIXED[:3], byte_tokenizer, max_length=500)
+    lm_loss(TextModel(bare(model), byte_tokenizer), encoded, batch_size=3)
+    (given,) = seen
+    masks = given["attention_mask"].bool()
+    assert not masks.all()
+    for mask, positions in zip(masks, given["position_ids"], strict=True):
+        assert positions[mask].tolist() == list(range(int(mask.sum())))
+
+
 def test_only_prompt_tokens_vote(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     masks: list[Tensor] = []
 
