@@ -1,6 +1,5 @@
 """What the kinds of task share that train a language model."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import LossKind, collate
 from moc_cli.data.encode import Encoded, Row, has_target
+from moc_cli.kinds.kind import Kind
 from moc_cli.methods import TextModel
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
 from moc_cli.scoring.results import ScoringOptions
 
 
-class Causal(ABC):
+class Causal(Kind):
     """Rows of tokens whose answers a language model learns; only what comes before them votes.
 
     Tokens of an answer do not vote when it is scored: their vote would tell earlier positions what
@@ -24,41 +24,15 @@ class Causal(ABC):
 
     loss: LossKind = "causal"
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Nothing beside the protocol."""
-        return {}
-
     def model_arguments(self) -> dict[str, Any]:
         """A language model."""
         return {"kind": "causal"}
-
-    @abstractmethod
-    def encode(
-        self,
-        examples: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        train_on_inputs: bool,
-    ) -> Encoded:
-        """Encode examples; with `train_on_inputs` every token but the first is labelled."""
 
     def encode_answers(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> Encoded:
         """Encode with labels on answers alone, whatever training learns beside them."""
         return self.encode(examples, tokenizer, max_length=max_length, train_on_inputs=False)
-
-    def too_long(
-        self,
-        examples: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        options: ScoringOptions,
-        limit: int,
-    ) -> dict[int, int]:
-        """None: texts are cut."""
-        return {}
 
     def has_targets(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -92,7 +66,3 @@ class Causal(ABC):
         """Return the mean loss of each row's answer, without rows whose answer was cut off."""
         rows = self.answer_loss(model, examples, options).rows
         return [loss / tokens for loss, tokens in rows if tokens]
-
-    def shown_label(self, row: Row) -> int | float | str | None:
-        """None: what is learned is in the tokens."""
-        return None

@@ -21,9 +21,6 @@ from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_ta
 class Choice(Causal):
     """Questions with options, answered by a language model; the prompt votes."""
 
-    def check(self, examples: Sequence[ChoiceExample], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Every tokenizer takes every question."""
-
     def encode(
         self,
         examples: Sequence[ChoiceExample],

@@ -12,6 +12,7 @@ from moc_cli.data.batches import LossKind, collate
 from moc_cli.data.encode import Encoded, Row, encode_pairs
 from moc_cli.data.examples import PairExample
 from moc_cli.errors import DataError
+from moc_cli.kinds.kind import Kind
 from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
@@ -26,7 +27,7 @@ def id2label(labels: Sequence[str | int]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Kind):
     """Texts or pairs of texts; every token votes.
 
     `metrics`: the main one first. `num_labels`: outputs of the head, 1 for a regression, 0 while
@@ -42,11 +43,6 @@ class Pairs:
         """Cross-entropy, or squared error for a regression."""
         return "regression" if self.num_labels == 1 else "classification"
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Nothing beside the protocol."""
-        return {}
-
     def model_arguments(self) -> dict[str, Any]:
         """A classifier with a fresh head."""
         if not self.num_labels:
@@ -55,9 +51,6 @@ class Pairs:
         arguments = {"kind": "classification", "num_labels": self.num_labels}
         names = {"id2label": id2label(self.labels)} if self.labels else {}
         return arguments | {"problem_type": problem} | names
-
-    def check(self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Every tokenizer takes every text."""
 
     def encode(
         self,
@@ -69,16 +62,6 @@ class Pairs:
     ) -> Encoded:
         """Encode texts or pairs, each with its one label; `train_on_inputs` has no meaning here."""
         return encode_pairs(examples, tokenizer, max_length=max_length)
-
-    def too_long(
-        self,
-        examples: Sequence[PairExample],
-        tokenizer: PreTrainedTokenizerBase,
-        options: ScoringOptions,
-        limit: int,
-    ) -> dict[int, int]:
-        """None: texts are cut."""
-        return {}
 
     def has_targets(
         self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.custom.chat import chat_tokens, check_chats
 from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
@@ -61,10 +61,11 @@ class Writing(Causal):
         """Which tokens vote when texts are scored."""
         return {"votes": VOTERS[self.format]}
 
-    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise DataError naming every conversation that the chat template refuses."""
-        if self._are_chats:
-            chat_tokens(list(dict.fromkeys(examples)), tokenizer)
+    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Raise DataError naming every conversation that the chat template refuses; return what it
+        does not write of the others.
+        """
+        return check_chats(examples, tokenizer) if self._are_chats else []
 
     def encode(
         self,
@@ -93,8 +94,8 @@ class Writing(Causal):
             for number, row in enumerate(examples)
             if isinstance(row, ChatExample) or may_exceed([row.prompt, row.output], limit)
         ]
-        tests = _tests(tokenizer, [examples[number] for number in long])
-        lengths = [len(test.prompt) + test.new for test in tests]
+        requests = make_requests(tokenizer, [examples[number] for number in long])
+        lengths = [len(request.prompt) + request.new for request in requests]
         return {n: length for n, length in zip(long, lengths, strict=True) if length > limit}
 
     def voters(
@@ -124,11 +125,11 @@ class Writing(Causal):
         held_out = lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
         items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
         if self.format == "instruction":
-            tests = _tests(model.tokenizer, examples)
-            outputs = _generate(model, tests, size, on_progress)
+            requests = make_requests(model.tokenizer, examples)
+            outputs = _generate(model, requests, size, on_progress)
             items = [
-                TextScore(item.loss, item.tokens, test.output, output)
-                for item, test, output in zip(items, tests, outputs, strict=True)
+                TextScore(item.loss, item.tokens, request.output, output)
+                for item, request, output in zip(items, requests, outputs, strict=True)
             ]
         seconds, n = time.perf_counter() - begin, len(items)
         measure = metrics.perplexity(held_out.rows)
@@ -161,7 +162,7 @@ class Writing(Causal):
         return example.train_text
 
 
-class Test(NamedTuple):
+class Request(NamedTuple):
     """The tokens of a prompt, the output that is right, and how many tokens may be written."""
 
     prompt: list[int]
@@ -169,33 +170,35 @@ class Test(NamedTuple):
     new: int
 
 
-def _tests(
+def make_requests(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample | ChatExample]
-) -> list[Test]:
+) -> list[Request]:
     """Return what is asked and right in each row; a row may write one token more, to end with."""
     chats = [row for row in examples if isinstance(row, ChatExample)]
     if chats:
-        return [_chat_test(tokenizer, *tokens) for tokens in chat_tokens(chats, tokenizer)]
+        return [_chat_request(tokenizer, *tokens) for tokens in chat_tokens(chats, tokenizer)]
     rows = [row for row in examples if isinstance(row, InstructionExample)]
     prompts = prompt_ids(tokenizer, [row.prompt for row in rows])
     outputs = prompt_ids(tokenizer, [row.output for row in rows])
     return [
-        Test(prompt, row.output.strip(), len(output) + 1)
+        Request(prompt, row.output.strip(), len(output) + 1)
         for row, prompt, output in zip(rows, prompts, outputs, strict=True)
     ]
 
 
-def _chat_test(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]) -> Test:
+def _chat_request(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]
+) -> Request:
     """Cut a conversation at its answer, which is right as the chat template writes it."""
     first = learned.index(True)
     answer = ids[first:]
     text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-    return Test(ids[:first], text, sum(learned))
+    return Request(ids[:first], text, sum(learned))
 
 
 def _generate(
     model: TextModel,
-    tests: Sequence[Test],
+    requests: Sequence[Request],
     size: BatchSize,
     on_progress: Progress | None,
 ) -> list[str]:
@@ -205,7 +208,8 @@ def _generate(
     """
     network: Any = model.adapted.model
     tokenizer = model.tokenizer
-    prompts, new = [test.prompt for test in tests], [test.new for test in tests]
+    prompts = [request.prompt for request in requests]
+    new = [request.new for request in requests]
     for prompt, count in zip(prompts, new, strict=True):
         check_fits(network, [prompt], "a prompt with its output", count)
     costs = [RowCost(*lengths) for lengths in zip(map(len, prompts), new, strict=True)]

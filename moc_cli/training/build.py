@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.adapter.check import check_modules
 from moc_cli.data.batches import Batches
-from moc_cli.data.custom.chat import chat_notes, set_template
+from moc_cli.data.custom.chat import set_template
 from moc_cli.data.encode import Encoded
-from moc_cli.data.examples import ChatExample
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError, MocError
 from moc_cli.kinds import Kind, make_kind
@@ -27,6 +26,7 @@ from moc_cli.models.load import (
     load_model,
     load_tokenizer,
 )
+from moc_cli.models.tokens import compare_tokens
 from moc_cli.models.weight_files import own_head
 from moc_cli.recipe.methods import MocMethod, MolexMethod
 from moc_cli.recipe.rules import broken_rules
@@ -150,7 +150,7 @@ def encode_rows(
     """
     data, train = recipe.data, recipe.train
     kind = make_kind(data)
-    notes = checks.match(data, model, tokenizer) + checks.compare(model, tokenizer)
+    notes = checks.match(data, model, tokenizer) + compare_tokens(model, tokenizer)
     notes += checks.watched_rows(recipe, splits)
     heads = _own_head(recipe, model)
     if heads:
@@ -162,10 +162,7 @@ def encode_rows(
         )
         own, labels = config.id2label or {}, model.config.id2label or {}
         notes.append(checks.head_note(recipe, heads, own, labels))
-    kind.check(splits.all_examples, tokenizer)
-    if data.frame == "chat":
-        chats = [row for row in splits.all_examples if isinstance(row, ChatExample)]
-        notes += chat_notes(chats, tokenizer)
+    notes += kind.check(splits.all_examples, tokenizer)
     encoded = kind.encode(
         splits.train,
         tokenizer,
@@ -175,7 +172,8 @@ def encode_rows(
     problems = checks.problems(data, model, tokenizer, encoded.ids)
     if problems:
         raise DataError("\n".join(problems))
-    splits, long = checks.fit(kind, splits, tokenizer, model, make_scoring_options(recipe))
+    scoring = make_scoring_options(recipe)
+    splits, long = checks.leave_out_long(kind, splits, tokenizer, model, scoring)
     encoded, splits = checks.leave_out_empty(encoded, splits, data.max_length)
     batches = Batches(
         encoded.lengths,

@@ -16,7 +16,7 @@ from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import Kind
 from moc_cli.models.families import FAMILIES
-from moc_cli.models.tokens import compare_tokens, match_tokens, max_positions, token_problems
+from moc_cli.models.tokens import match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import TASKS
@@ -43,11 +43,6 @@ def match(
     return notes
 
 
-def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Say what is unusual about tokenizer and model, but stops no run."""
-    return compare_tokens(model, tokenizer)
-
-
 def problems(
     data: DataSection,
     model: PreTrainedModel,
@@ -62,7 +57,7 @@ def problems(
     return positions + token_problems(model, tokenizer, rows)
 
 
-def fit(
+def leave_out_long(
     kind: Kind,
     splits: Splits,
     tokenizer: PreTrainedTokenizerBase,

@@ -6,7 +6,7 @@ import pytest
 from support.models import make_byte_tokenizer
 from transformers import AutoTokenizer
 
-from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.custom.chat import chat_tokens, check_chats
 from moc_cli.data.encode import IGNORED, encode_chats
 from moc_cli.data.examples import ChatExample
 from moc_cli.errors import DataError
@@ -64,6 +64,18 @@ def test_only_the_assistant_and_its_end_token_are_learned():
 
 def test_a_template_may_mark_its_answers_itself():
     assert learned(MARKED, *TURNS) == "U:Hi\nA:[[Hello\n\nyou </s>]]\nU:Bye\nA:[[See you</s>]]\n"
+
+
+def test_a_check_has_the_template_write_no_more_than_the_tokens_need(monkeypatch):
+    made, written = tokenizer(HEADERS), []
+    apply = made.apply_chat_template
+    monkeypatch.setattr(
+        made, "apply_chat_template", lambda *a, **b: (written.append(a), apply(*a, **b))[1]
+    )
+    chat_tokens([conversation(*TURNS)], made)
+    needed = len(written)
+    assert check_chats([conversation(*TURNS)] * 3, made) == []
+    assert len(written) == 2 * needed > 0
 
 
 def test_without_an_end_token_the_line_break_ends_a_turn():

@@ -11,7 +11,7 @@ from moc_cli.data.examples import InstructionExample
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import make_kind
-from moc_cli.kinds.writing import _tests
+from moc_cli.kinds.writing import make_requests
 from moc_cli.recipe.sections import DataSection
 from moc_cli.serving.prompts import encode
 
@@ -68,10 +68,10 @@ def test_the_chat_template_writes_instructions(tmp_path):
     prompt = f"{first}<s>user:Add\n\n1 2</s><s>assistant:"
     assert tokenizer.decode(row["input_ids"]) == f"{prompt}3</s>"
     assert tokenizer.decode([token for token in row["labels"] if token >= 0]) == "3</s>"
-    (asked,) = _tests(tokenizer, splits.train)
+    (asked,) = make_requests(tokenizer, splits.train)
     assert (tokenizer.decode(asked.prompt), asked.output, asked.new) == (prompt, "3", 2)
     _, splits = read(tmp_path, {"instruction": "Add", "output": "3"}, "chat")
-    (asked,) = _tests(tokenizer, splits.train)
+    (asked,) = make_requests(tokenizer, splits.train)
     assert data.frame == "chat"
     assert encode(tokenizer, "chat", [{"role": "user", "content": "Add"}]) == asked.prompt
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.models import make_byte_tokenizer
 
-from moc_cli.data.custom.chat import CHATML, chat_notes, chat_tokens, set_template
+from moc_cli.data.custom.chat import CHATML, chat_tokens, check_chats, set_template
 from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.custom.messages import turns_of
 from moc_cli.data.custom.rows import read_custom
@@ -79,11 +79,12 @@ def test_parts_null_tools_and_developers_reach_the_template(tmp_path):
     assert tools == [{"name": "f"}]
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = PLAIN
-    note, _ = chat_notes([chat], tokenizer)
+    note, _ = check_chats([chat], tokenizer)
     assert note == ("the chat template does not write: tool_calls, name, reasoning_content, tools")
-    shown = PLAIN + "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}{{ tools }}"
-    tokenizer.chat_template = shown
-    assert "reasoning_content" not in chat_notes([chat], tokenizer)[0]
+    shown = PLAIN.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m['content'] }}")
+    tokenizer.chat_template = "{{ tools }}" + shown
+    note, _ = check_chats([chat], tokenizer)
+    assert note == "the chat template does not write: tool_calls, name"
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
     assert "only text is read" in refused(tmp_path, {"messages": [picture, ANSWERED]})
 
@@ -109,7 +110,7 @@ def test_a_template_that_rewrites_earlier_answers(tmp_path):
     assert learned([chat], REWRITING) == ["think Yes</s>"]
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = REWRITING
-    assert "rewrites earlier answers of 1 conversations" in chat_notes([chat], tokenizer)[0]
+    assert "rewrites earlier answers of 1 conversations" in check_chats([chat], tokenizer)[0]
     split = read(tmp_path, turns, chat_turns="split")
     assert learned(split, REWRITING) == ["think Ho</s>", "think Yes</s>"]
     assert learned(read(tmp_path, turns, chat_turns="last"), PLAIN) == ["Yes</s>"]
@@ -168,7 +169,7 @@ def test_an_answer_of_which_the_template_writes_nothing_is_not_learned(tmp_path)
         tokenizer.chat_template = template
         chats = read(tmp_path, {"messages": turns})
         assert learned(chats, template) == ["Ho</s>"]
-        notes = chat_notes(chats, tokenizer)
+        notes = check_chats(chats, tokenizer)
         assert "1 answers are not learned: the chat template writes nothing of them" in notes
     with pytest.raises(DataError, match="line 1: the chat template writes nothing of the answer"):
         learned(read(tmp_path, {"messages": turns[:2]}), PLAIN)

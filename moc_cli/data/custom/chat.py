@@ -10,7 +10,8 @@ of which a template writes nothing (tool calls in ChatML) is not learned.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,33 +79,23 @@ def chat_tokens(
     Raises DataError where the tokenizer has no chat template, and naming every conversation that
     the template refuses.
     """
-    marks = _GENERATION.search(_template(tokenizer)) is not None
-    rows, bad_rows = [], BadRows()
-    for example in examples:
-        try:
-            conversation = Conversation(example, tokenizer)
-            by_marks = marks and not example.unlearned and not conversation.unwritten
-            rows.append(conversation.by_marks() if by_marks else conversation.by_prefixes())
-        except BadRow as error:
-            bad_rows.add(example.place, error)
-    bad_rows.raise_if_any(_HINT)
-    return rows
+    return [tokens for _, tokens in _written(examples, tokenizer)]
 
 
-def chat_notes(examples: Sequence[ChatExample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Say what the chat template does not write, and how many conversations it rewrites."""
+def check_chats(examples: Sequence[ChatExample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Say what the chat template does not write, and how many conversations it rewrites.
+
+    Raises DataError as `chat_tokens` does.
+    """
     template = _template(tokenizer)
+    marked = _GENERATION.search(template) is not None
     keys: dict[str, None] = {}
     rewritten = unwritten_answers = 0
-    for example in dict.fromkeys(examples):
-        turns, tools = turns_of(example)
-        keys |= dict.fromkeys(key for turn in turns for key in turn)
-        keys |= {"tools": None} if tools else {}
-        answers = sum(turn["role"] == "assistant" for turn in turns) - len(example.unlearned)
-        if answers > 1:
-            conversation = Conversation(example, tokenizer)
-            unwritten_answers += len(conversation.unwritten)
-            rewritten += not _GENERATION.search(template) and conversation.is_rewritten()
+    for conversation, _ in _written(dict.fromkeys(examples), tokenizer):
+        keys |= dict.fromkeys(key for turn in conversation.turns for key in turn)
+        keys |= {"tools": None} if conversation.tools else {}
+        unwritten_answers += len(conversation.unwritten)
+        rewritten += not marked and None in conversation.spans
     unwritten = [key for key in keys if key not in template]
     notes = []
     if unwritten:
@@ -122,6 +113,24 @@ def chat_notes(examples: Sequence[ChatExample], tokenizer: "PreTrainedTokenizerB
     return notes
 
 
+def _written(
+    examples: Iterable[ChatExample], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple["Conversation", Tokens]]:
+    """Yield conversations with their tokens; at the end raise DataError naming the refused ones."""
+    marked = _GENERATION.search(_template(tokenizer)) is not None
+    bad_rows = BadRows()
+    for example in examples:
+        try:
+            conversation = Conversation(example, tokenizer)
+            by_marks = marked and not example.unlearned and not conversation.unwritten
+            tokens = conversation.by_marks() if by_marks else conversation.by_prefixes()
+        except BadRow as error:
+            bad_rows.add(example.place, error)
+        else:
+            yield conversation, tokens
+    bad_rows.raise_if_any(_HINT)
+
+
 def answer_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the token that the chat template puts after an answer: one, or none at all."""
     probe = ChatExample("probe", (("user", "a"), ("assistant", "b")))
@@ -129,7 +138,7 @@ def answer_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         ids, learned = chat_tokens([probe], tokenizer)[0]
     except DataError:  # no template, or one that asks for another kind of conversation
         return []
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    special = _special_tokens(tokenizer)
     answer = [token for token, target in zip(ids, learned, strict=True) if target]
     return [token for token in answer if token in special][-1:]
 
@@ -187,9 +196,9 @@ class Conversation:
             self.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids = list(encoded["input_ids"])
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        special = _special_tokens(tokenizer)
         learned = [False] * len(ids)
-        for first, last in self._spans():
+        for first, last in self._learned_spans():
             answer = [
                 position
                 for position, (start, end) in enumerate(encoded["offset_mapping"])
@@ -204,9 +213,12 @@ class Conversation:
                 learned[position] = True
         return ids, learned
 
-    def is_rewritten(self) -> bool:
-        """Return whether the template writes an answer differently once other messages follow."""
-        return any(self._span(index) is None for index in self.learned)
+    @cached_property
+    def spans(self) -> list[tuple[int, int] | None]:
+        """The characters of each learned answer; None where the template writes it differently once
+        other messages follow.
+        """
+        return [self._span(index) for index in self.learned]
 
     def _is_unwritten(self, index: int) -> bool:
         """Return whether the template writes an answer as if there were none, as of tool calls."""
@@ -217,17 +229,16 @@ class Conversation:
         before = self.turns[:index]
         return self._write([*before, turn]) == self._write([*before, empty])
 
-    def _spans(self) -> list[tuple[int, int]]:
+    def _learned_spans(self) -> list[tuple[int, int]]:
         """Return the characters of each answer; of the last alone where others are rewritten."""
-        spans = [self._span(index) for index in self.learned]
-        last = spans[-1]
+        last = self.spans[-1]
         if last is None:
             raise BadRow(
                 f"the chat template writes message {self.learned[-1]} differently once other "
                 "messages follow, so the tokens of the answer cannot be located"
             )
-        located = [span for span in spans if span is not None]
-        return located if len(located) == len(spans) else [last]
+        located = [span for span in self.spans if span is not None]
+        return located if len(located) == len(self.spans) else [last]
 
     def _span(self, index: int) -> tuple[int, int] | None:
         until = self._write(self.turns[: index + 1])
@@ -245,6 +256,10 @@ class Conversation:
 
     def _apply(self, turns: Sequence[Turn], **options: Any) -> Any:
         return apply_template(self.tokenizer, turns, tools=self.tools, **options)
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -1,0 +1,118 @@
+"""What every kind of task does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.batches import LossKind
+from moc_cli.data.encode import Encoded, Row
+from moc_cli.methods import TextModel
+from moc_cli.scoring.forward import Progress
+from moc_cli.scoring.results import Evaluation, ScoringOptions
+
+
+class Kind(ABC):
+    """What every kind of task does. `examples` are always of this kind."""
+
+    @property
+    @abstractmethod
+    def loss(self) -> LossKind:
+        """The name of the loss of training."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results.json adds on how the kind is scored."""
+        return {}
+
+    @abstractmethod
+    def model_arguments(self) -> dict[str, Any]:
+        """Return what a model is loaded as: kind, and a classifier's labels and type of problem.
+
+        Raises DataError where a custom dataset has to be read first to know it.
+        """
+
+    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Raise DataError naming every example that the tokenizer cannot take; return what it does
+        not write of the others.
+        """
+        return []
+
+    @abstractmethod
+    def encode(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on_inputs: bool,
+    ) -> Encoded:
+        """Encode examples for training; rows are cut to `max_length` tokens."""
+
+    def too_long(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: ScoringOptions,
+        limit: int,
+    ) -> dict[int, int]:
+        """Return which examples need more than `limit` tokens to be scored, and how many each.
+
+        An example needs its own prompt and its own output; none where texts are cut.
+        """
+        return {}
+
+    @abstractmethod
+    def has_targets(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> bool:
+        """Return whether any of the examples has an answer left in `max_length` tokens."""
+
+    @abstractmethod
+    def voters(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> list[Row]:
+        """Return for each example the tokens that vote on routes when it is scored."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        """Pad rows to one batch: input_ids, attention_mask (B, T) and labels."""
+
+    @abstractmethod
+    def score(
+        self,
+        model: TextModel,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> Evaluation:
+        """Score one task's examples: every metric with its standard error."""
+
+    @abstractmethod
+    def watch(
+        self,
+        model: TextModel,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """Return the numbers that training is watched by: the loss and the task's metrics."""
+
+    @abstractmethod
+    def row_losses(
+        self,
+        model: TextModel,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+    ) -> list[float]:
+        """Return the mean loss of each row's targets, without rows whose answer was cut off."""
+
+    @abstractmethod
+    def prompt(self, example: Any) -> str:
+        """Return the text whose hash names an item in samples.jsonl."""
+
+    def shown_label(self, row: Row) -> int | float | str | None:
+        """Return the label of an encoded row as the dry run shows it; None where tokens are it."""
+        return None
