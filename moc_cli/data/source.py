@@ -88,6 +88,13 @@ def check_utf8(text: str, where: str) -> str:
     return text
 
 
+def text_or_empty(fields: Fields, column: str) -> str:
+    """Return the text of a column, an empty one for null; raises BadRow for anything else."""
+    if column_of_row(fields, column) is None:
+        return ""
+    return check_utf8(take(fields, column, str), column)
+
+
 def shown(value: Any) -> str:
     """Return a value as JSON, cut to 60 characters, for an error."""
     try:

@@ -12,7 +12,7 @@ import pytest
 from moc_cli.data import commonsense
 from moc_cli.data.examples import PairExample, fingerprint, hold_out, subset
 from moc_cli.data.prompts import eval_prompt, template_hash, train_prompt
-from moc_cli.data.source import build_rows
+from moc_cli.data.source import BadRow, build_rows, text_or_empty
 from moc_cli.data.suites import load_examples, scored_names, splits
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.tasks import TASKS
@@ -521,3 +521,15 @@ def take_apart(task: str, row: dict) -> dict | None:
             "answerKey": letters[right - 1],
         },
     }.get(task, {"question": question, "choices": choices, "answerKey": letters[right - 1]})
+
+
+def test_the_text_of_a_column_is_empty_for_null_and_nothing_else_is_a_text():
+    assert [text_or_empty({"a": value}, "a") for value in ("x ", "", None)] == ["x ", "", ""]
+    bad = {
+        "not a text": {"a": 1},
+        "not UTF-8 text": {"a": "\ud83d"},
+        "did you mean 'ab'": {"ab": 1},
+    }
+    for message, fields in bad.items():
+        with pytest.raises(BadRow, match=message):
+            text_or_empty(fields, "a" if "a" in fields else "abc")

@@ -14,7 +14,7 @@ from moc_cli.data.examples import (
     Place,
     TextExample,
 )
-from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, shown
+from moc_cli.data.source import BadRow, Fields, check_utf8, shown, text_or_empty
 from moc_cli.recipe.sections import DataSection, Format
 
 _CHAT = {"messages": "messages", "system": "system"}
@@ -33,9 +33,9 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
 
     def instruction(fields: Fields, place: Place) -> Example:
         request = _filled(fields, columns["instruction"], "an empty instruction")
-        context = _text(fields, columns["input"]) if "input" in columns else ""
+        context = text_or_empty(fields, columns["input"]) if "input" in columns else ""
         output = _filled(fields, columns["output"], "an empty output")
-        system = _text(fields, columns["system"]) if columns.get("system") in fields else ""
+        system = text_or_empty(fields, columns["system"]) if columns.get("system") in fields else ""
         history = _history(fields, columns)
         if template == "chat":
             turns = _turns(request, context, output, history)
@@ -52,7 +52,7 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
 
     def pair(fields: Fields, place: Place) -> Example:
         first = _filled(fields, columns["text"], "an empty text")
-        second = _text(fields, columns["text_pair"]) if "text_pair" in columns else None
+        second = text_or_empty(fields, columns["text_pair"]) if "text_pair" in columns else None
         if found.format == "regression":
             return PairExample(task, first, second, number_label(fields, columns["label"]))
         return PairExample(task, first, second, classes.number(fields, columns["label"]))
@@ -85,17 +85,7 @@ def _history(fields: Fields, columns: Mapping[str, str]) -> list[tuple[str, str]
 
 def _filled(fields: Fields, column: str, reason: str) -> str:
     """Return the text of a column; raises NothingToLearn with `reason` where it is blank."""
-    text = _text(fields, column)
+    text = text_or_empty(fields, column)
     if not text.strip():
         raise NothingToLearn(reason)
     return text
-
-
-def _text(fields: Fields, column: str) -> str:
-    """Return the text of a column; an empty one for null."""
-    value = column_of_row(fields, column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRow(f"'{column}' is {shown(value)}, not a text")
-    return check_utf8(value, column)

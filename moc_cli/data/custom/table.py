@@ -218,11 +218,9 @@ def _read_csv(file: Path, quoting: Quoting | None, delimiter: str | None = None)
             f"{file}, line {line}: quotes that do not match ({error})",
             "--set data.quoting=none reads quotation marks as text",
         ) from error
-    swallowed = [
-        number
-        for number, cells in records
-        if any("\n" in cell and (delimiter == "\t") and delimiter in cell for cell in cells)
-    ]
+    swallowed = delimiter == "\t" and any(
+        "\n" in cell and delimiter in cell for _, cells in records for cell in cells
+    )
     quoted = _csv_table(file, records)
     fewer = len(plain.rows) - len(quoted.rows)
     regular = delimiter in header and _is_regular(plain) and fewer > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from moc_cli.data.custom.columns import USUAL
 from moc_cli.data.custom.table import Table, read_table
 from moc_cli.data.examples import PairExample
-from moc_cli.data.source import BadRow, BadRows, Fields, did_you_mean, take
+from moc_cli.data.source import BadRow, BadRows, Fields, did_you_mean, text_or_empty
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import TASKS
@@ -35,7 +35,7 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
         try:
             if isinstance(fields, BadRow):
                 raise fields
-            texts = [_text(fields, column) for column in columns]
+            texts = [text_or_empty(fields, column) for column in columns]
             if not texts[0].strip():
                 raise BadRow(f"'{columns[0]}' is empty")
             second = texts[1] if len(texts) > 1 else None
@@ -45,16 +45,6 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
             bad_rows.add(place, error)
     bad_rows.raise_if_any()
     return rows
-
-
-def _text(fields: Fields, column: str) -> str:
-    """The text of a column, an empty one for null as in training; raises BadRow."""
-    text = "" if fields.get(column, column) is None else take(fields, column, str)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"'{column}' is not UTF-8 text") from None
-    return text
 
 
 def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
