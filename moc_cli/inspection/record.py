@@ -14,7 +14,7 @@ from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
 from moc_cli.report.progress import WorkProgress
 from moc_cli.scoring.batch_size import RowCost, run_batches
-from moc_cli.scoring.forward import call, check_fits, evaluating, position_ids
+from moc_cli.scoring.forward import Limits, call, evaluating, position_ids
 
 Progress = Callable[[int, int], None]
 BatchSize = int | Literal["auto"]
@@ -49,7 +49,7 @@ def record(
     """Record what the gates do on prompts: each row decides once at every site."""
     model = trained.adapted.model
     rows = [row["input_ids"] for row in prompts]
-    check_fits(model, rows, "a prompt")
+    Limits.of(model).check(rows, "a prompt")
     costs = [RowCost(len(ids)) for ids in rows]
     recorder = trained.adapted.recorder()
     assert recorder is not None

@@ -18,10 +18,10 @@ from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
-from moc_cli.models.tokens import max_positions, may_exceed, pad_token_id, prompt_ids
+from moc_cli.models.tokens import may_exceed, pad_token_id, prompt_ids
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
-from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
+from moc_cli.scoring.forward import Limits, Progress, evaluating, pad
 from moc_cli.scoring.generate import settings
 from moc_cli.scoring.loss import TextScore, lm_loss
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
@@ -210,10 +210,11 @@ def _generate(
     tokenizer = model.tokenizer
     prompts = [request.prompt for request in requests]
     new = [request.new for request in requests]
+    limits = Limits.of(network)
     for prompt, count in zip(prompts, new, strict=True):
-        check_fits(network, [prompt], "a prompt with its output", count)
+        limits.check([prompt], "a prompt with its output", count)
     costs = [RowCost(*lengths) for lengths in zip(map(len, prompts), new, strict=True)]
-    limit, pad_id = max_positions(network), pad_token_id(tokenizer)
+    limit, pad_id = limits.positions, pad_token_id(tokenizer)
     with evaluating(network) as device:
 
         def work(items: list[int]) -> list[str]:

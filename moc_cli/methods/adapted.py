@@ -122,7 +122,9 @@ class Adapted:
         self._fresh = fresh
         self._required_grad = required_grad
         self._base = base
-        for parameter in self.named_trainables().values():
+        named = self.named_trainables()
+        self._vectors = {name for name, parameter in named.items() if parameter.ndim < 2}
+        for parameter in named.values():
             parameter.requires_grad_(True)
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
@@ -131,7 +133,7 @@ class Adapted:
 
     def no_decay(self, name: str) -> bool:
         """Whether weight decay must leave this parameter alone: gates, biases, norms."""
-        return name.startswith("gates.") or self.named_trainables()[name].ndim < 2
+        return name.startswith("gates.") or name in self._vectors
 
     def in_gate(self, name: str) -> bool:
         """Whether this has the gate's learning rate: gates, and the learned weight of `molex`."""

@@ -65,7 +65,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises MocError where it cannot be had."""
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    with _told("tokenizer", name):
+    with _in_one_sentence("tokenizer", name):
         return AutoTokenizer.from_pretrained(resolve(name), **options)
 
 
@@ -74,7 +74,7 @@ def load_config(
 ) -> PreTrainedConfig:
     """A model's config.json; raises MocError where it cannot be had."""
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    with _told("config", name):
+    with _in_one_sentence("config", name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(name), **options)
         return config
 
@@ -114,7 +114,7 @@ def load_model(
 
     Raises MocError where files are missing or damaged, and where weights and config disagree.
     """
-    checkpoint_shapes(name, revision)
+    checkpoint_shapes(name, revision)  # refuses files that are cut off, before they load
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "revision": revision or "main",
@@ -127,7 +127,7 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if kind == "classification":
         options |= _labels(num_labels, problem_type, id2label)
-    with torch.random.fork_rng(devices=[]), _told("weights", name), _quiet():
+    with torch.random.fork_rng(devices=[]), _in_one_sentence("weights", name), _quiet():
         torch.manual_seed(seed)
         model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
     mismatched = {key: (stored, wanted) for key, stored, wanted in info["mismatched_keys"]}
@@ -166,7 +166,7 @@ def build_meta(
     if kind == "classification":
         for key, value in _labels(num_labels, problem_type, id2label).items():
             setattr(config, key, value)
-    with _told("config", name), torch.device("meta"):
+    with _in_one_sentence("config", name), torch.device("meta"):
         model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
     stored = checkpoint_shapes(name, revision) or {}
     wanted = {key: tuple(p.shape) for key, p in model.named_parameters() if key in stored}
@@ -302,7 +302,7 @@ def class_names(id2label: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _told(what: str, name: str) -> Iterator[None]:
+def _in_one_sentence(what: str, name: str) -> Iterator[None]:
     """Turn whatever a library raises over a model's files into one sentence."""
     try:
         yield

@@ -140,12 +140,12 @@ def _match_padding(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     if pad is not None and pad < size:
         return []
     why = "none" if pad is None else f"{_shown(tokenizer, pad)}, for which the model has none"
-    what = "the tokenizer's pad token is" if pad is None else "the tokenizer's pad token is"
+    what = f"the tokenizer's pad token is {why}"
     if end is None or end >= size:
         tokenizer.pad_token = None
-        return [f"{what} {why}: batches are filled with token 0"]
+        return [f"{what}: batches are filled with token 0"]
     tokenizer.pad_token = tokenizer.eos_token
-    return [f"{what} {why}: batches are filled with {_shown(tokenizer, end)}"]
+    return [f"{what}: batches are filled with {_shown(tokenizer, end)}"]
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:

@@ -13,9 +13,9 @@ from moc_cli.data.examples import PairExample
 from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
+    Limits,
     Progress,
     check_finite,
-    check_fits,
     evaluating,
 )
 
@@ -63,7 +63,7 @@ def classify(
     """
     network = model.adapted.model
     encoded = encode_pairs(examples, model.tokenizer, max_length=max_length)
-    check_fits(network, encoded.ids, "a text, cut to data.max_length,")
+    Limits.of(network).check(encoded.ids, "a text, cut to data.max_length,")
     costs = [RowCost(length) for length in encoded.lengths]
     with evaluating(network) as device:
 

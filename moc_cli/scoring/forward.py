@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,20 +52,33 @@ def call(model: PreTrainedModel, **inputs: Any) -> Any:
     return model(**{k: v for k, v in inputs.items() if k not in optional or k in known})
 
 
-def check_fits(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], what: str, new_tokens: int = 0
-) -> None:
-    """Raise DataError where rows with `new_tokens` more each are longer than the model has
-    positions for, or hold tokens that it has no embedding for.
+@dataclass(frozen=True)
+class Limits:
+    """What a model takes: rows of at most `positions` tokens (None: of any length), and the token
+    ids below `embeddings`.
     """
-    limit, longest = max_positions(model), max(map(len, rows), default=0) + new_tokens
-    if limit is not None and longest > limit:
-        raise DataError(f"{what} has {longest} tokens, the model takes {limit}")
-    size, last = embeddings(model), max((max(row) for row in rows if row), default=0)
-    if last >= size:
-        raise DataError(
-            f"{what} holds the token {last}, the model has embeddings for 0 to {size - 1}"
-        )
+
+    positions: int | None
+    embeddings: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Limits":
+        """Read them from the model. It looks at every module: once a model, not once a row."""
+        return cls(max_positions(model), embeddings(model))
+
+    def check(self, rows: Sequence[Sequence[int]], what: str, new_tokens: int = 0) -> None:
+        """Raise DataError where rows with `new_tokens` more each are too long, or hold other tokens
+        than these.
+        """
+        longest = max(map(len, rows), default=0) + new_tokens
+        if self.positions is not None and longest > self.positions:
+            raise DataError(f"{what} has {longest} tokens, the model takes {self.positions}")
+        last = max((max(row) for row in rows if row), default=0)
+        if last >= self.embeddings:
+            raise DataError(
+                f"{what} holds the token {last}, the model has embeddings for 0 to "
+                f"{self.embeddings - 1}"
+            )
 
 
 def check_finite(scores: Sequence[float]) -> None:

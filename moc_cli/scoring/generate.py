@@ -16,7 +16,7 @@ from moc_cli.methods import TextModel
 from moc_cli.models.tokens import end_tokens, pad_token_id, prompt_ids
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.extract import extract, response
-from moc_cli.scoring.forward import Progress, check_fits, evaluating, pad
+from moc_cli.scoring.forward import Limits, Progress, evaluating, pad
 
 BEAMS = 4
 NEW_TOKENS = 32
@@ -64,8 +64,9 @@ def generate(
     tokenizer = model.tokenizer
     texts = [example.eval_prompt for example in examples]
     prompts = prompt_ids(tokenizer, texts)
+    limits = Limits.of(network)
     for example, prompt in zip(examples, prompts, strict=True):
-        check_fits(network, [prompt], f"{example.task}: a question with its answer", NEW_TOKENS)
+        limits.check([prompt], f"{example.task}: a question with its answer", NEW_TOKENS)
     costs = [RowCost(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
     pad_id = pad_token_id(tokenizer)
     with evaluating(network) as device, settings(network, tokenizer):

@@ -11,10 +11,10 @@ from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
+    Limits,
     Progress,
     call,
     check_finite,
-    check_fits,
     evaluating,
     position_ids,
     prompt_mask,
@@ -67,7 +67,7 @@ def lm_loss(
     Raises DataError where no token is labelled.
     """
     network = model.adapted.model
-    check_fits(network, encoded.ids, "a row, cut to data.max_length,")
+    Limits.of(network).check(encoded.ids, "a row, cut to data.max_length,")
     costs = [RowCost(length, logits=length) for length in encoded.lengths]
     with evaluating(network) as device:
 

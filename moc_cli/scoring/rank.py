@@ -16,7 +16,7 @@ from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
-from moc_cli.scoring.forward import Progress, check_fits
+from moc_cli.scoring.forward import Limits, Progress
 from moc_cli.scoring.likelihood import Query, likelihoods
 
 
@@ -59,8 +59,9 @@ def rank(
     Prompts are never cut: raises DataError for one that has more tokens than the model positions.
     """
     queries = [query_of(model.tokenizer, example) for example in examples]
+    limits = Limits.of(model.adapted.model)
     for example, query in zip(examples, queries, strict=True):
-        check_fits(model.adapted.model, query.texts, f"{example.task}: a question")
+        limits.check(query.texts, f"{example.task}: a question")
     rows = likelihoods(model, queries, batch_size=batch_size, on_progress=on_progress)
     items = []
     for example, row in zip(examples, rows, strict=True):

@@ -323,7 +323,7 @@ def _trained_modules(
     more = [
         name
         for name in recipe.train.modules or ()
-        if name not in fresh and not name.startswith(inside or ("\0",))
+        if name not in fresh and not name.startswith(inside)
     ]
     check_modules(model, tuple(more))
     return (*fresh, *more)
