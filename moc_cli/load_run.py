@@ -30,7 +30,7 @@ from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
 from moc_cli.report.output import say
-from moc_cli.runs import RunFolder
+from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
 
 TRAINABLES = "trainables.safetensors"
@@ -73,16 +73,6 @@ class LoadedRun(LoadedModel):
     def causal(self) -> bool:
         """Whether it is a language model rather than a classifier."""
         return bool(self.base["kind"] == "causal")
-
-
-@dataclass(frozen=True)
-class BaseOptions:
-    """Where a run's base model is now, if it moved, and whether weights outside of its layers may
-    differ from those of the training.
-    """
-
-    path: str | Path | None = None
-    allow_changes: bool = False
 
 
 def open_run(

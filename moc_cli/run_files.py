@@ -14,7 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moc_cli.errors import FileError, RunError, system_reason
 from moc_cli.results import read_results
@@ -54,12 +62,15 @@ class Entry(Shape):
     metric: str
     metrics: dict[str, Score]
     rows: Whole = absent()
+    limited: bool = absent()
     rows_sha256: str = absent()
 
     @model_validator(mode="after")
-    def _main_is_there(self) -> Self:
+    def _is_whole(self) -> Self:
         if self.metric not in self.metrics:
             raise ValueError(f"no numbers of its metric {self.metric[:40]!r}")
+        if self.limited and self.rows is None:
+            raise ValueError("it is 'limited' and lacks 'rows'")
         return self
 
 
@@ -167,7 +178,7 @@ class BaseFacts(Shape):
 
 
 class Part(Shape):
-    """Rows of one part of the data."""
+    """Rows of one part of the data; the prompts' template is a part without rows."""
 
     rows: Whole = absent()
     sha256: str
@@ -190,6 +201,14 @@ class Environment(Shape):
     device: Device = absent()
     versions: dict[str, str | None] = absent()
     history: list[dict[str, Any]] = absent()
+
+    @field_validator("data")
+    @classmethod
+    def _rows_are_counted(cls, data: dict[str, Part]) -> dict[str, Part]:
+        for name, part in data.items():
+            if part.rows is None and name != "template":
+                raise ValueError(f"part {name[:40]!r} lacks 'rows'")
+        return data
 
 
 class Compared(Shape):

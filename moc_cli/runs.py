@@ -71,6 +71,16 @@ class Call:
         return f"{self.base} --output-dir {shlex.quote(self.output_dir)}"
 
 
+@dataclass(frozen=True)
+class BaseOptions:
+    """Where a run's base model is now, if it moved, and whether weights outside of its layers may
+    differ from those of the training.
+    """
+
+    path: str | Path | None = None
+    allow_changes: bool = False
+
+
 class RunFolder:
     """Paths of one run, and the reading and writing of its small files.
 

@@ -205,6 +205,28 @@ def test_damaged_results_and_metrics_are_told(tmp_path):
             run.read_metrics()
 
 
+def test_numbers_of_rows_that_are_shown_must_be_there(tmp_path):
+    make_run(tmp_path)
+    run = RunFolder.open(tmp_path)
+    template, part = {"sha256": "1"}, {"sha256": "2", "rows": 3}
+    run.write_environment({"data": {"template": template, "test a": part}})
+    assert run.read_environment()["data"]["test a"]["rows"] == 3
+    run.write_environment({"data": {"template": template, "test a": template}})
+    with pytest.raises(RunError, match="data: part 'test a' lacks 'rows'"):
+        run.read_environment()
+    score = {"value": 1.0, "stderr": None, "majority": None, "n": 2}
+    entry = {"metric": "m", "metrics": {"m": score}, "limited": True}
+    (tmp_path / "eval" / "rank").mkdir(parents=True)
+    results = {"format": 2, "protocol": "rank", "tasks": {"a": entry}}
+    file = tmp_path / "eval" / "rank" / "results.json"
+    file.write_text(json.dumps(results))
+    with pytest.raises(RunError, match="tasks.a: it is 'limited' and lacks 'rows'"):
+        run.read_evaluations()
+    entry["rows"] = 4
+    file.write_text(json.dumps(results))
+    assert run.read_evaluations()["rank"]["tasks"]["a"]["rows"] == 4
+
+
 def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     lines = [json.dumps({"step": step}) for step in (1, 2)]

@@ -98,6 +98,7 @@ def evaluate(
     """
     from moc_cli.evaluation.options import EvalOptions
     from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.runs import BaseOptions
 
     options = EvalOptions(
         run=run,
@@ -111,8 +112,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        base_path=base_path,
-        allow_changed_base=allow_changed_base,
+        base_options=BaseOptions(base_path, allow_changed_base),
         base=base,
         output_dir=output_dir,
         harness=None if harness is None else tuple(split_names(harness)),

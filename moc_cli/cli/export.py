@@ -58,10 +58,10 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise MocError(f"--dtype {dtype!r} is not a type{choices(dtype, DTYPES)}")
     from moc_cli.export.session import export_run
-    from moc_cli.load_run import BaseOptions
     from moc_cli.report.lines import parity_line
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.tables import export_table
+    from moc_cli.runs import BaseOptions
 
     chosen = next((name for name in DTYPES if name == dtype), None)
     outcome = export_run(

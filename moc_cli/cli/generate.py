@@ -67,6 +67,7 @@ def generate(
 ) -> None:
     """Generate text with a run, or a base model; without a prompt, start a conversation."""
     from moc_cli.errors import MocError
+    from moc_cli.runs import BaseOptions
     from moc_cli.serving.options import GenerateOptions, Sampling
 
     if raw and template not in ("auto", "raw"):
@@ -82,8 +83,7 @@ def generate(
         sampling=Sampling(max_new_tokens, temperature, top_p, num_beams, seed),
         device=device,
         trust_remote_code=trust_remote_code,
-        base_path=base_path,
-        allow_changed_base=allow_changed_base,
+        base_options=BaseOptions(base_path, allow_changed_base),
         json=json,
     )
     options.check()

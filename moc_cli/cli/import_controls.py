@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, program
+from moc_cli.cli.options import (
+    JsonOption,
+    OverwriteOption,
+    RecipeArgument,
+    RunFolderOption,
+    SetOption,
+    TrustOption,
+    program,
+)
 
 
 def import_controls(
@@ -20,13 +28,8 @@ def import_controls(
     ],
     recipe: RecipeArgument,
     set_: SetOption = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The run folder; default: the recipe's."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that is in the run folder.")
-    ] = False,
+    output_dir: RunFolderOption = None,
+    overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:

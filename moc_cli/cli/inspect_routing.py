@@ -8,6 +8,7 @@ import typer
 from moc_cli.cli.options import (
     AllowChangedBaseOption,
     BasePathOption,
+    BatchSizeOption,
     DeviceOption,
     JsonOption,
     RunArgument,
@@ -60,9 +61,7 @@ def inspect_routing(
             help="Folder for the files; default: RUN/routing, with --text RUN/routing/text.",
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Rows in a batch; default: the recipe's.")
-    ] = None,
+    batch_size: BatchSizeOption = None,
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
@@ -80,7 +79,7 @@ def inspect_routing(
     recipe = _read_recipe(run, trust_remote_code)
     compare_recipe = None if compare is None else _read_recipe(compare, trust_remote_code)
     from moc_cli.files import check_folder
-    from moc_cli.runs import RunFolder
+    from moc_cli.runs import BaseOptions, RunFolder
 
     home = RunFolder.open(run)
     below = home.checkpoint.name if home.checkpoint else ""
@@ -104,8 +103,7 @@ def inspect_routing(
         ablate=ablate,
         batch_size=batch_size,
         device=device,
-        base_path=base_path,
-        allow_changed_base=allow_changed_base,
+        base_options=BaseOptions(base_path, allow_changed_base),
     )
     check_output(folder)
     routing = Inspection(options).run()

@@ -27,6 +27,15 @@ SetOption = Annotated[
         help="Change one value of the recipe, as in train.max_steps=50; may be repeated.",
     ),
 ]
+BatchSizeOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Rows in a batch; default: the recipe's.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that is in the run folder.")
+]
+RunFolderOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="The run folder; default: the recipe's.")
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="auto|cpu|cuda", help="Where to compute; default: the run's, or auto."),

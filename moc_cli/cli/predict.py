@@ -8,6 +8,7 @@ import typer
 from moc_cli.cli.options import (
     AllowChangedBaseOption,
     BasePathOption,
+    BatchSizeOption,
     DeviceOption,
     JsonOption,
     RunArgument,
@@ -33,9 +34,7 @@ def predict(
             "them as JSON lines.",
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Rows in a batch; default: the recipe's.")
-    ] = None,
+    batch_size: BatchSizeOption = None,
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
     device: DeviceOption = None,
@@ -44,6 +43,7 @@ def predict(
 ) -> None:
     """Classify new rows with a trained classifier: each row's class and all probabilities."""
     from moc_cli.report.output import print_json, say
+    from moc_cli.runs import BaseOptions
     from moc_cli.serving.predict import PredictOptions, json_line
     from moc_cli.serving.predict import predict as classify_rows
 
@@ -53,8 +53,7 @@ def predict(
         output_file=output_file,
         batch_size=batch_size,
         device=device,
-        base_path=base_path,
-        allow_changed_base=allow_changed_base,
+        base_options=BaseOptions(base_path, allow_changed_base),
         trust_remote_code=trust_remote_code,
     )
     recipe = options.read_recipe()

@@ -12,7 +12,9 @@ import typer
 from moc_cli.cli.options import (
     AllowChangedBaseOption,
     JsonOption,
+    OverwriteOption,
     RecipeArgument,
+    RunFolderOption,
     SetOption,
     TrustOption,
     program,
@@ -43,13 +45,8 @@ def train(
         ),
     ] = None,
     allow_changed_base: AllowChangedBaseOption = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that is in the run folder.")
-    ] = False,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The run folder; default: the recipe's."),
-    ] = None,
+    overwrite: OverwriteOption = False,
+    output_dir: RunFolderOption = None,
     seeds: Annotated[
         int | None,
         typer.Option(

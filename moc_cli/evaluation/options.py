@@ -7,6 +7,7 @@ from typing import Literal
 from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import PROTOCOLS
+from moc_cli.runs import BaseOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -30,8 +31,7 @@ class EvalOptions:
     dtype: str | None = None
     device: str | None = None
     trust_remote_code: bool = False
-    base_path: Path | None = None
-    allow_changed_base: bool = False
+    base_options: BaseOptions = BaseOptions()
     base: bool = False
     output_dir: Path | None = None
     harness: tuple[str, ...] | None = None
@@ -59,7 +59,7 @@ class EvalOptions:
                 mistakes.append(
                     "--base goes with a run; with --model the base is all that is scored"
                 )
-            if self.base_path is not None or self.allow_changed_base:
+            if self.base_options != BaseOptions():
                 mistakes.append("--base-path and --allow-changed-base go with a run")
         closed = {
             "--protocol": (self.protocol, PROTOCOLS["choice"]),

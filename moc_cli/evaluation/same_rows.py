@@ -39,7 +39,9 @@ def find_changed(
     for task in tasks:
         then = parts.get(f"test {task.name}")
         now = subset(task.split, max_samples, seed=ROW_SEED)
-        if then is None or then["sha256"] in (fingerprint(now), fingerprint(fitting(now))):
+        if then is None or then["sha256"] == fingerprint(now):
+            continue
+        if then["sha256"] == fingerprint(fitting(now)):  # asked last: it tokenizes the rows
             continue
         counts = f"{then['rows']:,} rows then, {len(now):,} now"
         if then["rows"] == len(now):

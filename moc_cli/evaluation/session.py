@@ -23,7 +23,7 @@ from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, check_output, prompt_hash
 from moc_cli.evaluation.same_rows import count_trained, find_changed
 from moc_cli.kinds import Kind
-from moc_cli.load_run import BaseOptions, LoadedModel, LoadedRun, open_model, open_run
+from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
@@ -83,8 +83,9 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
 def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
     """Load the run or the bare model that the options name; `recipe` is the run's."""
     if options.run is not None:
-        base = BaseOptions(options.base_path, options.allow_changed_base)
-        return open_run(options.run, device=options.device, recipe=recipe, base=base)
+        return open_run(
+            options.run, device=options.device, recipe=recipe, base=options.base_options
+        )
     assert options.model is not None
     return open_model(
         options.model,

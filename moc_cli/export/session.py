@@ -12,8 +12,8 @@ from moc_cli.export import Options, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
-from moc_cli.load_run import BaseOptions, open_run
-from moc_cli.runs import RunFolder
+from moc_cli.load_run import open_run
+from moc_cli.runs import BaseOptions, RunFolder
 
 Say = Callable[[str], None]
 CARD = "README.md"

@@ -16,12 +16,12 @@ from moc_cli.inspection.distances import check_same_sites, compared, task_distan
 from moc_cli.inspection.record import RunRecord, record, record_tasks
 from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import find_warnings
-from moc_cli.load_run import BaseOptions, LoadedRun, open_run, saved_shapes
+from moc_cli.load_run import LoadedRun, open_run, saved_shapes
 from moc_cli.methods.route_counts import Layout
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import WorkProgress
-from moc_cli.runs import RunFolder
+from moc_cli.runs import BaseOptions, RunFolder
 
 FORMAT = 1
 KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|modules\.")
@@ -43,8 +43,7 @@ class InspectOptions:
     ablate: bool = False
     batch_size: int | None = None
     device: str | None = None
-    base_path: Path | None = None
-    allow_changed_base: bool = False
+    base_options: BaseOptions = BaseOptions()
 
 
 class Inspection:
@@ -102,8 +101,7 @@ class Inspection:
 
     def _open(self, run: Path, recipe: Recipe | None) -> LoadedRun:
         options = self.options
-        base = BaseOptions(options.base_path, options.allow_changed_base)
-        return open_run(run, device=options.device, recipe=recipe, base=base)
+        return open_run(run, device=options.device, recipe=recipe, base=options.base_options)
 
     def _batch_size(self) -> int | Literal["auto"]:
         return self.options.batch_size or self.recipe.eval.per_device_eval_batch_size

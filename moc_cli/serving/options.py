@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.tasks import is_classifier
-from moc_cli.runs import RunFolder
+from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.serving.prompts import check_frame, read_prompts, split_prompts
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class GenerateOptions:
     sampling: Sampling = Sampling()
     device: str | None = None
     trust_remote_code: bool = False
-    base_path: Path | None = None
-    allow_changed_base: bool = False
+    base_options: BaseOptions = BaseOptions()
     json: bool = False
 
     def check(self) -> None:
@@ -64,7 +63,7 @@ class GenerateOptions:
             raise MocError("give a run folder or --model ID, one of them", "moc generate --help")
         if self.model is not None and self.base:
             raise MocError("--base asks a run's base model; --model is one already", "leave it out")
-        if self.model is not None and (self.base_path is not None or self.allow_changed_base):
+        if self.model is not None and self.base_options != BaseOptions():
             raise MocError("--base-path and --allow-changed-base go with a run", "leave them out")
         if self.prompt is not None and self.file is not None:
             raise MocError("--prompt and --file are both given", "give one of them")

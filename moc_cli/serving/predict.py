@@ -16,7 +16,7 @@ from moc_cli.recipe.tasks import is_classifier
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.run_files import read_bytes
-from moc_cli.runs import RunFolder
+from moc_cli.runs import BaseOptions, RunFolder
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -34,8 +34,7 @@ class PredictOptions:
     output_file: Path | None = None
     batch_size: int | None = None
     device: str | None = None
-    base_path: Path | None = None
-    allow_changed_base: bool = False
+    base_options: BaseOptions = BaseOptions()
     trust_remote_code: bool = False
 
     def read_recipe(self) -> "Recipe":
@@ -80,11 +79,10 @@ class PredictOptions:
 def predict(options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows) -> dict[str, Any]:
     """Classify the rows, write them to `output_file` if given, and return what --json prints."""
     from moc_cli.data.encode import encode_pairs
-    from moc_cli.load_run import BaseOptions, open_run
+    from moc_cli.load_run import open_run
     from moc_cli.scoring.classify import classify
 
-    base = BaseOptions(options.base_path, options.allow_changed_base)
-    model = open_run(options.run, device=options.device, recipe=recipe, base=base)
+    model = open_run(options.run, device=options.device, recipe=recipe, base=options.base_options)
     limit = recipe.data.max_length
     truncated = encode_pairs(rows.examples, model.tokenizer, max_length=limit).truncated
     if truncated:

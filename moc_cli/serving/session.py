@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moc_cli.errors import DataError
-from moc_cli.load_run import BaseOptions, LoadedModel, open_model, open_run
+from moc_cli.load_run import LoadedModel, open_model, open_run
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import print_json, say
 from moc_cli.report.progress import WorkProgress
@@ -22,8 +22,9 @@ def run_generate(
 ) -> None:
     """Answer the prompts; without any, hold a conversation on the terminal."""
     if options.run is not None and recipe is not None:
-        base = BaseOptions(options.base_path, options.allow_changed_base)
-        loaded: LoadedModel = open_run(options.run, device=options.device, recipe=recipe, base=base)
+        loaded: LoadedModel = open_run(
+            options.run, device=options.device, recipe=recipe, base=options.base_options
+        )
         trained, template = recipe.data.frame, recipe.data.template
     else:
         trusted, trained, template = options.trust_remote_code, None, "alpaca"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
+from support.models import make_byte_tokenizer, make_tiny_model
+from support.rows import write_rows
+from support.tiny_runs import save_model
 from torch.nn.functional import cross_entropy
 
 from moc_cli.cli import run
@@ -29,19 +31,8 @@ TEMPLATE = (
 )
 
 
-def save_model(folder: Path, family: str) -> None:
-    if family == "llama":
-        make_tiny_model("llama").save_pretrained(folder)
-        tokenizer = make_byte_tokenizer()
-        tokenizer.chat_template = TEMPLATE
-    else:
-        make_tiny_model("bert", num_labels=2).base_model.save_pretrained(folder)
-        tokenizer = make_pair_tokenizer()
-    tokenizer.save_pretrained(folder)
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
@@ -92,6 +83,10 @@ def recipe(folder: Path, kind: str, extra: str = "") -> list[str]:
     """Arguments of a tiny run on rows of a kind, with its model below `folder`."""
     make, family, _ = KINDS[kind]
     save_model(folder / "model", family)
+    if family == "llama":
+        tokenizer = make_byte_tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder / "model")
     path = make(folder)
     file = folder / "recipe.yaml"
     file.write_text(

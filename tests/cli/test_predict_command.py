@@ -5,48 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
-from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from support.rows import write_rows
+from support.tiny_runs import train_on_rows
 
 from moc_cli.cli import run
 
-RECIPE = """
-model: {{model_name_or_path: {home}/{model}}}
-method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
-data: {{suite: custom, path: {home}/{rows}, held_out: 6, max_length: 16, columns: {columns}}}
-train: {{max_steps: 1}}
-eval: {{before: false}}
-output: {{output_dir: {home}/{rows}-run, save_strategy: "no"}}
-launch: {{device: cpu, num_threads: 1}}
-"""
-
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Models and rows for runs of all kinds."""
-    home = tmp_path_factory.mktemp("predict")
-    make_tiny_model("bert", num_labels=2).base_model.save_pretrained(home / "encoder")
-    make_pair_tokenizer().save_pretrained(home / "encoder")
-    make_tiny_model("llama").save_pretrained(home / "decoder")
-    make_byte_tokenizer().save_pretrained(home / "decoder")
+def classes(tmp_path_factory) -> Path:
+    """A run on rows of two classes."""
     rows = [{"review": f"{'so ' * (n % 4)}{n}", "label": "ab"[n % 2]} for n in range(24)]
-    write_rows(home / "classes.jsonl", rows)
-    values = [{"sentence1": f"{n}", "sentence2": "b", "score": n % 4 + 0.5} for n in range(24)]
-    write_rows(home / "values.jsonl", values)
-    write_rows(home / "texts.jsonl", [{"text": f"abab {n}"} for n in range(24)])
-    return home
-
-
-def train(home: Path, rows: str, model: str = "encoder", columns: str = "{}") -> Path:
-    recipe = home / f"{rows}.yaml"
-    recipe.write_text(RECIPE.format(home=home, model=model, rows=rows, columns=columns))
-    assert run(["train", str(recipe), "--json"]) == 0
-    return home / f"{rows}-run"
-
-
-@pytest.fixture(scope="module")
-def classes(home) -> Path:
-    return train(home, "classes.jsonl", columns="{text: review}")
+    home = tmp_path_factory.mktemp("classes")
+    return train_on_rows(home, "bert", rows, columns={"text": "review"}, max_length=16)
 
 
 def new_rows(folder: Path) -> Path:
@@ -93,8 +63,9 @@ def test_a_row_alone_gets_what_it_gets_in_a_batch(classes, tmp_path, capsys):
     assert answers[0] == pytest.approx(answers[1], abs=1e-6)
 
 
-def test_a_regression_gives_values_of_pairs(home, tmp_path, capsys):
-    values = train(home, "values.jsonl")
+def test_a_regression_gives_values_of_pairs(tmp_path, capsys):
+    rows = [{"sentence1": f"{n}", "sentence2": "b", "score": n % 4 + 0.5} for n in range(24)]
+    values = train_on_rows(tmp_path, "bert", rows, max_length=16)
     capsys.readouterr()
     write_rows(tmp_path / "new.jsonl", [{"sentence1": "3", "sentence2": "b"}] * 2)
     assert run(["predict", str(values), "--file", str(tmp_path / "new.jsonl"), "--json"]) == 0
@@ -107,7 +78,7 @@ def test_a_regression_gives_values_of_pairs(home, tmp_path, capsys):
 
 
 def test_what_cannot_be_predicted_is_refused_before_weights_load(
-    home, classes, tmp_path, capsys, monkeypatch
+    classes, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("moc_cli.load_run.open_run", None)
     file, mine = tmp_path / "new.jsonl", tmp_path / "mine.csv"
@@ -131,7 +102,7 @@ def test_what_cannot_be_predicted_is_refused_before_weights_load(
     assert f"moc predict {classes} --file FILE" in capsys.readouterr().err
 
 
-def test_a_language_model_is_sent_to_generate(home, tmp_path, capsys):
-    texts = train(home, "texts.jsonl", "decoder")
+def test_a_language_model_is_sent_to_generate(tmp_path, capsys):
+    texts = train_on_rows(tmp_path, "llama", [{"text": f"abab {n}"} for n in range(24)])
     assert run(["predict", str(texts), "--file", str(new_rows(tmp_path))]) == 2
     assert "moc generate" in capsys.readouterr().err

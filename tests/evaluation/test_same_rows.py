@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.models import make_byte_tokenizer, make_tiny_model
 from support.rows import write_rows
+from support.tiny_runs import train_on_rows
 
 from moc_cli.cli import run
 from moc_cli.data.examples import TextExample, fingerprint
@@ -23,21 +23,8 @@ def rows(count: int) -> list[dict]:
 def made(tmp_path_factory) -> Path:
     """A folder with a run on rows of a file, four of them held out, two of them twice."""
     home = tmp_path_factory.mktemp("rows")
-    make_tiny_model("llama").save_pretrained(home / "model")
-    make_byte_tokenizer().save_pretrained(home / "model")
-    write_rows(home / "rows.jsonl", [*rows(12), *rows(2)])
-    (home / "recipe.yaml").write_text(
-        f"""
-model: {{model_name_or_path: {home}/model}}
-method: {{name: control, rank: 2}}
-data: {{suite: custom, path: {home}/rows.jsonl, held_out: 4, max_length: 32}}
-train: {{max_steps: 1}}
-eval: {{before: false}}
-output: {{output_dir: {home}/run, save_strategy: "no"}}
-launch: {{device: cpu, num_threads: 1}}
-"""
-    )
-    assert run(["train", str(home / "recipe.yaml"), "--json"]) == 0
+    method = {"name": "control", "rank": 2}
+    train_on_rows(home, "llama", [*rows(12), *rows(2)], method, held_out=4)
     return home
 
 
@@ -63,9 +50,8 @@ def evaluate(made, tmp_path, capsys, monkeypatch):
 
 def test_the_same_rows_need_no_word(evaluate, made):
     content = [*rows(12), *rows(2)]
-    for options in ([], ["--limit", "2"], ["--path", "rows.jsonl"], ["--path", "../x/rows.jsonl"]):
-        if "../x/rows.jsonl" in options:
-            options = ["--path", f"../{made.name}/rows.jsonl"]
+    spelled = f"../{made.name}/rows.jsonl"
+    for options in ([], ["--limit", "2"], ["--path", "rows.jsonl"], ["--path", spelled]):
         said, entry = evaluate(content, *options)
         assert "rows to score" not in said
         assert "trained_rows" not in entry
@@ -88,6 +74,9 @@ def test_rows_that_training_left_out_as_too_long_are_not_missed(made):
     copy.write_environment(environment | {"data": environment["data"] | {"test custom": part}})
     assert list(find_changed(copy, [task], None, lambda examples: examples[:1])) == []
     assert "1 rows then, 2 now" in list(find_changed(copy, [task], None, list))[0]
+    part = {"rows": 2, "sha256": fingerprint(task.examples)}
+    copy.write_environment(environment | {"data": {"test custom": part}})
+    assert list(find_changed(copy, [task], None, pytest.fail)) == []  # no row is tokenized
 
 
 def test_a_copy_of_the_training_file_is_seen_through(evaluate, made, tmp_path):
@@ -98,3 +87,4 @@ def test_a_copy_of_the_training_file_is_seen_through(evaluate, made, tmp_path):
     write_rows(tmp_path / "new.jsonl", [{"text": "quite new"}])
     said, entry = evaluate(rows(12), "--path", str(tmp_path / "new.jsonl"))
     assert "rows to score" not in said
+    assert "trained_rows" not in entry

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.models import make_pair_tokenizer, make_tiny_model
-from support.rows import write_rows
+from support.tiny_runs import train_on_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
 from moc_cli import load_controls
@@ -23,22 +22,8 @@ NAMES = {0: "bad", 1: "good"}
 def home(tmp_path_factory) -> Path:
     """A folder with an encoder, rows of two classes and a run on them."""
     home = tmp_path_factory.mktemp("private-place")
-    make_tiny_model("bert", num_labels=2).base_model.save_pretrained(home / "model")
-    make_pair_tokenizer().save_pretrained(home / "model")
     rows = [{"text": f"{'so ' * (n % 3)}{n}", "label": NAMES[n % 2]} for n in range(24)]
-    write_rows(home / "rows.jsonl", rows)
-    (home / "recipe.yaml").write_text(
-        f"""
-model: {{model_name_or_path: {home}/model}}
-method: {{name: moc, rank: 4, gate: {{projection_dim: 8}}}}
-data: {{suite: custom, path: {home}/rows.jsonl, held_out: 6, max_length: 32}}
-train: {{max_steps: 1}}
-eval: {{before: false}}
-output: {{output_dir: {home}/run, save_strategy: "no"}}
-launch: {{device: cpu, num_threads: 1}}
-"""
-    )
-    assert run(["train", str(home / "recipe.yaml"), "--json"]) == 0
+    train_on_rows(home, "bert", rows)
     return home
 
 

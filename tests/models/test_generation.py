@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.generations import (
     CHUNK,
+    MODES,
     NEW,
     ROWS,
     SUBJECTS,
@@ -29,13 +30,6 @@ from moc_cli.methods import Adapted
 FEW = ("llama", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox")
 OTHERS = tuple(family for family in DECODERS if family not in FEW)
 BOTH = [(subject, family) for subject in SUBJECTS for family in FEW]
-MODES = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static"},
-    "no cache": {"use_cache": False},
-    "chunks": {"prefill_chunk_size": CHUNK},
-    "static chunks": {"prefill_chunk_size": CHUNK, "cache_implementation": "static"},
-}
 # Every mode with and without beams in a family of each kind; in the others what differs most.
 STEPS = [("moc", family, mode, beams) for family in FEW for mode in MODES for beams in (1, 4)]
 STEPS += [("moc", family, mode, 4) for family in OTHERS for mode in ("dynamic", "no cache")]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.kept_routes import watching
-from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model
+from support.models import VOCABULARY, make_byte_tokenizer, make_tiny_model, train_controls
 from support.questions import MIXED, question
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -34,13 +34,7 @@ def routed() -> Adapted:
     model = make_tiny_model("llama", num_hidden_layers=3)
     method = MocMethod(rank=4, alpha=0.5, gate={"projection_dim": 8})
     found = attach(model, method, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in found.named_trainables().items():
-            if name.endswith(".B"):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-            elif name.endswith("log_temperature"):
-                parameter.fill_(4.0)
+    train_controls(found.named_trainables())
     return found
 
 

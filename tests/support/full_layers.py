@@ -24,6 +24,7 @@ from support.formulas import (
 from support.reference import Settings, site_update
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 
 class Sites:
@@ -115,12 +116,16 @@ def cohere(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float =
     return w.layer_norm("norm", x, eps)
 
 
+def _rotation(config: PreTrainedConfig) -> tuple[int, float, int]:
+    """The size of a head, theta, and how many of a head's first dimensions are turned."""
+    size, rope = config.hidden_size // config.num_attention_heads, config.rope_parameters
+    return size, rope["rope_theta"], int(size * rope["partial_rotary_factor"])
+
+
 def phi(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
     """As cohere; `keep` is what the dropout after both blocks leaves of them."""
     config, w = base.config, Weights(base)
-    size, eps = config.hidden_size // config.num_attention_heads, config.layer_norm_eps
-    theta = config.rope_parameters["rope_theta"]
-    turned = int(size * config.rope_parameters["partial_rotary_factor"])
+    (size, theta, turned), eps = _rotation(config), config.layer_norm_eps
     x = F.embedding(ids, w["embed_tokens.weight"])
     for n in range(config.num_hidden_layers):
         at = f"layers.{n}"
@@ -136,9 +141,7 @@ def phi(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.
 def phi3(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
     """Pre-norm, fused projections; `keep` is what the dropout after each block leaves of it."""
     config, w = base.config, Weights(base)
-    size = config.hidden_size // config.num_attention_heads
-    theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
-    turned = int(size * config.rope_parameters["partial_rotary_factor"])
+    (size, theta, turned), eps = _rotation(config), config.rms_norm_eps
     widths = [size * config.num_attention_heads, *[size * config.num_key_value_heads] * 2]
     x = F.embedding(ids, w["embed_tokens.weight"])
     for n, window in enumerate(windows(config)):
@@ -205,9 +208,7 @@ def olmo2(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 
 def gpt_neox(base: nn.Module, ids: Tensor, mask: Tensor, add: Sites, keep: float = 1.0) -> Tensor:
     """Both blocks and both sites from the layer's input, or one after the other."""
     config, w = base.config, Weights(base)
-    size, eps = config.hidden_size // config.num_attention_heads, config.layer_norm_eps
-    theta = config.rope_parameters["rope_theta"]
-    turned = int(size * config.rope_parameters["partial_rotary_factor"])
+    (size, theta, turned), eps = _rotation(config), config.layer_norm_eps
     x = F.embedding(ids, w["embed_in.weight"])
     for n in range(config.num_hidden_layers):
         at = f"layers.{n}"

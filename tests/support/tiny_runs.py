@@ -1,15 +1,54 @@
 """Recipes of runs that take a second: `moc train` with the arguments returned here."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from support.rows import choice_rows, pair_rows, write_rows
 
+from moc_cli.cli import run
+
+MOC = {"name": "moc", "rank": 4, "gate": {"projection_dim": 8}}
+
+
+def save_model(folder: Path, family: str) -> None:
+    """Write a tiny model, of an encoder without its head, and its tokenizer."""
+    if family == "bert":
+        make_tiny_model("bert", num_labels=2).base_model.save_pretrained(folder)
+        make_pair_tokenizer().save_pretrained(folder)
+    else:
+        make_tiny_model(family).save_pretrained(folder)
+        make_byte_tokenizer().save_pretrained(folder)
+
+
+def train_on_rows(
+    folder: Path, family: str, rows: list[dict], method: dict[str, Any] = MOC, **data: Any
+) -> Path:
+    """Train one step on rows of a file, with recipe, model, rows and run below `folder`.
+
+    `data` are more keys of that section. Returns the run folder.
+    """
+    save_model(folder / "model", family)
+    write_rows(folder / "rows.jsonl", rows)
+    own = {"suite": "custom", "path": str(folder / "rows.jsonl"), "held_out": 6, "max_length": 32}
+    recipe = {
+        "model": {"model_name_or_path": str(folder / "model")},
+        "method": method,
+        "data": own | data,
+        "train": {"max_steps": 1},
+        "eval": {"before": False},
+        "output": {"output_dir": str(folder / "run"), "save_strategy": "no"},
+        "launch": {"device": "cpu", "num_threads": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    assert run(["train", str(folder / "recipe.yaml"), "--json"]) == 0
+    return folder / "run"
+
 
 def choices_run(folder: Path) -> list[str]:
     """Arguments of a tiny run on ARC-Easy, with its model and rows below `folder`."""
-    make_tiny_model("llama").save_pretrained(folder / "model")
-    make_byte_tokenizer().save_pretrained(folder / "model")
+    save_model(folder / "model", "llama")
     write_rows(folder / "data" / "ARC-Easy" / "train.jsonl", choice_rows(20))
     write_rows(folder / "data" / "ARC-Easy" / "test.jsonl", choice_rows(6))
     recipe = folder / "recipe.yaml"
@@ -30,8 +69,7 @@ launch: {{device: cpu, num_threads: 1}}
 
 def pairs_run(folder: Path) -> list[str]:
     """Arguments of a tiny run on MRPC whose checkpoint lacks the classifier's head."""
-    make_tiny_model("bert", num_labels=2).base_model.save_pretrained(folder / "model")
-    make_pair_tokenizer().save_pretrained(folder / "model")
+    save_model(folder / "model", "bert")
     for task, labels in (("mrpc", [0, 1]), ("stsb", [0.5, 2.0, 4.5])):
         write_rows(folder / "data" / task / "train.jsonl", pair_rows(24, labels))
         write_rows(folder / "data" / task / "validation.jsonl", pair_rows(9, labels))
