@@ -87,7 +87,7 @@ def leave_out_long(
     validation = splits.validation
     if validation and options.protocol in ("rank", "generate"):  # to watch, questions are ranked
         validation = keep("validation", validation, replace(options, protocol="rank"))
-    for part, rows in {"validation": validation, **tests}.items():
+    for part, rows in [("validation", validation), *tests.items()]:
         if rows and not kind.has_targets(rows, tokenizer, options.max_length):
             raise DataError(
                 f"data.max_length cuts off the answer of every row of '{part}'",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.models import make_byte_tokenizer
 
-from moc_cli.data.custom.frame import frame_hash, instruction_prompt
+from moc_cli.data.custom.frame import frame_hash
 from moc_cli.data.examples import InstructionExample
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError
@@ -34,7 +34,7 @@ def test_prompts_of_a_template(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text(OWN)
     prompts = {
-        "alpaca": instruction_prompt("Add", "1 2", "Be exact"),
+        "alpaca": "Be exact\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n",
         "plain": "Be exact\nAdd\n1 2\n",
         str(own): 'Be exact\nJSON: {"task": "Add"}\n1 2\nA: ',
     }

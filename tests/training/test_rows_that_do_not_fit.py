@@ -84,6 +84,17 @@ def test_a_row_too_long_is_named_before_training_left_out_and_counted(folder, ca
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_part_that_loses_every_answer_is_refused(folder, capsys, part):
+    """Also where the task has the name of the part that is watched."""
+    for name in ("validation", "test"):
+        prompt = "x" * 60 if name == part else "say"
+        write(folder / "rows" / f"{name}.jsonl", [(prompt, "ja")] * 3)
+    changes = ["data.max_length=190", f"data.tasks=[{part}]"]
+    assert run([*arguments(folder, *changes), "--dry-run"]) == 2
+    assert f"cuts off the answer of every row of '{part}'" in capsys.readouterr().err
+
+
 def test_rows_that_lose_their_answer_train_nothing_and_are_left_out(folder, capsys):
     long = "x" * POSITIONS
     write(folder / "rows" / "train.jsonl", [(long if n % 2 else "say", "ja") for n in range(12)])
