@@ -304,13 +304,6 @@ class RunFolder:
         content = self.content()
         if not content:
             return
-        if not resume and not overwrite:
-            raise RunError(
-                f"{self.path} is not empty",
-                f"{call.command} --resume auto   # continue that run\n"
-                f"      {call.command} --overwrite   # replace it\n"
-                f"      {call.base} --output-dir OTHER   # leave it alone",
-            )
         foreign = [name for name in content if name not in ENTRIES]
         if not self.recipe_file.is_file() or (overwrite and foreign):
             what = f"holds {', '.join(foreign[:5])}" if foreign else "holds no recipe.yaml"
@@ -318,6 +311,13 @@ class RunFolder:
                 f"{self.path} is not touched: it {what}, so it is not only a run folder",
                 f"look into it, or choose another folder: {call.base} --output-dir OTHER",
             )
+        if resume or overwrite:
+            return
+        ways = [f"{call.command} --resume auto   # continue that run"]
+        if not foreign:
+            ways.append(f"{call.command} --overwrite   # replace it")
+        ways.append(f"{call.base} --output-dir OTHER   # leave it alone")
+        raise RunError(f"{self.path} is not empty", "\n      ".join(ways))
 
     def content(self) -> list[str]:
         """Return the names in the folder, but for the lock and what killed processes left."""

@@ -49,6 +49,20 @@ def test_an_occupied_folder_is_refused_with_the_commands(tmp_path):
     assert (path / "metrics.jsonl").exists()
 
 
+def test_a_hint_names_nothing_that_would_be_refused(tmp_path):
+    path = tmp_path / "run"
+    make_run(path)
+    (path / "thesis.tex").write_text("years")
+    with pytest.raises(RunError, match="is not empty") as caught:
+        RunFolder.claim(path, call=CALL, resume=False, overwrite=False)
+    assert "--resume auto" in caught.value.hint
+    assert "--overwrite" not in caught.value.hint
+    (path / "recipe.yaml").unlink()
+    with pytest.raises(RunError, match=r"not touched: it holds thesis\.tex") as caught:
+        RunFolder.claim(path, call=CALL, resume=False, overwrite=False)
+    assert "--resume" not in caught.value.hint
+
+
 def test_an_empty_folder_is_taken(tmp_path):
     with RunFolder.claim(tmp_path, call=CALL, resume=False, overwrite=False) as run:
         run.begin(RECIPE, fresh=True)

@@ -1,5 +1,6 @@
 """The options of `moc generate`, checked before torch is imported."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class GenerateOptions:
         if is_classifier(data.suite, data.tasks[0], data.format):
             raise MocError(
                 f"{self.run} is a classifier ({', '.join(data.tasks)}): it has no text to give",
-                f"classify new rows: moc predict {self.run} --file FILE",
+                f"classify new rows: moc predict {shlex.quote(str(self.run))} --file FILE",
             )
         return recipe
 

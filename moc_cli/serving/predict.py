@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,10 @@ class PredictOptions:
         recipe = RunFolder.open(self.run).read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
         if not is_classifier(data.suite, data.tasks[0], data.format):
+            words = ["moc", "generate", str(self.run), "--file", str(self.file)]
             raise MocError(
                 f"{self.run} is a language model ({', '.join(data.tasks)}): it has no classes",
-                f"have it write: moc generate {self.run} --file {self.file}",
+                f"have it write: {shlex.join(words)}",
             )
         return recipe
 
