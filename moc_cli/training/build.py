@@ -20,6 +20,7 @@ from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.load import (
+    Loaded,
     build_meta,
     checkpoint_shapes,
     load_config,
@@ -36,7 +37,6 @@ from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.report.output import say
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
-from moc_cli.training.log import Track
 from moc_cli.training.loop_types import Data, Settings
 
 
@@ -91,15 +91,6 @@ def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Pa
     )
 
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe) -> Track | None:
-    """Start the trackers the recipe asks for; return what feeds them."""
-    if not recipe.output.report_to:
-        return None
-    config = _flat(recipe.model_dump(mode="json", exclude_none=True))
-    accelerator.init_trackers("moc", config=config)
-    return lambda values, step: accelerator.log(values, step=step)
-
-
 def make_tokenizer(
     model: ModelSection, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -148,7 +139,7 @@ def encode_rows(
     Raises DataError for examples of any part that the tokenizer or the model cannot take, and where
     no row has an answer left.
     """
-    data, train = recipe.data, recipe.train
+    data = recipe.data
     kind = make_kind(data)
     notes = checks.match(data, model, tokenizer) + compare_tokens(model, tokenizer)
     notes += checks.watched_rows(recipe, splits)
@@ -175,18 +166,25 @@ def encode_rows(
     scoring = make_scoring_options(recipe)
     splits, long = checks.leave_out_long(kind, splits, tokenizer, model, scoring)
     encoded, splits = checks.leave_out_empty(encoded, splits, data.max_length)
+    loop_data = make_data(recipe, kind, encoded, tokenizer)
+    return TrainingRows(kind, splits, encoded, loop_data, notes + long)
+
+
+def make_data(
+    recipe: Recipe, kind: Kind, encoded: Encoded, tokenizer: PreTrainedTokenizerBase
+) -> Data:
+    """Cut encoded rows into the batches that the loop takes."""
     batches = Batches(
         encoded.lengths,
-        train.per_device_train_batch_size,
+        recipe.train.per_device_train_batch_size,
         seed=recipe.seed,
-        group_by_length=train.group_by_length,
+        group_by_length=recipe.train.group_by_length,
     )
 
     def collate(numbers: list[int]) -> dict[str, Any]:
         return kind.collate([encoded.rows[number] for number in numbers], tokenizer)
 
-    loop_data = Data(batches, collate, kind.loss, batches.padding_share())
-    return TrainingRows(kind, splits, encoded, loop_data, notes + long)
+    return Data(batches, collate, kind.loss, batches.padding_share())
 
 
 def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Built:
@@ -196,6 +194,11 @@ def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBa
     """
     loaded = load_model(recipe.model.model_name_or_path, seed=recipe.seed, **_arguments(recipe))
     checks.match(recipe.data, loaded.model, tokenizer)
+    return place_method(recipe, loaded, device)
+
+
+def place_method(recipe: Recipe, loaded: Loaded, device: torch.device) -> Built:
+    """Place the method in a model, and move both to the device."""
     modules = _trained_modules(recipe, loaded.model, loaded.new_modules)
     base_print = loaded.fingerprint
     if modules != loaded.new_modules:
@@ -327,12 +330,3 @@ def _trained_modules(
     ]
     check_modules(model, tuple(more))
     return (*fresh, *more)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value if isinstance(value, str | int | float) else str(value)}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
-    return flat

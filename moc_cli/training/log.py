@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from moc_cli.errors import MocError
 from moc_cli.files import disk_errors, open_own, to_plain, write_bytes_atomic
+from moc_cli.recipe.schema import Recipe
 from moc_cli.run_files import read_bytes
 
 MEASURED = "measured"
@@ -83,3 +86,21 @@ def require_trackers(names: Sequence[str]) -> None:
                 f"output.report_to asks for {name}, but the package {packages[0]} is not installed",
                 f"pip install {packages[0]}, or --set output.report_to=[]",
             )
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> Track | None:
+    """Start the trackers the recipe asks for; return what feeds them."""
+    if not recipe.output.report_to:
+        return None
+    config = _flat(recipe.model_dump(mode="json", exclude_none=True))
+    accelerator.init_trackers("moc", config=config)
+    return lambda values, step: accelerator.log(values, step=step)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value if isinstance(value, str | int | float) else str(value)}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -31,7 +31,7 @@ from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.environment import describe_device, describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.job import Job, Values
-from moc_cli.training.log import MetricsLog, require_trackers
+from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, StepReport, total_steps
 from moc_cli.training.memory import peak_kind
@@ -246,7 +246,7 @@ class Session:
     def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
         """Run the loop under a progress bar."""
         settings, step = job.settings, job.snapshot.counters.step if job.snapshot else 0
-        trackers = build.start_trackers(job.accelerator, job.recipe)
+        trackers = start_trackers(job.accelerator, job.recipe)
         bar = TrainProgress(
             total_steps(settings, job.rows.data.batches),
             every=settings.logging_steps,
