@@ -32,6 +32,7 @@ from moc_cli.recipe.suggest import choices
 from moc_cli.report.output import say
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
+from moc_cli.training.device_checks import check_device_keys
 
 TRAINABLES = "trainables.safetensors"
 DEVICES = ("auto", "cpu", "cuda")
@@ -95,6 +96,7 @@ def open_run(
     recipe = _with_base(recipe, folder, base)
     saved, state = _read_saved(folder, recipe)
     chosen = build.make_accelerator(recipe.launch, (), folder.path).device
+    check_device_keys(recipe, chosen, training=False)
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:

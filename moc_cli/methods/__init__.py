@@ -1,12 +1,12 @@
 """Methods: what is trained, placed in a model by `attach`."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Placed, TextModel
+from moc_cli.models.bitsandbytes import silence_notice
 
 __all__ = ["Adapted", "Counts", "TextModel", "attach", "bare"]
 
@@ -17,20 +17,15 @@ def _controls(model: PreTrainedModel, method: Any, seed: int) -> Placed:
     return ControlsMethod(model, method, seed)
 
 
-def quiet_import() -> None:
-    """Silence the warning about a 4-bit CPU kernel when peft imports bitsandbytes."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
 def _low_rank(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    quiet_import()
+    silence_notice()
     from moc_cli.methods.low_rank import LowRank
 
     return LowRank(model, method, seed)
 
 
 def _molex(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    quiet_import()
+    silence_notice()
     from moc_cli.methods.molex import Molex
 
     return Molex(model, method, seed)

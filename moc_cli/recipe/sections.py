@@ -206,14 +206,17 @@ class DataSection(Section):
 class TrainSection(Section):
     """The optimization."""
 
-    former = {"optim": "adamw"}
-
     num_train_epochs: AboveZero = Field(default=3.0, description="passes over the training data")
     max_steps: StepLimit = Field(
         default=-1, description="number of optimizer steps; -1: as many as num_train_epochs gives"
     )
     per_device_train_batch_size: Positive = Field(default=16, description="rows per micro-batch")
     gradient_accumulation_steps: Positive = Field(default=1, description="micro-batches per step")
+    optim: Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="adamw_fused: in one kernel, on a GPU; adamw_8bit: moments in 8 bits, by "
+        "bitsandbytes; paged_adamw_8bit: and on a GPU, in host memory where the GPU's is short",
+    )
     learning_rate: AboveZero = Field(default=3e-4, description="peak learning rate")
     weight_decay: AtLeastZero = Field(default=0.01, description="not for gates, biases and norms")
     adam_beta1: BelowOne = Field(default=0.9, description="decay of the first moment of AdamW")
@@ -318,8 +321,4 @@ class Sections(Section):
 
 
 # Former keys of older versions, dotted, with the only value they could have.
-FORMER = {
-    f"{name}.{key}": value
-    for name, section in (("train", TrainSection), ("launch", LaunchSection))
-    for key, value in section.former.items()
-}
+FORMER = {f"launch.{key}": value for key, value in LaunchSection.former.items()}

@@ -267,6 +267,7 @@ def make_settings(recipe: Recipe) -> Settings:
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         gradient_checkpointing=train.gradient_checkpointing,
         group_by_length=train.group_by_length,
+        optim=train.optim,
         learning_rate=train.learning_rate,
         gate_learning_rate=gate.learning_rate if gate else None,
         weight_decay=train.weight_decay,

@@ -13,6 +13,7 @@ from moc_cli.errors import DataError, MocError
 from moc_cli.methods import Counts
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
+from moc_cli.training.device_checks import check_device_keys, find_device
 from moc_cli.training.loop_types import total_steps
 
 
@@ -89,6 +90,7 @@ def preview(recipe: Recipe) -> Preview:
     Raises MocError for all that would stop the run before its weights are read, but for rows or a
     tokenizer of the hub that cannot be had at present: those are only reported.
     """
+    check_device_keys(recipe, find_device(recipe.launch), training=True)
     rows = None
     if recipe.data.suite == "custom":  # its rows say what the model has to be
         recipe, rows = build.read_rows(recipe)

@@ -64,16 +64,7 @@ class Loop:
         self.model = accelerator.prepare_model(adapted.model)
         self.named = adapted.named_trainables()
         self.usage = Usage(adapted.recorder(detailed=False, training=True))
-        self.optimizer = optim.build_optimizer(
-            self.named,
-            {name for name in self.named if adapted.no_decay(name)},
-            {name for name in self.named if adapted.in_gate(name)},
-            learning_rate=settings.learning_rate,
-            gate_learning_rate=settings.gate_learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            epsilon=settings.epsilon,
-        )
+        self.optimizer = optim.make_optimizer(adapted, settings)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
         self.total = total_steps(settings, data.batches)
         self.warmup = warmup_steps(settings, self.total)

@@ -26,6 +26,7 @@ class Settings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     group_by_length: bool = True
+    optim: str = "adamw"
     learning_rate: float = 3e-4
     gate_learning_rate: float | None = None  # None: as all others
     weight_decay: float = 0.01

@@ -1,15 +1,43 @@
-"""AdamW over the trainables, and learning rates as pure functions of the step."""
+"""AdamW over the trainables, and learning rates as pure functions of the step.
+
+AdamW is torch's, or that of bitsandbytes with its moments in 8 bits, a scale for each block of 256
+numbers; bitsandbytes keeps those of parameters with fewer than 4,096 numbers in 32 bits.
+"""
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from moc_cli.errors import MocError
+from moc_cli.methods import Adapted
+from moc_cli.models.bitsandbytes import import_bitsandbytes
+from moc_cli.training.loop_types import Settings
+from moc_cli.training.memory import tensor_bytes
 
 SCHEDULES = ("linear", "cosine", "constant")
+BLOCK = 256  # numbers that share a scale in the moments of bitsandbytes
+# The maps from 8 bits to numbers, the same for every parameter: they are not saved.
+_MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
+
+
+def make_optimizer(adapted: Adapted, settings: Settings) -> torch.optim.Optimizer:
+    """Return the optimizer of a run; `build_optimizer` says of what."""
+    named = adapted.named_trainables()
+    return build_optimizer(
+        named,
+        {name for name in named if adapted.no_decay(name)},
+        {name for name in named if adapted.in_gate(name)},
+        kind=settings.optim,
+        learning_rate=settings.learning_rate,
+        gate_learning_rate=settings.gate_learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        epsilon=settings.epsilon,
+    )
 
 
 def build_optimizer(
@@ -17,13 +45,14 @@ def build_optimizer(
     no_decay: set[str],
     gate: Collection[str] = (),
     *,
+    kind: str = "adamw",
     learning_rate: float,
     gate_learning_rate: float | None = None,
     weight_decay: float,
     betas: tuple[float, float],
     epsilon: float,
-) -> torch.optim.AdamW:
-    """Return AdamW; names in `no_decay` take no weight decay.
+) -> torch.optim.Optimizer:
+    """Return AdamW of a kind of `train.optim`; names in `no_decay` take no weight decay.
 
     Names in `gate` have `gate_learning_rate`, if there is one. A group's `initial_lr` is its peak
     rate, as torch's schedulers call it.
@@ -38,7 +67,18 @@ def build_optimizer(
         {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in members.items()
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon)
+    options: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": epsilon}
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    if kind == "adamw_fused":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    optimizers = import_bitsandbytes().optim
+    if kind == "adamw_8bit":
+        optimizer = optimizers.AdamW8bit(groups, **options)
+    else:
+        optimizer = optimizers.PagedAdamW8bit(groups, **options)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def rate_factor(step: int, *, kind: str, total: int, warmup: int) -> float:
@@ -66,7 +106,9 @@ def optimizer_tensors(
     tensors = {}
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+            if key not in _MAPS:
+                value = torch.as_tensor(value).detach().cpu().contiguous().clone()
+                tensors[f"{name}.{key}"] = value
     return tensors
 
 
@@ -77,29 +119,33 @@ def load_optimizer_tensors(
 
     Raises MocError when a name or a shape fits no parameter.
     """
-    states: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, dict[str, Any]] = {}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition(".")
         if name not in named:
             raise MocError(f"the optimizer state holds {full!r}, but no parameter has that name")
-        if tensor.dim() and tensor.shape != named[name].shape:
+        shape, parameter = tuple(tensor.shape), named[name]
+        blocks = (math.ceil(parameter.numel() / BLOCK),)
+        if tensor.dim() and shape != (blocks if key.startswith("absmax") else parameter.shape):
             raise MocError(
-                f"the optimizer state of {name!r} has shape {tuple(tensor.shape)}, "
-                f"the parameter {tuple(named[name].shape)}"
+                f"the optimizer state of {name!r} has shape {shape}, "
+                f"the parameter {tuple(parameter.shape)}"
             )
-        states.setdefault(name, {})[key] = tensor
+        counted = tensor.dim() == 0 and not tensor.is_floating_point()  # steps of bitsandbytes
+        states.setdefault(name, {})[key] = int(tensor) if counted else tensor
     names = {id(parameter): name for name, parameter in named.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     loaded = optimizer.state_dict()
     loaded["state"] = {i: states[name] for i, name in enumerate(order) if name in states}
     optimizer.load_state_dict(loaded)
+    maps = getattr(optimizer, "name2qmap", {})
+    for parameter in named.values():
+        state = optimizer.state.get(parameter, {})
+        if "absmax1" in state:
+            state |= {key: maps[name].to(parameter.device) for key, name in _MAPS.items()}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of all tensors in the optimizer's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+    states = optimizer.state.values()
+    return tensor_bytes(v for state in states for v in state.values() if isinstance(v, Tensor))

@@ -1,5 +1,6 @@
 """Which run a checkpoint belongs to, and what may change when it is resumed."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from moc_cli.models.fingerprint import (
 )
 from moc_cli.models.load import known_hash
 from moc_cli.recipe.paths import PATH_KEYS, absolute_path
+from moc_cli.recipe.reference import keys
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import FORMER, ModelSection
 from moc_cli.runs import RunFolder
@@ -80,12 +82,15 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     Raises RunError naming every key that makes it another run.
     """
     before, after = _flat(saved), _flat(wanted)
+    defaults = {row.key: json.loads(row.default) for row in keys() if row.default}
     changes, refused = [], []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if key in PATH_KEYS:  # older runs kept paths as they were typed
             old, new = absolute_path(old), absolute_path(new)
         if old == new or key in FORMER and new is None and old == FORMER[key]:
+            continue
+        if key not in before and new == defaults.get(key):  # a key of later versions
             continue
         if key in BATCH_KEYS and _rows_a_step(before) == _rows_a_step(after):
             continue  # see `keep_place`

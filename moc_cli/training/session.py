@@ -28,6 +28,7 @@ from moc_cli.runs import Call, RunFolder
 from moc_cli.scoring.results import Evaluation
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
+from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.environment import describe_device, describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.job import Job, Values
@@ -116,6 +117,7 @@ class Session:
         accelerator = build.make_accelerator(
             recipe.launch, recipe.output.report_to, folder.trackers
         )
+        check_device_keys(recipe, accelerator.device, training=True)
         self.say(lines.device_line(describe_device(accelerator.device)))
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
         shapes = build.build_shapes(recipe).model

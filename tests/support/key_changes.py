@@ -214,6 +214,7 @@ OTHERS = {
     "train.max_steps": Change(4, lambda run: run.loop.outcome.counters.step),
     "train.per_device_train_batch_size": Change(5, lambda run: max(map(len, _order(run)))),
     "train.gradient_accumulation_steps": Change(2, lambda run: 1 / run.loop.scales[0]),
+    "train.optim": Change("adamw_8bit", lambda run: run.loop.optimizer_name, "AdamW8bit"),
     "train.learning_rate": Change(0.002, lambda run: run.loop.losses[0]["lr"], also=STEPS),
     "train.weight_decay": Change(0.3, _of_optimizer("weight_decay")),
     "train.adam_beta1": Change(0.7, lambda run: run.loop.optimizer["betas"][0]),

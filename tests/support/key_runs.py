@@ -238,6 +238,7 @@ class KeyRun:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return SimpleNamespace(
             optimizer=start,
+            optimizer_name=type(loop.optimizer).__name__,
             outcome=outcome,
             scales=adapted.scales,
             state=adapted.state(),

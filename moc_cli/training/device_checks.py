@@ -1,0 +1,61 @@
+"""Keys of a recipe that a device or the installed packages cannot honour, asked before weights
+load.
+"""
+
+import torch
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from moc_cli.errors import MocError
+from moc_cli.models.bitsandbytes import has_bitsandbytes
+from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.sections import LaunchSection
+
+ON_GPU = {
+    "adamw_fused": "updates all parameters in one kernel of a GPU",
+    "paged_adamw_8bit": "moves a GPU's memory to the host",
+}
+_INSTALL = "is not installed (pip install bitsandbytes)"
+
+
+def find_device(launch: LaunchSection) -> torch.device:
+    """Return where the section runs: on the GPU, unless there is none or it asks for the CPU."""
+    here = launch.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if here else "cpu")
+
+
+def check_device_keys(recipe: Recipe, device: torch.device, *, training: bool) -> None:
+    """Raise MocError naming every key that cannot be honoured on `device`.
+
+    The keys of the optimizer count in `training` alone.
+    """
+    wrong = [*_model_problems(recipe, device), *(_optimizer_problems(recipe, device, training))]
+    if wrong:
+        raise MocError("\n".join(wrong))
+
+
+def _model_problems(recipe: Recipe, device: torch.device) -> list[str]:
+    wrong = []
+    if recipe.model.attn_implementation == "flash_attention_2":
+        key = "model.attn_implementation: flash_attention_2 needs"
+        if device.type != "cuda":
+            wrong.append(f"{key} a GPU, and this runs on the {device.type}; allowed here: sdpa")
+        elif not is_flash_attn_2_available():
+            wrong.append(f"{key} the package flash-attn, which is not installed; or take sdpa")
+    if recipe.train.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name(device)
+        wrong.append(f"train.bf16: {name} has no bfloat16; leave it out")
+    return wrong
+
+
+def _optimizer_problems(recipe: Recipe, device: torch.device, training: bool) -> list[str]:
+    kind = recipe.train.optim
+    if not training:
+        return []
+    if kind in ON_GPU and device.type != "cuda":
+        return [
+            f"train.optim: {kind} {ON_GPU[kind]}, and this runs on the {device.type}; allowed "
+            "here: adamw, adamw_8bit"
+        ]
+    if kind.endswith("8bit") and not has_bitsandbytes():
+        return [f"train.optim: {kind} needs bitsandbytes, which {_INSTALL}"]
+    return []
