@@ -29,7 +29,7 @@ FLOORS = [
     {"scoring"},
     {"kinds"},
     {"training"},
-    {"load_run"},
+    {"planning", "load_run"},
     {"peft"},
     {"evaluation", "inspection", "export", "comparison", "serving"},
     {"api"},

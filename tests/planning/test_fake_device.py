@@ -1,0 +1,142 @@
+"""What a training step asks of a device: host syncs, kernels, bytes; on one that is not there."""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_tiny_model, tiny_config
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moc_cli.methods import attach
+from moc_cli.planning.fake_device import META, FakeDevice
+from moc_cli.planning.live_memory import LiveMemory
+from moc_cli.planning.replay import STEPS, Measured, Phases, counted, make_loop, replay
+from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
+from moc_cli.training.loop_types import Settings
+
+METHODS: dict[str, Any] = {
+    "control": ControlMethod(rank=4),
+    "moc": MocMethod(rank=4),
+    "moc-rows": MocMethod(rank=4, routing={"level": "sample"}),
+    "lora": LoraMethod(rank=4),
+}
+SYNCS_OF_A_LAYER = {"moc": 2, "moc-rows": 8}  # in a step, beside those of control
+KERNELS_TO_CONTROL = {"forward": 2.6, "backward": 2.9}  # of a layer, at most
+
+
+def shapes_of(family: str = "llama", **changes: Any) -> PreTrainedModel:
+    with META:
+        return AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+
+
+def batch(rows: int = 8, tokens: int = 48) -> dict[str, torch.Tensor]:
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[-1, tokens // 2 :] = 0  # there is padding, as in nearly every batch
+    ids = torch.full((rows, tokens), 7)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@cache
+def step(method: str, layers: int) -> Measured:
+    adapted = attach(shapes_of(num_hidden_layers=layers), METHODS[method])
+    return replay(adapted, batch(), "causal", Settings())
+
+
+def syncs_in(measured: Measured, part: str) -> int:
+    return sum(count for sync, count in measured.fake.syncs.items() if part in sync.line)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_host_syncs_of_a_step(method: str) -> None:
+    syncs = step(method, 2).fake.syncs
+    extra = syncs.total() - step("control", 2).fake.syncs.total()
+    assert extra <= 2 * SYNCS_OF_A_LAYER.get(method, 0), syncs
+    assert syncs_in(step(method, 2), "transformers/") == 2  # it looks for padding in the mask
+
+
+def test_kernels_of_a_layer_against_control() -> None:
+    def of_a_layer(name: str) -> Counter[str]:
+        return step(name, 4).fake.kernels - step(name, 2).fake.kernels
+
+    ours, control = of_a_layer("moc"), of_a_layer("control")
+    for way, limit in KERNELS_TO_CONTROL.items():
+        assert ours[way] <= limit * control[way], (dict(ours), dict(control))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_planned_bytes_are_those_of_a_real_step(method: str) -> None:
+    """The same loop on the CPU, its tensors counted: within 3 % of the fake one, in each part."""
+    planned = replay(
+        attach(shapes_of(), METHODS[method]), batch(), "causal", Settings(), like="cpu"
+    )
+    cpu = torch.device("cpu")
+    loop = make_loop(
+        attach(make_tiny_model("llama"), METHODS[method]), batch(), "causal", Settings(), cpu
+    )
+    with counted(loop, Phases(loop), cpu) as memory, loop.usage:
+        for _ in range(STEPS):
+            memory.restart()
+            loop.train_step()
+    assert planned.peak == pytest.approx(memory.peak, rel=0.03)
+    for part in ("weights", "controls"):
+        assert planned.parts[part] == memory.parts[part]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_keeps_no_scores(masked: bool) -> None:
+    """Twice as long rows take twice the memory, beside the mask, as flash attention does."""
+    peaks = []
+    for tokens in (512, 1024):
+        with FakeDevice(), LiveMemory("meta", lambda: "all") as memory:
+            mask = (
+                torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=META) if masked else None
+            )
+            start = memory.total + masked * 2 * tokens**2  # the mask in the rows' type
+            q = torch.empty(1, 8, tokens, 16, dtype=torch.bfloat16, device=META)
+            q.requires_grad_()
+            F.scaled_dot_product_attention(q, q, q, mask, is_causal=not masked).sum().backward()
+            peaks.append(memory.peak - start)
+    assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.01)
+
+
+def test_values_are_answered_and_counted() -> None:
+    tensor = torch.zeros(3, 2, device=META)
+    with FakeDevice() as fake:
+        assert tensor.sum().item() == 1.0
+        assert tensor.tolist() == [[0, 0]] * 3
+        assert not (tensor > 0).any()
+        assert tensor[tensor > 0].shape == (6,)
+        torch.tensor([1], device=META)
+        torch.zeros(2).to(META, non_blocking=True)
+    assert sorted(sync.what for sync in fake.syncs.elements()) == [
+        "_local_scalar_dense",
+        "_local_scalar_dense",
+        "copy",
+        "index",
+        "tensor",
+    ]
+    assert all("test_fake_device.py" in sync.line for sync in fake.syncs)
+
+
+def test_tensors_of_the_host_are_refused() -> None:
+    layer = nn.Linear(4, 4, device=META)
+    with FakeDevice(), pytest.raises(RuntimeError, match="a tensor of the host"):
+        layer(torch.zeros(2, 4))
+
+
+def test_memory_counts_each_storage_once_until_it_is_free() -> None:
+    with LiveMemory("cpu", lambda: "x") as memory:
+        first = torch.zeros(256)  # 1 KiB
+        view = first[:4]
+        second = torch.zeros(100)  # a block of 512
+        assert memory.live == {"x": 1536}
+        memory.assign([view], "y")
+        del first, second
+        assert +memory.live == {"y": 1024}
+        del view
+        assert memory.total == 0
+    assert memory.peak == 1536
