@@ -218,6 +218,14 @@ class Compared(Shape):
     resamples: Whole
 
 
+class Benched(Shape):
+    """bench.json."""
+
+    methods: dict[str, Any]
+    measured: str
+    repeats: Whole
+
+
 class Routed(Shape):
     """routing.json."""
 

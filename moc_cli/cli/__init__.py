@@ -31,6 +31,7 @@ COMMANDS = {
     "predict": ("predict", "predict"),
     "export": ("export", "export"),
     "import": ("import_controls", "import_controls"),
+    "bench": ("bench", "bench"),
     "recipes": ("recipes", "app"),
 }
 

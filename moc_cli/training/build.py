@@ -235,14 +235,24 @@ def build_shapes(recipe: Recipe) -> Adapted:
 
     Whether the checkpoint lacks more than a classifier's head is seen only on loading.
     """
+    model = base_shape(recipe)
+    modules = _trained_modules(recipe, model, fresh_modules(recipe, model))
+    return attach(model, recipe.method, new_modules=modules, seed=recipe.seed)
+
+
+def base_shape(recipe: Recipe) -> PreTrainedModel:
+    """Return the base model's shapes, on the meta device; no weights are read."""
     model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
     checks.check_family(recipe, model)
-    fresh: tuple[str, ...] = ()
-    if make_kind(recipe.data).loss != "causal":
-        kept = (model.base_model_prefix, *_own_head(recipe, model))
-        fresh = tuple(name for name, _ in model.named_children() if name not in kept)
-    modules = _trained_modules(recipe, model, fresh)
-    return attach(model, recipe.method, new_modules=modules, seed=recipe.seed)
+    return model
+
+
+def fresh_modules(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the modules of a model that its checkpoint is expected to lack: a classifier's."""
+    if make_kind(recipe.data).loss == "causal":
+        return ()
+    kept = (model.base_model_prefix, *_own_head(recipe, model))
+    return tuple(name for name, _ in model.named_children() if name not in kept)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

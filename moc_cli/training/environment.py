@@ -26,8 +26,7 @@ def describe_environment(
 ) -> dict[str, Any]:
     """Return what environment.json holds."""
     return {
-        "versions": {"moc": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        "versions": describe_versions(),
         "platform": platform.platform(),
         "device": describe_device(device),
         "git": git_state(),
@@ -40,6 +39,12 @@ def describe_environment(
         "tokenizer": {"vocabulary_sha256": vocabulary},
         "data": data,
     }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Return the versions of this program, of Python, and of the packages that compute."""
+    own = {"moc": __version__, "python": platform.python_version()}
+    return own | {name: _version(name) for name in PACKAGES}
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""`moc bench`: what methods cost side by side, on random weights of the recipe's shapes."""

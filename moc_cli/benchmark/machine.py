@@ -1,0 +1,73 @@
+"""Whether the machine is free to be measured on, and what it is."""
+
+import platform
+import subprocess
+from typing import Any
+
+import psutil
+import torch
+
+from moc_cli.errors import MocError
+from moc_cli.report.numbers import byte_size
+from moc_cli.training.environment import describe_device, describe_versions, git_state
+
+OTHERS = 2**30  # bytes on a GPU that are no sign of other work, as our own context takes some
+BUSY = 10  # percent of a GPU's time
+LOADED = 20  # percent of the processors' time
+
+
+def check_idle(device: torch.device) -> dict[str, Any]:
+    """Return how busy the device is, before the benchmark itself does anything.
+
+    Raises MocError for a GPU with work or memory of others.
+    """
+    if device.type != "cuda":
+        return {"cpu_percent": psutil.cpu_percent(interval=0.3)}
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    used = _utilization(device)
+    wait = "wait until it is free, or choose another one: CUDA_VISIBLE_DEVICES"
+    if others > OTHERS:
+        raise MocError(f"the GPU is in use: others hold {byte_size(others)} of its memory", wait)
+    if used is not None and used > BUSY:
+        raise MocError(f"the GPU is in use: it is busy for {used} % of the time", wait)
+    return {"gpu_percent": used, "gpu_bytes_of_others": others}
+
+
+def load_remark(load: dict[str, Any]) -> str | None:
+    """Return what is to be said of a busy CPU."""
+    percent = load.get("cpu_percent") or 0
+    if percent <= LOADED:
+        return None
+    return (
+        f"other work keeps the processors busy for {percent:.0f} % of the time: "
+        "times are longer than they would be, and ratios less sure"
+    )
+
+
+def describe_machine(device: torch.device, load: dict[str, Any]) -> dict[str, Any]:
+    """Return what the figures depend on: versions, platform, device, commit, and the load."""
+    return {
+        "versions": describe_versions(),
+        "platform": platform.platform(),
+        "device": describe_device(device),
+        "git": git_state(),
+        "load": load,
+    }
+
+
+def _utilization(device: torch.device) -> int | None:
+    """Return for how many percent of the last moment a GPU was busy; None where unknown."""
+    identifier = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-i", identifier, *query],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        return int(done.stdout.strip())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

@@ -1,0 +1,86 @@
+"""One call of `moc bench`: check the machine, build the models, measure in turns, sum up."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moc_cli.benchmark.generation import Lengths, measure_generation
+from moc_cli.benchmark.machine import check_idle, describe_machine, load_remark
+from moc_cli.benchmark.models import Bases
+from moc_cli.benchmark.steps import measure_steps
+from moc_cli.benchmark.summary import CONFIDENCE, summarize_generation, summarize_steps
+from moc_cli.benchmark.variants import Variant, with_bases
+from moc_cli.report.progress import WorkProgress
+from moc_cli.training import build
+from moc_cli.training.memory import ALLOCATED
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure: turns that count and turns before them, how many of the model's layers (None:
+    all), whether rows are the recipe's own; `lengths` of texts where generation is measured.
+    """
+
+    repeats: int = 10
+    warmup: int = 2
+    layers: int | None = None
+    own_rows: bool = False
+    lengths: Lengths | None = None
+
+
+def run(
+    recipe: str, variants: Sequence[Variant], options: Options, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure and return what `moc bench --json` prints; messages go to `say`.
+
+    Raises MocError for a GPU with other work, and naming a variant that does not fit in memory.
+    """
+    first = variants[0].recipe
+    with tempfile.TemporaryDirectory(prefix="moc-bench-") as name:
+        folder = Path(name)
+        accelerator = build.make_accelerator(first.launch, (), folder)
+        device = accelerator.device
+        load = check_idle(device)
+        if (remark := load_remark(load)) is not None:
+            say(remark)
+        bases = Bases(device, options.layers)
+        arms = variants if options.lengths is None else with_bases(variants)
+        turns = options.repeats + options.warmup
+        with WorkProgress("bench", turns * len(arms)) as bar:
+
+            def observe(done: int, variant: str) -> None:
+                bar.observe(done, facts=variant)
+
+            counts = {"repeats": options.repeats, "warmup": options.warmup}
+            if options.lengths is None:
+                measured = measure_steps(
+                    variants,
+                    bases,
+                    accelerator,
+                    folder,
+                    own_rows=options.own_rows,
+                    on_progress=observe,
+                    **counts,
+                )
+                methods = summarize_steps(measured)
+            else:
+                written = measure_generation(
+                    variants, bases, device, options.lengths, on_progress=observe, **counts
+                )
+                methods = summarize_generation(written, options.lengths.new)
+    return {
+        "methods": methods,
+        "measured": "training" if options.lengths is None else "generation",
+        "recipe": recipe,
+        "model": first.model.model_name_or_path,
+        "layers": options.layers,
+        "rows": "data" if options.own_rows else "full",
+        "max_length": first.data.max_length,
+        "lengths": options.lengths,
+        **counts,
+        "confidence": CONFIDENCE,
+        "memory_kind": ALLOCATED if device.type == "cuda" else None,
+        "environment": describe_machine(device, load),
+    }

@@ -1,0 +1,147 @@
+"""What a benchmark compares: methods, and values of recipe keys that are tried one after another.
+
+No torch here: a mistake is reported before it is imported.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from moc_cli.errors import MocError
+from moc_cli.recipe import reader
+from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.methods import METHODS
+from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.suggest import choices
+
+BASE = "base"
+# Methods that mean the same by keys of the same name: a recipe's own values go over to these.
+_KIN = ({"moc", "control"}, {"lora", "dora", "molex"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe with one method and one set of tried values.
+
+    `changes` are texts such as `method.top_k=3`; those outside of `method` are `shared` with the
+    variants that it is compared with. `bare`: the base model without the method.
+    """
+
+    recipe: Recipe
+    changes: tuple[str, ...] = ()
+    bare: bool = False
+
+    @property
+    def method(self) -> str:
+        """The method's name, or `base`."""
+        return BASE if self.bare else self.recipe.method.name
+
+    @property
+    def name(self) -> str:
+        """The method, and what is tried with it."""
+        return " ".join([self.method, *self.changes])
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The tried values that are not of the method."""
+        return tuple(change for change in self.changes if not _is_of_method(change))
+
+
+def make_variants(
+    recipe: str, changes: Sequence[str], methods: Sequence[str], vary: Sequence[str]
+) -> list[Variant]:
+    """Return each method with each combination of the values tried, methods in their order.
+
+    `changes` are those of `--set`. A method's keys are tried with the methods that have them. A
+    method beside the recipe's own has its own defaults; keys that it shares with a kin (`control`
+    with `moc`) have the recipe's values. Raises MocError for an unknown method or a wrong key.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise MocError(f"--methods: '{name}' is no method{choices(name, list(METHODS))}")
+    if not methods:
+        raise MocError("--methods names no method", f"known: {', '.join(METHODS)}")
+    own = load_recipe(recipe, changes)
+    tried = [_values(text) for text in vary]
+    unused = [key for key, _ in tried if not any(_has(name, key) for name in methods)]
+    if unused:
+        raise MocError(
+            f"--vary: none of the methods {', '.join(methods)} has the key {unused[0]}",
+            "moc recipes schema lists the keys of each method",
+        )
+    variants = {}
+    for name in dict.fromkeys(methods):
+        fitting = [texts for key, texts in tried if _has(name, key)]
+        for combination in product(*fitting):
+            variant = Variant(
+                load_recipe(recipe, [*_of_method(own, name, changes), *combination]), combination
+            )
+            variants[variant.name] = variant
+    return list(variants.values())
+
+
+def with_bases(variants: Sequence[Variant]) -> list[Variant]:
+    """Return the variants, and before those that share tried values the bare base with them."""
+    bases = {v.shared: Variant(v.recipe, v.shared, bare=True) for v in reversed(variants)}
+    result = []
+    for variant in variants:
+        if variant.shared in bases:
+            result.append(bases.pop(variant.shared))
+        result.append(variant)
+    return result
+
+
+def _of_method(own: Recipe, name: str, changes: Sequence[str]) -> list[str]:
+    """Return the changes with which a recipe has another method."""
+    if name == own.method.name:
+        return list(changes)
+    section: dict[str, Any] = {"name": name}
+    if any({name, own.method.name} <= kin for kin in _KIN):
+        written = own.method.model_dump(mode="json", exclude_unset=True)
+        fields = METHODS[name].model_fields
+        section = {key: value for key, value in written.items() if key in fields} | section
+    others = [change for change in changes if not _is_of_method(change)]
+    return [*others, f"method={json.dumps(section)}"]
+
+
+def _is_of_method(change: str) -> bool:
+    return change.partition("=")[0].strip().partition(".")[0] == "method"
+
+
+def _has(method: str, key: str) -> bool:
+    """Whether a recipe of this method can have the key; keys elsewhere are the same for all."""
+    section, *path = key.split(".")
+    if section != "method":
+        return True
+    values: Any = METHODS[method]().model_dump()
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _values(text: str) -> tuple[str, list[str]]:
+    """Return the key of a `KEY=VALUE,VALUE`, and a change of the recipe for each value."""
+    key, equals, values = text.partition("=")
+    document = reader.read_yaml(f"[{values}]")
+    key = key.strip()
+    if not equals or document.mistakes or not document.value:
+        raise MocError(
+            f"--vary {text}: expected KEY=VALUE,VALUE",
+            "for example --vary method.top_k=1,3,7",
+        )
+    if key == "method" or key.startswith(("launch.", "output.", "data.suite", "data.tasks")):
+        raise MocError(
+            f"--vary {key}: this is the same for everything that is compared",
+            "methods are named by --methods",
+        )
+    return key, [f"{key}={_written(value)}" for value in document.value]
+
+
+def _written(value: Any) -> str:
+    """Return a value as a text that is read back to it, without quotes where it needs none."""
+    plain = isinstance(value, str) and reader.read_yaml(value).value == value
+    return value if plain else json.dumps(value)

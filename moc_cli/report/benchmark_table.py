@@ -1,0 +1,50 @@
+"""What `moc bench` measured, as a table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moc_cli.report.numbers import MISSING, byte_size, decimal
+from moc_cli.report.tables import FittedTable
+
+COLUMN_WIDTH = 14
+
+
+def benchmark_table(results: Mapping[str, Any]) -> FittedTable:
+    """Show what `moc bench --json` prints: times, speed, memory, and the ratios with intervals."""
+    training = results["measured"] == "training"
+    entries = results["methods"]
+    others = [
+        name
+        for name in (("control", "lora") if training else ("base",))
+        if any(e[f"ratio_to_{name}"] for e in entries.values() if e["method"] != name)
+    ]
+    time = ["s a step", "examples/s"] if training else ["rows", "s a batch"]
+    ratio = "time" if training else "tokens/s"
+    head = ["method", *time, "tokens/s", "peak memory", *(f"{ratio} ÷\n{name}" for name in others)]
+    rows = []
+    for entry in entries.values():
+        if training:
+            cells = [_digits(entry["step_seconds"]), _digits(entry["examples_per_second"])]
+        else:
+            cells = [str(entry["rows"]), _digits(entry["batch_seconds"])]
+        peak = entry["peak_bytes"]
+        cells += [_digits(entry["tokens_per_second"]), MISSING if peak is None else byte_size(peak)]
+        cells += [_ratio(entry, other) for other in others]
+        tried = [change.rpartition(".")[2] for change in entry["changes"]]
+        rows.append([" ".join([entry["method"], *tried]), *cells])
+    what = "Training steps" if training else "Generation"
+    turns = f"medians of {results['repeats']} turns; of ratios also the 95 % interval"
+    return FittedTable(what, head, rows, notes=[turns], column_width=COLUMN_WIDTH)
+
+
+def _ratio(entry: Mapping[str, Any], other: str) -> str:
+    value = entry[f"ratio_to_{other}"]
+    if value is None or entry["method"] == other:
+        return MISSING
+    low, high = entry["interval"][f"ratio_to_{other}"]
+    return f"{value:.3f}\n{low:.3f}–{high:.3f}"
+
+
+def _digits(value: float) -> str:
+    """Return a number with about three digits that say something."""
+    return decimal(value, 0 if value >= 100 else 1 if value >= 10 else 3 if value < 1 else 2)
