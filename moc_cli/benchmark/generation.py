@@ -2,7 +2,6 @@
 
 import copy
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moc_cli.benchmark.machine import Clock
 from moc_cli.benchmark.memory import Memory
 from moc_cli.benchmark.models import Bases, sharing_copy
 from moc_cli.benchmark.steps import Progress, naming, wait
@@ -52,6 +52,7 @@ def measure_generation(
     *,
     repeats: int,
     warmup: int,
+    clock: Clock,
     on_progress: Progress,
 ) -> list[Written]:
     """Let every variant and the bare base write greedily for `warmup`, then for `repeats` turns.
@@ -69,7 +70,8 @@ def measure_generation(
     for turn in range(warmup + repeats):
         for number, variant in enumerate(arms):
             with naming(variant), evaluating(models[number]):
-                taken, working = _write(models[number], prompts[number].to(device), lengths.new)
+                ids = prompts[number].to(device)
+                taken, working = _write(models[number], ids, lengths.new, clock)
             if turn >= warmup:
                 seconds[number].append(taken)
                 peaks[number] = max(peaks[number], working)
@@ -103,7 +105,7 @@ def _prompts(variant: Variant, model: PreTrainedModel, lengths: Lengths) -> Tens
     return torch.tensor([rng.choices(tokens, k=lengths.prompt) for _ in rows])
 
 
-def _write(model: Any, ids: Tensor, new: int) -> tuple[float, int]:
+def _write(model: Any, ids: Tensor, new: int, clock: Clock) -> tuple[float, int]:
     """Return the seconds of `new` greedy tokens after each prompt, and the bytes beyond the model's
     (0 on a CPU, which does not tell).
     """
@@ -112,7 +114,7 @@ def _write(model: Any, ids: Tensor, new: int) -> tuple[float, int]:
         torch.cuda.reset_peak_memory_stats(ids.device)
         before = torch.cuda.memory_allocated(ids.device)
     wait(ids.device)
-    begin = time.perf_counter()
+    begin = clock()
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -123,7 +125,7 @@ def _write(model: Any, ids: Tensor, new: int) -> tuple[float, int]:
         pad_token_id=0,
     )
     wait(ids.device)
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     return seconds, torch.cuda.max_memory_allocated(ids.device) - before if ids.is_cuda else 0
 
 

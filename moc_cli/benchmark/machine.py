@@ -2,6 +2,8 @@
 
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -14,6 +16,8 @@ from moc_cli.training.environment import describe_device, describe_versions, git
 OTHERS = 2**30  # bytes on a GPU that are no sign of other work, as our own context takes some
 BUSY = 10  # percent of a GPU's time
 LOADED = 20  # percent of the processors' time
+
+Clock = Callable[[], float]
 
 
 def check_idle(device: torch.device) -> dict[str, Any]:
@@ -34,14 +38,20 @@ def check_idle(device: torch.device) -> dict[str, Any]:
     return {"gpu_percent": used, "gpu_bytes_of_others": others}
 
 
-def load_remark(load: dict[str, Any]) -> str | None:
-    """Return what is to be said of a busy CPU."""
+def choose_clock(load: dict[str, Any]) -> tuple[Clock, str, str | None]:
+    """Return a clock, what it shows, and what is to be said of a busy CPU.
+
+    Beside other work the time that passes says little: then the processors' time of this program
+    is taken, of all its threads together.
+    """
     percent = load.get("cpu_percent") or 0
     if percent <= LOADED:
-        return None
+        return time.perf_counter, "elapsed", None
     return (
-        f"other work keeps the processors busy for {percent:.0f} % of the time: "
-        "times are longer than they would be, and ratios less sure"
+        time.process_time,
+        "processor",
+        f"other work keeps the processors busy for {percent:.0f} % of the time: times are "
+        "processor time of this program, not elapsed time",
     )
 
 

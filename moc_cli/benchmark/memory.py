@@ -1,4 +1,4 @@
-"""The peak memory of one training step: measured by the allocator of a GPU."""
+"""The peak memory of one training step: told by the allocator of a GPU, counted on a CPU."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from moc_cli.planning.replay import Phases, counted
 from moc_cli.training.loop import Loop
 from moc_cli.training.memory import tensor_bytes
 
@@ -13,7 +14,7 @@ from moc_cli.training.memory import tensor_bytes
 @dataclass(frozen=True)
 class Memory:
     """Bytes that a step takes at most, and those `kept` between steps: weights, trained parameters
-    and the optimizer's state. None where the device does not tell.
+    and the optimizer's state. None where nothing tells them.
     """
 
     peak: int | None
@@ -29,7 +30,7 @@ def measure_peak(loop: Loop) -> Memory:
     """Take one more step, and return what its model alone needs; the other models do not count."""
     kept = tensor_bytes(_kept(loop))
     if loop.device.type != "cuda":
-        return Memory(None, kept)
+        return Memory(_counted_peak(loop), kept)
     torch.cuda.synchronize(loop.device)
     torch.cuda.reset_peak_memory_stats(loop.device)
     before = torch.cuda.memory_allocated(loop.device)
@@ -38,8 +39,23 @@ def measure_peak(loop: Loop) -> Memory:
     return Memory(torch.cuda.max_memory_allocated(loop.device) - before + kept, kept)
 
 
+def _counted_peak(loop: Loop) -> int:
+    """Take a step, and return the highest number of bytes in tensors of its model."""
+    phases = Phases(loop)
+    with counted(loop, phases, loop.device) as memory:
+        memory.assign(_optimizer_state(loop), "optimizer")
+        memory.restart()
+        loop.train_step()
+    phases.remove()
+    return memory.peak
+
+
 def _kept(loop: Loop) -> list[Tensor]:
     model = loop.adapted.model
-    states = (state.values() for state in loop.optimizer.state.values())
-    values = chain(model.parameters(), model.buffers(), loop.named.values(), *states)
+    trained = loop.named.values()
+    return [*model.parameters(), *model.buffers(), *trained, *_optimizer_state(loop)]
+
+
+def _optimizer_state(loop: Loop) -> list[Tensor]:
+    values = chain.from_iterable(state.values() for state in loop.optimizer.state.values())
     return [value for value in values if isinstance(value, Tensor)]

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moc_cli.benchmark.generation import Lengths, measure_generation
-from moc_cli.benchmark.machine import check_idle, describe_machine, load_remark
+from moc_cli.benchmark.machine import check_idle, choose_clock, describe_machine
 from moc_cli.benchmark.models import Bases
 from moc_cli.benchmark.steps import measure_steps
 from moc_cli.benchmark.summary import CONFIDENCE, summarize_generation, summarize_steps
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
 from moc_cli.training import build
-from moc_cli.training.memory import ALLOCATED
+from moc_cli.training.memory import ALLOCATED, COUNTED
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def run(
         accelerator = build.make_accelerator(first.launch, (), folder)
         device = accelerator.device
         load = check_idle(device)
-        if (remark := load_remark(load)) is not None:
+        clock, clock_name, remark = choose_clock(load)
+        if remark is not None:
             say(remark)
         bases = Bases(device, options.layers)
         arms = variants if options.lengths is None else with_bases(variants)
@@ -61,13 +64,20 @@ def run(
                     accelerator,
                     folder,
                     own_rows=options.own_rows,
+                    clock=clock,
                     on_progress=observe,
                     **counts,
                 )
                 methods = summarize_steps(measured)
             else:
                 written = measure_generation(
-                    variants, bases, device, options.lengths, on_progress=observe, **counts
+                    variants,
+                    bases,
+                    device,
+                    options.lengths,
+                    clock=clock,
+                    on_progress=observe,
+                    **counts,
                 )
                 methods = summarize_generation(written, options.lengths.new)
     return {
@@ -81,6 +91,14 @@ def run(
         "lengths": options.lengths,
         **counts,
         "confidence": CONFIDENCE,
-        "memory_kind": ALLOCATED if device.type == "cuda" else None,
+        "clock": clock_name,
+        "memory_kind": _memory_kind(device, training=options.lengths is None),
         "environment": describe_machine(device, load),
     }
+
+
+def _memory_kind(device: torch.device, *, training: bool) -> str | None:
+    """Return what the peaks are; None where there are none."""
+    if device.type == "cuda":
+        return ALLOCATED
+    return COUNTED if training else None

@@ -1,6 +1,5 @@
 """Training steps of several variants, one after another and again, through the training's loop."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from moc_cli.benchmark.machine import Clock
 from moc_cli.benchmark.memory import Memory, measure_peak
 from moc_cli.benchmark.models import Bases, sharing_copy
 from moc_cli.benchmark.rows import make_rows, padding_tokenizer
@@ -59,6 +59,7 @@ def measure_steps(
     repeats: int,
     warmup: int,
     own_rows: bool,
+    clock: Clock,
     on_progress: Progress,
 ) -> list[Measured]:
     """Train every variant for `warmup` steps, then for `repeats`, in turns: A B C A B C.
@@ -78,7 +79,7 @@ def measure_steps(
             usages.enter_context(loop.usage)
         for turn in range(warmup + repeats):
             for number, (variant, loop) in enumerate(zip(variants, loops, strict=True)):
-                step = _timed(loop, variant)
+                step = _timed(loop, variant, clock)
                 if turn >= warmup:
                     steps[number].append(step)
                 on_progress(turn * len(variants) + number + 1, variant.name)
@@ -126,14 +127,14 @@ def _make_loop(
     return loop
 
 
-def _timed(loop: Loop, variant: Variant) -> Step:
+def _timed(loop: Loop, variant: Variant, clock: Clock) -> Step:
     before = replace(loop.counters)
     with naming(variant):
         wait(loop.device)
-        begin = time.perf_counter()
+        begin = clock()
         loop.train_step()
         wait(loop.device)
-        seconds = time.perf_counter() - begin
+        seconds = clock() - begin
     counters = loop.counters
     return Step(seconds, counters.examples - before.examples, counters.tokens - before.tokens)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 ALLOCATED = "peak allocated"  # on the GPU, by torch
 RESIDENT = "peak resident"  # of the whole process
+COUNTED = "peak of all tensors"  # counted while one step runs
 
 
 @dataclass(frozen=True)

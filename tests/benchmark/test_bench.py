@@ -55,6 +55,9 @@ def test_training_of_all_methods_side_by_side(capsys: pytest.CaptureFixture[str]
             low, high = entry["interval"][f"ratio_to_{other}"]
             assert low <= entry[f"ratio_to_{other}"] <= high
         assert (entry["ratio_to_control"] == 1) == (name == "control")
+        assert entry["peak_bytes"] > entry["kept_bytes"] > 0
+    counted = [found["methods"][name]["peak_bytes"] for name in ("control", "moc", "molex")]
+    assert counted == sorted(counted)
     assert found["environment"]["device"]["kind"] == "cpu"
     assert "cpu_percent" in found["environment"]["load"]
     folder = Path("runs/bench/quickstart")
@@ -189,6 +192,13 @@ def test_what_does_not_fit_in_memory_is_named(
     said = capsys.readouterr().err
     assert "control: a step of 2 rows of up to 12 tokens does not fit in memory" in said
     assert "measure fewer methods" in said
+
+
+def test_beside_other_work_processor_time_counts() -> None:
+    assert machine.choose_clock({"cpu_percent": 3})[1:] == ("elapsed", None)
+    _, name, remark = machine.choose_clock({"cpu_percent": 80})
+    assert name == "processor"
+    assert "busy for 80 %" in remark
 
 
 @pytest.mark.parametrize(
