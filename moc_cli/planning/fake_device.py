@@ -7,7 +7,8 @@ attention kernels that a real device would run, and the count of all of it.
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -33,7 +33,7 @@ _READS = {
     aten.masked_select.default,
     aten.equal.default,
 }
-_MAKES = {torch.tensor, torch.as_tensor}  # with a device they copy from the host, and wait
+_MAKES = (torch.tensor, torch.as_tensor)  # with a device they copy from the host, and wait
 
 
 class Sync(NamedTuple):
@@ -60,16 +60,39 @@ class FakeDevice(TorchDispatchMode):
         self.flops = 0
         self.moved = 0
         self._phase = phase
-        self._calls = _Calls(self, like)
+        self._attention = _cpu_attention if like == "cpu" else _cuda_attention
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self._calls.__enter__()  # type: ignore[no-untyped-call]
+        makers = {function.__name__: self._waiting(function) for function in _MAKES}
+        self._open.enter_context(_replaced(torch, **makers))
+        attention = self._faked(F.scaled_dot_product_attention)
+        self._open.enter_context(_replaced(F, scaled_dot_product_attention=attention))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._calls.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._open.close()
+
+    def _waiting(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A maker of tensors from values of the host: with a device it waits for the copy."""
+
+        def wait(data: Any, *args: Any, **options: Any) -> Tensor:
+            device = options.get("device")
+            if device is not None and torch.device(device) == META and not isinstance(data, Tensor):
+                self.wait(make.__name__)
+            return make(data, *args, **options)
+
+        return wait
+
+    def _faked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Attention by a kernel of the real device for tensors of the fake one."""
+
+        def attend(query: Tensor, *args: Any, **options: Any) -> Tensor:
+            return (self._attention if query.is_meta else attention)(query, *args, **options)
+
+        return attend
 
     def forget(self) -> None:
         """Count anew from here."""
@@ -132,25 +155,15 @@ class FakeDevice(TorchDispatchMode):
         return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
 
-class _Calls(TorchFunctionMode):
-    """Calls that must be seen before torch takes them apart."""
-
-    def __init__(self, device: FakeDevice, like: str) -> None:
-        super().__init__()
-        self._device = device
-        self._attention = _cpu_attention if like == "cpu" else _cuda_attention
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _MAKES and kwargs.get("device") is not None:
-            data = args[0] if args else kwargs.get("data")
-            if torch.device(kwargs["device"]).type == "meta" and not isinstance(data, Tensor):
-                self._device.wait(func.__name__)
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
+@contextmanager
+def _replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Within it functions of a module are others, in backward passes too."""
+    before = {name: getattr(owner, name) for name in functions}
+    vars(owner).update(functions)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
 
 
 def _cuda_attention(
@@ -193,7 +206,7 @@ def _cpu_attention(
 ) -> Tensor:
     """The flash attention of the CPU; its plain products where it knows no dropout."""
     if dropout_p > 0.0 or (attn_mask is not None and attn_mask.requires_grad):
-        return F.scaled_dot_product_attention(
+        return torch._C._nn.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     bias = None if attn_mask is None else _as_bias(attn_mask, query)

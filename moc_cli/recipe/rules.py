@@ -134,6 +134,13 @@ def _train(recipe: Sections) -> Iterator[BrokenRule]:
             "set the warm-up; give only one of them"
         )
         yield BrokenRule("train.warmup_ratio", message, ("train.warmup_steps",))
+    if train.gradient_checkpointing and train.activation_checkpointing != "full":
+        key = "train.activation_checkpointing"
+        message = (
+            f"found {train.activation_checkpointing!r}, but train.gradient_checkpointing: true is "
+            "another name of 'full'; give only one of them"
+        )
+        yield BrokenRule(key, message, ("train.gradient_checkpointing",))
 
 
 def _eval(recipe: Sections) -> Iterator[BrokenRule]:

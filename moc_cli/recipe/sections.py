@@ -236,10 +236,24 @@ class TrainSection(Section):
         "classifier; null: those that the checkpoint lacks",
     )
     bf16: bool = Field(default=False, description="base model in bfloat16; the rest stays float32")
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = Field(
+        default="none",
+        description="what the backward pass recomputes; selective: all but matrix products and "
+        "attention; full: every layer; offload: as full, with the layers' inputs in host memory; "
+        "auto: the fastest that fits",
+    )
     gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations in the backward pass to save memory"
+        default=False, description="if true, another name of activation_checkpointing: full"
     )
     group_by_length: bool = Field(default=True, description="rows of similar length in one batch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_name(cls, value: Any) -> Any:
+        """Read `gradient_checkpointing: true` as the key of today, where that is not given too."""
+        if isinstance(value, dict) and value.get("gradient_checkpointing") is True:
+            return {"activation_checkpointing": "full"} | value
+        return value
 
 
 class EvalSection(Section):

@@ -17,7 +17,7 @@ _KNOWN_AS = {
     "clip": "max_grad_norm",
     "scheduler": "lr_scheduler_type",
     "evaluation_strategy": "eval_strategy",
-    "activation_checkpointing": "gradient_checkpointing",
+    "recompute": "activation_checkpointing",
     "r": "rank",
     "k": "top_k",
     "lambda": "weight",

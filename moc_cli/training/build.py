@@ -38,6 +38,7 @@ from moc_cli.report.output import say
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
 from moc_cli.training.loop_types import Data, Settings
+from moc_cli.training.recompute import check_recompute, recompute_layers, recompute_mode
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,7 @@ def place_method(recipe: Recipe, loaded: Loaded, device: torch.device) -> Built:
     if modules != loaded.new_modules:
         base_print = fingerprint(loaded.model, modules)
     adapted = attach(loaded.model, recipe.method, new_modules=modules, seed=recipe.seed)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(loaded.model)
+    recompute_layers(loaded.model, recompute_mode(recipe))
     loaded.model.to(device)  # type: ignore[arg-type]
     return Built(
         adapted,
@@ -244,6 +244,7 @@ def base_shape(recipe: Recipe) -> PreTrainedModel:
     """Return the base model's shapes, on the meta device; no weights are read."""
     model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
     checks.check_family(recipe, model)
+    check_recompute(model, recompute_mode(recipe))
     return model
 
 
@@ -253,13 +254,6 @@ def fresh_modules(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     kept = (model.base_model_prefix, *_own_head(recipe, model))
     return tuple(name for name, _ in model.named_children() if name not in kept)
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in the backward pass."""
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable()
 
 
 def make_settings(recipe: Recipe) -> Settings:
@@ -275,7 +269,7 @@ def make_settings(recipe: Recipe) -> Settings:
         max_steps=train.max_steps,
         per_device_train_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        gradient_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing=recompute_mode(recipe),
         group_by_length=train.group_by_length,
         optim=train.optim,
         learning_rate=train.learning_rate,

@@ -24,7 +24,7 @@ class Settings:
     max_steps: int = -1
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
+    activation_checkpointing: str = "none"
     group_by_length: bool = True
     optim: str = "adamw"
     learning_rate: float = 3e-4

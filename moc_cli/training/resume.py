@@ -37,6 +37,7 @@ CHANGEABLE = {
     "train.learning_rate": "from this step on",
     "method.gate.learning_rate": "from this step on",
     "train.max_grad_norm": "from this step on",
+    "train.activation_checkpointing": "",
     "train.gradient_checkpointing": "",
     "eval.per_device_eval_batch_size": "",
     "eval.eval_strategy": "from this step on",

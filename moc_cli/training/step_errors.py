@@ -52,11 +52,11 @@ def out_of_memory(
     """
     rows, tokens = max((batch["input_ids"].shape for batch in batches), key=math.prod)
     message = f"a step of {rows} rows of up to {tokens} tokens does not fit in memory"
-    if not settings.gradient_checkpointing:
+    if settings.activation_checkpointing in ("none", "selective"):
         return MocError(
             message,
             "the state before that step is kept; go on with less memory for each row: "
-            f"{command} --set train.gradient_checkpointing=true",
+            f"{command} --set train.activation_checkpointing=full",
         )
     if rows > 1:
         size = settings.per_device_train_batch_size

@@ -288,9 +288,9 @@ def test_bf16_keeps_the_trained_in_float32(tmp_path, choices):
 
 def test_recomputed_activations_train_the_same(tmp_path, choices):
     payloads = []
-    for flag in ("false", "true"):
-        folder = tmp_path / flag
-        change = ["--set", f"train.gradient_checkpointing={flag}", "--output-dir", str(folder)]
+    for mode in ("none", "full"):
+        folder = tmp_path / mode
+        change = ["--set", f"train.activation_checkpointing={mode}", "--output-dir", str(folder)]
         assert run([*choices, *change]) == 0
         payloads.append(load(read_adapter(RunFolder.open(folder).controls).payload()))
     for name, value in payloads[0].items():

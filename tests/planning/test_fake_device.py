@@ -24,7 +24,7 @@ METHODS: dict[str, Any] = {
     "moc-rows": MocMethod(rank=4, routing={"level": "sample"}),
     "lora": LoraMethod(rank=4),
 }
-SYNCS_OF_A_LAYER = {"moc": 2, "moc-rows": 8}  # in a step, beside those of control
+SYNCS_OF_A_LAYER = {"moc": 4, "moc-rows": 10}  # in a step, beside those of control
 KERNELS_TO_CONTROL = {"forward": 2.6, "backward": 2.9}  # of a layer, at most
 
 

@@ -129,7 +129,7 @@ def _recomputed(run: KeyRun) -> dict[str, bool]:
     """What the model does, and what the loop says of it where memory is short."""
     return {
         "model": run.adapted.model.is_gradient_checkpointing,
-        "loop": make_settings(run.recipe).gradient_checkpointing,
+        "loop": make_settings(run.recipe).activation_checkpointing == "full",
     }
 
 
@@ -225,6 +225,7 @@ OTHERS = {
     "train.warmup_steps": Change(2, _rates, WARM, also=STEPS),
     "train.warmup_ratio": Change(1 / 3, _rates, WARM, also=STEPS),
     "train.bf16": Change(True, lambda run: run.adapted.model.dtype == torch.bfloat16),
+    "train.activation_checkpointing": Change("full", _recomputed, True),
     "train.gradient_checkpointing": Change(True, _recomputed),
     "train.group_by_length": Change(
         False, _order, OTHER, also={"train.per_device_train_batch_size": 3}

@@ -548,7 +548,7 @@ SMALLER = "--set train.per_device_train_batch_size=3 --set train.gradient_accumu
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({}, "moc train r --resume auto --set train.gradient_checkpointing=true"),
+        ({}, "moc train r --resume auto --set train.activation_checkpointing=full"),
         ({"group_by_length": True}, f"begin anew with {FEWER}: moc train r --overwrite {SMALLER}"),
         ({"group_by_length": False}, f"go on with {FEWER}: moc train r --resume auto {SMALLER}"),
     ],
@@ -557,7 +557,7 @@ def test_a_step_that_does_not_fit_in_memory_keeps_the_state_before(
     changes, advice, tmp_path, monkeypatch
 ):
     settings = replace(SETTINGS, per_device_train_batch_size=9, gradient_accumulation_steps=1)
-    settings = replace(settings, gradient_checkpointing=bool(changes), **changes)
+    settings = replace(settings, activation_checkpointing="full" if changes else "none", **changes)
     rows = toy_rows(9)
     data = Data(Plan(BATCHES), lambda numbers: toy_collate(rows, numbers))
     good, bad = tmp_path / "good", tmp_path / "bad"

@@ -1,0 +1,107 @@
+"""Activation checkpointing: what the backward pass computes anew instead of keeping it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from transformers import PreTrainedModel
+
+from moc_cli.errors import MocError
+from moc_cli.recipe.schema import Recipe
+
+aten = torch.ops.aten
+# What `selective` keeps: results of matrix products and of attention. All else is cheap to redo.
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._flash_attention_forward.default,
+    aten._efficient_attention_forward.default,
+}
+# These families write into results of matrix products, which then cannot be kept for `selective`.
+_WRITES_INTO_RESULTS = {"deberta"}
+
+
+def recompute_mode(recipe: Recipe) -> str:
+    """What a recipe asks for; `auto` is none where nobody has planned the run."""
+    mode = recipe.train.activation_checkpointing
+    return "none" if mode == "auto" else mode
+
+
+def check_recompute(model: PreTrainedModel, mode: str) -> None:
+    """Raise MocError where a model's layers cannot be computed anew; its shapes suffice."""
+    if mode != "none" and not model.supports_gradient_checkpointing:
+        raise MocError(
+            f"train.activation_checkpointing: {type(model).__name__} cannot compute its layers "
+            f"anew, found {mode!r}",
+            "use --set train.activation_checkpointing=none",
+        )
+
+
+def recompute_layers(model: PreTrainedModel, mode: str) -> None:
+    """Let a model compute its layers anew as `mode` says: none, selective, full or offload.
+
+    Gradients stay the same. Where a family leaves nothing to keep, `selective` is `full`. The
+    embeddings are not differentiated, as they are by transformers' own switch: nothing below the
+    first trained parameter needs a gradient. Raises MocError where the model cannot do it.
+    """
+    if mode == "none":
+        return
+    check_recompute(model, mode)
+    if model.config.model_type in _WRITES_INTO_RESULTS and mode == "selective":
+        mode = "full"
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_FUNCTIONS[mode])
+
+
+def _offloading(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a layer with its input in host memory until the backward pass needs it."""
+    with saved_tensors_hooks(_to_host, _from_host):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def _to_host(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+    """Copy a tensor of a device to pinned memory, without waiting for it.
+
+    What all layers share, such as a mask, has no gradient and stays. The copy back runs on the
+    same stream, so it comes after this one.
+    """
+    if tensor.device.type == "cpu" or not tensor.requires_grad:
+        return tensor
+    pinned = torch.cuda.is_available()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    return tensor.device, host.copy_(tensor.detach(), non_blocking=True)
+
+
+def _from_host(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, host = packed
+    return host.to(device, non_blocking=True)
+
+
+def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "selective": partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _keep),
+    ),
+    "full": partial(checkpoint, use_reentrant=False),
+    "offload": _offloading,
+}
