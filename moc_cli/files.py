@@ -8,13 +8,14 @@ opened for writing through a link.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moc_cli.errors import FileError, MocError, system_reason
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
 LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre and NFS may answer so
 # Older versions wrote no random part.
 _LEFTOVER = re.compile(r"(\.tmp-|\.old-)(.+?)(?:-[0-9a-f]{16})?-([0-9]{1,10})")
 
@@ -107,11 +109,14 @@ def open_own(path: str | Path, flags: int) -> int:
     return descriptor
 
 
-def lock(folder: str | Path, *, wait: bool = False) -> int | None:
+def lock(
+    folder: str | Path, *, wait: bool = False, say: Callable[[str], None] | None = None
+) -> int | None:
     """Lock an existing folder for this process; return the descriptor that holds the lock.
 
     None where another process has it, unless `wait`. Closing the descriptor gives it back, and so
-    does the end of the process. Raises FileError where the lock file cannot be opened.
+    does the end of the process. Where the file system has no locks there is none, and `say` is
+    told. Raises FileError where the lock file cannot be opened.
     """
     import fcntl
 
@@ -121,6 +126,11 @@ def lock(folder: str | Path, *, wait: bool = False) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        if say is not None:
+            say(f"{folder}: its file system has no locks; start nothing else there meanwhile")
     return descriptor
 
 

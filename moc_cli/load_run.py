@@ -32,6 +32,7 @@ from moc_cli.recipe.suggest import choices
 from moc_cli.report.output import say
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
+from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.device_checks import check_device_keys
 
 TRAINABLES = "trainables.safetensors"
@@ -95,7 +96,7 @@ def open_run(
     recipe = _on_device(recipe or folder.read_recipe(trust_remote_code=False), device)
     recipe = _with_base(recipe, folder, base)
     saved, state = _read_saved(folder, recipe)
-    chosen = build.make_accelerator(recipe.launch, (), folder.path).device
+    chosen = make_accelerator(recipe.launch, (), folder.path).device
     check_device_keys(recipe, chosen, training=False)
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)

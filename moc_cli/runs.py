@@ -32,6 +32,7 @@ from moc_cli.files import (
     write_json_atomic,
     write_text_atomic,
 )
+from moc_cli.report.output import say
 from moc_cli.run_files import (
     Environment,
     MetricsLine,
@@ -327,7 +328,7 @@ class RunFolder:
         return [name for name in names if name != LOCK and not is_leftover(name)]
 
     def _acquire(self) -> None:
-        self._lock = lock(self.path)
+        self._lock = lock(self.path, say=say)
         if self._lock is None:
             try:
                 owner = Path(self.path, LOCK).read_bytes()[:32].decode(errors="replace").strip()

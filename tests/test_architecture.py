@@ -19,7 +19,7 @@ FLOORS = [
     {"__init__"},
     {"errors"},
     {"files"},
-    {"results", "signals"},
+    {"results", "signals", "processes"},
     {"run_files"},
     {"recipe", "report", "nn", "builtin"},
     {"models"},

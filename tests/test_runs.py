@@ -1,5 +1,7 @@
 """The run folder: who may write to it, and what it gives back."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -246,3 +248,14 @@ def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
     lines = [json.dumps({"step": step}) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
     assert RunFolder.open(tmp_path).read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_used(number, tmp_path, monkeypatch, capsys):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    make_run(tmp_path / "run")
+    assert "its file system has no locks" in capsys.readouterr().err
+    assert (tmp_path / "run" / "controls").is_dir()

@@ -15,7 +15,7 @@ from moc_cli.benchmark.steps import measure_steps
 from moc_cli.benchmark.summary import CONFIDENCE, summarize_generation, summarize_steps
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
-from moc_cli.training import build
+from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.memory import ALLOCATED, COUNTED
 
 
@@ -42,7 +42,7 @@ def run(
     first = variants[0].recipe
     with tempfile.TemporaryDirectory(prefix="moc-bench-") as name:
         folder = Path(name)
-        accelerator = build.make_accelerator(first.launch, (), folder)
+        accelerator = make_accelerator(first.launch, (), folder)
         device = accelerator.device
         load = check_idle(device)
         clock, clock_name, remark = choose_clock(load)

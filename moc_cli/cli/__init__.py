@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from moc_cli import __version__
 from moc_cli.errors import MocError, explain_system
+from moc_cli.processes import check_one_process
 
 # Each command's module in this folder, and the function or the group in it. `moc --help` lists them
 # in this order.
@@ -106,8 +107,11 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     called = arguments[:1]
-    app = make_app(called if called and called[0] in COMMANDS else COMMANDS)
+    known = bool(called) and called[0] in COMMANDS
+    app = make_app(called if known else COMMANDS)
     try:
+        if known:
+            check_one_process()
         code = app(args=arguments, prog_name="moc", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except MocError as error:

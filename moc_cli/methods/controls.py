@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.route_counts import Recorder, layout_of
-from moc_cli.methods.size import check_size
+from moc_cli.methods.size import check_size, one_device
 from moc_cli.models.families import Family, Place, find_family
 from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
 from moc_cli.nn.mixture import Mixture, Routing
@@ -85,7 +85,7 @@ def make_mixture(
     layers = find_layers(model, family)
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
-    device = torch.device("meta") if empty else next(layers.parameters()).device
+    device = torch.device("meta") if empty else one_device(layers)
     mixture = Mixture(
         len(layers),
         model.config.get_text_config().hidden_size,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.low_rank import LowRank
 from moc_cli.methods.route_counts import Recorder, layout_of
+from moc_cli.methods.size import one_device
 from moc_cli.models.families import FAMILIES, Family
 from moc_cli.models.hooks import find_layers
 from moc_cli.models.layer_mixing import LayerMixedModel
@@ -24,7 +25,7 @@ class Molex:
     def __init__(self, model: PreTrainedModel, method: MolexMethod, seed: int) -> None:
         family = _family(model)
         layers = find_layers(model, family)
-        first = next(layers.parameters())
+        device = one_device(layers)
         mixed = _mixed_layers(method, len(layers))
         self._method = method
         self._family = family
@@ -40,8 +41,8 @@ class Molex:
             vote=method.vote,
             balance_weight=method.balance.weight,
             generator=torch.Generator().manual_seed(seed),
-            device="meta" if first.device.type == "meta" else "cpu",
-        ).to(first.device)
+            device="meta" if device.type == "meta" else "cpu",
+        ).to(device)
         self.mixture.train(model.training)
         self.hooked = LayerMixedModel(model, self.mixture, family, mixed)
 

@@ -1,13 +1,9 @@
 """From a recipe's sections to the objects a run needs: device, tokenizer, model, settings."""
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.adapter.check import check_modules
@@ -15,7 +11,7 @@ from moc_cli.data.batches import Batches
 from moc_cli.data.custom.chat import set_template
 from moc_cli.data.encode import Encoded
 from moc_cli.data.splits import Splits, read_splits
-from moc_cli.errors import DataError, MocError
+from moc_cli.errors import DataError
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.fingerprint import fingerprint
@@ -32,9 +28,8 @@ from moc_cli.models.weight_files import own_head
 from moc_cli.recipe.methods import MocMethod, MolexMethod
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.sections import LaunchSection, ModelSection
+from moc_cli.recipe.sections import ModelSection
 from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
-from moc_cli.report.output import say
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
 from moc_cli.training.loop_types import Data, Settings
@@ -66,30 +61,6 @@ class TrainingRows:
     encoded: Encoded
     data: Data
     notes: list[str] = field(default_factory=list)
-
-
-def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
-    """Choose the device and the number of threads; trackers write below `folder`.
-
-    Raises MocError when the recipe asks for a GPU that is not there, or started several processes.
-    """
-    if launch.device == "cuda" and not torch.cuda.is_available():
-        raise MocError(
-            "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MocError("moc train runs in one process for now, found WORLD_SIZE > 1")
-    if launch.num_threads is not None:
-        processors = os.cpu_count() or 1
-        if launch.num_threads > processors:
-            say(f"launch.num_threads: {launch.num_threads}, but the machine has {processors}")
-        torch.set_num_threads(min(launch.num_threads, processors))
-    return Accelerator(
-        cpu=launch.device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=list(report_to) or None,
-        project_dir=folder,
-    )
 
 
 def make_tokenizer(

@@ -27,6 +27,7 @@ from moc_cli.results import FORMAT
 from moc_cli.runs import Call, RunFolder
 from moc_cli.scoring.results import Evaluation
 from moc_cli.training import build
+from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.environment import describe_device, describe_environment
@@ -114,9 +115,7 @@ class Session:
             changes = check_recipe(saved["recipe"], recipe.model_dump(mode="json"))
             snapshot, split = keep_place(snapshot, recipe)
             changes += split
-        accelerator = build.make_accelerator(
-            recipe.launch, recipe.output.report_to, folder.trackers
-        )
+        accelerator = make_accelerator(recipe.launch, recipe.output.report_to, folder.trackers)
         check_device_keys(recipe, accelerator.device, training=True)
         self.say(lines.device_line(describe_device(accelerator.device)))
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)

@@ -15,6 +15,7 @@ from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import Call, RunFolder
 from moc_cli.training import build
+from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.environment import describe_environment
 
 
@@ -40,7 +41,7 @@ def take_in(recipe: Recipe, controls: Path, *, call: Call, overwrite: bool) -> R
     folder = RunFolder.claim(output_dir, call=call, resume=False, overwrite=overwrite)
     with folder:
         recipe, splits = build.read_rows(recipe)
-        accelerator = build.make_accelerator(recipe.launch, (), folder.path)
+        accelerator = make_accelerator(recipe.launch, (), folder.path)
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
         built = build.build(recipe, accelerator.device, tokenizer)
         check_base(built.name, config.model_dump(), fingerprint=built.fingerprint)

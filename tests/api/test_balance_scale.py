@@ -119,3 +119,22 @@ def test_a_loss_of_the_trainer_itself_is_refused_until_its_scale_is_said(tmp_pat
     assert "set_loss_scale(1 / gradient_accumulation_steps)" in str(refusal.value.hint)
     controls.set_loss_scale(0.5)
     train(controls.model, 2, tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_scaler_scales_the_balance_loss_too(method: str) -> None:
+    """After unscaling the gates have the gradient that they have without a scaler."""
+    gradients = []
+    for scale in (1.0, 65536.0):
+        controls = place(method)
+        parameters = controls.named_parameters()
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        given = make_batch(4)
+        loss = controls.model.train()(**given, labels=given["input_ids"]).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(gates(parameters))
+    assert any(value.abs().max() > 1e-3 for value in gradients[0].values())
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][name], rtol=1e-5, atol=1e-7)

@@ -264,3 +264,14 @@ def test_a_copy_saves_itself(tmp_path):
     fresh = make_tiny("llama")
     load_controls(fresh, tmp_path / "copy")
     assert torch.equal(logits(fresh), expected)
+
+
+@pytest.mark.parametrize("method", ["moc", "control", "molex"])
+def test_layers_on_several_devices_are_refused(method: str) -> None:
+    """As `device_map="auto"` places them; the meta device stands for a second GPU."""
+    model = make_tiny("llama")
+    model.model.layers[-1].to("meta")
+    with pytest.raises(MocError, match="several devices: cpu, meta") as refusal:
+        attach(model, method, rank=2)
+    assert "device_map" in str(refusal.value.hint)
+    assert not hasattr(model, "moc")

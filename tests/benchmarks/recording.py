@@ -22,6 +22,7 @@ from spread import ratio_interval
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
+from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.checkpoint import Checkpoints
 from moc_cli.training.interrupt import Interrupt
 from moc_cli.training.log import MetricsLog
@@ -33,7 +34,7 @@ ARMS = ("counted", "plain", "plain again")
 
 def make(recipe: Recipe, folder: Path) -> Loop:
     """A training that is ready for its first step."""
-    accelerator = build.make_accelerator(recipe.launch, (), folder)
+    accelerator = make_accelerator(recipe.launch, (), folder)
     recipe, rows = build.read_rows(recipe)
     tokenizer = build.make_tokenizer(recipe.model)
     adapted = build.build(recipe, accelerator.device).adapted

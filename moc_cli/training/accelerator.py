@@ -1,0 +1,72 @@
+"""The device of a run, chosen by the recipe alone: variables of launchers do not count."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from moc_cli.errors import MocError
+from moc_cli.processes import WORLD_SIZES, check_one_process
+from moc_cli.recipe.sections import LaunchSection
+from moc_cli.report.output import say
+
+RANKS = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+PREFIX = "ACCELERATE_"
+# What would change a training, and the values of it that change nothing.
+CHANGING = (
+    "CPU_AFFINITY",
+    "DYNAMO_BACKEND",
+    "GRADIENT_ACCUMULATION_STEPS",
+    "MIXED_PRECISION",
+    "TORCH_DEVICE",
+    "USE_CPU",
+    "USE_DEEPSPEED",
+    "USE_FSDP",
+    "USE_MEGATRON_LM",
+    "USE_PARALLELISM_CONFIG",
+)
+HARMLESS = ("", "no", "false", "0", "1")
+
+
+def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
+    """Choose the device and the number of threads; trackers write below `folder`.
+
+    Raises MocError when the recipe asks for a GPU that is not there, or started several processes.
+    """
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise MocError(
+            "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
+        )
+    check_one_process()
+    if launch.num_threads is not None:
+        processors = os.cpu_count() or 1
+        if launch.num_threads > processors:
+            say(f"launch.num_threads: {launch.num_threads}, but the machine has {processors}")
+        torch.set_num_threads(min(launch.num_threads, processors))
+    with _without_launcher():
+        accelerator = Accelerator(
+            cpu=launch.device == "cpu" or not torch.cuda.is_available(),
+            mixed_precision="no",
+            log_with=list(report_to) or None,
+            project_dir=folder,
+        )
+    if accelerator.num_processes > 1:
+        raise MocError(f"moc runs in one process, found {accelerator.num_processes}")
+    return accelerator
+
+
+@contextmanager
+def _without_launcher() -> Iterator[None]:
+    """Within it accelerate finds no variable that would change what the recipe says."""
+    names = [n for n in os.environ if n.startswith(PREFIX) or n in (*RANKS, *WORLD_SIZES)]
+    hidden = {name: os.environ.pop(name) for name in names}
+    changing = {f"{PREFIX}{name}" for name in CHANGING} & hidden.keys()
+    if ignored := sorted(n for n in changing if hidden[n].lower() not in HARMLESS):
+        say(f"not used, as the recipe alone says how to train: {', '.join(ignored)}")
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,69 @@
+"""The recipe alone says how to train: variables of launchers are named and do not count."""
+
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DynamoBackend
+
+from moc_cli.cli import run
+from moc_cli.errors import MocError
+from moc_cli.recipe.sections import LaunchSection
+from moc_cli.training.accelerator import make_accelerator
+
+
+@pytest.fixture(autouse=True)
+def new_state() -> None:
+    """Forget the accelerators of other tests, which a new one would take its values from."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_TORCH_DEVICE", "meta"),
+        ("LOCAL_RANK", "1"),
+    ],
+)
+def test_variables_of_launchers_change_nothing(
+    name: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, value)
+    accelerator = make_accelerator(LaunchSection(device="cpu"), (), tmp_path)
+    assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
+    assert accelerator.device.type == "cpu"
+    assert accelerator.num_processes == 1
+    assert accelerator.local_process_index == 0
+    assert (name in capsys.readouterr().err) == (name != "LOCAL_RANK")
+
+
+def test_what_accelerate_launch_always_sets_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_CPU"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+    make_accelerator(LaunchSection(device="cpu"), (), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_several_processes_are_refused_by_every_command(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert run(["recipes", "show", "quickstart"]) == 0
+    monkeypatch.setenv(name, "2")
+    capsys.readouterr()
+    assert run(["eval", "--model", "builtin:world-llama"]) == 2
+    assert f"a launcher started several: {name}=2" in capsys.readouterr().err
+    with pytest.raises(MocError, match="one process"):
+        make_accelerator(LaunchSection(device="cpu"), (), tmp_path)
