@@ -105,3 +105,12 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, side: Side) -> Tensor:
     gaps = [[fill] * (width - len(row)) for row in rows]
     pairs = zip(gaps, rows, strict=True) if side == "left" else zip(rows, gaps, strict=True)
     return torch.tensor([[*first, *last] for first, last in pairs], dtype=torch.long)
+
+
+def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the N positions after which a label is learned, and these labels; both (N,).
+
+    `labels` are (B, T): the label at t is learned at t-1. Positions count through all rows.
+    """
+    rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + before, labels[rows, before + 1]

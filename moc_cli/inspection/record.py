@@ -50,7 +50,7 @@ def record(
     model = trained.adapted.model
     rows = [row["input_ids"] for row in prompts]
     Limits.of(model).check(rows, "a prompt")
-    costs = [RowCost(len(ids)) for ids in rows]
+    costs = [RowCost(len(ids), copies=0) for ids in rows]
     recorder = trained.adapted.recorder()
     assert recorder is not None
     with evaluating(model) as device, recorder:

@@ -34,7 +34,7 @@ class BatchSize:
 @dataclass(frozen=True)
 class RowCost:
     """What one row takes: its tokens, then `new` tokens in each of `copies` rows of the cache, and
-    of how many of its tokens the logits are kept.
+    of how many of its tokens the logits are kept. Without copies there is no cache.
     """
 
     tokens: int
@@ -84,11 +84,11 @@ def row_bytes(model: PreTrainedModel, cost: RowCost) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * width
     groups = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or width // heads
-    slots = cost.tokens + cost.copies * (cost.tokens + cost.new)  # the copies, beside the first
+    slots = cost.copies and cost.tokens + cost.copies * (cost.tokens + cost.new)  # and the first
     cache: int = 2 * config.num_hidden_layers * groups * head * number * slots
     # A layer's states and gate (in float32), its FFN, and its scores where they are not fused.
     layer = cost.tokens * (8 * width * 4 + 3 * inner * number + heads * cost.tokens * number)
-    logits = 3 * cost.copies * cost.logits * vocabulary * 4
+    logits = 3 * max(1, cost.copies) * cost.logits * vocabulary * 4
     return cache + layer + logits
 
 

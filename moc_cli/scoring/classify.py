@@ -64,7 +64,7 @@ def classify(
     network = model.adapted.model
     encoded = encode_pairs(examples, model.tokenizer, max_length=max_length)
     Limits.of(network).check(encoded.ids, "a text, cut to data.max_length,")
-    costs = [RowCost(length) for length in encoded.lengths]
+    costs = [RowCost(length, copies=0) for length in encoded.lengths]
     with evaluating(network) as device:
 
         def work(items: list[int]) -> list[list[float]]:

@@ -4,25 +4,27 @@ A query takes at most two forward passes on one key-value cache:
 
     context, trunk  the trunk is what all continuations begin with; padded on the left
     branches        what is left of each continuation; padded on the right. The cache's rows are
-                    repeated for branches of several tokens; of a branch of one token nothing is fed
+                    repeated for branches of several tokens; of a branch of one token nothing is
+                    fed, and where all have one token nothing is cached
 
 The score is the sum of the log-probabilities of trunk and branch, without an end token and not
 normalised by length.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from moc_cli.data.batches import pad_rows
 from moc_cli.data.encode import common_prefix
 from moc_cli.methods import Adapted, TextModel
+from moc_cli.models.head import Head
 from moc_cli.models.tokens import pad_token_id
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Progress,
-    call,
     check_finite,
     evaluating,
     pad,
@@ -65,11 +67,11 @@ class Query:
 
     @property
     def cost(self) -> RowCost:
-        """What the computation takes: one cache, and a copy for every branch that is fed."""
+        """What the computation takes: a row of the cache for every branch that is fed."""
         copies = sum(len(branch) > 1 for branch in self.branches)
         longest = max(map(len, self.branches))
         fed = len(self.context) + len(self.trunk)
-        return RowCost(fed, longest - 1, max(1, copies), logits=max(len(self.trunk) + 1, longest))
+        return RowCost(fed, longest - 1, copies, logits=max(len(self.trunk) + 1, longest))
 
 
 def likelihoods(
@@ -84,11 +86,16 @@ def likelihoods(
     Raises MocError where the model's outputs are not finite.
     """
     network, pad_id = model.adapted.model, pad_token_id(model.tokenizer)
+    head = Head(network)
     costs = [query.cost for query in queries]
+    if any(cost.copies for cost in costs):  # what a batch caches, it caches for all its queries
+        costs = [replace(cost, copies=max(1, cost.copies)) for cost in costs]
+    if head.reason is None:
+        costs = [replace(cost, logits=0) for cost in costs]
     with evaluating(network) as device:
 
         def score(items: list[int]) -> list[list[Likelihood]]:
-            return _score(model.adapted, [queries[item] for item in items], pad_id, device)
+            return _score(model.adapted, head, [queries[item] for item in items], pad_id, device)
 
         scores = run_batches(network, costs, score, size=batch_size, on_progress=on_progress)
     check_finite([score.log_prob for row in scores for score in row])
@@ -96,64 +103,72 @@ def likelihoods(
 
 
 def _score(
-    adapted: Adapted, queries: list[Query], pad_id: int, device: torch.device
+    adapted: Adapted, head: Head, queries: list[Query], pad_id: int, device: torch.device
 ) -> list[list[Likelihood]]:
-    """Score a batch of B queries with R continuations in all; S is the longest trunk or branch."""
-    texts = [query.context + query.trunk for query in queries]
-    ids, mask = pad(texts, pad_id, "left", device)  # (B, T)
-    trunks, in_trunk = pad([query.trunk for query in queries], pad_id, "left", device)  # (B, S)
+    """Score a batch of B queries; everything is read from the device at the end."""
+    ids, mask = pad([query.context + query.trunk for query in queries], pad_id, "left", device)
+    last = 1 + max(len(query.trunk) for query in queries)
+    branches = [
+        (row, branch)
+        for row, query in enumerate(queries)
+        for branch in query.branches
+        if len(branch) > 1
+    ]
     with adapted.voting(prompt_mask(mask, [len(query.context) for query in queries])):
-        out = call(
-            adapted.model,
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=True,
-            logits_to_keep=trunks.shape[1] + 1,
-        )
-    cache = out.past_key_values
-    steps = _log_probs(out.logits[:, -trunks.shape[1] - 1 :])  # (B, S + 1, V)
-    trunk_scores, trunk_greedy = _at(steps[:, :-1], trunks, in_trunk)
-    after_trunk = steps[:, -1]  # (B, V)
-
-    branches = [branch for query in queries for branch in query.branches]
-    owners = [row for row, query in enumerate(queries) for _ in query.branches]
-    rows = torch.tensor(owners, device=device)  # (R,)
-    first, valid = pad([branch[:1] for branch in branches], pad_id, "left", device)  # (R, 1)
-    scores, greedy = _at(after_trunk[rows].unsqueeze(1), first, valid)
-    scores, greedy = scores + trunk_scores[rows], greedy & trunk_greedy[rows]
-
-    longer = [number for number, branch in enumerate(branches) if len(branch) > 1]
-    if longer:
-        rows = rows[longer]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+        states, cache = head.run(inputs | {"use_cache": bool(branches)}, last=last)
+    wanted = _Wanted()
+    for row, query in enumerate(queries):
+        end = (row + 1) * last - 1  # the position of the last token fed
+        for number, token in enumerate(query.trunk):
+            wanted.add(end - len(query.trunk) + number, [token])
+        wanted.add(end, [branch[0] for branch in query.branches])
+    begun, rest = wanted.scores(head, states), None
+    if branches:
+        rows = torch.tensor([row for row, _ in branches], device=device)
         cache.batch_select_indices(rows)
-        ids, valid = pad([branches[number][:-1] for number in longer], pad_id, "right", device)
-        targets, _ = pad([branches[number][1:] for number in longer], pad_id, "right", device)
+        ids, valid = pad([branch[:-1] for _, branch in branches], pad_id, "right", device)
         extended = torch.cat([mask[rows], valid], dim=1)
         with adapted.voting(torch.zeros_like(valid)):  # also where each new token could vote
-            out = call(
-                adapted.model,
-                input_ids=ids,
-                attention_mask=extended,
-                position_ids=position_ids(extended)[:, mask.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        rest_scores, rest_greedy = _at(_log_probs(out.logits), targets, valid)
-        scores[longer] += rest_scores
-        greedy[longer] &= rest_greedy
-    results = map(Likelihood, scores.tolist(), greedy.tolist())
-    return [[next(results) for _ in query.branches] for query in queries]
+            positions = position_ids(extended)[:, mask.shape[1] :]
+            inputs = {"input_ids": ids, "attention_mask": extended, "position_ids": positions}
+            states, _ = head.run(inputs | {"past_key_values": cache, "use_cache": True})
+        wanted = _Wanted()
+        for number, (_, branch) in enumerate(branches):
+            for place, token in enumerate(branch[1:], start=number * ids.shape[1]):
+                wanted.add(place, [token])
+        rest = wanted.scores(head, states)
+    begins, ends = _on_host(begun), _on_host(rest) if rest else iter(())
+    results = []
+    for query in queries:
+        trunk = [next(begins)[0] for _ in query.trunk]
+        firsts = next(begins)  # as many as the branches, and filled up
+        tails = [[next(ends)[0] for _ in branch[1:]] for branch in query.branches]
+        tokens = ([*trunk, first, *tail] for first, tail in zip(firsts, tails, strict=False))
+        results.append([Likelihood(sum(p for p, _ in t), all(g for _, g in t)) for t in tokens])
+    return results
 
 
-def _at(log_probs: Tensor, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum log-probabilities (R, S, V) at the valid ones of tokens (R, S), in float64 (R,); and
-    whether each of these tokens is the likeliest one (R,).
-    """
-    chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double()
-    greedy = (log_probs.argmax(-1) == tokens) | (valid == 0)
-    return (chosen * valid).sum(1), greedy.all(1)
+@dataclass
+class _Wanted:
+    """The tokens to score after each of some positions of a batch, counted through all rows."""
+
+    places: list[int] = field(default_factory=list)
+    tokens: list[Tokens] = field(default_factory=list)
+
+    def add(self, place: int, tokens: Tokens) -> None:
+        self.places.append(place)
+        self.tokens.append(tokens)
+
+    def scores(self, head: Head, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and whether the token is the likeliest, (N, C) on the device; rows of
+        fewer tokens than C are filled with any.
+        """
+        tokens = pad_rows(self.tokens, 0, "right")
+        return head.log_probs(states, torch.tensor(self.places), tokens)
 
 
-def _log_probs(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
+def _on_host(scores: tuple[Tensor, Tensor]) -> Iterator[list[tuple[float, bool]]]:
+    """Yield for each position its pairs of log-probability and whether that is the highest."""
+    for row in zip(*(part.tolist() for part in scores), strict=True):
+        yield list(zip(*row, strict=True))

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn.functional import cross_entropy
+import torch
 
-from moc_cli.data.batches import collate
-from moc_cli.data.encode import IGNORED, Encoded
+from moc_cli.data.batches import collate, label_places
+from moc_cli.data.encode import Encoded
 from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
+from moc_cli.models.head import Head
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.forward import (
     Limits,
     Progress,
-    call,
     check_finite,
     evaluating,
     position_ids,
@@ -68,29 +68,29 @@ def lm_loss(
     """
     network = model.adapted.model
     Limits.of(network).check(encoded.ids, "a row, cut to data.max_length,")
-    costs = [RowCost(length, logits=length) for length in encoded.lengths]
+    head = Head(network)
+    costs = [
+        RowCost(length, copies=0, logits=length if head.reason else 0) for length in encoded.lengths
+    ]
     with evaluating(network) as device:
 
         def work(items: list[int]) -> list[tuple[float, int]]:
             rows = [encoded.rows[item] for item in items]
             batch = collate(rows, model.tokenizer, side="left", kind="causal")
-            batch = {name: value.to(device) for name, value in batch.items()}
-            mask, targets = batch["attention_mask"], batch["labels"][:, 1:]
+            labels = batch.pop("labels")
+            places, targets = label_places(labels)
+            owners = places // labels.shape[1]
+            inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
+            mask = inputs["attention_mask"]
             voters = prompt_mask(mask, [encoded.prompt_lengths[item] for item in items])
             with model.adapted.voting(voters):
-                out = call(
-                    network,
-                    input_ids=batch["input_ids"],
-                    attention_mask=mask,
-                    position_ids=position_ids(mask),
-                    use_cache=False,
-                )
-            logits = out.logits[:, :-1].float().flatten(0, 1)
-            losses = cross_entropy(
-                logits, targets.flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            summed = losses.view_as(targets).double().sum(1)
-            return list(zip(summed.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
+                more = {"position_ids": position_ids(mask), "use_cache": False}
+                states, _ = head.run(inputs | more)
+            log_probs, _ = head.log_probs(states, places, targets[:, None])
+            losses = torch.zeros(len(rows), dtype=torch.float64)
+            losses.index_add_(0, owners, -log_probs[:, 0].double().cpu())
+            counts = owners.bincount(minlength=len(rows))
+            return list(zip(losses.tolist(), counts.tolist(), strict=True))
 
         losses = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)

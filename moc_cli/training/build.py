@@ -125,7 +125,7 @@ def encode_rows(
         )
         own, labels = config.id2label or {}, model.config.id2label or {}
         notes.append(checks.head_note(recipe, heads, own, labels))
-    notes += kind.check(splits.all_examples, tokenizer)
+    notes += kind.check(splits.all_examples, tokenizer) + checks.logits_note(kind, model)
     encoded = kind.encode(
         splits.train,
         tokenizer,

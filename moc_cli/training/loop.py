@@ -62,6 +62,7 @@ class Loop:
         self.interrupt, self.command = interrupt or Interrupt(), command
         self.device = accelerator.device
         self.model = accelerator.prepare_model(adapted.model)
+        self.loss = loss.TaskLoss(self.model, data.kind, self.device)
         self.named = adapted.named_trainables()
         self.usage = Usage(adapted.recorder(detailed=False, training=True))
         self.optimizer = optim.make_optimizer(adapted, settings)
@@ -203,11 +204,7 @@ class Loop:
 
     def backward(self, batch: dict[str, Tensor], targets: int) -> Tensor:
         """Add the gradient of one micro-batch; return its share of the window's loss."""
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        extra = {"use_cache": False} if self.data.kind == "causal" else {}
-        outputs = self.model(**batch, **extra)
-        value = loss.task_loss(outputs, labels, self.data.kind) / targets
+        value = self.loss(batch, targets)
         self.accelerator.backward(value)
         return value.detach().float()
 

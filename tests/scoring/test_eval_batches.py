@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moc_cli.scoring import batch_size as sizing
 from moc_cli.scoring.batch_size import BatchSize, RowCost, free_bytes, row_bytes, run_batches
 from moc_cli.scoring.classify import classify
 from moc_cli.scoring.generate import generate
+from moc_cli.scoring.likelihood import Query
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import query_of, rank
 from moc_cli.scoring.results import ScoringOptions
@@ -162,7 +164,7 @@ def test_auto_is_what_half_of_the_free_memory_holds(
     monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer, rows: float, expected: int
 ) -> None:
     found = bare(make_tiny_model("llama"))
-    longest = max((query.cost for query in questions(byte_tokenizer)), key=lambda s: s.tokens)
+    longest = longest_of(questions(byte_tokenizer))
     need = row_bytes(found.model, longest)
     monkeypatch.setattr(sizing, "free_bytes", lambda device: int(2 * rows * need) + 1)
     size = BatchSize("auto")
@@ -172,6 +174,11 @@ def test_auto_is_what_half_of_the_free_memory_holds(
 
 def questions(tokenizer: Tokenizer):
     return [query_of(tokenizer, example) for example in MIXED]
+
+
+def longest_of(asked: list[Query]) -> RowCost:
+    """What the longest question takes, of which no logits are kept."""
+    return replace(max((query.cost for query in asked), key=lambda cost: cost.tokens), logits=0)
 
 
 def test_a_row_is_counted_from_the_models_shape() -> None:
@@ -185,6 +192,8 @@ def test_a_row_is_counted_from_the_models_shape() -> None:
     assert row_bytes(model.to(torch.bfloat16), RowCost(10)) < once
     logits = row_bytes(model, RowCost(10, logits=5)) - row_bytes(model, RowCost(10))
     assert logits == 4 * 3 * model.config.vocab_size * 4
+    cache = row_bytes(model, RowCost(10)) - row_bytes(model, RowCost(10, copies=0))
+    assert cache == 2 * 2 * 2 * 8 * 4 * 20  # what the forward fills, and one copy
 
 
 def test_the_estimate_covers_what_ranking_really_takes(byte_tokenizer: Tokenizer) -> None:
@@ -194,7 +203,7 @@ def test_the_estimate_covers_what_ranking_really_takes(byte_tokenizer: Tokenizer
     )
     found = adapted(model)
     asked = questions(byte_tokenizer)
-    longest = max((query.cost for query in asked), key=lambda cost: cost.tokens)
+    longest = longest_of(asked)
     with torch.profiler.profile(profile_memory=True) as profile:
         rank(TextModel(found, byte_tokenizer), MIXED, batch_size=13)
     level = peak = 0

@@ -108,6 +108,20 @@ def test_answers_do_not_influence_routes(byte_tokenizer: Tokenizer, tiny_model: 
     assert one.scores[0] == pytest.approx(other.scores[0], abs=CLOSE)
 
 
+def test_nothing_is_cached_where_no_candidate_is_fed(
+    byte_tokenizer: Tokenizer, tiny_model: MakeModel
+) -> None:
+    """Candidates of one token: one forward, without a cache."""
+    model, caches = tiny_model("llama"), []
+    model.base_model.register_forward_hook(lambda *seen: caches.append(seen[2].past_key_values))
+    examples = [question(number, ("x", "y")) for number in range(3)]
+    rank(TextModel(adapted(model), byte_tokenizer), examples, batch_size=3)
+    assert caches == [None]
+    rank(TextModel(bare(model), byte_tokenizer), MIXED[4:5], batch_size=1)
+    assert len(caches) == 3
+    assert None not in caches[1:]
+
+
 def test_of_equal_scores_the_first_wins(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -209,7 +223,8 @@ def test_positions_begin_with_the_first_token_of_a_row(
     byte_tokenizer: Tokenizer, tiny_model: MakeModel
 ) -> None:
     model, seen = tiny_model("llama"), []
-    model.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    base = model.base_model
+    base.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
     encoded = encode_texts(MIXED[:3], byte_tokenizer, max_length=500)
     lm_loss(TextModel(bare(model), byte_tokenizer), encoded, batch_size=3)
     (given,) = seen

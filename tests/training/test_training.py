@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MEASURED, require_trackers, without_measured
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings, StepReport, total_steps
-from moc_cli.training.loss import count_targets, task_loss
+from moc_cli.training.loss import TaskLoss, count_targets
 
 SETTINGS = Settings(seed=3, learning_rate=0.05, num_train_epochs=2, logging_steps=1)
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
@@ -124,36 +126,51 @@ def test_gradient_is_clipped(tmp_path):
 # Losses, rates, groups
 
 
+class Outputs(nn.Module):
+    """A model whose logits are given."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        return SimpleNamespace(logits=self.logits)
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, kind: Any) -> torch.Tensor:
+    """The loss of a batch under given logits, divided by the number of its targets."""
+    batch = {"input_ids": torch.zeros(labels.shape[0], 1), "labels": labels}
+    targets = max(1, count_targets(labels, kind))
+    return TaskLoss(Outputs(logits), kind, torch.device("cpu"))(batch, targets)
+
+
 def test_causal_loss_is_transformers():
     logits, labels = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
     labels[0, :4] = -100
     labels[2, 5:] = -100
-    outputs = type("Outputs", (), {"logits": logits})
     mean = ForCausalLMLoss(logits, labels, vocab_size=11)
-    count = count_targets(labels, "causal")
-    assert count == 3 * 6 - 3 - 2
-    torch.testing.assert_close(task_loss(outputs, labels, "causal") / count, mean)
+    assert count_targets(labels, "causal") == 3 * 6 - 3 - 2
+    torch.testing.assert_close(loss_of(logits, labels, "causal"), mean)
 
 
 def test_losses_of_rows_and_of_low_precision_logits():
     logits = torch.randn(4, 3).bfloat16()
-    outputs = type("Outputs", (), {"logits": logits})
     labels = torch.tensor([0, 2, 1, 1])
-    value = task_loss(outputs, labels, "classification")
+    value = loss_of(logits, labels, "classification")
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, F.cross_entropy(logits.float(), labels, reduction="sum"))
-    outputs = type("Outputs", (), {"logits": logits[:, :1]})
+    torch.testing.assert_close(value, F.cross_entropy(logits.float(), labels))
     targets = torch.tensor([0.5, 1.0, 5.0, 2.5])
-    expected = ((logits[:, 0].float() - targets) ** 2).sum()
-    torch.testing.assert_close(task_loss(outputs, targets, "regression"), expected)
-    assert count_targets(labels, "classification") == count_targets(targets, "regression") == 4
+    expected = ((logits[:, 0].float() - targets) ** 2).mean()
+    torch.testing.assert_close(loss_of(logits[:, :1], targets, "regression"), expected)
 
 
 def test_a_batch_without_targets_costs_nothing():
-    outputs = type("Outputs", (), {"logits": torch.randn(2, 4, 11, requires_grad=True)})
-    value = task_loss(outputs, torch.full((2, 4), -100), "causal")
+    logits = torch.randn(2, 4, 11, requires_grad=True)
+    value = loss_of(logits, torch.full((2, 4), -100), "causal")
     value.backward()
     assert value.item() == 0.0
+    assert logits.grad is not None
+    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
