@@ -70,6 +70,7 @@ class Loop:
         self.total = total_steps(settings, data.batches)
         self.warmup = warmup_steps(settings, self.total)
         self.counters = Counters()
+        self.peaks = memory.Peaks(self.device)
         self.grad_norm = 0.0
         self.saved_step: int | None = None
 
@@ -97,7 +98,7 @@ class Loop:
 
     def begin(self, resume: Snapshot | None) -> None:
         """Seed the run, or put everything back to where a checkpoint left it."""
-        memory.reset_peak(self.device)
+        self.peaks.begin()
         if resume is None:
             self.log.keep(0)
             rng.seed_everything(self.settings.seed)
@@ -137,8 +138,9 @@ class Loop:
                 weights=memory.tensor_bytes(frozen),
                 trainable=memory.tensor_bytes(self.named.values()),
                 optimizer=optim.state_bytes(self.optimizer),
-                peak=memory.peak_bytes(self.device),
+                peak=self.peaks.training,
                 kind=memory.peak_kind(self.device),
+                evaluation_peak=self.peaks.evaluation,
             ),
             checkpoint=self.checkpoints.path(counters.step),
         )
@@ -231,9 +233,9 @@ class Loop:
 
     def report(self, value: float) -> StepReport:
         """Return what an observer sees of the step just done."""
-        c, peak = self.counters, memory.peak_bytes(self.device)
+        c = self.counters
         counted = c.examples, c.tokens, c.seconds
-        return StepReport(c.step, self.total, self.epoch(), value, *counted, peak)
+        return StepReport(c.step, self.total, self.epoch(), value, *counted, self.peaks.training)
 
     # Between two steps
 
@@ -286,14 +288,15 @@ class Loop:
         before, started = rng.capture(), time.perf_counter()
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.peaks.evaluating():
                 values = self.scorer()
         finally:
             self.model.train()
             rng.restore(before)
         improved = update_best(self.counters, values, self.settings.metric)
         record = {"step": self.counters.step, "epoch": self.epoch(), "eval": values}
-        measured = {MEASURED: {"seconds": time.perf_counter() - started}}
+        seconds = time.perf_counter() - started
+        measured = {MEASURED: {"seconds": seconds, "memory": self.peaks.evaluation}}
         self.log.write(record | {"best": improved} | measured)
         return improved
 
@@ -315,7 +318,7 @@ class Loop:
             "seconds": c.seconds,
             "examples_per_second": (c.examples - mark.examples) / seconds,
             "tokens_per_second": (c.tokens - mark.tokens) / seconds,
-            "memory": memory.peak_bytes(self.device),
+            "memory": self.peaks.training,
         }
         self.log.write(record | self.usage.line() | {MEASURED: measured})
         c.loss_sum, c.loss_steps = 0.0, 0

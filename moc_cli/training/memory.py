@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,45 @@ COUNTED = "peak of all tensors"  # counted while one step runs
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the frozen weights, the trainables, the optimizer, and the peak of `kind`."""
+    """Bytes of the frozen weights, the trainables, the optimizer, and the peak of `kind`: that of
+    the training steps, and that of evaluations between them (None where there were none).
+    """
 
     weights: int
     trainable: int
     optimizer: int
     peak: int
     kind: str
+    evaluation_peak: int | None = None
+
+
+class Peaks:
+    """The peaks of training steps and of evaluations on a device, apart."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0  # the peak of the steps before the last evaluation
+        self.evaluation: int | None = None
+
+    @property
+    def training(self) -> int:
+        """The peak of all steps so far."""
+        return max(self._before, peak_bytes(self._device))
+
+    def begin(self) -> None:
+        """Forget what was before the first step."""
+        reset_peak(self._device)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the peak is that of an evaluation."""
+        self._before = self.training
+        reset_peak(self._device)
+        try:
+            yield
+        finally:
+            self.evaluation = max(self.evaluation or 0, peak_bytes(self._device))
+            reset_peak(self._device)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moc_cli.errors import MocError
-from moc_cli.training import optim, rng
+from moc_cli.training import memory, optim, rng
 from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, read_checkpoint
 from moc_cli.training.interrupt import Interrupt, Interrupted
@@ -271,6 +271,36 @@ def test_missing_tracker_is_named():
     require_trackers([])
     with pytest.raises(MocError, match="no_such_tracker"):
         require_trackers(["no_such_tracker"])
+
+
+def test_the_peak_of_training_is_not_that_of_an_evaluation(tmp_path, monkeypatch):
+    """Peaks on a device that answers as told: steps take 5 and then 7, evaluations 90."""
+    peak = [0]
+
+    def use(size):
+        peak[0] = max(peak[0], size)
+
+    monkeypatch.setattr(memory, "peak_bytes", lambda device: peak[0])
+    monkeypatch.setattr(memory, "reset_peak", lambda device: peak.__setitem__(0, 0))
+    backward = Loop.backward
+
+    def step(self, batch, targets):
+        use(5 if self.counters.step < 2 else 7)
+        return backward(self, batch, targets)
+
+    monkeypatch.setattr(Loop, "backward", step)
+    settings = replace(SETTINGS, eval_strategy="steps", eval_steps=2, max_steps=4)
+
+    def evaluate():
+        use(90)
+        return {"loss": 1.0}
+
+    outcome = toy_fit(tmp_path, ToyAdapted(), toy_data(BATCHES), settings, evaluate=evaluate)
+    assert (outcome.memory.peak, outcome.memory.evaluation_peak) == (7, 90)
+    shown = [
+        (set(line) & {"loss", "eval"}, line[MEASURED]["memory"]) for line in read_lines(tmp_path)
+    ]
+    assert shown == [({"loss"}, 5)] * 2 + [({"eval"}, 90)] + [({"loss"}, 7)] * 2 + [({"eval"}, 90)]
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back():
