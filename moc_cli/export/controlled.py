@@ -8,7 +8,8 @@ from moc_cli.models.families import Family, Place
 from moc_cli.models.hooks import HookedModel, cast_inputs, find_layers
 from moc_cli.nn.control import Control
 from moc_cli.nn.gate import GATES
-from moc_cli.nn.mixture import Mixture, Routing
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.routing import Routing
 
 
 class Controlled:

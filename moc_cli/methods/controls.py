@@ -14,7 +14,8 @@ from moc_cli.methods.route_counts import Recorder, layout_of
 from moc_cli.methods.size import check_size, one_device
 from moc_cli.models.families import Family, Place, find_family
 from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
-from moc_cli.nn.mixture import Mixture, Routing
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.routing import Routing
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
 

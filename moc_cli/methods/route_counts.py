@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, distributed
 
-from moc_cli.nn.mixture import Forward
+from moc_cli.nn.forward import Forward
 from moc_cli.nn.watch import Decision, Watcher, one_token_decides
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from moc_cli.nn.mixture import Forward
+from moc_cli.nn.forward import Forward
 
 _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
 _OWNER = "_moc_owner"  # and whose they are
@@ -226,7 +226,7 @@ class GenerationTracker:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the runner: a cache made inside the forward gets the routes decided in it."""
         current = self.mixture.current
-        current.ended = True
+        current.end()
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and current.store is not None:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.models.families import Family, Place
 from moc_cli.models.generation import GenerationTracker
-from moc_cli.nn.mixture import Forward, Mixture
+from moc_cli.nn.forward import Forward
+from moc_cli.nn.mixture import Mixture
 
 
 class Adds(Protocol):
@@ -167,6 +168,8 @@ class HookedModel:
             votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
             runner=find_runner(model, family),
         )
+        before = find_runner(model, family).register_forward_pre_hook(self._before_layers)
+        self._handles.append(before)  # after the tracker's own, which begins the forward
 
     def remove(self) -> None:
         """Take every hook and the mixture out of the model again."""
@@ -180,6 +183,9 @@ class HookedModel:
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
         return self.tracker.voting(mask)
+
+    def _before_layers(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.mixture.prepare()
 
     def _after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook of a layer, outside its activation checkpoint."""

@@ -19,8 +19,8 @@ from transformers import Cache, PreTrainedModel
 from moc_cli.models.families import Family
 from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import FollowLoss, find_layers, find_runner
-from moc_cli.nn.gate import Route
 from moc_cli.nn.layer_mixture import LayerMixture, LayerSite
+from moc_cli.nn.vote import Route
 
 _BY_TYPE = ("attention_mask", "position_embeddings")  # what differs between types of layers
 _NO_ROWS = "rel_embeddings"  # (positions, d): its first axis is never that of the rows

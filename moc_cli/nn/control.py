@@ -4,14 +4,15 @@ Shapes: V decisions (1 for a batch, B for rows, B·T for tokens), C controls in 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moc_cli.nn.gate import Route
+from moc_cli.nn.autograd import low_rank, stack
+from moc_cli.nn.vote import Route
 
 
 class Control(nn.Module):
@@ -41,6 +42,40 @@ class Control(nn.Module):
         if weight is not None:
             hidden = (hidden * weight[:, None, None]).to(x.dtype)
         return F.linear(hidden, self.B.to(x.dtype))
+
+
+class ControlPool:
+    """All N controls of a mixture for one forward, in the type of its products.
+
+    What a site uses is chosen on the device. In training every control gets a gradient, zero where
+    no site used it.
+    """
+
+    def __init__(self, controls: Sequence[Control], dtype: torch.dtype) -> None:
+        self._rows, self._sums = stack([(control.A, control.B) for control in controls], dtype)
+        self._open = True
+        self._sources = [matrix for control in controls for matrix in (control.A, control.B)]
+        self._versions = [matrix._version for matrix in self._sources]
+
+    def outdated(self) -> bool:
+        """Whether a control was changed since: a site called outside any forward would see that."""
+        return self._versions != [matrix._version for matrix in self._sources]
+
+    def update(self, x: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
+        """x (B, T, d) -> Σ_c w_vc · g_c(x_v), the same shape and type.
+
+        `index` (V, C) and `weights` (V, C), None for 1; V is 1 or B.
+        """
+        groups = x.reshape(len(index), -1, x.shape[-1])  # (V, S, d)
+        update, sums = low_rank(groups, index, weights, self._rows, self._sums)
+        if self._open:
+            self._sums = sums
+        return update.view(x.shape)
+
+    def close(self) -> None:
+        """End the forward: a recomputation may follow, and its graph must not be kept here."""
+        self._sums = self._sums.detach().requires_grad_(self._sums.requires_grad)
+        self._open = False
 
 
 @dataclass
@@ -126,5 +161,9 @@ def combine(
         used = sorted({k for picks in route.picks() for k in picks})
         columns = torch.tensor(used, device=route.ids.device)
         shares = ((route.ids[..., None] == columns) * route.weights[..., None]).sum(dim=1)
-    weights = F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)
-    return WeightedControls([local, *map(member, used)], weights)
+    return WeightedControls([local, *map(member, used)], weigh(shares, alpha, scale))
+
+
+def weigh(shares: Tensor, alpha: float, scale: float) -> Tensor:
+    """scale · (α, (1−α)·π) (V, 1 + K): the weights of eq. 9, of shares π (V, K)."""
+    return F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)

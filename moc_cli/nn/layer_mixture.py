@@ -7,18 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moc_cli.nn.gate import (
-    GATES,
-    Ballot,
-    Level,
-    Route,
-    balance_loss,
-    decide,
-    inject,
-    poll,
-    probabilities,
-)
-from moc_cli.nn.mixture import Forward, stored_route
+from moc_cli.nn.autograd import inject
+from moc_cli.nn.forward import Forward, stored_route
+from moc_cli.nn.gate import GATES, probabilities
+from moc_cli.nn.vote import Ballot, Level, Route, Voters, balance_loss, decide, poll
 from moc_cli.nn.watch import Decision, Watcher, new_decisions
 
 POOL = "shared"
@@ -126,12 +118,14 @@ class LayerMixture(nn.Module):
         return route, loss
 
     def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
-        p = probabilities(self.gates[POOL], h)  # (B, T, L)
-        ballot = poll(p, valid, "batch" if self.training else "sample", 1, self.vote)
+        p = probabilities(self.gates[POOL](h))  # (B, T, L)
+        level: Level = "batch" if self.training else "sample"
+        voters = Voters.of(p.shape[:2], valid, level, p.device, p.dtype)
+        ballot = poll(p, voters, 1, self.vote)
         route = decide(ballot, 1, "renormalized").detach()
         if not self.training:
             return route, p.new_zeros(()), ballot
-        return route, balance_loss(p, valid, 1, len(self.sites), route), ballot
+        return route, balance_loss(p, voters, 1, len(self.sites), route), ballot
 
     def settle(self, site: LayerSite, h: Tensor, loss: Tensor) -> Tensor:
         """The layer's output h, its backward pass bound to the balance loss while training.

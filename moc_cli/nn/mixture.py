@@ -1,139 +1,35 @@
 """Every control and gate of one model, and the update that each site adds (eq. 9)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import cast, get_args
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from moc_cli.nn.control import Control, StackedControls, WeightedControls, combine
-from moc_cli.nn.gate import (
-    GATES,
-    VOTES,
+from moc_cli.nn.autograd import inject, recompute
+from moc_cli.nn.control import (
+    Control,
+    ControlPool,
+    StackedControls,
+    WeightedControls,
+    combine,
+    weigh,
+)
+from moc_cli.nn.forward import Forward, RouteStore, stored_route
+from moc_cli.nn.gate import GATES, Gate, probabilities
+from moc_cli.nn.routing import Routing
+from moc_cli.nn.vote import (
     Ballot,
-    Coefficient,
-    Estimator,
     Level,
     Route,
+    Voters,
     balance_loss,
     decide,
-    inject,
     poll,
-    probabilities,
 )
 from moc_cli.nn.watch import Decision, Watcher, new_decisions
-
-_KINDS: dict[str, tuple[str, ...]] = {
-    "gate": tuple(GATES),
-    "estimator": get_args(Estimator),
-    "level": get_args(Level),
-    "vote": tuple(VOTES),
-    "decode": ("frozen", "running"),
-    "balance_f": ("top_k", "choice"),
-    "balance_reduce": ("sum", "mean"),
-}
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How routes are decided and what keeps them balanced; `top_k` = 0 means no gate at all."""
-
-    top_k: int = 1
-    alpha: float = 0.95
-    share_gate: bool = True
-    gate: str = "cosine"
-    projection_dim: int = 256
-    estimator: Estimator = "renormalized"
-    level: Level = "batch"
-    vote: str = "mean"
-    exclude_local: bool = False
-    decode: str = "frozen"
-    balance_weight: float = 0.01
-    balance_f: str = "top_k"
-    balance_reduce: str = "sum"
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for an unknown kind, and for two kinds that exclude each other."""
-        for name, allowed in _KINDS.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"routing.{name}: '{getattr(self, name)}' is not known; allowed: "
-                    f"{', '.join(allowed)}"
-                )
-        if self.decode == "running" and not VOTES[self.vote].additive:
-            raise ValueError(
-                f"routing.decode: 'running' adds new tokens to a vote, and the scores of vote "
-                f"'{self.vote}' do not add up; use decode 'frozen'"
-            )
-
-
-@dataclass
-class RouteStore:
-    """What one generation remembers between its forwards: a route (frozen) or ballot per site.
-
-    `stacks` hold the routes' controls once they are used for one token at a time. `waiting` (B,)
-    marks the rows of which only padding has been seen, None where there are none. Once `settled`,
-    every later forward uses what is here, whatever its mask. Without a gate there are no routes.
-    """
-
-    gated: bool = True
-    settled: bool = False
-    routes: dict[int, Route] = field(default_factory=dict)
-    ballots: dict[int, Ballot] = field(default_factory=dict)
-    stacks: dict[int, StackedControls] = field(default_factory=dict)
-    waiting: Tensor | None = None
-
-    def settle(self) -> None:
-        """Called after each forward that fills the cache."""
-        decided = bool(self.routes) and not self.ballots
-        self.settled = self.waiting is None and (decided or not self.gated)
-
-    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do to the rows what the cache does to its own: reorder, select or repeat them."""
-        self.routes = {site: route.rows(change) for site, route in self.routes.items()}
-        self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
-        self.stacks = {site: stack.rows(change) for site, stack in self.stacks.items()}
-        if self.waiting is not None:
-            self.waiting = change(self.waiting)
-
-
-def stored_route(routes: dict[int, Route], index: int, rows: int) -> Route | None:
-    """The route of a site, None before its first; RuntimeError where it is for other rows."""
-    route = routes.get(index)
-    if route is not None and route.voters != rows:
-        raise RuntimeError(f"the cache holds routes of {route.voters} rows, the input has {rows}")
-    return route
-
-
-@dataclass
-class Forward:
-    """One forward of the model: which tokens vote (B, T; None = all), and its generation.
-
-    `deciding` (B,) marks the rows whose first real token comes in a later forward than the others':
-    they decide now, while the others keep their routes. None where there are none. `shape` is
-    (B, T), for blocks that see rows and tokens as one axis; `past` counts the cache's tokens.
-
-    For watchers: the rows are `copies` of each of the user's own, as beams are; `repeat` marks a
-    forward that takes its generation's decisions once more, `ended` one that is over, so that what
-    runs in it now is the recompute of a backward pass.
-
-    `loss_scale` is what the model's own loss was multiplied by, known when its backward begins.
-    """
-
-    valid: Tensor | None = None
-    store: RouteStore | None = None
-    deciding: Tensor | None = None
-    shape: tuple[int, int] | None = None
-    past: int = 0
-    copies: int = 1
-    repeat: bool = False
-    ended: bool = False
-    loss_scale: float | Tensor = 1.0
-
-    def scaled(self, weight: float, scale: float | None) -> Coefficient:
-        """`weight` times `scale`, or where that is None, times that of the model's own loss."""
-        return lambda: weight * (self.loss_scale if scale is None else scale)
 
 
 @dataclass(eq=False)
@@ -206,6 +102,14 @@ class Mixture(nn.Module):
                     width, len(pool), routing.projection_dim, generator, device
                 )
 
+    def prepare(self) -> None:
+        """Called before a forward's first site, outside of whatever a backward pass recomputes."""
+        store = self.current.store
+        if self.active and (store is None or not store.settled):
+            self.current.prepared = {
+                name: cast(Gate, gate).prepare() for name, gate in self.gates.items()
+            }
+
     def control(self, index: int) -> Control:
         site = self.sites[index]
         layer = cast(nn.ModuleDict, self.controls[site.layer])
@@ -225,33 +129,69 @@ class Mixture(nn.Module):
         return output + update
 
     def update(self, site: Site, x: Tensor) -> Tensor:
-        """What this site adds to its block's output for the input x (B, T, d); same shape, type."""
+        """What this site adds to its block's output for the input x (B, T, d); same shape.
+
+        It is in x's type or, under autocast, in autocast's; routes are decided in float32.
+        """
         if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
             return self.update(site, x.reshape(*self.current.shape, -1)).flatten(0, 1)
+        device, dtype = x.device.type, x.dtype
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return self._update(site, x, dtype)
+        with torch.autocast(device, enabled=False):
+            return self._update(site, x, torch.get_autocast_dtype(device))
+
+    def _update(self, site: Site, x: Tensor, dtype: torch.dtype) -> Tensor:
         site.choice = None
-        stack = self._stack(site, x)
+        stack = self._stack(site, x, dtype)
         if stack is not None:
-            return stack.update(x)
-        routing = self.routing
-        if not routing.top_k:
-            return self.combine(site, None).update(x)
+            return stack.update(x.to(dtype))
+        if not self.routing.top_k:
+            return self._products(site, x.to(dtype), None)
         route, loss = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
-        site.loss = None if loss is None else loss.detach()
-        update = self.combine(site, route).update(x)
+        site.loss = loss.detach() if loss is not None and self.routing.balance_weight else None
+        update = self._products(site, x.to(dtype), route)
         if loss is not None:
-            weight = routing.balance_weight
-            if routing.balance_reduce == "mean":
+            weight = self.routing.balance_weight
+            if self.routing.balance_reduce == "mean":
                 weight /= len(self.sites)
             return inject(update, loss, self.current.scaled(weight, self.loss_scale))
         return update
+
+    def _products(self, site: Site, x: Tensor, route: Route | None) -> Tensor:
+        """The update of a site's controls for x (B, T, d) in the type of the products."""
+        if route is not None and route.voters not in (1, len(x)):
+            return self.combine(site, route).update(x)  # each token has controls of its own
+        forward, pool = self.current, None
+        if forward.shape is not None:
+            pool = forward.pools.get(x.dtype)
+        if pool is None or (forward.ended and pool.outdated()):
+            pool = ControlPool([self.control(s.index) for s in self.sites], x.dtype)
+            if forward.shape is not None:
+                forward.pools[x.dtype] = pool
+        index, weights = self._chosen(site, route, x.device)
+        return pool.update(x, index, weights)
+
+    def _chosen(
+        self, site: Site, route: Route | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which controls of all sites a site uses, (V, 1 + K), and their weights; None: 1."""
+        local = torch.full((1, 1), site.index, device=device)
+        if route is None:
+            return local, None if self.scale == 1 else local.new_full((1, 1), self.scale)
+        ids = route.ids
+        if len(self.pools) > 1:
+            ids = torch.tensor(self.pools[site.pool], device=device)[ids]
+        index = torch.cat([local.expand(len(ids), 1), ids], dim=1)
+        return index, weigh(route.weights, self.routing.alpha, self.scale)
 
     def combine(self, site: Site, route: Route | None) -> WeightedControls:
         """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
         pool, own = self.pools[site.pool], self.control(site.index)
         return combine(own, lambda k: self.control(pool[k]), route, self.routing.alpha, self.scale)
 
-    def _stack(self, site: Site, x: Tensor) -> StackedControls | None:
+    def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.
 
         None elsewhere: in training, in a prefill, and where each token is routed anew; nor where
@@ -263,14 +203,14 @@ class Mixture(nn.Module):
         if torch.is_grad_enabled() and self.control(site.index).A.requires_grad:
             return None
         if site.index not in store.stacks:
-            self._fill(store, site, x)
+            self._fill(store, site, x, dtype)
         return store.stacks[site.index]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
-    def _fill(self, store: RouteStore, site: Site, x: Tensor) -> None:
+    def _fill(self, store: RouteStore, site: Site, x: Tensor, dtype: torch.dtype) -> None:
         """Stack a site's controls; reads the route from the device, once a generation."""
         route = stored_route(store.routes, site.index, x.shape[0])
-        store.stacks[site.index] = self.combine(site, route).stack(x.dtype)
+        store.stacks[site.index] = self.combine(site, route).stack(dtype)
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:
         """The site's route for x (B, T, d), and its balance loss while training.
@@ -288,13 +228,17 @@ class Mixture(nn.Module):
         if earlier is not None and forward.deciding is None:
             return earlier, None
 
-        p = self._probabilities(site, x)
-        ballot = poll(p, forward.valid, level, routing.top_k, routing.vote)
+        voters, before = self._voters(x, level), None
         if store is not None and routing.decode == "running":
-            if site.index in store.ballots:
-                ballot = store.ballots[site.index] + ballot
+            before = store.ballots.get(site.index)
+        function = partial(self._decide, site, voters, before)
+        weights, loss, ids, p, sums, number, scores = recompute(
+            function, 2, self._gate(site).features(x), *self._prepared(site)
+        )
+        route = Route(ids, weights.detach() if routing.constant_weights else weights)
+        ballot = Ballot(sums, number, scores, routing.vote)
+        if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
-        route = decide(ballot, routing.top_k, routing.estimator)
         self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
         if self.reroute is not None:
             route = self.reroute(site, route)
@@ -304,23 +248,56 @@ class Mixture(nn.Module):
             route = earlier.replaced(forward.deciding, route)
         if store is not None and routing.decode == "frozen":
             store.routes[site.index] = route.detach()
+        return route, loss
 
-        if not (self.training and routing.balance_weight):
-            return route, None
-        size = p.shape[-1] - routing.exclude_local
-        chosen = route if routing.balance_f == "choice" else None
-        return route, balance_loss(p, forward.valid, routing.top_k, size, chosen)
+    def _decide(
+        self,
+        site: Site,
+        voters: Voters,
+        before: Ballot | None,
+        features: Tensor,
+        *prepared: Tensor,
+    ) -> tuple[Any, ...]:
+        """From the gate's features to weights π, balance loss, ids, p, and the ballot's parts.
 
-    def _probabilities(self, site: Site, x: Tensor) -> Tensor:
-        """Each token's probabilities (B, T, N); RuntimeError for a mask of another shape."""
-        valid = self.current.valid
-        if valid is not None and valid.shape != x.shape[:2]:
+        `before` is the ballot of the generation's earlier tokens. In training there is always
+        something for the gate to learn from, if only with weight 0: every parameter has a gradient.
+        """
+        routing = self.routing
+        k, local = routing.top_k, site.local if routing.exclude_local else None
+        p = probabilities(self._gate(site).logits(features, *prepared), local)
+        ballot = poll(p, voters, k, routing.vote)
+        if before is not None:
+            ballot = before + ballot
+        route = decide(ballot, k, routing.estimator)
+        loss = None
+        if self.training and (routing.balance_weight or routing.constant_weights):
+            chosen = route if routing.balance_f == "choice" else None
+            loss = balance_loss(p, voters, k, p.shape[-1] - routing.exclude_local, chosen)
+        return route.weights, loss, route.ids, p, ballot.sums, ballot.voters, ballot.scores
+
+    def _gate(self, site: Site) -> Gate:
+        return cast(Gate, self.gates[site.pool])
+
+    def _prepared(self, site: Site) -> tuple[Tensor, ...]:
+        """What the site's gate needs of its parameters."""
+        return self.current.prepared.get(site.pool) or self._gate(site).prepare()
+
+    def _voters(self, x: Tensor, level: Level) -> Voters:
+        """The tokens that vote; RuntimeError for a mask of another shape than x (B, T, d)."""
+        forward = self.current
+        if forward.voters is not None:
+            return forward.voters
+        if forward.valid is not None and forward.valid.shape != x.shape[:2]:
             raise RuntimeError(
-                f"site {site.name}: the mask of the voting tokens is {tuple(valid.shape)}, "
+                f"the mask of the voting tokens is {tuple(forward.valid.shape)}, "
                 f"the block's input {tuple(x.shape[:2])}"
             )
-        local = site.local if self.routing.exclude_local else None
-        return probabilities(self.gates[site.pool], x, local)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        voters = Voters.of(x.shape[:2], forward.valid, level, x.device, dtype)
+        if forward.shape is not None:
+            forward.voters = voters
+        return voters
 
     def _show(self, site: Site, decision: Decision, earlier: Route | None) -> None:
         """Let watchers see a decision; of rows with an earlier route those that decide now."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moc_cli.nn.gate import VOTES, Ballot, Level, Route, decide, poll
+from moc_cli.nn.vote import VOTES, Ballot, Level, Route, Voters, decide, poll
 
 
 @dataclass(slots=True)
@@ -76,13 +76,18 @@ def one_token_decides(decision: Decision) -> Tensor | None:
         p, mark = p.flatten(0, 1)[None], mark.flatten()[None]
     voters, tokens = mark.shape
     if VOTES[ballot.vote].additive:
-        single = poll(p.flatten(0, 1)[:, None], mark.flatten()[:, None], "sample", k, ballot.vote)
+        single = _poll(p.flatten(0, 1)[:, None], mark.flatten()[:, None], k, ballot.vote)
         rest = ballot.rows(lambda values: values.repeat_interleave(tokens, dim=0)) - single
         without = decide(rest, k, "renormalized").ids.view(voters, tokens, k)
     else:
         others = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
-        ballots = [poll(p, other, "sample", k, ballot.vote) for other in others]
+        ballots = [_poll(p, other, k, ballot.vote) for other in others]
         without = torch.stack([decide(rest, k, "renormalized").ids for rest in ballots], dim=1)
     chosen = decision.route.ids.sort(dim=-1).values
     turned: Tensor = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
     return turned.flatten(1).any(dim=1) | (ballot.voters[:, 0] <= 1)
+
+
+def _poll(p: Tensor, mark: Tensor, k: int, vote: str) -> Ballot:
+    """The ballot of the marked tokens (V, S) of p (V, S, N)."""
+    return poll(p, Voters.of(mark.shape, mark, "sample", p.device, p.dtype), k, vote)

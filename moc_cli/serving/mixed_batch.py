@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moc_cli.errors import MocError
 from moc_cli.nn.control import Control, StackedControls, WeightedControls
-from moc_cli.nn.mixture import Forward, Mixture, RouteStore, Site
+from moc_cli.nn.forward import Forward, RouteStore
+from moc_cli.nn.mixture import Mixture, Site
 
 Block = tuple[int, str]  # a layer's number, and "attn" or "ffn"
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from moc_cli.api import attach
 from moc_cli.errors import MocError
 from moc_cli.models.hooks import FollowLoss
-from moc_cli.nn.mixture import Forward
+from moc_cli.nn.forward import Forward
 from moc_cli.peft import MocConfig
 
 GATE = {"projection_dim": 8}

@@ -8,10 +8,13 @@ import torch
 from support.reference import Settings, best, site_update
 from torch import nn
 
-from moc_cli.nn import mixture as mixture_module
+from moc_cli.nn import routing as routing_module
 from moc_cli.nn.control import Control
-from moc_cli.nn.gate import GATES, VOTES, Vote, decide, poll, top_k
-from moc_cli.nn.mixture import Forward, Mixture, RouteStore, Routing
+from moc_cli.nn.forward import Forward, RouteStore
+from moc_cli.nn.gate import GATES
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.routing import Routing
+from moc_cli.nn.vote import VOTES, Ballot, Vote, Voters, decide, poll, top_k
 from moc_cli.nn.watch import Decision, one_token_decides
 from moc_cli.recipe.methods import MocMethod
 
@@ -40,6 +43,10 @@ def make_input(rows=3, tokens=4) -> tuple[torch.Tensor, torch.Tensor]:
     valid[0, 3:] = False
     valid[1, :2] = False
     return x, valid
+
+
+def count(p, valid, level, vote) -> Ballot:
+    return poll(p, Voters.of(p.shape[:2], valid, level, dtype=p.dtype), 1, vote)
 
 
 def pool_of(mixture: Mixture, site) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -280,27 +287,27 @@ class TestVoteWhoseScoresDoNotAddUp:
             return p.masked_fill(weight[..., None] == 0, float("nan")).nanmedian(dim=1).values
 
         monkeypatch.setitem(VOTES, "median", Vote(score, additive=False))
-        monkeypatch.setitem(mixture_module._KINDS, "vote", tuple(VOTES))
+        monkeypatch.setitem(routing_module._KINDS, "vote", tuple(VOTES))
 
     def test_running_decode_refuses_it(self):
         with pytest.raises(ValueError, match="'running' adds new tokens to a vote"):
             Routing(vote="median", decode="running")
-        ballot = poll(torch.rand(2, 3, 4), None, "sample", 1, "median")
+        ballot = count(torch.rand(2, 3, 4), None, "sample", "median")
         with pytest.raises(ValueError, match="the scores of two groups of tokens do not add up"):
             ballot + ballot
 
     def test_it_ranks_by_the_median(self):
         p = torch.tensor([[[0.1, 0.5, 0.4], [0.1, 0.5, 0.4], [1.0, 0.0, 0.0]]])
-        ballot = poll(p, None, "sample", 1, "median")
+        ballot = count(p, None, "sample", "median")
         assert decide(ballot, 1, "renormalized").ids.tolist() == [[1]]
-        assert decide(poll(p, None, "sample", 1, "mean"), 1, "renormalized").ids.tolist() == [[0]]
+        assert decide(count(p, None, "sample", "mean"), 1, "renormalized").ids.tolist() == [[0]]
 
     @pytest.mark.parametrize("level", ["sample", "batch"])
     @pytest.mark.parametrize("vote", ["mean", "mode", "median"])
     def test_one_token_decides_as_a_vote_without_it_shows(self, vote, level):
         p = torch.rand(5, 4, 3, dtype=torch.float64).softmax(-1)
         valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-        ballot = poll(p, valid, level, 1, vote)
+        ballot = count(p, valid, level, vote)
         route = decide(ballot, 1, "renormalized")
         marked = one_token_decides(Decision(level, route, ballot, None, p, valid))
         rows = [row[mark.bool()] for row, mark in zip(p, valid, strict=True)]
@@ -310,6 +317,6 @@ class TestVoteWhoseScoresDoNotAddUp:
             for token in range(len(row)):
                 rest = torch.cat([row[:token], row[token + 1 :]])[None]
                 if len(row) > 1:
-                    other = decide(poll(rest, None, "sample", 1, vote), 1, "renormalized")
+                    other = decide(count(rest, None, "sample", vote), 1, "renormalized")
                     turned |= other.ids.tolist()[0] != ids
             assert mark == turned

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from moc_cli.nn.control import Control
+from moc_cli.nn.forward import Forward
 from moc_cli.nn.gate import GATES, CosineGate, LinearGate, probabilities
-from moc_cli.nn.mixture import Forward, Mixture, Routing
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.routing import Routing
 
 WIDTH, SIZE = 6, 4
 
@@ -48,9 +50,9 @@ def test_the_temperature_is_at_most_100():
 @pytest.mark.parametrize("kind", GATES)
 def test_bfloat16_states_are_routed_in_float32(kind):
     gate, x = GATES[kind](WIDTH, SIZE, 5), torch.randn(2, 3, WIDTH, dtype=torch.bfloat16)
-    p = probabilities(gate, x)
+    p = probabilities(gate(x))
     assert p.dtype == torch.float32
-    assert torch.equal(p, probabilities(gate, x.float()))
+    assert torch.equal(p, probabilities(gate(x.float())))
 
 
 def test_the_own_control_is_left_out_of_pools_that_are_not_shared():

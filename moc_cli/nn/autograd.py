@@ -1,0 +1,216 @@
+"""Functions with a backward pass of their own: loss injection, recomputation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Coefficient = Callable[[], float | Tensor]
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
+        ctx.coefficient = coefficient
+        ctx.like = loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        dtype, device = ctx.like
+        return grad, torch.as_tensor(ctx.coefficient(), dtype=dtype, device=device), None
+
+
+def inject(x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
+    """Identity on x whose backward also sends `coefficient()` into `loss`.
+
+    It makes loss part of the objective without a module holding a tensor that carries a graph,
+    which would keep a recomputed layer alive under activation checkpointing.
+    """
+    result: Tensor = _Inject.apply(x, loss, coefficient)  # type: ignore[no-untyped-call]
+    return result
+
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Function, first: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.function, ctx.first = function, first
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        outputs = function(*inputs)
+        rest = [value for value in outputs[first:] if value is not None]
+        ctx.mark_non_differentiable(*rest)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            saved.detach().requires_grad_(need)
+            for saved, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            outputs = ctx.function(*inputs)[: ctx.first]
+        pairs = zip(outputs, grads[: ctx.first], strict=True)
+        reached = [(value, grad) for value, grad in pairs if grad is not None]
+        if not reached:
+            return (None,) * len(ctx.needs_input_grad)
+        values, received = zip(*reached, strict=True)
+        wanted = [value for value in inputs if value.requires_grad]
+        results = iter(torch.autograd.grad(values, wanted, received, allow_unused=True))
+        return None, None, *(next(results) if need else None for need in needed)
+
+
+def recompute(function: Function, first: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`function(*inputs)`; the backward pass runs it again instead of keeping what is inside.
+
+    Only the `first` outputs get a gradient, and only from them the inputs do. The function must
+    read no other tensor that wants one.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    outputs: tuple[Tensor, ...] = _Recompute.apply(function, first, *inputs)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ x.flatten(0, -2).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(dim=0)
+        return grad_x, grad_weight, grad_bias
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x (+ b) in the type of W (p, d) for x (..., d), which is kept as it is and never copied."""
+    result: Tensor = _Project.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, count: int, *matrices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        first, second = matrices[:count], matrices[count:]
+        stacked = torch.stack([*first, *(matrix.t() for matrix in second)])
+        stacked = stacked.view(2, count, *first[0].shape)
+        ctx.set_materialize_grads(False)
+        rows = stacked.to(dtype)
+        ctx.mark_non_differentiable(rows)
+        return rows, stacked.new_zeros(()).expand_as(stacked)
+
+    @staticmethod
+    def backward(ctx: Any, _: None, sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        if sums is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, *sums[0].unbind(), *(matrix.t() for matrix in sums[1].unbind())
+
+
+class _LowRank(torch.autograd.Function):
+    """The products of chosen pairs; its backward adds to the running sums of their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor | None, sums: Tensor, rows: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        A, B = _chosen_rows(rows, index)
+        hidden = torch.bmm(x, A.transpose(1, 2))  # (V, S, C·r)
+        ctx.save_for_backward(x, weights, hidden, rows, index)
+        ctx.dtype = sums.dtype
+        ctx.set_materialize_grads(False)
+        return torch.bmm(_weigh(hidden, weights), B), sums.view_as(sums)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, sums: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, sums, None, None
+        x, weights, hidden, rows, index = ctx.saved_tensors
+        A, B = _chosen_rows(rows, index)
+        grad_scaled = torch.bmm(grad, B.transpose(1, 2))
+        grad_hidden = _weigh(grad_scaled, weights)
+        grad_weights = None
+        if ctx.needs_input_grad[1]:
+            parts = (grad_scaled * hidden).to(weights.dtype)
+            grad_weights = parts.unflatten(-1, (index.shape[1], -1)).sum(dim=(1, 3))
+        if ctx.needs_input_grad[2]:
+            grad_A = torch.bmm(grad_hidden.transpose(1, 2), x)  # (V, C·r, d)
+            grad_B = torch.bmm(_weigh(hidden, weights).transpose(1, 2), grad)
+            if sums is None:
+                sums = rows.new_zeros(rows.shape, dtype=ctx.dtype)
+            _add_chosen(sums, torch.stack([grad_A, grad_B]), index)
+        grad_x = torch.bmm(grad_hidden, A) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weights, sums, None, None
+
+
+def stack(matrices: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """N pairs A (r, d), B (d, r) as one tensor (2, N, r, d) in `dtype`, and its running sums.
+
+    The rows have no gradient. `low_rank` hands the running sums on from one use of the rows to the
+    next, and the backward pass adds the gradients of all uses to one tensor, which then reaches
+    every matrix. A gather of each use would make a tensor of that size for each use.
+    """
+    first, second = zip(*matrices, strict=True)
+    rows: tuple[Tensor, Tensor] = _Stack.apply(dtype, len(first), *first, *second)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def low_rank(
+    x: Tensor, index: Tensor, weights: Tensor | None, rows: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ_c w_vc · B_c A_c x_v for x (V, S, d) in the type of `rows`, and the next running sums.
+
+    `index` (V, C) names the pairs among `rows` (2, N, r, d), `weights` (V, C) weigh them; None: 1.
+    Nothing is read from the device. Kept for the backward pass: x, and A x.
+    """
+    result: tuple[Tensor, Tensor] = _LowRank.apply(x, weights, sums, rows, index)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _chosen_rows(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen A and Bᵀ, (V, C·r, d) each."""
+    voters, chosen = index.shape
+    selected = rows.index_select(1, index.flatten())  # (2, V·C, r, d)
+    A, B = selected.view(2, voters, chosen * rows.shape[2], rows.shape[3])
+    return A, B
+
+
+def _weigh(hidden: Tensor, weights: Tensor | None) -> Tensor:
+    """hidden (V, S, C·r) times weights (V, C), in the type of `hidden`."""
+    if weights is None:
+        return hidden
+    parts: Tensor = hidden.unflatten(-1, (weights.shape[1], -1))
+    return (parts * weights[:, None, :, None]).flatten(-2).to(hidden.dtype)
+
+
+def _add_chosen(sums: Tensor, grads: Tensor, index: Tensor) -> None:
+    """Add the gradients (2, V, C·r, d) of the chosen pairs to `sums` (2, N, r, d), in place.
+
+    In an order that does not change between runs, also on a GPU.
+    """
+    parts = grads.to(sums.dtype).unflatten(2, (index.shape[1], -1))  # (2, V, C, r, d)
+    if len(index) == 1:
+        for c in range(index.shape[1]):
+            sums.index_add_(1, index[0, c : c + 1], parts[:, 0, c : c + 1])
+    else:
+        by_pair = parts.flatten(1, 2).transpose(0, 1)  # (V·C, 2, r, d)
+        sums.transpose(0, 1).index_put_((index.flatten(),), by_pair, accumulate=True)

@@ -1,0 +1,98 @@
+"""One forward of a model, as the sites in it see it, and what a generation remembers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moc_cli.nn.autograd import Coefficient
+from moc_cli.nn.control import ControlPool, StackedControls
+from moc_cli.nn.vote import Ballot, Route, Voters
+
+
+@dataclass
+class RouteStore:
+    """What one generation remembers between its forwards: a route (frozen) or ballot per site.
+
+    `stacks` hold the routes' controls once they are used for one token at a time. `waiting` (B,)
+    marks the rows of which only padding has been seen, None where there are none. Once `settled`,
+    every later forward uses what is here, whatever its mask. Without a gate there are no routes.
+    """
+
+    gated: bool = True
+    settled: bool = False
+    routes: dict[int, Route] = field(default_factory=dict)
+    ballots: dict[int, Ballot] = field(default_factory=dict)
+    stacks: dict[int, StackedControls] = field(default_factory=dict)
+    waiting: Tensor | None = None
+
+    def settle(self) -> None:
+        """Called after each forward that fills the cache."""
+        decided = bool(self.routes) and not self.ballots
+        self.settled = self.waiting is None and (decided or not self.gated)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do to the rows what the cache does to its own: reorder, select or repeat them."""
+        self.routes = {site: route.rows(change) for site, route in self.routes.items()}
+        self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
+        self.stacks = {site: stack.rows(change) for site, stack in self.stacks.items()}
+        if self.waiting is not None:
+            self.waiting = change(self.waiting)
+
+
+def stored_route(routes: dict[int, Route], index: int, rows: int) -> Route | None:
+    """The route of a site, None before its first; RuntimeError where it is for other rows."""
+    route = routes.get(index)
+    if route is not None and route.voters != rows:
+        raise RuntimeError(f"the cache holds routes of {route.voters} rows, the input has {rows}")
+    return route
+
+
+@dataclass
+class Forward:
+    """One forward of the model: which tokens vote (B, T; None = all), and its generation.
+
+    `deciding` (B,) marks the rows whose first real token comes in a later forward than the others':
+    they decide now, while the others keep their routes. None where there are none. `shape` is
+    (B, T), for blocks that see rows and tokens as one axis; `past` counts the cache's tokens.
+
+    For watchers: the rows are `copies` of each of the user's own, as beams are; `repeat` marks a
+    forward that takes its generation's decisions once more, `ended` one that is over, so that what
+    runs in it now is the recompute of a backward pass.
+
+    `loss_scale` is what the model's own loss was multiplied by, known when its backward begins.
+
+    `pools`, `prepared` and `voters` are what all sites of a forward share. They are kept where
+    `shape` is known, as it is in a forward of a model, and made anew for each site elsewhere.
+    """
+
+    valid: Tensor | None = None
+    store: RouteStore | None = None
+    deciding: Tensor | None = None
+    shape: tuple[int, int] | None = None
+    past: int = 0
+    copies: int = 1
+    repeat: bool = False
+    ended: bool = False
+    loss_scale: float | Tensor = 1.0
+    pools: dict[torch.dtype, ControlPool] = field(default_factory=dict, repr=False)
+    prepared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    voters: Voters | None = field(default=None, repr=False)
+
+    def end(self) -> None:
+        """Called after the forward; its backward pass may still recompute parts of it.
+
+        What they need is kept without its graph, which would keep the recomputed parts alive.
+        """
+        self.ended = True
+        self.prepared = {
+            pool: tuple(value.detach().requires_grad_(value.requires_grad) for value in values)
+            for pool, values in self.prepared.items()
+        }
+        for pool in self.pools.values():
+            pool.close()
+
+    def scaled(self, weight: float, scale: float | None) -> Coefficient:
+        """`weight` times `scale`, or where that is None, times that of the model's own loss."""
+        return lambda: weight * (self.loss_scale if scale is None else scale)

@@ -1,0 +1,230 @@
+"""The vote that turns token probabilities into a route, and the balance loss.
+
+Shapes: B rows, T tokens, N controls in the pool, K routed controls, V decisions (1 for a batch, B
+for rows, B·T for tokens), S tokens that vote on one decision.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+Level = Literal["batch", "sample", "token"]
+Estimator = Literal["renormalized", "straight_through", "probability"]
+
+
+@dataclass
+class Route:
+    """Which controls were chosen and with what weight: `ids` and `weights` are (V, K)."""
+
+    ids: Tensor
+    weights: Tensor
+    _picks: list[list[int]] | None = field(default=None, repr=False)
+    _groups: list[tuple[int, Tensor, Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def voters(self) -> int:
+        return self.ids.shape[0]
+
+    def picks(self) -> list[list[int]]:
+        """The ids on the host; read from the device once."""
+        if self._picks is None:
+            self._picks = self.ids.tolist()
+        return self._picks
+
+    def groups(self) -> list[tuple[int, Tensor, Tensor]]:
+        """(control, its voters (V_k,), its slot among each voter's K (V_k,)) of controls in use."""
+        if self._groups is None:
+            used = sorted({k for row in self.picks() for k in row})
+            places = [(k, (self.ids == k).nonzero()) for k in used]
+            self._groups = [(k, place[:, 0], place[:, 1]) for k, place in places]
+        return self._groups
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "Route":
+        """The route with its rows reordered, selected or repeated by `change`."""
+        return Route(change(self.ids), change(self.weights))
+
+    def replaced(self, rows: Tensor, other: "Route") -> "Route":
+        """The route with that of `other` in the marked rows (V,)."""
+        mark = rows[:, None]
+        return Route(
+            torch.where(mark, other.ids, self.ids), torch.where(mark, other.weights, self.weights)
+        )
+
+    def detach(self) -> "Route":
+        return Route(self.ids, self.weights.detach(), self._picks, self._groups)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The indices of the k largest along the last axis; equal scores: the lower index first."""
+    if k == 1:
+        return scores.argmax(dim=-1, keepdim=True)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def own_picks(p: Tensor, k: int) -> Tensor:
+    """1 where a control is among the token's own k most probable, else 0; like p, no gradient."""
+    return torch.zeros_like(p).scatter_(-1, top_k(p.detach(), k), 1.0)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How the tokens of a decision rank the controls of the pool.
+
+    `score(p, weight, k)` gives each control a score (V, N), from the probabilities p (V, S, N) and
+    the weights (V, S), 1 where a token votes and 0 elsewhere. Equal scores: the larger mean
+    probability first, then the lower index. Without `score` the mean probability alone decides.
+    `additive`: the scores of two groups of tokens add up to the score of both, as `decode: running`
+    needs it.
+    """
+
+    score: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    additive: bool = True
+
+
+def _count_picks(p: Tensor, weight: Tensor, k: int) -> Tensor:
+    return (own_picks(p, k) * weight[..., None]).sum(dim=1)
+
+
+VOTES: dict[str, Vote] = {"mean": Vote(), "mode": Vote(_count_picks)}
+
+
+@dataclass
+class Ballot:
+    """What the tokens of each decision say under one of VOTES.
+
+    `sums` (V, N) of their probabilities, `voters` (V, 1) the number of tokens, `scores` (V, N) what
+    the vote ranks by, None where that is the mean probability.
+    """
+
+    sums: Tensor
+    voters: Tensor
+    scores: Tensor | None
+    vote: str
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean probabilities P̄ (V, N)."""
+        return self.sums / self.voters.clamp(min=1)
+
+    def __add__(self, other: "Ballot") -> "Ballot":
+        """The ballot of both groups of tokens; ValueError where scores do not add up."""
+        return self._joined(other, 1)
+
+    def __sub__(self, other: "Ballot") -> "Ballot":
+        """The ballot without the tokens of `other`; ValueError where scores do not add up."""
+        return self._joined(other, -1)
+
+    def _joined(self, other: "Ballot", sign: int) -> "Ballot":
+        if not VOTES[self.vote].additive:
+            raise ValueError(
+                f"vote '{self.vote}': the scores of two groups of tokens do not add up"
+            )
+        scores = None
+        if self.scores is not None and other.scores is not None:
+            scores = self.scores + sign * other.scores
+        sums, voters = self.sums + sign * other.sums, self.voters + sign * other.voters
+        return Ballot(sums, voters, scores, self.vote)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "Ballot":
+        """The ballot with its rows reordered, selected or repeated by `change`."""
+        scores = None if self.scores is None else change(self.scores)
+        return Ballot(change(self.sums), change(self.voters), scores, self.vote)
+
+
+@dataclass
+class Voters:
+    """The tokens that vote in one forward: the same for all its sites.
+
+    `weight` (V, S) is 1 where a token votes on a decision and 0 elsewhere, `count` (V, 1) its sum.
+    `share` (B, T) is 1/n for each of n real tokens: what each adds to the balance loss.
+    """
+
+    level: Level
+    weight: Tensor
+    count: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        valid: Tensor | None,
+        level: Level,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Those of B rows of T tokens, of which `valid` (B, T) marks the real ones (None: all).
+
+        At level `token` every token decides for itself, padding too (its output is never read).
+        """
+        if valid is None:
+            tokens = torch.ones(*shape, device=device, dtype=dtype)
+        else:
+            tokens = valid.to(device, dtype)
+        share = tokens / tokens.sum().clamp(min=1)
+        if level == "batch":
+            weight = tokens.flatten()[None]
+        elif level == "token":
+            weight = torch.ones_like(tokens).view(-1, 1)
+        else:
+            weight = tokens
+        return cls(level, weight, weight.sum(dim=1, keepdim=True), share)
+
+
+def poll(p: Tensor, voters: Voters, k: int, vote: str) -> Ballot:
+    """Collect the votes of p (B, T, N). Raises ValueError for a vote that is not in VOTES."""
+    if vote not in VOTES:
+        raise ValueError(f"vote '{vote}' is not known; allowed: {', '.join(VOTES)}")
+    weight, score = voters.weight, VOTES[vote].score
+    p = p.reshape(*weight.shape, -1)  # (V, S, N)
+    scores = None if score is None else score(p.detach(), weight, k)
+    return Ballot((p * weight[..., None]).sum(dim=1), voters.count, scores, vote)
+
+
+def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
+    """The route (V, K) that the ballot gives, with weights π (eq. 10 where there is one voter).
+
+    The K controls that the vote ranks first. π_k = P̄_k / Σ_S P̄ (`renormalized`), the same with the
+    gradient of P̄ (`straight_through`), or P̄_k itself (`probability`).
+    """
+    mean = ballot.mean
+    ids = top_k(mean.detach(), k)
+    if ballot.scores is not None:
+        by_mean = mean.detach().sort(dim=-1, descending=True, stable=True).indices
+        ids = by_mean.gather(-1, top_k(ballot.scores.gather(-1, by_mean), k))
+    chosen = mean.gather(-1, ids)
+    if estimator == "probability":
+        weights = chosen
+    elif estimator == "renormalized" and k == 1:
+        # Exactly 1, without a gradient: c/c would leave rounding noise in the gate's gradient, and
+        # Adam scales noise up to full steps.
+        weights = torch.ones_like(chosen)
+    else:
+        # A control without any probability can be chosen by its score alone: never 0/0.
+        weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+        if estimator == "straight_through":
+            weights = weights.detach() + chosen - chosen.detach()
+    return Route(ids, weights)
+
+
+def balance_loss(
+    p: Tensor, voters: Voters, k: int, size: int, route: Route | None = None
+) -> Tensor:
+    """N · Σ_j f_j·P_j of one site over its valid tokens p (B, T, N); balanced use gives 1.
+
+    P_j is the mean of p_ij; f_j the share of picks that went to j, without gradient: of the
+    tokens' own top K, or of the decisions in `route` where one is given (as MoLEx's code does).
+    `size` is N, or N − 1 where the local control is excluded.
+    """
+    mean = (p * voters.share[..., None]).sum(dim=(0, 1))  # (N,)
+    if route is None:
+        picks = top_k(p.detach(), k)  # (B, T, K)
+        weight = (voters.share / k)[..., None].expand_as(picks)
+    else:
+        picks = route.ids
+        weight = mean.new_full((), 1 / picks.numel()).expand_as(picks)
+    share = torch.zeros_like(mean).index_add(0, picks.flatten(), weight.flatten())
+    return size * torch.dot(share, mean)
