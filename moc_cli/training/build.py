@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.adapter.check import check_modules
-from moc_cli.data.batches import Batches
+from moc_cli.data.batches import Batches, as_tensors
 from moc_cli.data.custom.chat import set_template
 from moc_cli.data.encode import Encoded
 from moc_cli.data.splits import Splits, read_splits
@@ -153,8 +153,10 @@ def make_data(
         group_by_length=recipe.train.group_by_length,
     )
 
+    rows = list(map(as_tensors, encoded.rows))
+
     def collate(numbers: list[int]) -> dict[str, Any]:
-        return kind.collate([encoded.rows[number] for number in numbers], tokenizer)
+        return kind.collate([rows[number] for number in numbers], tokenizer)
 
     return Data(batches, collate, kind.loss, batches.padding_share())
 

@@ -33,6 +33,7 @@ from moc_cli.training.loop_types import (
 )
 from moc_cli.training.step_errors import may_split, not_finite, out_of_memory
 from moc_cli.training.usage import Usage
+from moc_cli.training.windows import Windows
 
 
 class Loop:
@@ -62,6 +63,7 @@ class Loop:
         self.interrupt, self.command = interrupt or Interrupt(), command
         self.device = accelerator.device
         self.model = accelerator.prepare_model(adapted.model)
+        self.windows = Windows(data.collate, pin=self.device.type == "cuda")
         self.loss = loss.TaskLoss(self.model, data.kind, self.device)
         self.named = adapted.named_trainables()
         self.usage = Usage(adapted.recorder(detailed=False, training=True))
@@ -161,7 +163,7 @@ class Loop:
         self.usage.mark()
         first, n = self.counters.batch, self.settings.gradient_accumulation_steps
         window = self.plan[first : first + n]
-        batches = [self.data.collate(rows) for rows in window]
+        batches = self.windows.take(window)
         short = False
         try:
             values = self.gradients(batches)
@@ -194,6 +196,8 @@ class Loop:
         losses = [self.backward(batch, targets) for batch in batches]
         limit = self.settings.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
+        after = self.counters.batch + len(batches)
+        self.windows.ahead(self.plan[after : after + self.settings.gradient_accumulation_steps])
         # The step's only wait for the device: all that decides whether it may be taken.
         *values, self.grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
         return values
