@@ -47,8 +47,10 @@ from moc_cli.files import write_bytes_atomic, write_folder_atomic
 from moc_cli.methods import Adapted, Counts
 from moc_cli.methods import attach as place
 from moc_cli.models.fingerprint import fingerprint
-from moc_cli.models.load import checkpoint_shapes, name_classes
-from moc_cli.models.weight_files import own_head
+from moc_cli.models.load import name_classes
+from moc_cli.models.quantization import of_model
+from moc_cli.models.stored_weights import find_stored
+from moc_cli.models.weight_files import checkpoint_shapes, own_head
 
 
 class Controls:
@@ -186,7 +188,7 @@ def attach(
     names = tuple(modules)
     check_modules(model, names)
     _warn_of_new_head(model, names)
-    base = fingerprint(model, names)
+    base = fingerprint(model, names, find_stored(model))
     before = _copies(model, names)
     adapted = place(model, section, new_modules=names, seed=seed)
     return Controls(adapted, _base_facts(model, base, seed), before)
@@ -209,6 +211,8 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     """
     checked = check_adapter(model, folder)
     config, names = checked.config, tuple(checked.config.modules)
+    if checked.remark:
+        warnings.warn(checked.remark, stacklevel=2)
     state = read_state(checked.adapter)
     before = _copies(model, names)
     adapted = place(model, config.method, new_modules=names, seed=checked.seed)
@@ -248,10 +252,12 @@ _INHERITED = (
 
 def _base_facts(model: PreTrainedModel, base: dict[str, str], seed: int) -> dict[str, Any]:
     """What the config says about the base, as far as it is known of a model in memory."""
+    quantization = of_model(model)
     return {
         "base_model_name_or_path": model.name_or_path or type(model).__name__,
         "base_weights_sha256": None,
         "base_fingerprint": base,
+        "base_quantization": quantization.arguments if quantization else None,
         "seed": seed,
     }
 

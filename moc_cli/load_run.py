@@ -11,6 +11,7 @@ from moc_cli.adapter.check import (
     check_base,
     check_bounds,
     check_finite,
+    compare_quantization,
     open_adapter,
     read_state,
 )
@@ -22,10 +23,14 @@ from moc_cli.models.fingerprint import (
     hash_tensors,
     hash_vocabulary,
     in_a_layer,
+    is_packed,
     list_differences,
 )
-from moc_cli.models.load import known_hash, load_model, load_tokenizer
+from moc_cli.models.load import load_model, load_tokenizer
+from moc_cli.models.quantization import of_model
 from moc_cli.models.tokens import match_tokens
+from moc_cli.models.weight_files import known_hash
+from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
@@ -51,6 +56,11 @@ class LoadedModel(TextModel):
     name: str
     weights_hash: str
     device: torch.device
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the linear weights of the base are kept, if not in `dtype`."""
+        return of_model(self.adapted.model)
 
     @property
     def dtype(self) -> str:
@@ -104,6 +114,9 @@ def open_run(
         raise RunError(error.message, HINT) from error
     built = build.build(recipe, chosen, tokenizer)
     _check_weights(folder, recipe, saved, built, base)
+    remark = compare_quantization(saved, built.quantization)
+    if remark:
+        say(remark)
     _check_vocabulary(folder, hash_vocabulary(tokenizer), base)
     built.adapted.load_state(state)
     built.adapted.model.train(False)
@@ -139,6 +152,7 @@ def open_model(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        device=chosen,
     )
     match_tokens(loaded.model, tokenizer)
     loaded.model.to(chosen)  # type: ignore[arg-type]
@@ -182,6 +196,7 @@ def _read_saved(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict
     say(f"{folder.path}: the controls are those of a checkpoint, step {step:,}")
     return {
         "base_weights_sha256": snapshot.identity.get("weights"),
+        "base_quantization": snapshot.identity.get("quantization"),
         "step": step,
         "payload_sha256": files[TRAINABLES],
     }, snapshot.trainables
@@ -218,7 +233,8 @@ def _check_weights(
     if built.weights_hash == wanted:
         return
     then = folder.base_tensors()
-    if hash_tensors(then) != wanted:  # an older run, which does not describe its tensors
+    packed = is_packed(then) or is_packed(built.tensors)
+    if hash_tensors(then) != wanted or packed:  # or an older run, which does not describe them
         model = recipe.model
         check_base(
             built.name,

@@ -55,6 +55,7 @@ LIGHT_FILES = {"adapter/folder.py", "adapter/config.py", "adapter/__init__.py"}
 AT_HOME = {
     "peft": {"methods/low_rank.py", "peft"},
     "typer": {"cli"},
+    "bitsandbytes": {"models/quantization.py"},  # which imports it where it is asked for
     "pydantic": {"recipe", "run_files.py", "adapter/config.py", "training/checkpoint.py"},
     "rich": {"report", "cli"},
     "datasets": {"data"},

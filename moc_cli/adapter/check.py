@@ -24,8 +24,11 @@ from moc_cli.models.fingerprint import (
     list_differences,
     same_base,
 )
-from moc_cli.models.load import known_hash
+from moc_cli.models.quantization import is_quantized, of_model
+from moc_cli.models.stored_weights import find_stored
+from moc_cli.models.weight_files import known_hash
 from moc_cli.recipe.methods import MethodConfig
+from moc_cli.recipe.quantization import Quantization, of_arguments
 from moc_cli.run_files import read_base_tensors
 
 # The fields of peft in a config of lora or dora that decide what peft makes of it.
@@ -34,12 +37,16 @@ _PEFT = ("peft_type", "r", "lora_alpha", "use_dora", "target_modules")
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter that fits a model: what to place, with which seed, and the base's fingerprint."""
+    """An adapter that fits a model: what to place, with which seed, and the base's fingerprint.
+
+    `remark` says where the base is quantised in another way than in training.
+    """
 
     adapter: Adapter
     config: AdapterConfig
     seed: int
     base: dict[str, str]
+    remark: str | None
 
 
 def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
@@ -50,7 +57,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
     check_free(model)
     adapter, config, peft = open_adapter(folder)
     names = tuple(config.modules)
-    base = fingerprint(model, names)
+    base = fingerprint(model, names, find_stored(model))
     missing = set(names) - dict(model.named_modules()).keys()
     if not missing:  # otherwise it may be another base's module
         check_modules(model, names)
@@ -69,7 +76,9 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
             "write it again: moc export RUN --to controls --output-dir DIR",
         )
     _check_fit(model, adapter, config, peft)
-    return CheckedAdapter(adapter, config, 42 if config.seed is None else config.seed, base)
+    seed = 42 if config.seed is None else config.seed
+    remark = compare_quantization(config.model_dump(), of_model(model))
+    return CheckedAdapter(adapter, config, seed, base, remark)
 
 
 def open_adapter(folder: str | Path) -> tuple[Adapter, AdapterConfig, dict[str, Any]]:
@@ -113,6 +122,11 @@ def check_modules(model: PreTrainedModel, names: tuple[str, ...]) -> None:
             raise RunError(f"modules: {type(model).__name__} has no module '{name[:80]}'")
         if any(isinstance(part, nn.ModuleList) for part in module.modules()):
             raise RunError(f"modules: '{name}' holds the model's layers, which stay frozen")
+        if any(map(is_quantized, module.parameters())):
+            raise RunError(
+                f"modules: '{name}' is quantised, and such weights cannot be trained",
+                f"load the model with llm_int8_skip_modules=['{name}']",
+            )
         own = {id(parameter) for parameter in module.parameters()}
         shared = [
             key
@@ -180,6 +194,21 @@ def check_base(
             + (f":\n{listed}" if listed else ""),
             "give the same base model, or train again on this one",
         )
+
+
+def compare_quantization(expected: Mapping[str, Any], now: Quantization | None) -> str | None:
+    """Return a sentence where the base is quantised in another way than the one trained on.
+
+    `expected` is what adapter_config.json says.
+    """
+    then = of_arguments(expected.get("base_quantization"))
+    if then == now:
+        return None
+    words = [str(one) if one else "unquantised" for one in (then, now)]
+    return (
+        f"the controls were trained on a base with {words[0]} weights, and here they are "
+        f"{words[1]}: outputs differ a little"
+    )
 
 
 def _differences(model: PreTrainedModel, folder: Path, skip: tuple[str, ...]) -> str:

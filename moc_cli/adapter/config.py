@@ -10,7 +10,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from moc_cli.errors import RecipeError, RunError
 from moc_cli.recipe.messages import explain
-from moc_cli.recipe.methods import DoraMethod, LoraMethod, MethodConfig, MethodSection, Placement
+from moc_cli.recipe.methods import (
+    REWRITING_INITS,
+    DoraMethod,
+    LoraMethod,
+    MethodConfig,
+    MethodSection,
+    Placement,
+)
 from moc_cli.recipe.types import Count, Positive, Section, Seed, Text
 
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -29,6 +36,21 @@ class Fingerprints(Section):
 
     bfloat16: Sha | None = Field(default=None, description="of the samples in bfloat16")
     float16: Sha | None = Field(default=None, description="of the samples in float16")
+    unquantized_bfloat16: Sha | None = Field(
+        default=None, description="of those outside of linear weights, in bfloat16"
+    )
+    unquantized_float16: Sha | None = Field(
+        default=None, description="of those outside of linear weights, in float16"
+    )
+
+
+class BaseQuantization(Section):
+    """How the base's linear weights were kept in training; arguments of BitsAndBytesConfig."""
+
+    load_in_4bit: bool = Field(default=False, description="in 4 bits")
+    load_in_8bit: bool = Field(default=False, description="in 8 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="of 4 bits")
+    bnb_4bit_use_double_quant: bool = Field(default=True, description="of 4 bits")
 
 
 class AdapterConfig(Section):
@@ -44,6 +66,9 @@ class AdapterConfig(Section):
         description="of the base's tensors; in older files, of its weight files"
     )
     base_fingerprint: Fingerprints | None = Field(default=None, description="of the base in memory")
+    base_quantization: BaseQuantization | None = Field(
+        default=None, description="of the base in memory; null: none"
+    )
     kind: Literal["causal", "classification"] | None = Field(default=None, description="model head")
     num_labels: Positive | None = Field(default=None, description="classes")
     problem_type: Name | None = Field(default=None, description="as transformers names it")
@@ -99,6 +124,4 @@ def make_method(name: str, options: dict[str, Any]) -> MethodConfig:
 
 def drawn_from_the_base(method: MethodConfig) -> bool:
     """Whether placing the method rewrites the base from a seed (PiSSA and OLoRA do)."""
-    return isinstance(method, LoraMethod | DoraMethod) and method.init.startswith(
-        ("pissa", "olora")
-    )
+    return isinstance(method, LoraMethod | DoraMethod) and method.init.startswith(REWRITING_INITS)

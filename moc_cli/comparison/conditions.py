@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
+from moc_cli.recipe.quantization import of_arguments
 from moc_cli.recipe.tasks import is_classifier
 from moc_cli.report.numbers import percent
 from moc_cli.results import main_score
@@ -37,6 +38,7 @@ Condition = tuple[str, Callable[[Run], Any], str]  # what it is, its value, what
 
 def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
     yield "base models", _base, "the runs do not start from the same weights"
+    yield "weights of the base", _kept, "scores differ a little even with the same controls"
     yield "shares of trained parameters", _share, "a run that trains more may fit better"
     yield "tasks to train on", lambda run: ", ".join(run.recipe.data.tasks), ""
     yield "training rows", _rows_of("train"), "the runs have not learned from the same data"
@@ -123,6 +125,13 @@ def _base(run: Run) -> _Base | None:
     fingerprint = (run.controls.get("base_fingerprint") or {}).get("bfloat16")
     sha256 = fingerprint or model.get("weights_sha256")
     return None if sha256 is None else _Base(sha256, model.get("name", "a model"))
+
+
+def _kept(run: Run) -> str | None:
+    """How the base's linear weights were kept in training."""
+    if not run.controls:
+        return None
+    return str(of_arguments(run.controls.get("base_quantization")) or "unquantised")
 
 
 def _share(run: Run) -> str | None:

@@ -71,7 +71,7 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
         for sentence in find_changed(run, rows, recipe.eval.max_samples, fitting_rows):
             say(sentence)
     facts = model_facts(model)
-    shared = {key: facts[key] for key in ("base_weights_sha256", "dtype")}
+    shared = {key: facts[key] for key in ("base_weights_sha256", "dtype", "quantization")}
     file = model_folder(facts["model"], job) / "results.json"
     base_scores = [
         *before_training(run, job.scoring.protocol),
@@ -104,6 +104,7 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
         "base_weights_sha256": model.weights_hash,
         # The last bits of a score depend on type and device.
         "dtype": model.dtype,
+        "quantization": str(model.quantization) if model.quantization else None,
         "device": model.device.type,
     }
     if isinstance(model, LoadedRun):

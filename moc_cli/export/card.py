@@ -9,7 +9,9 @@ from moc_cli.data.custom.frame import frame_text
 from moc_cli.data.prompts import eval_prompt
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
-from moc_cli.models.load import BUILTIN, class_names
+from moc_cli.models.load import class_names
+from moc_cli.models.weight_files import BUILTIN
+from moc_cli.recipe.quantization import asked_for, of_arguments
 from moc_cli.report.numbers import score_text
 
 PAPER = "https://arxiv.org/abs/2606.31397"
@@ -40,7 +42,20 @@ def base_code(trained: LoadedRun) -> str:
     if model.trust_remote_code:
         options["trust_remote_code"] = True
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    if asked_for(model) is not None:
+        lines[0] += ", BitsAndBytesConfig"
+        arguments += f", quantization_config=BitsAndBytesConfig({_quantization(trained)})"
     return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{arguments})"])
+
+
+def _quantization(trained: LoadedRun) -> str:
+    """The arguments with which the base was quantised when it was loaded."""
+    config = trained.adapted.model.config.quantization_config
+    values: dict[str, Any] = {**trained.base["base_quantization"]}
+    values["llm_int8_skip_modules"] = config.llm_int8_skip_modules
+    if "load_in_4bit" in values:
+        values["bnb_4bit_compute_dtype"] = trained.dtype
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 
 def make_card(
@@ -104,6 +119,8 @@ def _base(trained: LoadedRun) -> list[str]:
     model = trained.recipe.model
     lines = [f"- name: `{_shown(model.model_name_or_path)}`"]
     lines += [f"- revision: `{model.revision}`"] if model.revision else []
+    quantization = of_arguments(trained.adapter_config.get("base_quantization"))
+    lines += [f"- trained on: its weights in {quantization}"] if quantization else []
     return [*lines, f"- sha256 over its tensors: `{trained.weights_hash}`"]
 
 

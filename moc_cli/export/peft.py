@@ -17,7 +17,7 @@ from moc_cli.export.card import base_code
 from moc_cli.export.parity import Written
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
 from moc_cli.load_run import LoadedRun
-from moc_cli.models.bitsandbytes import silence_notice
+from moc_cli.models.quantization import silence_notice
 from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
 from moc_cli.recipe.schema import Recipe
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from moc_cli.errors import MocError, RunError, first_line
 from moc_cli.export import Options, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
+from moc_cli.export.unquantized import check_stored, open_for
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
-from moc_cli.load_run import open_run
+from moc_cli.load_run import LoadedRun, open_run
+from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import BaseOptions, RunFolder
 
 Say = Callable[[str], None]
@@ -58,10 +60,16 @@ def export_run(
     recipe = folder.read_recipe(trust_remote_code=trust_remote_code)
     folder.read_evaluations()  # damage is told before weights are loaded; the card reads them again
     check_format(to, recipe, options)
-    trained = open_run(run, device=device, recipe=recipe, base=base)
+    check_stored(to, recipe, base)
+
+    def open_with(recipe: Recipe) -> LoadedRun:
+        return open_run(run, device=device, recipe=recipe, base=base)
+
+    trained, notes = open_for(to, recipe, open_with)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
         written: Written = format.load().export(trained, temporary, options)
+        written = replace(written, notes=(*notes, *written.notes))
         proof = parity.prove(
             temporary, written, trained.device.type, trained.recipe.model.model_name_or_path
         )

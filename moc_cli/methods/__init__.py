@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Placed, TextModel
-from moc_cli.models.bitsandbytes import silence_notice
+from moc_cli.models.quantization import count_numbers, keep_differentiable, silence_notice
 
 __all__ = ["Adapted", "Counts", "TextModel", "attach", "bare"]
 
@@ -52,7 +52,8 @@ def attach(
     fresh_size = sum(
         p.numel() for name in new_modules for p in model.get_submodule(name).parameters()
     )
-    base = sum(p.numel() for p in model.parameters()) - fresh_size
+    keep_differentiable(model)
+    base = sum(map(count_numbers, model.parameters())) - fresh_size
     placed = METHODS[method.name](model, method, seed)
     model.requires_grad_(False)
     fresh = FreshModules(model, new_modules)
@@ -61,5 +62,5 @@ def attach(
 
 def bare(model: PreTrainedModel) -> Adapted:
     """The model with no method in it; nothing is frozen, and nothing is trained."""
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(map(count_numbers, model.parameters()))
     return Adapted(model, NoMethod(), FreshModules(model, ()), {}, size)

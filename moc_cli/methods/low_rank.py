@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from moc_cli.errors import MocError
 from moc_cli.methods.size import check_size
 from moc_cli.methods.targets import find_targets
-from moc_cli.recipe.methods import DoraMethod, LoraMethod, MolexMethod
+from moc_cli.models.quantization import of_model
+from moc_cli.recipe.methods import REWRITING_INITS, DoraMethod, LoraMethod, MolexMethod
 
 LowRankMethod = LoraMethod | DoraMethod | MolexMethod
 _NAME = "default"  # peft's name for a model's only adapter
@@ -34,7 +35,7 @@ class LowRank:
     def __init__(self, model: PreTrainedModel, method: LowRankMethod, seed: int) -> None:
         init = "default" if isinstance(method, MolexMethod) else method.init
         names = find_targets(model, None if method.targets is None else tuple(method.targets))
-        _check(model, names, method.rank, init)
+        _check(model, names, method.rank, init, use_dora=isinstance(method, DoraMethod))
         check_size(model, method.rank)
         self._method = method
         self._model = model
@@ -59,7 +60,7 @@ class LowRank:
         for layer in self._layers.values():  # peft's new modules start in training mode
             layer.train(layer.get_base_layer().training)
         self._first = None
-        if init.startswith(("pissa", "olora")) and not meta:
+        if init.startswith(REWRITING_INITS) and not meta:
             own = self.named_parameters().values()
             self._first = [parameter.detach().clone() for parameter in own]
 
@@ -144,12 +145,26 @@ class LowRank:
             parameter.copy_(value)
 
 
-def _check(model: PreTrainedModel, names: list[str], rank: int, init: str) -> None:
-    """Refuse what the chosen init cannot do, before the model is changed."""
+def _check(
+    model: PreTrainedModel, names: list[str], rank: int, init: str, *, use_dora: bool
+) -> None:
+    """Refuse what the chosen init or the base's type cannot do, before the model is changed."""
     if init == "orthogonal" and rank % 2:
         raise MocError(f"method.init: orthogonal needs an even rank, found method.rank = {rank}")
-    if not init.startswith(("pissa", "olora")):
+    quantization = of_model(model)
+    if quantization is not None and quantization.load_in_8bit and use_dora:
+        raise MocError(
+            "dora does not run over 8-bit weights: peft cannot take their norms",
+            "take model.load_in_4bit, or lora",
+        )
+    if not init.startswith(REWRITING_INITS):
         return
+    if quantization is not None:
+        raise MocError(
+            f"method.init: {init} rewrites the base's weights, and this base keeps them in "
+            f"{quantization}",
+            "take another init, or an unquantised base",
+        )
     weights = {name: model.get_submodule(name).weight for name in names}
     for name, weight in weights.items():
         if rank > min(weight.shape):

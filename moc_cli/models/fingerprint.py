@@ -8,33 +8,58 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from moc_cli.models.quantization import is_quantized, linear_weights, true_shape
+from moc_cli.models.stored_weights import Weights
+
 LISTED = 5  # parameters that an error names; the others are counted
 SAMPLES = 64  # values taken from each parameter, evenly spaced
 
 
-def fingerprint(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module,
+    skip: Collection[str] = (),
+    stored: Weights = MappingProxyType({}),
+) -> dict[str, str]:
     """Hash names, shapes and 64 values of each parameter outside the modules in `skip`.
 
     The values are rounded to bfloat16 and, apart, to float16: a float32 checkpoint is known again
     when it is loaded in either. A model that was loaded in one of them has only that hash; one on
     the meta device has none. Bases that differ only between the samples are taken for the same.
+
+    Of quantised weights the unquantised values are taken from `stored`. The hashes whose names
+    begin with `unquantized_` leave the weights of linear modules out: a base whose files are
+    themselves quantised has no others.
     """
     chosen = list(_outside(model, skip))
-    dtypes = {parameter.dtype for _, parameter in chosen}
     if any(parameter.device.type == "meta" for _, parameter in chosen):
         return {}
+    linear = {_plain(name) for name in linear_weights(model)}
     hashes = {}
+    if all(name in stored or not is_quantized(parameter) for name, parameter in chosen):
+        hashes = _hash_samples(chosen, stored)
+    others = _hash_samples([pair for pair in chosen if pair[0] not in linear], stored)
+    return hashes | {f"unquantized_{name}": value for name, value in others.items()}
+
+
+def _hash_samples(chosen: list[tuple[str, nn.Parameter]], stored: Weights) -> dict[str, str]:
+    dtypes = {parameter.dtype for _, parameter in chosen}
+    hashes = {}
+    samples = [
+        (key, true_shape(p), _sample(stored[key].values() if key in stored else p))
+        for key, p in chosen
+    ]
     for name, other in (("bfloat16", torch.float16), ("float16", torch.bfloat16)):
         if other not in dtypes:
             digest = hashlib.sha256()
-            for key, parameter in chosen:
-                digest.update(f"{key} {tuple(parameter.shape)}\n".encode())
-                digest.update(_bytes(_sample(parameter), getattr(torch, name)))
+            for key, shape, values in samples:
+                digest.update(f"{key} {shape}\n".encode())
+                digest.update(_bytes(values, getattr(torch, name)))
             hashes[name] = digest.hexdigest()
     return hashes
 
@@ -45,12 +70,25 @@ def same_base(one: Mapping[str, str | None], other: Mapping[str, str | None]) ->
     return all(one[key] == other[key] for key in common) if common else None
 
 
-def describe_tensors(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str]:
+def describe_tensors(
+    model: nn.Module, skip: Collection[str] = (), stored: Weights = MappingProxyType({})
+) -> dict[str, str]:
     """Describe each parameter outside the modules in `skip`: "355x64 float32 <32 hex digits>".
 
-    The digits are of the sha256 of all its values.
+    The digits are of the sha256 of all its values; those of a quantised weight as they are in
+    `stored`, in the type in which the rest is loaded, and otherwise as they are packed.
     """
-    return {name: _describe(parameter) for name, parameter in _outside(model, skip)}
+    descriptions = {}
+    for name, parameter in _outside(model, skip):
+        weight = stored.get(name)
+        values = parameter if weight is None else weight.values().to(weight.dtype)
+        descriptions[name] = _describe(values, true_shape(parameter))
+    return descriptions
+
+
+def is_packed(descriptions: Mapping[str, str]) -> bool:
+    """Whether `describe_tensors` saw weights in 4 or 8 bits only."""
+    return any(text.split()[1] in ("uint8", "int8") for text in descriptions.values())
 
 
 def hash_tensors(tensors: Mapping[str, str]) -> str:
@@ -103,16 +141,20 @@ def _outside(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.
     """The base's parameters; a module that peft keeps in copies counts as it came."""
     modules = tuple(f"{name}." for name in skip)
     for full_name, parameter in model.named_parameters():
-        name = full_name.replace(".original_module.", ".")
+        name = _plain(full_name)
         if ".modules_to_save." not in full_name and not name.startswith(modules):
             yield name, parameter
 
 
-def _describe(parameter: Tensor) -> str:
+def _plain(name: str) -> str:
+    return name.replace(".original_module.", ".")
+
+
+def _describe(parameter: Tensor, shape: tuple[int, ...]) -> str:
     values = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(values.numpy(force=True).data).hexdigest()[:32]
-    shape, dtype = "x".join(map(str, parameter.shape)), str(parameter.dtype)
-    return f"{shape} {dtype.removeprefix('torch.')} {digest}"
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return f"{'x'.join(map(str, shape))} {dtype} {digest}"
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """Models and tokenizers from flat arguments: real weights, or shapes only on the meta device."""
 
-import hashlib
+import copy
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,24 +19,31 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
-from transformers.utils.hub import cached_file
+from transformers.utils import logging
 
 from moc_cli.errors import MocError
-from moc_cli.models.fingerprint import describe_tensors, fingerprint, hash_tensors
-from moc_cli.models.weight_files import check_weights, loaded_files, stored_shapes
+from moc_cli.models.fingerprint import describe_tensors, fingerprint, hash_tensors, in_a_layer
+from moc_cli.models.quantization import (
+    choose,
+    keep_differentiable,
+    linear_weights,
+    make_config,
+)
+from moc_cli.models.stored_weights import find_stored
+from moc_cli.models.weight_files import check_weights, checkpoint_shapes, resolve
+from moc_cli.recipe.quantization import Quantization
 
+CPU = torch.device("cpu")
 Kind = Literal["causal", "classification"]
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
-BUILTIN = "builtin:"
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model with real weights, and the modules its checkpoint lacked.
 
-    `tensors`, their hash and `fingerprint` are of the model in memory without those modules, see
-    `moc_cli.models.fingerprint`.
+    `tensors`, their hash and `fingerprint` are of the model without those modules, see
+    `moc_cli.models.fingerprint`: as it would be unquantised, unless its files are quantised.
     """
 
     model: PreTrainedModel
@@ -47,17 +52,7 @@ class Loaded:
     source: str
     fingerprint: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
-
-
-def resolve(name: str) -> str:
-    """The folder of a `builtin:` model; any other name as it is."""
-    if not name.startswith(BUILTIN):
-        return name
-    folder = Path(str(files("moc_cli.builtin") / name.removeprefix(BUILTIN)))
-    if not (folder / "config.json").is_file():
-        known = sorted(BUILTIN + p.parent.name for p in folder.parent.glob("*/config.json"))
-        raise MocError(f"'{name}' is not a built-in model; known: {', '.join(known)}")
-    return str(folder)
+    quantization: Quantization | None = None
 
 
 def load_tokenizer(
@@ -109,14 +104,21 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 42,
+    device: torch.device = CPU,
+    quantization: Quantization | None = None,
+    unquantized: Collection[str] = (),
 ) -> Loaded:
-    """Load a checkpoint (safetensors only); modules it lacks are initialised from `seed`.
+    """Load a checkpoint (safetensors only) to a device; modules it lacks are initialised from
+    `seed`.
 
-    Raises MocError where files are missing or damaged, and where weights and config disagree.
+    With `quantization` the linear weights of its layers are quantised, but for modules in
+    `unquantized`. Raises MocError where files are missing or damaged, and where weights and config
+    disagree.
     """
     checkpoint_shapes(name, revision)  # refuses files that are cut off, before they load
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
+        "device_map": {"": device},
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
@@ -125,18 +127,28 @@ def load_model(
     }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if kind == "classification":
-        options |= _labels(num_labels, problem_type, id2label)
-    with torch.random.fork_rng(devices=[]), _in_one_sentence("weights", name), _quiet():
+    labels = _labels(num_labels, problem_type, id2label) if kind == "classification" else {}
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    quantization, on_loading = choose(name, config, quantization)
+    if quantization is not None and on_loading:
+        shapes = _on_meta(name, kind, config, labels, {"trust_remote_code": trust_remote_code})
+        kept = {key.removesuffix(".weight") for key in linear_weights(shapes)}
+        kept = {key for key in kept if not in_a_layer(f"{key}.weight")} | {*unquantized}
+        options["quantization_config"] = make_config(quantization, options["dtype"], kept)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _in_one_sentence("weights", name), _quiet():
         torch.manual_seed(seed)
-        model, info = _AUTO[kind].from_pretrained(resolve(name), **options)
+        model, info = _AUTO[kind].from_pretrained(resolve(name), **options, **labels)
+    keep_differentiable(model)
     mismatched = {key: (stored, wanted) for key, stored, wanted in info["mismatched_keys"]}
     absent = info["missing_keys"] | mismatched.keys()
     check_weights(name, model, mismatched, info["missing_keys"], info["unexpected_keys"])
     fresh = fresh_modules(model, absent)
-    tensors = describe_tensors(model, fresh)
-    known = fingerprint(model, fresh)
-    return Loaded(model, fresh, hash_tensors(tensors), resolve(name), known, tensors)
+    stored = find_stored(model, name, revision)
+    tensors = describe_tensors(model, fresh, stored)
+    known = fingerprint(model, fresh, stored)
+    weights_hash = hash_tensors(tensors)
+    return Loaded(model, fresh, weights_hash, resolve(name), known, tensors, quantization)
 
 
 def build_meta(
@@ -150,11 +162,13 @@ def build_meta(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The model's shapes on the meta device: no weights are read.
 
-    Its `published_shape` says whether they are those that this package ships (see `find_shape`).
-    Raises MocError for a damaged config, and where the shapes in the checkpoint's files are others.
+    Its `published_shape` says whether they are those that this package ships (see `find_shape`),
+    its `quantization` how the model is quantised when it is loaded. Raises MocError for a damaged
+    config, and where the shapes in the checkpoint's files are others.
     """
     config, published = find_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
@@ -163,17 +177,29 @@ def build_meta(
     }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if kind == "classification":
-        for key, value in _labels(num_labels, problem_type, id2label).items():
-            setattr(config, key, value)
-    with _in_one_sentence("config", name), torch.device("meta"):
-        model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
+    labels = _labels(num_labels, problem_type, id2label) if kind == "classification" else {}
+    chosen, on_loading = choose(name, config, quantization)
+    model = _on_meta(name, kind, config, labels, options)
     stored = checkpoint_shapes(name, revision) or {}
+    if chosen and not on_loading:  # their shapes are those of packed numbers
+        stored = {key: shape for key, shape in stored.items() if key not in linear_weights(model)}
     wanted = {key: tuple(p.shape) for key, p in model.named_parameters() if key in stored}
     other = {key: (stored[key], shape) for key, shape in wanted.items() if stored[key] != shape}
     check_weights(name, model, other)
     setattr(model, "published_shape", published)  # noqa: B010 - torch's stubs know no flags
+    setattr(model, "quantization", chosen)  # noqa: B010
     return model
+
+
+def _on_meta(
+    name: str, kind: Kind, config: PreTrainedConfig, labels: dict[str, Any], options: dict[str, Any]
+) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    for key, value in labels.items():
+        setattr(config, key, value)
+    with _in_one_sentence("config", name), torch.device("meta"):
+        model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
+        return model
 
 
 def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
@@ -185,73 +211,6 @@ def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
         if name and inside and not covered and absent.issuperset(inside):
             fresh.append(name)
     return tuple(fresh)
-
-
-def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
-    """The names and shapes in the files that a checkpoint is loaded from, else None.
-
-    None where they do not all lie here; the hub is not asked. Raises MocError for files that are
-    cut off.
-    """
-    try:
-        entry = _weights_entry(name, revision)
-    except (OSError, ValueError):
-        return None
-    paths = loaded_files(entry) if entry else []
-    fetched = Path(resolve(name)).is_dir() or all(path.is_file() for path in paths)
-    return stored_shapes(name, paths) if paths and fetched else None
-
-
-def hash_weights(name: str, revision: str | None = None) -> str:
-    """sha256 over the safetensors files of a model, by name and content.
-
-    Older runs and adapters name their base by it; newer ones by its tensors.
-    """
-    digest = hashlib.sha256()
-    for path in _weight_files(name, revision):
-        digest.update(f"{path.name} {_hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def known_hash(name: str, revision: str | None = None) -> str | None:
-    """`hash_weights` where the files lie here, else None; the hub is not asked."""
-    try:
-        known = bool(name) and bool(_weight_files(name, revision))
-    except (OSError, ValueError):
-        return None
-    return hash_weights(name, revision) if known else None
-
-
-def _weight_files(name: str, revision: str | None) -> list[Path]:
-    source = resolve(name)
-    if Path(source).is_dir():
-        return sorted(Path(source).glob("*.safetensors"))
-    entry = _weights_entry(name, revision)
-    return sorted(entry.parent.glob("*.safetensors")) if entry else []
-
-
-def _weights_entry(name: str, revision: str | None) -> Path | None:
-    """The file from which transformers loads a model's weights, or the index of such files."""
-    for entry in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        path = cached_file(
-            resolve(name),
-            entry,
-            revision=revision or "main",
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if path:
-            return Path(path)
-    return None
-
-
-def _hash_file(path: Path) -> str:
-    """sha256 of a file; the hub's cache names large files by it already."""
-    target = path.resolve().name
-    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target):
-        return target
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,18 +1,24 @@
-"""Whether a checkpoint's files are whole, and hold what its config asks for.
+"""A checkpoint's files: where they lie, whether they are whole and hold what its config asks for.
 
 Names and shapes come from the headers of the safetensors files; values are not read.
 """
 
+import hashlib
+import re
 from collections.abc import Collection, Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from moc_cli.errors import MocError
 from moc_cli.run_files import Shape, read_object
 
+BUILTIN = "builtin:"
 _POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 
 
@@ -20,6 +26,84 @@ class Index(Shape):
     """model.safetensors.index.json: each tensor's file."""
 
     weight_map: dict[str, str]
+
+
+def resolve(name: str) -> str:
+    """The folder of a `builtin:` model; any other name as it is."""
+    if not name.startswith(BUILTIN):
+        return name
+    folder = Path(str(files("moc_cli.builtin") / name.removeprefix(BUILTIN)))
+    if not (folder / "config.json").is_file():
+        known = sorted(BUILTIN + p.parent.name for p in folder.parent.glob("*/config.json"))
+        raise MocError(f"'{name}' is not a built-in model; known: {', '.join(known)}")
+    return str(folder)
+
+
+def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
+    """The names and shapes in the files that a checkpoint is loaded from, else None.
+
+    None where they do not all lie here; the hub is not asked. Raises MocError for files that are
+    cut off.
+    """
+    try:
+        entry = weights_entry(name, revision)
+    except (OSError, ValueError):
+        return None
+    paths = loaded_files(entry) if entry else []
+    fetched = Path(resolve(name)).is_dir() or all(path.is_file() for path in paths)
+    return stored_shapes(name, paths) if paths and fetched else None
+
+
+def hash_weights(name: str, revision: str | None = None) -> str:
+    """sha256 over the safetensors files of a model, by name and content.
+
+    Older runs and adapters name their base by it; newer ones by its tensors.
+    """
+    digest = hashlib.sha256()
+    for path in _weight_files(name, revision):
+        digest.update(f"{path.name} {_hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def known_hash(name: str, revision: str | None = None) -> str | None:
+    """`hash_weights` where the files lie here, else None; the hub is not asked."""
+    try:
+        known = bool(name) and bool(_weight_files(name, revision))
+    except (OSError, ValueError):
+        return None
+    return hash_weights(name, revision) if known else None
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    source = resolve(name)
+    if Path(source).is_dir():
+        return sorted(Path(source).glob("*.safetensors"))
+    entry = weights_entry(name, revision)
+    return sorted(entry.parent.glob("*.safetensors")) if entry else []
+
+
+def weights_entry(name: str, revision: str | None) -> Path | None:
+    """The file from which transformers loads a model's weights, or the index of such files."""
+    for entry in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        path = cached_file(
+            resolve(name),
+            entry,
+            revision=revision or "main",
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if path:
+            return Path(path)
+    return None
+
+
+def _hash_file(path: Path) -> str:
+    """sha256 of a file; the hub's cache names large files by it already."""
+    target = path.resolve().name
+    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target):
+        return target
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def loaded_files(entry: Path) -> list[Path]:

@@ -16,6 +16,8 @@ from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.hooks import HookedModel
 from moc_cli.models.load import name_classes
+from moc_cli.models.quantization import keep_differentiable
+from moc_cli.models.stored_weights import find_stored
 from moc_cli.nn.mixture import Mixture
 
 MODULE = "moc"  # the submodule of the base model with every set; not a name with `prefix`
@@ -114,7 +116,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         the one that the set was trained on.
         """
         config = self.peft_config[adapter_name]
-        base = fingerprint(model, [MODULE, *(config.modules_to_save or ())])
+        base = fingerprint(model, [MODULE, *(config.modules_to_save or ())], find_stored(model))
         check_base(
             getattr(model, "name_or_path", "") or type(model).__name__,
             vars(config),
@@ -122,6 +124,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
             required=False,
         )
         config.base_fingerprint = config.base_fingerprint or base
+        keep_differentiable(model)
         name_classes(model.config, config.id2label)
         # peft makes the first set under a context that empties all new modules.
         empty = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta

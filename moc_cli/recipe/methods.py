@@ -149,6 +149,7 @@ class ControlMethod(Section):
     )
 
 
+REWRITING_INITS = ("pissa", "olora")  # how the inits begin that rewrite the base's weights
 Init = Literal[
     "default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "orthogonal"
 ]

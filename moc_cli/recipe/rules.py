@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from moc_cli.recipe.methods import REWRITING_INITS
 from moc_cli.recipe.sections import Sections
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import (
@@ -115,12 +116,30 @@ def _model(recipe: Sections) -> Iterator[BrokenRule]:
     builtin = [f"builtin:{model}" for model in BUILTIN_MODELS]
     if name.startswith("builtin:") and name not in builtin:
         yield BrokenRule("model.model_name_or_path", f"found {name!r}{choices(name, builtin)}")
+    yield from _quantization(recipe)
     if recipe.model.attn_implementation == "flash_attention_2":
         key, others = "model.attn_implementation", ("launch.device", "train.bf16")
         if recipe.launch.device == "cpu":
             yield BrokenRule(key, "flash_attention_2 needs a GPU, launch.device is cpu", others)
         elif not recipe.train.bf16:
             yield BrokenRule(key, "flash_attention_2 needs train.bf16: true", others)
+
+
+def _quantization(recipe: Sections) -> Iterator[BrokenRule]:
+    model, four, eight = recipe.model, "model.load_in_4bit", "model.load_in_8bit"
+    if model.load_in_4bit and model.load_in_8bit:
+        yield BrokenRule(eight, "load_in_4bit and load_in_8bit exclude each other", (four,))
+    defaults = type(model).model_fields
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        if not model.load_in_4bit and getattr(model, name) != defaults[name].default:
+            yield BrokenRule(f"model.{name}", "only load_in_4bit: true reads this key", (four,))
+    if model.load_in_8bit and recipe.method.name == "dora":
+        message = "dora does not run over 8-bit weights; take load_in_4bit, or lora"
+        yield BrokenRule(eight, message, ("method.name",))
+    init = getattr(recipe.method, "init", "default")
+    if (model.load_in_4bit or model.load_in_8bit) and init.startswith(REWRITING_INITS):
+        message = f"{init} rewrites the base's weights, which are then not kept in 4 or 8 bits"
+        yield BrokenRule("method.init", message, (four, eight))
 
 
 def _train(recipe: Sections) -> Iterator[BrokenRule]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from moc_cli.recipe.methods import MethodSection
+from moc_cli.recipe.model import ModelSection
 from moc_cli.recipe.tasks import CUSTOM_TASK, Frame, prompt_frame
 from moc_cli.recipe.types import (
     AboveZero,
@@ -40,26 +41,6 @@ Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "p
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
 TooLong = Literal["refuse", "leave_out"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-
-
-class ModelSection(Section):
-    """The frozen model."""
-
-    model_name_or_path: Text = Field(
-        description="hub id, local folder, or builtin:<name> for a model inside this package"
-    )
-    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
-    tokenizer_name: Text | None = Field(
-        default=None, description="hub id or local folder; null: that of the model"
-    )
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
-        default=None, description="attention code of transformers; null: its own choice"
-    )
-    trust_remote_code: bool = Field(
-        default=False,
-        description="run Python code from the model's folder; each call must allow it with "
-        "--trust-remote-code",
-    )
 
 
 class ColumnsSection(Section):

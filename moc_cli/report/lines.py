@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from moc_cli.report.numbers import duration, percent, short_count
+from moc_cli.report.numbers import byte_size, duration, percent, short_count
 from moc_cli.results import LOWER_IS_BETTER
 
 _CLASSES = 20  # names of classes in one line
@@ -32,9 +32,12 @@ def device_line(facts: Mapping[str, Any]) -> str:
     return labelled("device", f"{facts['kind']} ({facts['name']}), {threads}")
 
 
-def model_line(name: str, weights: int, dtype: str) -> str:
-    """Name the base model with its size and type."""
-    return labelled("model", f"{name}, {short_count(weights)} frozen weights in {dtype}")
+def model_line(name: str, weights: int, dtype: str, quantized: str, size: int) -> str:
+    """Name the base model with its size and type; `quantized` is "" for weights in `dtype`."""
+    text = f"{name}, {short_count(weights)} frozen weights in {quantized or dtype}"
+    if quantized:
+        text += f", {byte_size(size)} with what stays in {dtype}"
+    return labelled("model", text)
 
 
 def method_line(name: str, counts: Parameters) -> str:

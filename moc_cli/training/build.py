@@ -18,17 +18,18 @@ from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.load import (
     Loaded,
     build_meta,
-    checkpoint_shapes,
     load_config,
     load_model,
     load_tokenizer,
 )
+from moc_cli.models.stored_weights import find_stored
 from moc_cli.models.tokens import compare_tokens
-from moc_cli.models.weight_files import own_head
+from moc_cli.models.weight_files import checkpoint_shapes, own_head
 from moc_cli.recipe.methods import MocMethod, MolexMethod
+from moc_cli.recipe.model import ModelSection
+from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.sections import ModelSection
 from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
@@ -46,6 +47,7 @@ class Built:
     weights_hash: str
     fingerprint: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,13 @@ def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBa
 
     Model and tokenizer then agree on padding and end tokens.
     """
-    loaded = load_model(recipe.model.model_name_or_path, seed=recipe.seed, **_arguments(recipe))
+    loaded = load_model(
+        recipe.model.model_name_or_path,
+        seed=recipe.seed,
+        device=device,
+        unquantized=recipe.train.modules or (),
+        **_arguments(recipe),
+    )
     checks.match(recipe.data, loaded.model, tokenizer)
     return place_method(recipe, loaded, device)
 
@@ -176,7 +184,8 @@ def place_method(recipe: Recipe, loaded: Loaded, device: torch.device) -> Built:
     modules = _trained_modules(recipe, loaded.model, loaded.new_modules)
     base_print = loaded.fingerprint
     if modules != loaded.new_modules:
-        base_print = fingerprint(loaded.model, modules)
+        stored = find_stored(loaded.model, loaded.source, recipe.model.revision)
+        base_print = fingerprint(loaded.model, modules, stored)
     adapted = attach(loaded.model, recipe.method, new_modules=modules, seed=recipe.seed)
     recompute_layers(loaded.model, recompute_mode(recipe))
     loaded.model.to(device)  # type: ignore[arg-type]
@@ -187,6 +196,7 @@ def place_method(recipe: Recipe, loaded: Loaded, device: torch.device) -> Built:
         loaded.weights_hash,
         base_print,
         loaded.tensors,
+        loaded.quantization,
     )
 
 
@@ -198,6 +208,7 @@ def base_facts(recipe: Recipe, built: Built) -> dict[str, Any]:
         "revision": model.revision,
         "base_weights_sha256": built.weights_hash,
         "base_fingerprint": built.fingerprint,
+        "base_quantization": built.quantization.arguments if built.quantization else None,
         **make_kind(recipe.data).model_arguments(),
         "seed": recipe.seed,
     }
@@ -281,6 +292,7 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
+        "quantization": asked_for(model),
         **make_kind(recipe.data).model_arguments(),
     }
 

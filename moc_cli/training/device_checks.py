@@ -6,7 +6,8 @@ import torch
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from moc_cli.errors import MocError
-from moc_cli.models.bitsandbytes import has_bitsandbytes
+from moc_cli.models.quantization import has_bitsandbytes
+from moc_cli.recipe.quantization import asked_for
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import LaunchSection
 
@@ -41,6 +42,10 @@ def _model_problems(recipe: Recipe, device: torch.device) -> list[str]:
             wrong.append(f"{key} a GPU, and this runs on the {device.type}; allowed here: sdpa")
         elif not is_flash_attn_2_available():
             wrong.append(f"{key} the package flash-attn, which is not installed; or take sdpa")
+    asked = asked_for(recipe.model)
+    if asked is not None and not has_bitsandbytes():
+        key = "load_in_8bit" if asked.load_in_8bit else "load_in_4bit"
+        wrong.append(f"model.{key} needs bitsandbytes, which {_INSTALL}")
     if recipe.train.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         name = torch.cuda.get_device_name(device)
         wrong.append(f"train.bf16: {name} has no bfloat16; leave it out")

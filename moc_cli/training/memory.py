@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moc_cli.models.quantization import parts
+
 ALLOCATED = "peak allocated"  # on the GPU, by torch
 RESIDENT = "peak resident"  # of the whole process
 COUNTED = "peak of all tensors"  # counted while one step runs
@@ -59,8 +61,8 @@ class Peaks:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of `tensors`, each counted once."""
-    unique = {id(tensor): tensor for tensor in tensors}
+    """Return the bytes of `tensors`, each counted once, with the scales of quantised ones."""
+    unique = {id(part): part for tensor in tensors for part in parts(tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
-from moc_cli.models.bitsandbytes import import_bitsandbytes
+from moc_cli.models.quantization import import_bitsandbytes
 from moc_cli.training.loop_types import Settings
 from moc_cli.training.memory import tensor_bytes
 

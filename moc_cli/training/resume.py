@@ -12,11 +12,12 @@ from moc_cli.models.fingerprint import (
     in_a_layer,
     list_differences,
 )
-from moc_cli.models.load import known_hash
+from moc_cli.models.weight_files import known_hash
+from moc_cli.recipe.model import ModelSection
 from moc_cli.recipe.paths import PATH_KEYS, absolute_path
 from moc_cli.recipe.reference import keys
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.sections import FORMER, ModelSection
+from moc_cli.recipe.sections import FORMER
 from moc_cli.runs import RunFolder
 from moc_cli.training.build import Built
 from moc_cli.training.checkpoint import Snapshot
@@ -61,6 +62,7 @@ def make_identity(
     recipe: dict[str, Any],
     *,
     weights: str,
+    quantization: dict[str, Any] | None,
     vocabulary: str,
     data: dict[str, Any],
     trainables: dict[str, list[int]],
@@ -70,6 +72,7 @@ def make_identity(
     return {
         "recipe": recipe,
         "weights": weights,
+        "quantization": quantization,
         "vocabulary": vocabulary,
         "data": data,
         "trainables": trainables,

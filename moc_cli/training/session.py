@@ -36,7 +36,7 @@ from moc_cli.training.job import Job, Values
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, StepReport, total_steps
-from moc_cli.training.memory import peak_kind
+from moc_cli.training.memory import peak_kind, tensor_bytes
 from moc_cli.training.results import make_results
 from moc_cli.training.resume import (
     check_facts,
@@ -126,7 +126,9 @@ class Session:
             self.warn(lines.labelled("note", note))
         built = build.build(recipe, accelerator.device, tokenizer)
         counts = built.adapted.counts()
-        self.say(lines.model_line(built.name, counts.base, built.dtype))
+        quantized = str(built.quantization or "")
+        size = tensor_bytes(p for p in built.adapted.model.parameters() if not p.requires_grad)
+        self.say(lines.model_line(built.name, counts.base, built.dtype, quantized, size))
         self.say(lines.method_line(recipe.method.name, counts))
         for line in lines.taken_lines(splits.taken):
             self.say(line)
@@ -145,6 +147,7 @@ class Session:
         identity = make_identity(
             recipe.model_dump(mode="json"),
             weights=built.weights_hash,
+            quantization=built.quantization.arguments if built.quantization else None,
             vocabulary=hash_vocabulary(tokenizer),
             data=splits.fingerprints(),
             trainables={name: list(parameter.shape) for name, parameter in trainables.items()},

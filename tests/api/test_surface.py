@@ -153,7 +153,7 @@ def test_a_base_in_half_precision_is_known_again(saved, dtype):
 
 def test_format_1_is_known_by_the_hash_of_its_files(saved, tmp_path):
     """As runs of earlier versions wrote it: no fingerprint, no seed, no hash of the config."""
-    from moc_cli.models.load import hash_weights
+    from moc_cli.models.weight_files import hash_weights
 
     home = tmp_path / "base"
     make_tiny("llama").save_pretrained(home)

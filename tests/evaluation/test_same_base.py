@@ -15,7 +15,7 @@ from moc_cli.cli import run
 from moc_cli.errors import RunError
 from moc_cli.load_run import open_run
 from moc_cli.models.fingerprint import describe_tensors, find_differences, hash_tensors
-from moc_cli.models.load import hash_weights
+from moc_cli.models.weight_files import hash_weights
 from moc_cli.runs import BaseOptions
 
 RECIPE = """

@@ -12,6 +12,7 @@ import torch
 from support.key_runs import KeyRun
 
 from moc_cli.kinds import make_kind
+from moc_cli.models.quantization import of_model
 from moc_cli.recipe.methods import METHODS
 from moc_cli.training.build import make_scoring_options, make_settings
 
@@ -70,6 +71,11 @@ def _of_seed(run: KeyRun) -> dict[str, Any]:
 def _loaded_with(name: str) -> See:
     """An argument with which the model and the tokenizer are loaded."""
     return lambda run: {part: call.kwargs[name] for part, call in run.calls.items()}
+
+
+def _kept(run: KeyRun) -> str:
+    """How the loaded base keeps its linear weights."""
+    return str(of_model(run.adapted.model))
 
 
 def _order(run: KeyRun) -> list[list[int]]:
@@ -139,6 +145,7 @@ def _trackers(run: KeyRun) -> dict[str, Any]:
 
 CHAT = {"data.format": "chat", "data.columns.messages": "other_messages"}
 QUOTED = {"data.path": "quoted.csv", "data.format": "text"}
+NF4 = {"model.load_in_4bit": True}
 STEPS = {"train.max_steps": 6, "output.logging_steps": 1}
 EPOCHS = {"eval.eval_strategy": "epoch"}
 SHORT = {"train.max_steps": 3, "eval.max_samples": 1, "data.max_train_samples": 2}
@@ -154,6 +161,10 @@ OTHERS = {
     "model.attn_implementation": Change(
         "eager", lambda run: run.adapted.model.config._attn_implementation
     ),
+    "model.load_in_4bit": Change(True, _kept, "4-bit nf4, doubly quantised"),
+    "model.load_in_8bit": Change(True, _kept, "8-bit"),
+    "model.bnb_4bit_quant_type": Change("fp4", _kept, "4-bit fp4, doubly quantised", also=NF4),
+    "model.bnb_4bit_use_double_quant": Change(False, _kept, "4-bit nf4", also=NF4),
     "model.trust_remote_code": Change(True, _loaded_with("trust_remote_code")),
     "data.suite": Change(
         "glue",

@@ -1,0 +1,66 @@
+"""Formats that hold whole weights are written from the unquantised base of a run, and say how far
+its logits are from those of the run on the base as it was trained.
+"""
+
+from collections.abc import Callable
+
+from moc_cli.errors import MocError
+from moc_cli.export import parity
+from moc_cli.load_run import LoadedRun
+from moc_cli.models.load import load_config
+from moc_cli.models.quantization import stored_as
+from moc_cli.recipe.quantization import asked_for
+from moc_cli.recipe.schema import Recipe
+from moc_cli.report.numbers import percent
+from moc_cli.runs import BaseOptions
+
+WHOLE = ("standalone", "merged")  # formats that hold the weights of the base
+
+
+def check_stored(to: str, recipe: Recipe, base: BaseOptions) -> None:
+    """Raise MocError where a format needs weights that the base's files hold quantised alone."""
+    if to not in WHOLE:
+        return
+    model = recipe.model
+    moved = base.path is not None
+    name = str(base.path) if moved else model.model_name_or_path
+    config = load_config(
+        name,
+        revision=None if moved else model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    stored = stored_as(name, config)
+    if stored is not None:
+        raise MocError(
+            f"{to} writes the weights of the base, and '{name}' holds them in {stored} alone",
+            "name the unquantised base that it was made from: --base-path DIR; or take "
+            "--to controls",
+        )
+
+
+def unquantized(recipe: Recipe) -> Recipe:
+    """Return the recipe with its base in the type of `train.bf16`."""
+    model = recipe.model.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    return recipe.model_copy(update={"model": model})
+
+
+def open_for(
+    to: str, recipe: Recipe, open_with: Callable[[Recipe], LoadedRun]
+) -> tuple[LoadedRun, tuple[str, ...]]:
+    """Return the run on the base that a format needs; a sentence where it is another than trained.
+
+    `open_with` opens the run with another recipe.
+    """
+    quantization = asked_for(recipe.model)
+    if to not in WHOLE or quantization is None:
+        return open_with(recipe), ()
+    as_trained = parity.reference(open_with(recipe))
+    whole = open_with(unquantized(recipe))
+    figures = parity.compare(as_trained, parity.reference(whole).logits)
+    note = (
+        f"Written from the unquantised base, in {whole.dtype}; trained on it in {quantization}. "
+        f"Logits are within {figures['max_difference']:.3g} "
+        f"({figures['relative_difference']:.2g} of the largest) of those of the run, "
+        f"{percent(figures['same_best'])} keep their best."
+    )
+    return whole, (note,)
