@@ -2,10 +2,21 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from moc_cli.models.fingerprint import in_a_layer
 from moc_cli.models.load import Loaded
+from moc_cli.models.quantization import (
+    import_bitsandbytes,
+    keep_differentiable,
+    linear_weights,
+    make_config,
+)
+from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 
@@ -28,8 +39,30 @@ def random_base(recipe: Recipe, device: torch.device, layers: int | None = None)
         model = type(shape)._from_config(
             config, dtype=shape.dtype, attn_implementation=config._attn_implementation
         )
+    quantization = asked_for(recipe.model)
+    if quantization is not None:
+        _quantize(model, quantization, device)
+    fresh = build.fresh_modules(recipe, model)
     name = recipe.model.model_name_or_path
-    return Loaded(model, build.fresh_modules(recipe, model), "", name)
+    return Loaded(model, fresh, "", name, quantization=quantization)
+
+
+def _quantize(model: PreTrainedModel, quantization: Quantization, device: torch.device) -> None:
+    """Quantise the linear weights of a model's layers in place, as loading a checkpoint does."""
+    import_bitsandbytes()
+    weights = {name.removesuffix(".weight") for name in linear_weights(model)}
+    inside = {name for name in weights if in_a_layer(f"{name}.weight")}
+    plain: dict[str, Any] = {name: model.get_submodule(name) for name in sorted(inside)}
+    config = make_config(quantization, model.dtype, weights - inside)
+    replace_with_bnb_linear(model, sorted(weights - inside), config)
+    for name, module in plain.items():
+        quantized: Any = model.get_submodule(name)
+        made = quantized.weight
+        values = module.weight.detach().cpu()  # 8 bits are made on the way from there
+        quantized.weight = type(made)(values, requires_grad=False, **vars(made)).to(device)
+        quantized.bias = module.bias
+    setattr(model, f"is_loaded_in_{8 if quantization.load_in_8bit else 4}bit", True)
+    keep_differentiable(model)
 
 
 def sharing_copy(base: Loaded) -> Loaded:
@@ -40,7 +73,8 @@ def sharing_copy(base: Loaded) -> Loaded:
     inside = tuple(f"{name}." for name in base.new_modules)
     named = base.model.named_parameters()
     memo = {id(weight): weight for name, weight in named if not name.startswith(inside)}
-    return Loaded(copy.deepcopy(base.model, memo), base.new_modules, "", base.source)
+    model = copy.deepcopy(base.model, memo)
+    return Loaded(model, base.new_modules, "", base.source, quantization=base.quantization)
 
 
 class Bases:

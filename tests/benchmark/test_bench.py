@@ -122,6 +122,19 @@ def test_methods_share_one_base_and_train_apart() -> None:
         assert (first is second) == (not name.startswith("classifier.")), name
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_quantised_bases_are_measured_beside_the_plain_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    vary = ["--vary", "model.load_in_4bit=false,true"]
+    found = bench(capsys, "--methods", "moc,lora", *vary)["methods"]
+    plain, four = (found[f"moc model.load_in_4bit={value}"] for value in ("false", "true"))
+    assert four["kept_bytes"] < plain["kept_bytes"]
+    assert four["trained"] == plain["trained"]
+    eight = bench(capsys, "--methods", "moc,lora", "--set", "model.load_in_8bit=true")["methods"]
+    assert four["kept_bytes"] < eight["moc"]["kept_bytes"] < plain["kept_bytes"]
+
+
 def test_rows_are_full_or_have_the_lengths_of_the_recipes_own() -> None:
     recipe = load_recipe("quickstart", ["data.max_length=20"])
     model = random_base(recipe, CPU, layers=1).model
