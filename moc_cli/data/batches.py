@@ -55,13 +55,18 @@ class Batches:
             rng.shuffle(batches)
         return batches + ([short] if short else [])
 
-    def padding_share(self, number: int = 0) -> float:
-        """The share of an epoch's token slots that hold padding: 0 where all lengths agree."""
+    def positions(self, number: int = 0) -> tuple[int, int]:
+        """An epoch's token slots where batches are padded, and those without padding."""
         slots = real = 0
         for batch in self.epoch(number):
             lengths = [self.lengths[row] for row in batch]
             slots += len(lengths) * max(lengths)
             real += sum(lengths)
+        return slots, real
+
+    def padding_share(self, number: int = 0) -> float:
+        """The share of an epoch's token slots that hold padding: 0 where all lengths agree."""
+        slots, real = self.positions(number)
         return 1 - real / slots if slots else 0.0
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from moc_cli.models.packing import packed_forward
 from moc_cli.nn.forward import Forward
 
 _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
@@ -70,7 +71,8 @@ class GenerationTracker:
     """Keeps `mixture.current` true for each forward of a model, its generations included.
 
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
-    without a cache vote too; with `votes` false no token votes for another. `runner` is the module
+    without a cache vote too; with `votes` false no token votes for another, with `by_row` each row
+    decides for itself in training too. `runner` is the module
     that sees every forward, with its token ids and mask; by default the base model.
     """
 
@@ -83,6 +85,7 @@ class GenerationTracker:
         new_store: Callable[[], Store],
         running: bool = False,
         votes: bool = True,
+        by_row: bool = False,
         runner: nn.Module | None = None,
     ) -> None:
         self.model = model
@@ -90,6 +93,7 @@ class GenerationTracker:
         self.causal = causal
         self.running = running
         self.votes = votes
+        self.by_row = by_row
         self.voters: Tensor | None = None
         self._new_store = new_store
         self._number = next(_OWNERS)
@@ -149,6 +153,12 @@ class GenerationTracker:
             self.mixture.current = Forward(store=earlier, shape=(tokens.shape[0], length))
             return
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if self.voters is None and past == 0 and _GENERATION.get() is None:
+            apart = self.votes and (self.by_row or not self.mixture.training)
+            packed = packed_forward(given, length, apart=apart)
+            if packed is not None:
+                self.mixture.current = packed
+                return
         valid = self.voters
         if valid is None:
             valid = valid_tokens(given.get("attention_mask"), length, past)

@@ -96,15 +96,22 @@ class Head:
         return max(LEAST, CHUNK // vocabulary)
 
 
+def in_table(model: nn.Module) -> bool:
+    """Whether a model is a language model of the table of families, and of transformers' own class:
+    one from elsewhere may do something else between its base and its logits.
+    """
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    own = type(model).__module__.startswith("transformers.")
+    if family is None or not family.causal or not own or not isinstance(model, PreTrainedModel):
+        return False
+    return model.get_output_embeddings() is not None
+
+
 def _why_whole(model: nn.Module, training: bool) -> str | None:
     """Why the logits of all positions are needed; None where they are not."""
-    config = getattr(model, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", ""))
-    # A class from elsewhere may do something else than the family's own between base and logits.
-    own = type(model).__module__.startswith("transformers.")
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if family is None or not family.causal or not own or head is None:
+    if not in_table(model):
         return f"{type(model).__name__} is not in the table of families"
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     if training and any(parameter.requires_grad for parameter in head.parameters()):
         return "the head is trained"
     return None

@@ -166,6 +166,7 @@ class HookedModel:
             new_store=mixture.new_store,
             running=mixture.routing.decode == "running",
             votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
+            by_row=mixture.routing.level == "sample",
             runner=find_runner(model, family),
         )
         before = find_runner(model, family).register_forward_pre_hook(self._before_layers)

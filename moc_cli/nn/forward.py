@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moc_cli.nn.autograd import Coefficient
 from moc_cli.nn.control import ControlPool, StackedControls
+from moc_cli.nn.packed import PackedRows
 from moc_cli.nn.vote import Ballot, Route, Voters
 
 
@@ -61,6 +62,9 @@ class Forward:
     forward that takes its generation's decisions once more, `ended` one that is over, so that what
     runs in it now is the recompute of a backward pass.
 
+    `packed` are the rows that lie end to end in the one row of the blocks' inputs, where each of
+    them decides for itself; `valid` and `shape` are then theirs.
+
     `loss_scale` is what the model's own loss was multiplied by, known when its backward begins.
 
     `pools`, `prepared` and `voters` are what all sites of a forward share. They are kept where
@@ -75,6 +79,7 @@ class Forward:
     copies: int = 1
     repeat: bool = False
     ended: bool = False
+    packed: PackedRows | None = None
     loss_scale: float | Tensor = 1.0
     pools: dict[torch.dtype, ControlPool] = field(default_factory=dict, repr=False)
     prepared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)

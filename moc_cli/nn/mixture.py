@@ -135,6 +135,9 @@ class Mixture(nn.Module):
         """
         if x.ndim == 2 and self.current.shape is not None:  # (B·T, d)
             return self.update(site, x.reshape(*self.current.shape, -1)).flatten(0, 1)
+        packed = self.current.packed
+        if packed is not None and len(x) == 1:  # two rows or more, once they are apart
+            return packed.join(self.update(site, packed.split(x)))
         device, dtype = x.device.type, x.dtype
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return self._update(site, x, dtype)

@@ -40,6 +40,7 @@ def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
     yield from _data(recipe)
     yield from _model(recipe)
     yield from _train(recipe)
+    yield from _packing(recipe)
     yield from _eval(recipe)
 
 
@@ -160,6 +161,19 @@ def _train(recipe: Sections) -> Iterator[BrokenRule]:
             "another name of 'full'; give only one of them"
         )
         yield BrokenRule(key, message, ("train.gradient_checkpointing",))
+
+
+def _packing(recipe: Sections) -> Iterator[BrokenRule]:
+    if not recipe.train.packing:
+        return
+    key, of_tasks = "train.packing", ("data.suite", "data.tasks", "data.format")
+    classes = _kinds(recipe) & {"classification", "regression"}
+    if classes:
+        message = f"a task of {classes.pop()} reads each row's own output; leave packing out"
+        yield BrokenRule(key, message, of_tasks)
+    if recipe.method.name == "molex":
+        message = "molex gives each row layers of its own; leave packing out, or choose moc"
+        yield BrokenRule(key, message, ("method.name",))
 
 
 def _eval(recipe: Sections) -> Iterator[BrokenRule]:

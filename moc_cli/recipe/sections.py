@@ -227,6 +227,11 @@ class TrainSection(Section):
         default=False, description="if true, another name of activation_checkpointing: full"
     )
     group_by_length: bool = Field(default=True, description="rows of similar length in one batch")
+    packing: bool = Field(
+        default=False,
+        description="lay the rows of a micro-batch end to end instead of padding them; the same "
+        "loss and gradients",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,6 @@
 """From a recipe's sections to the objects a run needs: device, tokenizer, model, settings."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from moc_cli.adapter.check import check_modules
 from moc_cli.data.batches import Batches, as_tensors
 from moc_cli.data.custom.chat import set_template
 from moc_cli.data.encode import Encoded
-from moc_cli.data.row_cache import encode_cached
+from moc_cli.data.packing import pack
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import Kind, make_kind
@@ -24,6 +23,7 @@ from moc_cli.models.load import (
     load_model,
     load_tokenizer,
 )
+from moc_cli.models.packing import check_packing
 from moc_cli.models.stored_weights import find_stored
 from moc_cli.models.tokens import compare_tokens
 from moc_cli.models.weight_files import checkpoint_shapes, own_head
@@ -130,8 +130,12 @@ def encode_rows(
         own, labels = config.id2label or {}, model.config.id2label or {}
         notes.append(checks.head_note(recipe, heads, own, labels))
     notes += kind.check(splits.all_examples, tokenizer) + checks.logits_note(kind, model)
-    encoded, kept = _encode(recipe, kind, splits, tokenizer)
-    notes += kept
+    encoded = kind.encode(
+        splits.train,
+        tokenizer,
+        max_length=data.max_length,
+        train_on_inputs=data.train_on_inputs,
+    )
     problems = checks.problems(data, model, tokenizer, encoded.ids)
     if problems:
         raise DataError("\n".join(problems))
@@ -140,21 +144,6 @@ def encode_rows(
     encoded, splits = checks.leave_out_empty(encoded, splits, data.max_length)
     loop_data = make_data(recipe, kind, encoded, tokenizer)
     return TrainingRows(kind, splits, encoded, loop_data, notes + long)
-
-
-def _encode(
-    recipe: Recipe, kind: Kind, splits: Splits, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Encoded, list[str]]:
-    """Encode the training rows, or take them from the cache; say which."""
-    data = recipe.data
-    arguments: dict[str, Any] = {
-        "max_length": data.max_length,
-        "train_on_inputs": data.train_on_inputs,
-    }
-    encode = partial(kind.encode, splits.train, tokenizer, **arguments)
-    named = arguments | {"kind": type(kind).__name__} | vars(kind)
-    encoded, note = encode_cached(encode, splits.train, tokenizer, named)
-    return encoded, [note] if note else []
 
 
 def make_data(
@@ -167,13 +156,14 @@ def make_data(
         seed=recipe.seed,
         group_by_length=recipe.train.group_by_length,
     )
-
-    rows = list(map(as_tensors, encoded.rows))
+    rows, packing = list(map(as_tensors, encoded.rows)), recipe.train.packing
 
     def collate(numbers: list[int]) -> dict[str, Any]:
-        return kind.collate([rows[number] for number in numbers], tokenizer)
+        chosen = [rows[number] for number in numbers]
+        return pack(chosen) if packing else kind.collate(chosen, tokenizer)
 
-    return Data(batches, collate, kind.loss, batches.padding_share())
+    share = 0.0 if packing else batches.padding_share()
+    return Data(batches, collate, kind.loss, share, batches.positions())
 
 
 def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Built:
@@ -241,6 +231,8 @@ def base_shape(recipe: Recipe) -> PreTrainedModel:
     """Return the base model's shapes, on the meta device; no weights are read."""
     model = build_meta(recipe.model.model_name_or_path, **_arguments(recipe))
     checks.check_family(recipe, model)
+    if recipe.train.packing:
+        check_packing(model)
     check_recompute(model, recompute_mode(recipe))
     return model
 

@@ -38,6 +38,7 @@ class Reading:
     answers_cut_off: int
     dropped: dict[str, dict[str, int]]
     padding_share: float
+    positions: tuple[int, int]
     pieces: list[Piece]
     label: int | float | str | None
     notes: list[str]
@@ -77,6 +78,7 @@ class Preview:
                 "answers_cut_off": read.answers_cut_off,
                 "dropped": read.dropped,
                 "padding_share": read.padding_share,
+                "positions": dict(zip(("padded", "packed"), read.positions, strict=True)),
                 "notes": read.notes,
                 "taken": read.taken,
                 "row": {"pieces": [asdict(piece) for piece in read.pieces], "label": read.label},
@@ -135,6 +137,7 @@ def _read(
         answers_cut_off=rows.encoded.answers_cut_off,
         dropped=rows.splits.dropped,
         padding_share=rows.data.padding_share,
+        positions=rows.data.positions,
         pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),
         label=rows.kind.shown_label(first),
         notes=rows.notes,

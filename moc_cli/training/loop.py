@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from moc_cli.data.packing import count_tokens
 from moc_cli.methods import Adapted
 from moc_cli.scoring.batch_size import is_out_of_memory
 from moc_cli.training import loss, memory, optim, rng
@@ -223,12 +224,12 @@ class Loop:
         self, window: list[list[int]], batches: list[dict[str, Tensor]], value: float
     ) -> None:
         """Add one step to the counters; at an epoch's end turn to the next one."""
-        c, masks = self.counters, [batch["attention_mask"] for batch in batches]
+        c = self.counters
         c.step += 1
         c.batch += len(window)
         c.examples += sum(map(len, window))
-        c.tokens += sum(int(mask.sum()) for mask in masks)
-        c.positions += sum(mask.numel() for mask in masks)
+        c.tokens += sum(map(count_tokens, batches))
+        c.positions += sum(batch["input_ids"].numel() for batch in batches)
         c.loss_sum += value
         c.loss_steps += 1
         if c.batch >= len(self.plan):

@@ -60,6 +60,7 @@ class Data:
     collate: Callable[[list[int]], dict[str, Tensor]]
     kind: LossKind = "causal"
     padding_share: float = 0.0  # expected, of an epoch's token slots
+    positions: tuple[int, int] = (0, 0)  # an epoch's token slots, padded and packed
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """The task's loss as a sum over targets, and how many targets a batch holds."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moc_cli.data.batches import LossKind, label_places
 from moc_cli.models.head import Head
+from moc_cli.models.packing import bounds
 
 
 class TaskLoss:
@@ -21,21 +24,24 @@ class TaskLoss:
 
     def __call__(self, batch: dict[str, Tensor], targets: int) -> Tensor:
         """Return the sum over a batch's targets, divided by `targets`; the batch is on the CPU."""
-        inputs = {
-            name: tensor.to(self.device, non_blocking=True)
-            for name, tensor in batch.items()
-            if name != "labels"
-        }
-        labels = batch["labels"]
+        given: dict[str, Any] = {**batch}
+        labels = given.pop("labels")
+        if "position_ids" in batch:  # packed rows
+            given |= bounds(batch["position_ids"])
+        inputs = {name: self._moved(value) for name, value in given.items()}
         if self.head is not None:
-            places, wanted = label_places(labels)  # on the CPU: nothing to wait for
+            # Chosen on the CPU and moved before the forward: nothing to wait for.
+            places, wanted = map(self._moved, label_places(labels))
             states, _ = self.head.run({**inputs, "use_cache": False})
             return self.head.loss(states, places, wanted, targets)
         logits = self.model(**inputs).logits.float()
-        labels = labels.to(self.device, non_blocking=True)
+        labels = self._moved(labels)
         if self.kind == "classification":
             return F.cross_entropy(logits, labels, reduction="sum") / targets
         return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum") / targets
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def count_targets(labels: Tensor, kind: LossKind) -> int:

@@ -1,10 +1,11 @@
 """Why a step could not be taken, and what to try from the state that was kept."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from moc_cli.data.packing import count_rows
 from moc_cli.errors import MocError
 from moc_cli.training.loop_types import Settings
 
@@ -44,14 +45,16 @@ def may_split(batch: int, group_by_length: bool) -> bool:
 
 
 def out_of_memory(
-    batches: Sequence[Mapping[str, Tensor]], settings: Settings, command: str, *, splits: bool
+    batches: Sequence[dict[str, Tensor]], settings: Settings, command: str, *, splits: bool
 ) -> MocError:
     """Return the error of a step that does not fit in memory; `command` continues the run.
 
     `splits`: whether the run may go on with smaller micro-batches; otherwise they are another run.
     """
-    rows, tokens = max((batch["input_ids"].shape for batch in batches), key=math.prod)
-    message = f"a step of {rows} rows of up to {tokens} tokens does not fit in memory"
+    largest = max(batches, key=lambda batch: batch["input_ids"].numel())
+    rows, tokens = count_rows(largest), largest["input_ids"].shape[1]
+    lengths = f"up to {tokens} tokens" if "attention_mask" in largest else f"{tokens} tokens in all"
+    message = f"a step of {rows} rows of {lengths} does not fit in memory"
     if settings.activation_checkpointing in ("none", "selective"):
         return MocError(
             message,

@@ -35,6 +35,8 @@ TRAINING = {
     "train.adam_beta2": 0.999,
     "train.adam_epsilon": 1e-8,
     "train.max_grad_norm": 1.0,
+    # TRL's SFTConfig
+    "train.packing": False,
 }
 
 

@@ -241,6 +241,7 @@ OTHERS = {
     "train.group_by_length": Change(
         False, _order, OTHER, also={"train.per_device_train_batch_size": 3}
     ),
+    "train.packing": Change(True, lambda run: len(run.rows.data.collate([0, 1])["input_ids"]) == 1),
     "train.modules": Change(
         ["bert.pooler"], lambda run: any("pooler" in name for name in run.state), True, "pairs"
     ),

@@ -31,7 +31,7 @@ class ToyModel(nn.Module):
             self.head.weight.copy_(torch.randn(VOCABULARY, WIDTH, generator=generator))
             self.head.bias.zero_()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> object:
+    def forward(self, input_ids: Tensor, use_cache: bool, **masks: object) -> object:
         return SimpleNamespace(logits=self.head(self.dropout(self.embedding(input_ids))))
 
 

@@ -63,7 +63,7 @@ def test_first_gradient_is_that_of_the_mean_over_the_window_s_targets(tmp_path):
     reference = ToyAdapted()
     total, count = torch.zeros(()), 0
     for row in rows[:4]:
-        logits = reference.model(torch.tensor([row["input_ids"]]), None, False).logits[0]
+        logits = reference.model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
         for position, label in enumerate(row["labels"][1:]):
             if label != -100:
                 total = total + F.cross_entropy(logits[position], torch.tensor(label))

@@ -1,0 +1,70 @@
+"""Rows laid end to end in one forward: what keeps them apart, and which models can.
+
+Each row's positions begin at 0. Without a mask, transformers builds one from them (eager, sdpa), or
+attends within the bounds that are passed along (flash attention).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moc_cli.errors import MocError
+from moc_cli.models.families import FAMILIES
+from moc_cli.models.head import in_table
+from moc_cli.nn.forward import Forward
+from moc_cli.nn.packed import PackedRows
+
+_BOUNDS = "cu_seq_lens_q"  # transformers' names
+_LONGEST = "max_length_q"
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise MocError for a model in which tokens see those of the row before.
+
+    The decoders of the table of families pass tests/training/test_packing.py.
+    """
+    if in_table(model):
+        return
+    can = ", ".join(sorted(name for name, family in FAMILIES.items() if family.causal))
+    raise MocError(
+        f"train.packing: {type(model).__name__} ({model.config.model_type}) is not known to keep "
+        f"rows apart that lie end to end; families that do: {can}",
+        "leave train.packing out, or use a model of one of these families",
+    )
+
+
+def bounds(position_ids: Tensor) -> dict[str, Any]:
+    """Return where rows begin and end, by their positions (1, T) on the CPU, as flash attention
+    takes it: it does not have to ask the device then.
+    """
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
+    longest = int(ends.diff().max())
+    return {_BOUNDS: ends, "cu_seq_lens_k": ends, _LONGEST: longest, "max_length_k": longest}
+
+
+def packed_forward(given: Mapping[str, Any], length: int, *, apart: bool) -> Forward | None:
+    """Return the forward that begins with these arguments, where its one row of `length` tokens
+    holds rows end to end; None where it does not.
+
+    It has no padding and no generation. With `apart` each of the rows decides on its own routes.
+    Without their bounds, only a forward without a mask is asked: the positions are then read from
+    the device.
+    """
+    positions, ends, longest = given.get("position_ids"), given.get(_BOUNDS), given.get(_LONGEST)
+    if positions is None or len(positions) != 1:
+        return None
+    if ends is None or longest is None:
+        if given.get("attention_mask") is not None:
+            return None
+        found = bounds(positions.cpu())
+        ends, longest = found[_BOUNDS].to(positions.device), found[_LONGEST]
+        if len(ends) < 3:
+            return None
+    if not apart or len(ends) < 3:
+        return Forward(shape=(1, length))
+    rows = PackedRows.of(ends, int(longest), length)
+    return Forward(rows.valid, shape=(len(rows.valid), int(longest)), packed=rows)
