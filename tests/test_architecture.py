@@ -53,7 +53,7 @@ LIGHT = {
 LIGHT_FILES = {"adapter/folder.py", "adapter/config.py", "adapter/__init__.py"}
 # The rooms and files that may import a library.
 AT_HOME = {
-    "peft": {"methods/low_rank.py", "peft"},
+    "peft": {"methods/half.py", "methods/low_rank.py", "peft"},
     "typer": {"cli"},
     "bitsandbytes": {"models/quantization.py"},  # which imports it where it is asked for
     "pydantic": {"recipe", "run_files.py", "adapter/config.py", "training/checkpoint.py"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.methods.half import HALF, multiply_in_half
 from moc_cli.methods.size import check_size
 from moc_cli.methods.targets import find_targets
 from moc_cli.models.quantization import of_model
@@ -25,7 +26,8 @@ _PREFIX = "base_model.model."  # what peft's files put before a module's name
 class LowRank:
     """y = W x + (alpha/r)·B A drop(x) in each target; DoRA rescales the rows of W + (alpha/r)·B A.
 
-    Learned: A (r, in), B (out, r) and DoRA's magnitudes, in float32 over a half-precision base.
+    Learned: A (r, in), B (out, r) and DoRA's magnitudes, in float32; over a bfloat16 base their
+    products are in bfloat16, as under autocast.
     The keys are those of peft's own files, so that `PeftModel.from_pretrained` reads an adapter
     folder. `pissa*` and `olora` rewrite the base: W becomes W − (alpha/r)·B₀A₀. They are computed
     again from the base and the seed, so the same base, seed and kind of device give the same
@@ -57,6 +59,9 @@ class LowRank:
         self._layers = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
+        if model.dtype == HALF:
+            for layer in self._layers.values():
+                multiply_in_half(layer, _NAME)
         for layer in self._layers.values():  # peft's new modules start in training mode
             layer.train(layer.get_base_layer().training)
         self._first = None

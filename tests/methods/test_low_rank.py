@@ -12,6 +12,7 @@ from support.machine import ROOT
 from support.models import DECODERS, FAMILIES, make_batch, make_tiny, tiny_config
 from support.published import published
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from moc_cli.errors import MocError
@@ -319,3 +320,45 @@ def test_the_papers_shares(name, share):
     adapted = attach(published(name), LoraMethod())
     assert round(100 * adapted.counts().share, 3) == share
     assert all(p.device.type == "meta" for p in adapted.model.parameters())
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products within it by their type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.types.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("make", [lora, dora], ids=["lora", "dora"])
+def test_over_a_bfloat16_base_no_product_is_in_float32(make, dropout):
+    """So that a step is as fast and small as under autocast, and the base as it was."""
+    model = make_tiny("llama").to(torch.bfloat16)
+    batch = make_batch()
+    expected = model(**batch).logits
+    adapted = train(attach(model, make(dropout=dropout)))
+    with adapted.disabled():
+        assert torch.equal(model(**batch).logits, expected)
+    trainables = adapted.named_trainables()
+    assert {parameter.dtype for parameter in trainables.values()} == {torch.float32}
+    with Products() as products:
+        model.train()(**batch).logits.float().logsumexp(-1).sum().backward()
+    assert set(products.types) == {torch.bfloat16}
+    assert all(parameter.grad.dtype == torch.float32 for parameter in trainables.values())
+
+
+def test_lora_over_a_bfloat16_base_is_its_formula_in_bfloat16():
+    model = make_tiny("llama").to(torch.bfloat16)
+    adapted = train(attach(model, lora()))
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    named = adapted.named_trainables()
+    key = "base_model.model.model.layers.0.mlp.up_proj"
+    A, B = (named[f"{key}.lora_{part}.weight"].to(torch.bfloat16) for part in "AB")
+    assert torch.equal(layer(x), layer.base_layer(x) + (x @ A.T) @ B.T * SCALE)
