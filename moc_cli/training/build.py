@@ -1,6 +1,7 @@
 """From a recipe's sections to the objects a run needs: device, tokenizer, model, settings."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from moc_cli.data.batches import Batches, as_tensors
 from moc_cli.data.custom.chat import set_template
 from moc_cli.data.encode import Encoded
 from moc_cli.data.packing import pack
+from moc_cli.data.row_cache import encode_cached
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import Kind, make_kind
@@ -130,12 +132,8 @@ def encode_rows(
         own, labels = config.id2label or {}, model.config.id2label or {}
         notes.append(checks.head_note(recipe, heads, own, labels))
     notes += kind.check(splits.all_examples, tokenizer) + checks.logits_note(kind, model)
-    encoded = kind.encode(
-        splits.train,
-        tokenizer,
-        max_length=data.max_length,
-        train_on_inputs=data.train_on_inputs,
-    )
+    encoded, kept = _encode(recipe, kind, splits, tokenizer)
+    notes += kept
     problems = checks.problems(data, model, tokenizer, encoded.ids)
     if problems:
         raise DataError("\n".join(problems))
@@ -144,6 +142,21 @@ def encode_rows(
     encoded, splits = checks.leave_out_empty(encoded, splits, data.max_length)
     loop_data = make_data(recipe, kind, encoded, tokenizer)
     return TrainingRows(kind, splits, encoded, loop_data, notes + long)
+
+
+def _encode(
+    recipe: Recipe, kind: Kind, splits: Splits, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Encoded, list[str]]:
+    """Encode the training rows, or take them from the cache; say which."""
+    data = recipe.data
+    arguments: dict[str, Any] = {
+        "max_length": data.max_length,
+        "train_on_inputs": data.train_on_inputs,
+    }
+    encode = partial(kind.encode, splits.train, tokenizer, **arguments)
+    named = arguments | {"kind": type(kind).__name__} | vars(kind)
+    encoded, note = encode_cached(encode, splits.train, tokenizer, named)
+    return encoded, [note] if note else []
 
 
 def make_data(
