@@ -24,7 +24,7 @@ from moc_cli.models.fingerprint import (
     list_differences,
     same_base,
 )
-from moc_cli.models.quantization import is_quantized, of_model
+from moc_cli.models.quantization import is_quantized, of_model, plain_linears
 from moc_cli.models.stored_weights import find_stored
 from moc_cli.models.weight_files import known_hash
 from moc_cli.recipe.methods import MethodConfig
@@ -240,8 +240,8 @@ def _check_fit(
 
 
 def _shapes_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model on the meta device: shapes without numbers."""
-    memo: dict[int, Any] = {}
+    """A copy of the model on the meta device: shapes without numbers, quantised or not."""
+    memo: dict[int, Any] = {id(module): plain for module, plain in plain_linears(model)}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)

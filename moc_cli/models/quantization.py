@@ -130,6 +130,14 @@ def linear_weights(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
 
 
+def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Linear]]:
+    """Yield each quantised linear module, and a plain one of its shape on the meta device."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_quantized(module.weight):
+            bias = module.bias is not None
+            yield module, nn.Linear(module.in_features, module.out_features, bias, device="meta")
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit weights in the form that has gradients.
 

@@ -229,6 +229,19 @@ def test_what_an_adapter_says_is_read_back(quantization: Quantization) -> None:
     assert of_arguments(None) is None
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "molex"])
+def test_other_methods_load_on_a_quantised_base(llama, tmp_path, method: str) -> None:
+    model = load(llama, NF4).model
+    controls = api.attach(model, method, rank=4)
+    with torch.no_grad():
+        for parameter in controls.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    controls.save(tmp_path / "controls")
+    other = load(llama, NF4).model
+    api.load_controls(other, tmp_path / "controls")
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_controls_load_on_the_base_in_any_form(llama, packed, tmp_path) -> None:
     """Trained in one form and loaded in another: a warning says so; otherwise there is none."""
     models = {
