@@ -61,6 +61,20 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     write_text_atomic(path, to_json(value) + "\n")
 
 
+def cache_folder(part: str) -> Path | None:
+    """Return where a part of the cache lies (`rows`, `weights`); None where it is switched off.
+
+    The environment variable MOC_CACHE names the folder, or is `off`.
+    """
+    named = os.environ.get("MOC_CACHE", "")
+    if named == "off":
+        return None
+    if named:
+        return Path(named).expanduser() / part
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "moc" / part
+
+
 @contextlib.contextmanager
 def write_folder_atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; on a clean exit it becomes `path`, whatever was there.

@@ -23,7 +23,7 @@ from moc_cli import __version__
 from moc_cli.data.encode import Encoded, Row
 from moc_cli.data.examples import Example, fingerprint
 from moc_cli.errors import FileError
-from moc_cli.files import write_bytes_atomic
+from moc_cli.files import cache_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 SMALLEST = 10_000  # rows; fewer are tokenised in a few seconds
 KEPT = 16  # files, those used last
 _COLUMNS = ("input_ids", "token_type_ids", "labels")
-
-
-def cache_folder() -> Path | None:
-    """Return where tokenised rows are kept; None where that is switched off."""
-    named = os.environ.get("MOC_CACHE", "")
-    if named == "off":
-        return None
-    if named:
-        return Path(named).expanduser() / "rows"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "moc" / "rows"
 
 
 def encode_cached(
@@ -56,7 +45,7 @@ def encode_cached(
     written in Python and chat templates that write the date are encoded anew each time. A file that
     is damaged or cannot be written is as if it were not there.
     """
-    folder = cache_folder()
+    folder = cache_folder("rows")
     if folder is None or len(examples) < SMALLEST or not _is_lasting(tokenizer):
         return encode(), None
     path = folder / f"{_key(examples, tokenizer, arguments)}.safetensors"

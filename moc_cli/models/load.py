@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import describe_tensors, fingerprint, hash_tensors, in_a_layer
+from moc_cli.models.known_tensors import recall
 from moc_cli.models.quantization import (
     choose,
     keep_differentiable,
@@ -30,7 +31,12 @@ from moc_cli.models.quantization import (
     make_config,
 )
 from moc_cli.models.stored_weights import find_stored
-from moc_cli.models.weight_files import check_weights, checkpoint_shapes, resolve
+from moc_cli.models.weight_files import (
+    check_weights,
+    checkpoint_shapes,
+    loaded_weight_files,
+    resolve,
+)
 from moc_cli.recipe.quantization import Quantization
 
 CPU = torch.device("cpu")
@@ -145,7 +151,11 @@ def load_model(
     check_weights(name, model, mismatched, info["missing_keys"], info["unexpected_keys"])
     fresh = fresh_modules(model, absent)
     stored = find_stored(model, name, revision)
-    tensors = describe_tensors(model, fresh, stored)
+    facts = {"dtype": model.dtype, "kind": kind, "fresh": fresh}
+    facts |= {"packed": quantization if not stored else None}
+    tensors = recall(
+        loaded_weight_files(name, revision), facts, lambda: describe_tensors(model, fresh, stored)
+    )
     known = fingerprint(model, fresh, stored)
     weights_hash = hash_tensors(tensors)
     return Loaded(model, fresh, weights_hash, resolve(name), known, tensors, quantization)

@@ -45,13 +45,18 @@ def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple
     None where they do not all lie here; the hub is not asked. Raises MocError for files that are
     cut off.
     """
+    paths = loaded_weight_files(name, revision)
+    fetched = Path(resolve(name)).is_dir() or all(path.is_file() for path in paths)
+    return stored_shapes(name, paths) if paths and fetched else None
+
+
+def loaded_weight_files(name: str, revision: str | None = None) -> list[Path]:
+    """The files that a checkpoint is loaded from; none where their names are not known here."""
     try:
         entry = weights_entry(name, revision)
     except (OSError, ValueError):
-        return None
-    paths = loaded_files(entry) if entry else []
-    fetched = Path(resolve(name)).is_dir() or all(path.is_file() for path in paths)
-    return stored_shapes(name, paths) if paths and fetched else None
+        return []
+    return loaded_files(entry) if entry else []
 
 
 def hash_weights(name: str, revision: str | None = None) -> str:
