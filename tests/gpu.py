@@ -1,0 +1,229 @@
+"""What is to be seen on a GPU, in ten minutes: `python tests/gpu.py --output gpu.json`.
+
+Every command on the built-in model, the laws of the methods in float32 and bfloat16, plan against
+measured, the benchmark and the generation of LLaMA2-7B's shape with random weights. Without a GPU
+all of it runs on the CPU with small shapes. A part that fails is reported; the others still run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from support.device_laws import check_laws
+from support.models import make_pair_tokenizer, make_tiny_model
+
+from moc_cli.benchmark.machine import describe_machine
+from moc_cli.cli import COMMANDS
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+ON_DEVICE = ["--set", f"launch.device={DEVICE.type}"]
+SHAPE = ["commonsense/llama2-7b/moc"]
+if not GPU:
+    SHAPE = ["commonsense/smollm2-135m/moc", "--layers", "2", *ON_DEVICE]
+    for change in ("data.max_length=64", "train.per_device_train_batch_size=4"):
+        SHAPE += ["--set", change]
+PLANNED = SHAPE if GPU else ["quickstart", *ON_DEVICE]
+TURNS = ["--repeats", "8", "--warmup", "2"] if GPU else ["--repeats", "3", "--warmup", "1"]
+LABELLED = "text,label\n" + "".join(f"row {n},{'ab'[n % 2]}\n" for n in range(16))
+
+
+def moc(*arguments: str) -> dict[str, Any]:
+    """Run a command in a new process; return its JSON, its code and its seconds."""
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "moc_cli", *arguments, "--json"], capture_output=True, text=True
+    )
+    result: dict[str, Any] = {
+        "command": f"moc {' '.join(arguments)}",
+        "code": done.returncode,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+    try:
+        return result | {"json": json.loads(done.stdout)}
+    except ValueError:
+        return result | {"said": (done.stdout + done.stderr)[-1500:]}
+
+
+def commands() -> dict[str, Any]:
+    """Every command of the program; the classifier is a tiny BERT."""
+    make_tiny_model("bert", num_labels=2).base_model.save_pretrained("encoder")
+    make_pair_tokenizer().save_pretrained("encoder")
+    Path("labelled.csv").write_text(LABELLED)
+    short = [*ON_DEVICE, "--set", "train.max_steps=20", "--set", "eval.max_samples=40"]
+    classes = ["custom/minilm/moc", "--set", "data.path=labelled.csv", "--set", "data.held_out=4"]
+    classes += ["--set", "model.model_name_or_path=encoder", "--output-dir", "classes"]
+    few = ["--repeats", "2", "--warmup", "1", *ON_DEVICE]
+    calls = [
+        ["train", "quickstart", *short, "--output-dir", "run"],
+        ["train", "quickstart", *short, "--set", "method=lora", "--output-dir", "lora"],
+        ["train", "quickstart", *short, "--set", "train.bf16=true", "--output-dir", "bf16"],
+        ["train", *classes, *short],
+        ["eval", "run", "--limit", "24"],
+        ["eval", "run", "--limit", "8", "--protocol", "generate"],
+        ["compare", "run", "lora"],
+        ["inspect-routing", "run", "--limit", "8"],
+        ["generate", "run", "--prompt", "Where is the cup kept?", "--max-new-tokens", "8"],
+        ["predict", "classes", "--file", "labelled.csv"],
+        ["export", "run", "--to", "controls", "--output-dir", "as-controls"],
+        ["export", "run", "--to", "standalone", "--output-dir", "as-standalone"],
+        ["export", "lora", "--to", "merged", "--output-dir", "as-merged"],
+        ["import", "as-controls", "quickstart", *ON_DEVICE, "--output-dir", "imported"],
+        ["plan", "quickstart"],
+        ["bench", "quickstart", *few, "--output-dir", "bench"],
+        ["recipes", "list"],
+    ]
+    results = [moc(*call) for call in calls if call[0] in COMMANDS]
+    return {
+        "commands": [{k: v for k, v in result.items() if k != "json"} for result in results],
+        "failed": [result["command"] for result in results if result["code"]],
+        "not tried": sorted(COMMANDS.keys() - {call[0] for call in calls}),
+    }
+
+
+def laws() -> dict[str, Any]:
+    """The laws of the methods, in both types of numbers."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        checked = list(check_laws(DEVICE, dtype))
+        broken = [law for law in checked if not law["holds"]]
+        found[str(dtype)] = {"laws": len(checked), "broken": broken}
+    return found
+
+
+def plans() -> dict[str, Any]:
+    """Planned against measured peaks of a training step: each way of recomputing, and 4 bits."""
+    modes = "train.activation_checkpointing=none,selective,full"
+    few = ["--methods", "moc", "--repeats", "1", "--warmup", "1"]
+    measured = {
+        "16-bit": moc("bench", *PLANNED, *few, "--vary", modes, "--output-dir", "modes"),
+        "4-bit": moc(
+            "bench", *PLANNED, *few, "--set", "model.load_in_4bit=true", "--output-dir", "four"
+        ),
+    }
+    return {"measured": _peaks(measured), "planned": _planned()}
+
+
+def _peaks(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    peaks: dict[str, Any] = {}
+    for bits, result in measured.items():
+        for name, entry in result.get("json", {}).get("methods", {}).items():
+            peaks[f"{bits} {name}"] = entry["peak_bytes"]
+        if result["code"]:
+            peaks[f"{bits} failed"] = result
+    return peaks
+
+
+def _planned() -> dict[str, Any]:
+    if "plan" not in COMMANDS:
+        return {"skipped": "this version has no moc plan"}
+    planned = {}
+    for bits, change in (("16-bit", "false"), ("4-bit", "true")):
+        result = moc("plan", *PLANNED, "--set", f"model.load_in_4bit={change}")
+        planned[bits] = result.get("json", {}).get("plans", result)
+    return planned
+
+
+def benchmark() -> dict[str, Any]:
+    """Time and memory of the methods side by side."""
+    return moc("bench", *SHAPE, *TURNS, "--methods", "moc,control,lora", "--output-dir", "steps")
+
+
+def generation() -> dict[str, Any]:
+    """Tokens per second with controls, with merged LoRA, and of the bare base."""
+    sizes = ["--vary", "eval.per_device_eval_batch_size=1,16"]
+    few = ["--repeats", "5", "--warmup", "2"] if GPU else ["--repeats", "2", "--new-tokens", "4"]
+    methods = ["--methods", "moc,lora", "--output-dir", "generation"]
+    return moc("bench", *SHAPE, "--generate", *methods, *sizes, *few)
+
+
+def utilization() -> dict[str, Any]:
+    """What share of the card's own rate of products a step reaches: frozen weights take 4 FLOPs a
+    token and number (one product forward, one backward), attention not counted.
+    """
+    changes = [["--set", "train.gradient_accumulation_steps=1"]]
+    changes.append([*changes[0], "--set", "train.torch_compile=true"])
+    if GPU:
+        changes.append([*changes[1], "--set", "train.packing=true"])
+    rate = matmul_rate()
+    found: dict[str, Any] = {"matmul_flops": rate}
+    for change in changes:
+        few = ["--methods", "moc", *TURNS, "--output-dir", "rate"]
+        result = moc("bench", *SHAPE, *few, *change)
+        name = " ".join(text for text in change if "=" in text)
+        if result["code"]:
+            found[name] = result
+            continue
+        entry = result["json"]["methods"]["moc"]
+        size = 2 if GPU else 4  # bytes of a number
+        flops = 4 * entry["kept_bytes"] / size * entry["tokens_per_second"]
+        found[name] = entry | {"share_of_matmul_rate": flops / rate}
+    return found
+
+
+def matmul_rate() -> float:
+    """FLOPs per second of large products in the type of the training."""
+    size, dtype = (8192, torch.bfloat16) if GPU else (512, torch.float32)
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        left @ right
+        if GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "laws": laws,
+    "commands": commands,
+    "plans": plans,
+    "benchmark": benchmark,
+    "generation": generation,
+    "utilization": utilization,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--only", help="parts, with commas", default=",".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=570, help="no part begins after these")
+    given = parser.parse_args()
+    output = given.output.resolve()
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    results: dict[str, Any] = {"environment": describe_machine(DEVICE, {})}
+    begin = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for name in given.only.split(","):
+            started = time.perf_counter() - begin
+            if started > given.seconds:
+                results[name] = {"skipped": f"{started:.0f} s have passed"}
+                continue
+            try:
+                results[name] = PARTS[name]()
+            except Exception:  # the other parts still run
+                results[name] = {"error": traceback.format_exc()}
+            results[name]["part_seconds"] = round(time.perf_counter() - begin - started, 1)
+            output.write_text(json.dumps(results, indent=1))  # what there is, if time runs out
+            print(f"{name}: {results[name]['part_seconds']} s", file=sys.stderr, flush=True)
+        os.chdir(output.parent)
+    return int(any("error" in part or part.get("failed") for part in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
