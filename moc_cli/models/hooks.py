@@ -190,6 +190,8 @@ class HookedModel:
 
     def _after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook of a layer, outside its activation checkpoint."""
+        if torch.compiler.is_compiling():
+            return output  # a compiled layer's backward pass runs no Python
         hidden = output[0] if isinstance(output, tuple) else output
         if not (self.mixture.training and torch.is_grad_enabled() and hidden.requires_grad):
             return output

@@ -14,13 +14,15 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
         ctx.coefficient = coefficient
-        ctx.like = loss.dtype, loss.device
+        ctx.like = loss.new_empty(())
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        dtype, device = ctx.like
-        return grad, torch.as_tensor(ctx.coefficient(), dtype=dtype, device=device), None
+        coefficient = ctx.coefficient()
+        if isinstance(coefficient, Tensor):
+            return grad, coefficient.to(ctx.like), None
+        return grad, torch.full_like(ctx.like, coefficient), None
 
 
 def inject(x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
@@ -115,7 +117,7 @@ class _Stack(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows = stacked.to(dtype)
         ctx.mark_non_differentiable(rows)
-        return rows, stacked.new_zeros(()).expand_as(stacked)
+        return rows, _empty_sums(stacked)
 
     @staticmethod
     def backward(ctx: Any, _: None, sums: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,7 +138,7 @@ class _LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, weights, hidden, rows, index)
         ctx.dtype = sums.dtype
         ctx.set_materialize_grads(False)
-        return torch.bmm(_weigh(hidden, weights), B), sums.view_as(sums)
+        return torch.bmm(_weigh(hidden, weights), B), _empty_sums(sums)
 
     @staticmethod
     def backward(
@@ -157,7 +159,7 @@ class _LowRank(torch.autograd.Function):
             grad_B = torch.bmm(_weigh(hidden, weights).transpose(1, 2), grad)
             if sums is None:
                 sums = rows.new_zeros(rows.shape, dtype=ctx.dtype)
-            _add_chosen(sums, torch.stack([grad_A, grad_B]), index)
+            sums = _add_chosen(sums, torch.stack([grad_A, grad_B]), index)
         grad_x = torch.bmm(grad_hidden, A) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weights, sums, None, None
 
@@ -202,15 +204,25 @@ def _weigh(hidden: Tensor, weights: Tensor | None) -> Tensor:
     return (parts * weights[:, None, :, None]).flatten(-2).to(hidden.dtype)
 
 
-def _add_chosen(sums: Tensor, grads: Tensor, index: Tensor) -> None:
+def _empty_sums(like: Tensor) -> Tensor:
+    """Something to hang the gradient's running sums on: all zeros, in the memory of one."""
+    return like.new_zeros(()).expand(like.shape)
+
+
+def _add_chosen(sums: Tensor, grads: Tensor, index: Tensor) -> Tensor:
     """Add the gradients (2, V, C·r, d) of the chosen pairs to `sums` (2, N, r, d), in place.
 
-    In an order that does not change between runs, also on a GPU.
+    In an order that does not change between runs, also on a GPU. A compiler is given the same out
+    of place, and makes it in place itself.
     """
     parts = grads.to(sums.dtype).unflatten(2, (index.shape[1], -1))  # (2, V, C, r, d)
+    in_place = not torch.compiler.is_compiling()
     if len(index) == 1:
         for c in range(index.shape[1]):
-            sums.index_add_(1, index[0, c : c + 1], parts[:, 0, c : c + 1])
-    else:
-        by_pair = parts.flatten(1, 2).transpose(0, 1)  # (V·C, 2, r, d)
-        sums.transpose(0, 1).index_put_((index.flatten(),), by_pair, accumulate=True)
+            add = sums.index_add_ if in_place else sums.index_add
+            sums = add(1, index[0, c : c + 1], parts[:, 0, c : c + 1])
+        return sums
+    by_pair = parts.flatten(1, 2).transpose(0, 1)  # (V·C, 2, r, d)
+    pairs, places = sums.transpose(0, 1), (index.flatten(),)
+    put = pairs.index_put_ if in_place else pairs.index_put
+    return put(places, by_pair, accumulate=True).transpose(0, 1)

@@ -51,26 +51,47 @@ class ControlPool:
     no site used it.
     """
 
-    def __init__(self, controls: Sequence[Control], dtype: torch.dtype) -> None:
+    def __init__(
+        self, controls: Sequence[Control], dtype: torch.dtype, alpha: float, scale: float
+    ) -> None:
         self._rows, self._sums = stack([(control.A, control.B) for control in controls], dtype)
         self._open = True
+        self._alpha, self._scale = alpha, scale
         self._sources = [matrix for control in controls for matrix in (control.A, control.B)]
         self._versions = [matrix._version for matrix in self._sources]
+        self.places = torch.arange(len(controls), device=self._rows.device)
+        self._alone = None if scale == 1 else self._sums.new_full((1, 1), scale)
+        self._of_equals: Tensor | None = None  # the weights of a route whose shares are all 1
 
     def outdated(self) -> bool:
         """Whether a control was changed since: a site called outside any forward would see that."""
         return self._versions != [matrix._version for matrix in self._sources]
 
-    def update(self, x: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
-        """x (B, T, d) -> Σ_c w_vc · g_c(x_v), the same shape and type.
+    def update(
+        self, x: Tensor, local: int, ids: Tensor | None = None, shares: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, d) -> the added part of eq. 9, the same shape and type.
 
-        `index` (V, C) and `weights` (V, C), None for 1; V is 1 or B.
+        `ids` (V, K) names the routed controls among all, `shares` (V, K) are π, None for 1; V is 1
+        or B. Without `ids` the local control acts alone.
         """
+        index, weights = self.places[local : local + 1, None], self._alone
+        if ids is not None:
+            index = torch.cat([index.expand(len(ids), 1), ids], dim=1)
+            weights = self._weights(ids) if shares is None else self._weighed(shares)
         groups = x.reshape(len(index), -1, x.shape[-1])  # (V, S, d)
         update, sums = low_rank(groups, index, weights, self._rows, self._sums)
-        if self._open:
+        if self._open and sums.requires_grad:
             self._sums = sums
         return update.view(x.shape)
+
+    def _weighed(self, shares: Tensor) -> Tensor:
+        return weigh(shares, self._alpha, self._scale)
+
+    def _weights(self, ids: Tensor) -> Tensor:
+        if self._of_equals is None:
+            self._of_equals = self._weighed(self._sums.new_ones(1, ids.shape[1]))
+        return self._of_equals.expand(len(ids), -1)
 
     def close(self) -> None:
         """End the forward: a recomputation may follow, and its graph must not be kept here."""

@@ -84,6 +84,16 @@ class Forward:
     pools: dict[torch.dtype, ControlPool] = field(default_factory=dict, repr=False)
     prepared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
     voters: Voters | None = field(default=None, repr=False)
+    reentrant: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether its sites may use what others made.
+
+        Not with reentrant activation checkpointing: it runs a layer without gradients first, and
+        then with gradients by itself.
+        """
+        return self.shape is not None and not (self.reentrant and torch.is_grad_enabled())
 
     def end(self) -> None:
         """Called after the forward; its backward pass may still recompute parts of it.

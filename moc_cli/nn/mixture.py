@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,18 @@ from moc_cli.nn.control import (
     StackedControls,
     WeightedControls,
     combine,
-    weigh,
 )
 from moc_cli.nn.forward import Forward, RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
 from moc_cli.nn.routing import Routing
 from moc_cli.nn.vote import (
-    Ballot,
     Level,
     Route,
     Voters,
     balance_loss,
     decide,
     poll,
+    shares_of,
 )
 from moc_cli.nn.watch import Decision, Watcher, new_decisions
 
@@ -146,6 +145,7 @@ class Mixture(nn.Module):
 
     def _update(self, site: Site, x: Tensor, dtype: torch.dtype) -> Tensor:
         site.choice = None
+        self.current.reentrant |= self.training and not torch.is_grad_enabled()
         stack = self._stack(site, x, dtype)
         if stack is not None:
             return stack.update(x.to(dtype))
@@ -166,28 +166,26 @@ class Mixture(nn.Module):
         """The update of a site's controls for x (B, T, d) in the type of the products."""
         if route is not None and route.voters not in (1, len(x)):
             return self.combine(site, route).update(x)  # each token has controls of its own
-        forward, pool = self.current, None
-        if forward.shape is not None:
-            pool = forward.pools.get(x.dtype)
-        if pool is None or (forward.ended and pool.outdated()):
-            pool = ControlPool([self.control(s.index) for s in self.sites], x.dtype)
-            if forward.shape is not None:
-                forward.pools[x.dtype] = pool
-        index, weights = self._chosen(site, route, x.device)
-        return pool.update(x, index, weights)
-
-    def _chosen(
-        self, site: Site, route: Route | None, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Which controls of all sites a site uses, (V, 1 + K), and their weights; None: 1."""
-        local = torch.full((1, 1), site.index, device=device)
+        pool = self._pool(x.dtype)
         if route is None:
-            return local, None if self.scale == 1 else local.new_full((1, 1), self.scale)
+            return pool.update(x, site.index)
         ids = route.ids
         if len(self.pools) > 1:
-            ids = torch.tensor(self.pools[site.pool], device=device)[ids]
-        index = torch.cat([local.expand(len(ids), 1), ids], dim=1)
-        return index, weigh(route.weights, self.routing.alpha, self.scale)
+            ids = pool.places[self.pools[site.pool]][ids]
+        if self.routing.constant_weights and self.reroute is None:
+            return pool.update(x, site.index, ids)
+        return pool.update(x, site.index, ids, route.weights)
+
+    def _pool(self, dtype: torch.dtype) -> ControlPool:
+        """The stacked controls of this forward."""
+        forward = self.current
+        pool = forward.pools.get(dtype) if forward.shared else None
+        if pool is None or (forward.ended and pool.outdated()):
+            controls = [self.control(site.index) for site in self.sites]
+            pool = ControlPool(controls, dtype, self.routing.alpha, self.scale)
+            if forward.shared:
+                forward.pools[dtype] = pool
+        return pool
 
     def combine(self, site: Site, route: Route | None) -> WeightedControls:
         """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
@@ -234,12 +232,23 @@ class Mixture(nn.Module):
         voters, before = self._voters(x, level), None
         if store is not None and routing.decode == "running":
             before = store.ballots.get(site.index)
-        function = partial(self._decide, site, voters, before)
-        weights, loss, ids, p, sums, number, scores = recompute(
-            function, 2, self._gate(site).features(x), *self._prepared(site)
+        gate, k = self._gate(site), routing.top_k
+        mean, p = recompute(
+            partial(self._mean, site, voters), 1, gate.features(x), *self._prepared(site)
         )
-        route = Route(ids, weights.detach() if routing.constant_weights else weights)
-        ballot = Ballot(sums, number, scores, routing.vote)
+        ballot = poll(p, voters, k, routing.vote, mean)
+        if before is not None:
+            ballot = before + ballot
+        route = decide(ballot, k, routing.estimator)
+        loss = None
+        # In training there is always something to learn from, if only with weight 0: every
+        # parameter has a gradient.
+        if self.training and (routing.balance_weight or routing.constant_weights):
+            size = p.shape[-1]
+            share = voters.picks(p, k)
+            if routing.balance_f == "choice":
+                share = shares_of(route, size, p.dtype)
+            loss = balance_loss(voters.mean_of_all(mean), share, size - routing.exclude_local)
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
         self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
@@ -253,38 +262,21 @@ class Mixture(nn.Module):
             store.routes[site.index] = route.detach()
         return route, loss
 
-    def _decide(
-        self,
-        site: Site,
-        voters: Voters,
-        before: Ballot | None,
-        features: Tensor,
-        *prepared: Tensor,
-    ) -> tuple[Any, ...]:
-        """From the gate's features to weights π, balance loss, ids, p, and the ballot's parts.
-
-        `before` is the ballot of the generation's earlier tokens. In training there is always
-        something for the gate to learn from, if only with weight 0: every parameter has a gradient.
-        """
-        routing = self.routing
-        k, local = routing.top_k, site.local if routing.exclude_local else None
+    def _mean(
+        self, site: Site, voters: Voters, features: Tensor, *prepared: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean probabilities (V, N) and each token's own (B, T, N), of the gate's features."""
+        local = site.local if self.routing.exclude_local else None
         p = probabilities(self._gate(site).logits(features, *prepared), local)
-        ballot = poll(p, voters, k, routing.vote)
-        if before is not None:
-            ballot = before + ballot
-        route = decide(ballot, k, routing.estimator)
-        loss = None
-        if self.training and (routing.balance_weight or routing.constant_weights):
-            chosen = route if routing.balance_f == "choice" else None
-            loss = balance_loss(p, voters, k, p.shape[-1] - routing.exclude_local, chosen)
-        return route.weights, loss, route.ids, p, ballot.sums, ballot.voters, ballot.scores
+        return voters.mean(p), p
 
     def _gate(self, site: Site) -> Gate:
         return cast(Gate, self.gates[site.pool])
 
     def _prepared(self, site: Site) -> tuple[Tensor, ...]:
         """What the site's gate needs of its parameters."""
-        return self.current.prepared.get(site.pool) or self._gate(site).prepare()
+        prepared = self.current.prepared.get(site.pool) if self.current.shared else None
+        return self._gate(site).prepare() if prepared is None else prepared
 
     def _voters(self, x: Tensor, level: Level) -> Voters:
         """The tokens that vote; RuntimeError for a mask of another shape than x (B, T, d)."""

@@ -95,19 +95,14 @@ VOTES: dict[str, Vote] = {"mean": Vote(), "mode": Vote(_count_picks)}
 class Ballot:
     """What the tokens of each decision say under one of VOTES.
 
-    `sums` (V, N) of their probabilities, `voters` (V, 1) the number of tokens, `scores` (V, N) what
-    the vote ranks by, None where that is the mean probability.
+    `mean` (V, N) are their mean probabilities P̄, `count` (V, 1) is the number of tokens, `scores`
+    (V, N) what the vote ranks by, None where that is the mean probability.
     """
 
-    sums: Tensor
-    voters: Tensor
+    mean: Tensor
+    count: Tensor
     scores: Tensor | None
     vote: str
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean probabilities P̄ (V, N)."""
-        return self.sums / self.voters.clamp(min=1)
 
     def __add__(self, other: "Ballot") -> "Ballot":
         """The ballot of both groups of tokens; ValueError where scores do not add up."""
@@ -125,27 +120,29 @@ class Ballot:
         scores = None
         if self.scores is not None and other.scores is not None:
             scores = self.scores + sign * other.scores
-        sums, voters = self.sums + sign * other.sums, self.voters + sign * other.voters
-        return Ballot(sums, voters, scores, self.vote)
+        sums = self.mean * self.count + sign * other.mean * other.count
+        count = self.count + sign * other.count
+        return Ballot(sums / count.clamp(min=1), count, scores, self.vote)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Ballot":
         """The ballot with its rows reordered, selected or repeated by `change`."""
         scores = None if self.scores is None else change(self.scores)
-        return Ballot(change(self.sums), change(self.voters), scores, self.vote)
+        return Ballot(change(self.mean), change(self.count), scores, self.vote)
 
 
 @dataclass
 class Voters:
     """The tokens that vote in one forward: the same for all its sites.
 
-    `weight` (V, S) is 1 where a token votes on a decision and 0 elsewhere, `count` (V, 1) its sum.
-    `share` (B, T) is 1/n for each of n real tokens: what each adds to the balance loss.
+    `marks` (V, S) are 1 where a token votes on a decision and 0 elsewhere, `count` (V, 1) their sum
+    and `shares` (V, S) marks over count. `of_all` (B·T,) is 1/n for each of n real tokens.
     """
 
     level: Level
-    weight: Tensor
+    marks: Tensor
     count: Tensor
-    share: Tensor
+    shares: Tensor
+    of_all: Tensor
 
     @classmethod
     def of(
@@ -164,24 +161,44 @@ class Voters:
             tokens = torch.ones(*shape, device=device, dtype=dtype)
         else:
             tokens = valid.to(device, dtype)
-        share = tokens / tokens.sum().clamp(min=1)
+        marks = tokens
         if level == "batch":
-            weight = tokens.flatten()[None]
+            marks = tokens.flatten()[None]
         elif level == "token":
-            weight = torch.ones_like(tokens).view(-1, 1)
-        else:
-            weight = tokens
-        return cls(level, weight, weight.sum(dim=1, keepdim=True), share)
+            marks = torch.ones_like(tokens).view(-1, 1)
+        count = marks.sum(dim=1, keepdim=True)
+        of_all = tokens.flatten() / tokens.sum().clamp(min=1)
+        return cls(level, marks, count, marks / count.clamp(min=1), of_all)
+
+    def mean(self, p: Tensor) -> Tensor:
+        """The mean probabilities P̄ (V, N) of p (B, T, N)."""
+        return (p.reshape(*self.shares.shape, -1) * self.shares[..., None]).sum(dim=1)
+
+    def mean_of_all(self, means: Tensor) -> Tensor:
+        """The mean (N,) over all real tokens, of the means of the decisions (V, N)."""
+        if len(means) == 1:
+            return means[0]
+        tokens = self.of_all.view(len(means), -1).sum(dim=1)
+        return (means * tokens[:, None]).sum(dim=0)
+
+    def picks(self, p: Tensor, k: int) -> Tensor:
+        """The share (N,) of the tokens' own picks, their k most probable, that went to each."""
+        picks = top_k(p.detach(), k).flatten()
+        weight = self.of_all if k == 1 else (self.of_all / k).repeat_interleave(k)
+        return p.new_zeros(p.shape[-1]).index_add(0, picks, weight)
 
 
-def poll(p: Tensor, voters: Voters, k: int, vote: str) -> Ballot:
-    """Collect the votes of p (B, T, N). Raises ValueError for a vote that is not in VOTES."""
+def poll(p: Tensor, voters: Voters, k: int, vote: str, mean: Tensor | None = None) -> Ballot:
+    """Collect the votes of p (B, T, N), whose mean may be known already.
+
+    Raises ValueError for a vote that is not in VOTES.
+    """
     if vote not in VOTES:
         raise ValueError(f"vote '{vote}' is not known; allowed: {', '.join(VOTES)}")
-    weight, score = voters.weight, VOTES[vote].score
-    p = p.reshape(*weight.shape, -1)  # (V, S, N)
-    scores = None if score is None else score(p.detach(), weight, k)
-    return Ballot((p * weight[..., None]).sum(dim=1), voters.count, scores, vote)
+    score, scores = VOTES[vote].score, None
+    if score is not None:
+        scores = score(p.detach().reshape(*voters.marks.shape, -1), voters.marks, k)
+    return Ballot(voters.mean(p) if mean is None else mean, voters.count, scores, vote)
 
 
 def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
@@ -195,13 +212,13 @@ def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
     if ballot.scores is not None:
         by_mean = mean.detach().sort(dim=-1, descending=True, stable=True).indices
         ids = by_mean.gather(-1, top_k(ballot.scores.gather(-1, by_mean), k))
+    if estimator == "renormalized" and k == 1:
+        # Exactly 1, without a gradient: c/c would leave rounding noise in the gate's gradient, and
+        # Adam scales noise up to full steps.
+        return Route(ids, mean.new_ones(()).expand(ids.shape))
     chosen = mean.gather(-1, ids)
     if estimator == "probability":
         weights = chosen
-    elif estimator == "renormalized" and k == 1:
-        # Exactly 1, without a gradient: c/c would leave rounding noise in the gate's gradient, and
-        # Adam scales noise up to full steps.
-        weights = torch.ones_like(chosen)
     else:
         # A control without any probability can be chosen by its score alone: never 0/0.
         weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
@@ -210,21 +227,18 @@ def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
     return Route(ids, weights)
 
 
-def balance_loss(
-    p: Tensor, voters: Voters, k: int, size: int, route: Route | None = None
-) -> Tensor:
-    """N · Σ_j f_j·P_j of one site over its valid tokens p (B, T, N); balanced use gives 1.
+def balance_loss(mean: Tensor, share: Tensor, size: int) -> Tensor:
+    """N · Σ_j f_j·P_j of one site; balanced use gives 1.
 
-    P_j is the mean of p_ij; f_j the share of picks that went to j, without gradient: of the
-    tokens' own top K, or of the decisions in `route` where one is given (as MoLEx's code does).
-    `size` is N, or N − 1 where the local control is excluded.
+    `mean` (N,) are the P_j, the mean probabilities over all real tokens; `share` (N,) the f_j, the
+    shares of the picks that went to each control, without gradient. `size` is N, or N − 1 where the
+    local control is excluded.
     """
-    mean = (p * voters.share[..., None]).sum(dim=(0, 1))  # (N,)
-    if route is None:
-        picks = top_k(p.detach(), k)  # (B, T, K)
-        weight = (voters.share / k)[..., None].expand_as(picks)
-    else:
-        picks = route.ids
-        weight = mean.new_full((), 1 / picks.numel()).expand_as(picks)
-    share = torch.zeros_like(mean).index_add(0, picks.flatten(), weight.flatten())
     return size * torch.dot(share, mean)
+
+
+def shares_of(route: Route, size: int, dtype: torch.dtype) -> Tensor:
+    """The share of a route's choices that went to each of `size` controls, as in MoLEx's code."""
+    ids = route.ids.flatten()
+    ones = torch.full_like(ids, 1 / len(ids), dtype=dtype)
+    return torch.zeros(size, dtype=dtype, device=ids.device).index_add(0, ids, ones)

@@ -85,7 +85,7 @@ def one_token_decides(decision: Decision) -> Tensor | None:
         without = torch.stack([decide(rest, k, "renormalized").ids for rest in ballots], dim=1)
     chosen = decision.route.ids.sort(dim=-1).values
     turned: Tensor = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
-    return turned.flatten(1).any(dim=1) | (ballot.voters[:, 0] <= 1)
+    return turned.flatten(1).any(dim=1) | (ballot.count[:, 0] <= 1)
 
 
 def _poll(p: Tensor, mark: Tensor, k: int, vote: str) -> Ballot:

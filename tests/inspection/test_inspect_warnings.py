@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moc_cli.inspection import statistics
 from moc_cli.inspection.warnings import find_warnings
 from moc_cli.methods import attach
+from moc_cli.nn.gate import Gate
 from moc_cli.recipe.methods import MocMethod
 
 LAYERS = 5
@@ -17,7 +18,7 @@ SIZE = 2 * LAYERS
 Rule = Callable[[int, int, int], tuple[int, float]]  # site, row, token -> its control, how surely
 
 
-class Planted(nn.Module):
+class Planted(Gate):
     """A gate that follows a rule: every control's logit is 0 but for the rule's."""
 
     def __init__(self, rule: Rule) -> None:
@@ -25,7 +26,7 @@ class Planted(nn.Module):
         self.rule = rule
         self.calls = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         site, self.calls = self.calls % SIZE, self.calls + 1
         logits = torch.zeros(*x.shape[:2], SIZE)
         for row in range(x.shape[0]):

@@ -24,8 +24,7 @@ METHODS: dict[str, Any] = {
     "moc-rows": MocMethod(rank=4, routing={"level": "sample"}),
     "lora": LoraMethod(rank=4),
 }
-SYNCS_OF_A_LAYER = {"moc": 4, "moc-rows": 10}  # in a step, beside those of control
-KERNELS_TO_CONTROL = {"forward": 2.6, "backward": 2.9}  # of a layer, at most
+KERNELS_TO_CONTROL = {"forward": 1.75, "backward": 2.0}  # of a layer, at most
 
 
 def shapes_of(family: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -54,7 +53,7 @@ def syncs_in(measured: Measured, part: str) -> int:
 def test_host_syncs_of_a_step(method: str) -> None:
     syncs = step(method, 2).fake.syncs
     extra = syncs.total() - step("control", 2).fake.syncs.total()
-    assert extra <= 2 * SYNCS_OF_A_LAYER.get(method, 0), syncs
+    assert extra == 0, syncs  # the vote waits for nothing
     assert syncs_in(step(method, 2), "transformers/") == 2  # it looks for padding in the mask
 
 
