@@ -26,8 +26,8 @@ from moc_cli.models.fingerprint import (
     is_packed,
     list_differences,
 )
-from moc_cli.models.load import load_model, load_tokenizer
-from moc_cli.models.quantization import of_model
+from moc_cli.models.load import load_config, load_model, load_tokenizer
+from moc_cli.models.quantization import of_model, stored_as
 from moc_cli.models.tokens import match_tokens
 from moc_cli.models.weight_files import known_hash
 from moc_cli.recipe.quantization import Quantization
@@ -104,7 +104,7 @@ def open_run(
     folder = RunFolder.open(path)
     check_device(device)
     recipe = _on_device(recipe or folder.read_recipe(trust_remote_code=False), device)
-    recipe = _with_base(recipe, folder, base)
+    recipe = _in_4_bits(_with_base(recipe, folder, base), base.load_in_4bit)
     saved, state = _read_saved(folder, recipe)
     chosen = make_accelerator(recipe.launch, (), folder.path).device
     check_device_keys(recipe, chosen, training=False)
@@ -141,6 +141,7 @@ def open_model(
     dtype: str = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool | None = None,
 ) -> LoadedModel:
     """Load a bare language model: a hub id, a folder, or `builtin:<name>`."""
     check_device(device)
@@ -153,6 +154,7 @@ def open_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
         device=chosen,
+        quantization=Quantization(load_in_4bit=True) if load_in_4bit else None,
     )
     match_tokens(loaded.model, tokenizer)
     loaded.model.to(chosen)  # type: ignore[arg-type]
@@ -219,6 +221,29 @@ def _with_base(recipe: Recipe, folder: RunFolder, base: BaseOptions) -> Recipe:
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise RunError(f"the base model of {folder.path} was in {name}, which is not there", HINT)
     return recipe
+
+
+def _in_4_bits(recipe: Recipe, wanted: bool | None) -> Recipe:
+    """The recipe with its base in 4 bits or unquantised, as it is wanted; None: as it is.
+
+    Raises MocError where the files of a base that is wanted unquantised hold 4 or 8 bits alone.
+    """
+    if wanted is None:
+        return recipe
+    model = recipe.model
+    if not wanted:
+        name = model.model_name_or_path
+        trust = model.trust_remote_code
+        stored = stored_as(
+            name, load_config(name, revision=model.revision, trust_remote_code=trust)
+        )
+        if stored is not None:
+            raise MocError(
+                f"--no-load-in-4bit: '{name}' holds its weights in {stored} alone",
+                "name the unquantised base that it was made from: --base-path DIR",
+            )
+    update = {"load_in_4bit": wanted, "load_in_8bit": False}
+    return recipe.model_copy(update={"model": model.model_copy(update=update)})
 
 
 def _check_weights(

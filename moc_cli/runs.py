@@ -76,10 +76,13 @@ class Call:
 class BaseOptions:
     """Where a run's base model is now, if it moved, and whether weights outside of its layers may
     differ from those of the training.
+
+    `load_in_4bit` keeps its linear weights in 4 bits, or unquantised; None: as in training.
     """
 
     path: str | Path | None = None
     allow_changes: bool = False
+    load_in_4bit: bool | None = None
 
 
 class RunFolder:

@@ -9,6 +9,7 @@ from moc_cli.cli.options import (
     BasePathOption,
     DeviceOption,
     JsonOption,
+    LoadIn4bitOption,
     OptionalRunArgument,
     TrustOption,
 )
@@ -61,6 +62,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
+    load_in_4bit: LoadIn4bitOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -83,7 +85,7 @@ def generate(
         sampling=Sampling(max_new_tokens, temperature, top_p, num_beams, seed),
         device=device,
         trust_remote_code=trust_remote_code,
-        base_options=BaseOptions(base_path, allow_changed_base),
+        base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
         json=json,
     )
     options.check()

@@ -11,6 +11,7 @@ from moc_cli.cli.options import (
     BatchSizeOption,
     DeviceOption,
     JsonOption,
+    LoadIn4bitOption,
     RunArgument,
     TrustOption,
     split_names,
@@ -64,6 +65,7 @@ def inspect_routing(
     batch_size: BatchSizeOption = None,
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
+    load_in_4bit: LoadIn4bitOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -103,7 +105,7 @@ def inspect_routing(
         ablate=ablate,
         batch_size=batch_size,
         device=device,
-        base_options=BaseOptions(base_path, allow_changed_base),
+        base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
     )
     check_output(folder)
     routing = Inspection(options).run()

@@ -62,6 +62,15 @@ AllowChangedBaseOption = Annotated[
         "vocabulary differ from those of the training.",
     ),
 ]
+LoadIn4bitOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--load-in-4bit/--no-load-in-4bit",
+        help="Keep the linear weights of the base in 4 bits (nf4), or unquantised; default: as in "
+        "training.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")
 ]

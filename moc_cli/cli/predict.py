@@ -11,6 +11,7 @@ from moc_cli.cli.options import (
     BatchSizeOption,
     DeviceOption,
     JsonOption,
+    LoadIn4bitOption,
     RunArgument,
     TrustOption,
 )
@@ -37,6 +38,7 @@ def predict(
     batch_size: BatchSizeOption = None,
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
+    load_in_4bit: LoadIn4bitOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -53,7 +55,7 @@ def predict(
         output_file=output_file,
         batch_size=batch_size,
         device=device,
-        base_options=BaseOptions(base_path, allow_changed_base),
+        base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
         trust_remote_code=trust_remote_code,
     )
     recipe = options.read_recipe()

@@ -59,7 +59,7 @@ class EvalOptions:
                 mistakes.append(
                     "--base goes with a run; with --model the base is all that is scored"
                 )
-            if self.base_options != BaseOptions():
+            if self.base_options.path is not None or self.base_options.allow_changes:
                 mistakes.append("--base-path and --allow-changed-base go with a run")
         closed = {
             "--protocol": (self.protocol, PROTOCOLS["choice"]),

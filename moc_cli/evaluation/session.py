@@ -92,6 +92,7 @@ def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedMode
         device=options.device or "auto",
         dtype=options.dtype or "float32",
         trust_remote_code=options.trust_remote_code,
+        load_in_4bit=options.base_options.load_in_4bit,
     )
 
 

@@ -64,7 +64,8 @@ class GenerateOptions:
             raise MocError("give a run folder or --model ID, one of them", "moc generate --help")
         if self.model is not None and self.base:
             raise MocError("--base asks a run's base model; --model is one already", "leave it out")
-        if self.model is not None and self.base_options != BaseOptions():
+        moved = self.base_options.path is not None or self.base_options.allow_changes
+        if self.model is not None and moved:
             raise MocError("--base-path and --allow-changed-base go with a run", "leave them out")
         if self.prompt is not None and self.file is not None:
             raise MocError("--prompt and --file are both given", "give one of them")

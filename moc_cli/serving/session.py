@@ -29,7 +29,10 @@ def run_generate(
     else:
         trusted, trained, template = options.trust_remote_code, None, "alpaca"
         loaded = open_model(
-            str(options.model), device=options.device or "auto", trust_remote_code=trusted
+            str(options.model),
+            device=options.device or "auto",
+            trust_remote_code=trusted,
+            load_in_4bit=options.base_options.load_in_4bit,
         )
     frame, why = choose_frame(options.template, trained, loaded.tokenizer)
     check_system(options.system, frame)

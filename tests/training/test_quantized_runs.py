@@ -12,6 +12,7 @@ from support.tiny_runs import choices_run
 
 from moc_cli import load_controls
 from moc_cli.cli import run
+from moc_cli.errors import MocError
 from moc_cli.export import Options, card
 from moc_cli.export.card import base_code
 from moc_cli.export.session import export_run
@@ -101,6 +102,19 @@ def test_a_run_loads_as_it_was_trained(small, capsys) -> None:
     assert scored["quantization"] == str(NF4)
 
 
+def test_commands_load_the_base_in_another_form_on_request(small, packed, home, capsys) -> None:
+    out = ["--limit", "2", "--json", "--output-dir", str(home / "scores")]
+    assert run(["eval", str(small), "--no-load-in-4bit", *out]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["quantization"] is None
+    assert "trained on a base with 4-bit nf4, doubly quantised weights, and here they " in said.err
+    plain = [str(home / "model"), "--load-in-4bit", "--suite", "commonsense", "--tasks", "ARC-Easy"]
+    assert run(["eval", "--model", *plain, "--path", str(home / "data"), *out]) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"] == str(NF4)
+    with pytest.raises(MocError, match="--no-load-in-4bit: .* holds its weights in 4-bit nf4"):
+        open_run(small, base=BaseOptions(path=packed, load_in_4bit=False))
+
+
 def test_resumed_equals_uninterrupted(call, small, home) -> None:
     """With the moments of AdamW in 8 bits."""
     folder = home / "resumed"
@@ -162,7 +176,7 @@ def test_a_base_that_is_there_in_4_bits_alone_is_no_standalone_folder(
     small, packed, tmp_path
 ) -> None:
     base = BaseOptions(path=packed)
-    with pytest.raises(Exception, match="holds them in 4-bit nf4.* alone") as refused:
+    with pytest.raises(MocError, match="holds them in 4-bit nf4.* alone") as refused:
         export_run(small, "standalone", tmp_path / "out", Options(), base=base)
     assert "--base-path DIR" in refused.value.hint
 
