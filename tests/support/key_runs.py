@@ -25,7 +25,7 @@ from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import Call, RunFolder
-from moc_cli.training import build, session
+from moc_cli.training import accelerator, build, session
 from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
@@ -210,7 +210,7 @@ class KeyRun:
         """The arguments with which the session starts accelerate where there is a GPU."""
         with (
             patch.object(torch.cuda, "is_available", return_value=True),
-            patch.object(build, "Accelerator", side_effect=_Started) as made,
+            patch.object(accelerator, "Accelerator", side_effect=_Started) as made,
             suppress(_Started),
         ):
             assert self.job
