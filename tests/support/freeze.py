@@ -41,6 +41,7 @@ EXACT, NEAR = 1e-6, 0.25
 VOLATILE = re.compile(
     r"seconds|_per_second|peak|measured\.memory|controls_sha256|payload_sha256|config_sha256"
     r"|samples_sha256|custom.*base_weights_sha256|sizes\..*\.(md|json|py)$|parity\.(max|relative)_difference|(static|standalone).*bit_equal"
+    r"|bench\..*(ratio_to|_bytes|interval|clock)"
 )
 # The result of comparing nearly equal numbers: routes, predictions and what is counted of them. Its
 # type and shape are compared, and the sums of rows of choices; everything only with `exact`.
@@ -88,6 +89,7 @@ def _quickstart() -> Iterator[tuple[str, Any]]:
     model = moc("eval", "--model", "builtin:world-llama", "--suite", "builtin", *limit)
     yield "eval-model", model
     yield "compare", moc("compare", "run", "lora")
+    yield "bench", _bench()
 
     moc("train", "quickstart", *fewer, "--set", "seed=2", "--output-dir", "other")
     rows = moc("inspect-routing", "run", "--limit", "8")
@@ -101,6 +103,14 @@ def _quickstart() -> Iterator[tuple[str, Any]]:
     yield "generate-prompt", moc("generate", "run", "--prompt", "Where is Ann?", "--base", *asked)
     Path("prompts.txt").write_text("Where is the cup?\nWho has the red hat?\n")
     yield "generate-file", moc("generate", "run", "--file", "prompts.txt", *asked)
+
+
+def _bench() -> dict[str, Any]:
+    """A benchmark without its machine."""
+    few = ["--layers", "1", "--repeats", "1", "--warmup", "0", "--set", "data.max_length=16"]
+    results = moc("bench", "quickstart", "--methods", "moc,control", *few, "--output-dir", "bench")
+    del results["environment"]
+    return results
 
 
 def _exports() -> Iterator[tuple[str, Any]]:
@@ -236,7 +246,14 @@ def collect() -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     undrawn = mock.patch("moc_cli.inspection.results.draw", return_value=[])
-    with TemporaryDirectory() as folder, contextlib.chdir(folder), in_this_process(), undrawn:
+    plain = mock.patch("moc_cli.benchmark.figure.draw", return_value={})
+    with (
+        TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        in_this_process(),
+        undrawn,
+        plain,
+    ):
         text = json.dumps(dict(outputs()))
         return dict(json.loads(text.replace(f"{os.getcwd()}/", "")))
 
