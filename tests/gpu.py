@@ -6,12 +6,12 @@ all of it runs on the CPU with small shapes. A part that fails is reported; the 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,12 @@ from support.device_laws import check_laws
 from support.models import make_pair_tokenizer, make_tiny_model
 
 from moc_cli.benchmark.machine import describe_machine
+from moc_cli.benchmark.models import Bases
+from moc_cli.benchmark.rows import make_rows
+from moc_cli.benchmark.steps import make_loop
+from moc_cli.benchmark.variants import make_variants
 from moc_cli.cli import COMMANDS
+from moc_cli.training.accelerator import make_accelerator
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -157,7 +162,7 @@ def utilization() -> dict[str, Any]:
     changes.append([*changes[0], "--set", "train.torch_compile=true"])
     if GPU:
         changes.append([*changes[1], "--set", "train.packing=true"])
-    rate = matmul_rate()
+    rate = alone("rate")["flops"]
     found: dict[str, Any] = {"matmul_flops": rate}
     for change in changes:
         few = ["--methods", "moc", *TURNS, "--output-dir", "rate"]
@@ -173,7 +178,7 @@ def utilization() -> dict[str, Any]:
     return found
 
 
-def matmul_rate() -> float:
+def matmul_rate() -> dict[str, Any]:
     """FLOPs per second of large products in the type of the training."""
     size, dtype = (8192, torch.bfloat16) if GPU else (512, torch.float32)
     left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -184,44 +189,97 @@ def matmul_rate() -> float:
         if GPU:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
+    return {"flops": 2 * size**3 / min(times)}
+
+
+def profile() -> dict[str, Any]:
+    """For which share of five steps the GPU works; on a CPU, which share of a step collating takes,
+    which a GPU would do beside.
+    """
+    changes = [text for text in SHAPE if "=" in text]
+    (variant,) = make_variants(SHAPE[0], changes, ["moc"], [])
+    accelerator = make_accelerator(variant.recipe.launch, (), Path())
+    bases = Bases(accelerator.device, None if GPU else 2)
+    size = variant.recipe.train.per_device_train_batch_size
+    rows = make_rows(variant.recipe, bases.of(variant.recipe).model, 20 * size, own=False)
+    folder = Path("profile")
+    folder.mkdir()
+    loop = make_loop(variant, rows, bases, accelerator, folder)
+    for _ in range(3):
+        loop.train_step()
+    with torch.profiler.profile() as recorded:
+        begin = time.perf_counter()
+        for _ in range(5):
+            loop.train_step()
+        if GPU:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    if not GPU:
+        begin = time.perf_counter()
+        loop.data.collate(loop.plan[0])
+        return {"collate_share": (time.perf_counter() - begin) * 5 / seconds}
+    return {"busy_share": busy_seconds(recorded.events()) / seconds, "step_seconds": seconds / 5}
+
+
+def busy_seconds(events: Any) -> float:
+    """The time in which at least one kernel ran."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, 0.0
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / 1e6
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "environment": lambda: describe_machine(DEVICE, {}),
     "laws": laws,
     "commands": commands,
     "plans": plans,
     "benchmark": benchmark,
     "generation": generation,
+    "profile": profile,
     "utilization": utilization,
+    "rate": matmul_rate,
 }
+
+
+def alone(part: str) -> dict[str, Any]:
+    """Run a part in a process of its own: nothing stays on the GPU that the next would meet."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", part]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": done.stderr[-3000:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--only", help="parts, with commas", default=",".join(PARTS))
+    parser.add_argument("--only", help="parts, with commas", default=",".join([*PARTS][:-1]))
     parser.add_argument("--seconds", type=float, default=570, help="no part begins after these")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.part:
+        print("\n" + json.dumps(PARTS[given.part]()))
+        return 0
     output = given.output.resolve()
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    results: dict[str, Any] = {"environment": describe_machine(DEVICE, {})}
+    results: dict[str, Any] = {}
     begin = time.perf_counter()
-    with TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in given.only.split(","):
             started = time.perf_counter() - begin
-            if started > given.seconds:
-                results[name] = {"skipped": f"{started:.0f} s have passed"}
-                continue
-            try:
-                results[name] = PARTS[name]()
-            except Exception:  # the other parts still run
-                results[name] = {"error": traceback.format_exc()}
+            late = started > given.seconds
+            results[name] = {"skipped": f"{started:.0f} s have passed"} if late else alone(name)
             results[name]["part_seconds"] = round(time.perf_counter() - begin - started, 1)
             output.write_text(json.dumps(results, indent=1))  # what there is, if time runs out
             print(f"{name}: {results[name]['part_seconds']} s", file=sys.stderr, flush=True)
-        os.chdir(output.parent)
     return int(any("error" in part or part.get("failed") for part in results.values()))
 
 

@@ -13,7 +13,7 @@ from moc_cli.errors import MocError
 from moc_cli.report.numbers import byte_size
 from moc_cli.training.environment import describe_device, describe_versions, git_state
 
-OTHERS = 2**30  # bytes on a GPU that are no sign of other work, as our own context takes some
+OTHERS = 2 * 2**30  # bytes on a GPU that are no sign of other work: contexts, a desktop
 BUSY = 10  # percent of a GPU's time
 LOADED = 20  # percent of the processors' time
 

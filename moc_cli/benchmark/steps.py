@@ -70,7 +70,7 @@ def measure_steps(
     turns = warmup + repeats + 1  # one more for the memory
     rows = _rows_of(variants, bases, turns, own_rows)
     loops = [
-        _make_loop(variant, taken, bases, accelerator, folder)
+        make_loop(variant, taken, bases, accelerator, folder)
         for variant, taken in zip(variants, rows, strict=True)
     ]
     steps: list[list[Step]] = [[] for _ in variants]
@@ -105,7 +105,7 @@ def _rows_of(variants: Sequence[Variant], bases: Bases, turns: int, own: bool) -
     return rows
 
 
-def _make_loop(
+def make_loop(
     variant: Variant, rows: Encoded, bases: Bases, accelerator: Accelerator, folder: Path
 ) -> Loop:
     """Return a training that is ready for its first step; nothing of it is kept in `folder`."""
