@@ -1,15 +1,18 @@
 """Rows laid end to end in one forward: what keeps them apart, and which models can.
 
-Each row's positions begin at 0. Without a mask, transformers builds one from them (eager, sdpa), or
-attends within the bounds that are passed along (flash attention).
+Each row's positions begin at 0. Flash attention attends within the bounds that are passed along,
+`SDPA` within each row; from the positions transformers builds a mask for the rest.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from moc_cli.errors import MocError
 from moc_cli.models.families import FAMILIES
@@ -19,6 +22,8 @@ from moc_cli.nn.packed import PackedRows
 
 _BOUNDS = "cu_seq_lens_q"  # transformers' names
 _LONGEST = "max_length_q"
+_LENGTHS = "packed_row_lengths"  # ours: a tuple, so that nothing is read from the device
+SDPA = "sdpa_by_row"
 
 
 def check_packing(model: PreTrainedModel) -> None:
@@ -36,14 +41,50 @@ def check_packing(model: PreTrainedModel) -> None:
     )
 
 
+def attend_by_row(model: PreTrainedModel) -> None:
+    """Let a model that attends through sdpa do so within each packed row.
+
+    With one mask for all rows together it would compute every row's product with every other.
+    """
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(SDPA, _sdpa_by_row)
+        AttentionMaskInterface.register(SDPA, sdpa_mask)
+        model.set_attn_implementation(SDPA)
+
+
+def _sdpa_by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa for each packed row, (1, heads, T, d) -> (1, T, heads, d)."""
+    lengths = kwargs.pop(_LENGTHS, None)
+    if lengths is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    outputs, first = [], 0
+    for length in lengths:
+        mask, row = None, slice(first, first + length)
+        if attention_mask is not None and kwargs.get("sliding_window") is not None:
+            mask = attention_mask[..., row, row]  # otherwise sdpa's own causal one
+        q, k, v = (states[:, :, row] for states in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+        first += length
+    return torch.cat(outputs, dim=1), None
+
+
 def bounds(position_ids: Tensor) -> dict[str, Any]:
-    """Return where rows begin and end, by their positions (1, T) on the CPU, as flash attention
-    takes it: it does not have to ask the device then.
+    """Return where rows begin and end, by their positions (1, T) on the CPU, as attention takes it:
+    it does not have to ask the device then.
     """
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
-    longest = int(ends.diff().max())
-    return {_BOUNDS: ends, "cu_seq_lens_k": ends, _LONGEST: longest, "max_length_k": longest}
+    lengths = tuple(ends.diff().tolist())
+    flash = {_BOUNDS: ends, "cu_seq_lens_k": ends}
+    return flash | {_LONGEST: max(lengths), "max_length_k": max(lengths), _LENGTHS: lengths}
 
 
 def packed_forward(given: Mapping[str, Any], length: int, *, apart: bool) -> Forward | None:

@@ -25,7 +25,7 @@ from moc_cli.models.load import (
     load_model,
     load_tokenizer,
 )
-from moc_cli.models.packing import check_packing
+from moc_cli.models.packing import attend_by_row, check_packing
 from moc_cli.models.stored_weights import find_stored
 from moc_cli.models.tokens import compare_tokens
 from moc_cli.models.weight_files import checkpoint_shapes, own_head
@@ -202,6 +202,8 @@ def place_method(recipe: Recipe, loaded: Loaded, device: torch.device) -> Built:
     if modules != loaded.new_modules:
         stored = find_stored(loaded.model, loaded.source, recipe.model.revision)
         base_print = fingerprint(loaded.model, modules, stored)
+    if recipe.train.packing:
+        attend_by_row(loaded.model)
     adapted = attach(loaded.model, recipe.method, new_modules=modules, seed=recipe.seed)
     recompute_layers(loaded.model, recompute_mode(recipe))
     loaded.model.to(device)  # type: ignore[arg-type]

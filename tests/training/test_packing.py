@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from moc_cli.data.encode import IGNORED, Row
 from moc_cli.data.packing import pack
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted, attach
-from moc_cli.models.packing import check_packing
+from moc_cli.models import packing
+from moc_cli.models.packing import attend_by_row, check_packing
 from moc_cli.nn.packed import PackedRows
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Data, Settings
@@ -57,8 +59,11 @@ def make_rows() -> list[Row]:
     return rows
 
 
-def make(name: str, family: str) -> Adapted:
-    adapted = attach(make_tiny(family), METHODS[name], seed=1)
+def make(name: str, family: str, by_row: bool = True) -> Adapted:
+    model = make_tiny(family)
+    if by_row:
+        attend_by_row(model)
+    adapted = attach(model, METHODS[name], seed=1)
     train_controls(adapted.named_trainables())
     adapted.model.train()
     adapted.set_loss_scale(0.5)
@@ -82,10 +87,11 @@ def step(adapted: Adapted, packed: bool) -> tuple[float, float | None, dict[str,
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("by_row", [True, False])
 @pytest.mark.parametrize(("name", "family"), CASES)
-def test_packed_equals_padded(name: str, family: str) -> None:
-    """A family whose tokens see the row before them fails here."""
-    adapted = make(name, family)
+def test_packed_equals_padded(name: str, family: str, by_row: bool) -> None:
+    """A family whose tokens see the row before them fails here, in any attention code."""
+    adapted = make(name, family, by_row)
     loss, balance, gradients = step(adapted, packed=True)
     routes = adapted.routes()
     expected_loss, expected_balance, expected = step(adapted, packed=False)
@@ -99,6 +105,25 @@ def test_packed_equals_padded(name: str, family: str) -> None:
         assert {key: ids.tolist() for key, ids in routes.items()} == {
             key: ids.tolist() for key, ids in adapted.routes().items()
         }
+
+
+@pytest.mark.parametrize("family", sorted({*DECODERS} - {"gemma2"}))  # which knows no sdpa
+def test_attention_takes_each_row_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a forward of padded rows, as an evaluation makes, stays what it is."""
+    seen: list[int] = []
+    real = packing.sdpa_attention_forward
+
+    def spy(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(query.shape[2])
+        return real(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", spy)
+    adapted = make("control", family)
+    step(adapted, packed=True)
+    assert seen == [*LENGTHS] * 2  # layers
+    seen.clear()
+    step(adapted, packed=False)
+    assert seen == [max(LENGTHS)] * 2
 
 
 def test_rows_of_the_sample_level_take_several_routes() -> None:
@@ -167,8 +192,8 @@ def test_a_run_says_its_positions_and_refuses_a_family_before_weights_load(
 ) -> None:
     recipe = ["train", "quickstart", "--dry-run", "--json"]
     shown = []
-    for packing in ("false", "true"):
-        assert run([*recipe, "--set", f"train.packing={packing}"]) == 0
+    for value in ("false", "true"):
+        assert run([*recipe, "--set", f"train.packing={value}"]) == 0
         shown.append(json.loads(capsys.readouterr().out))
     padded, packed = shown
     assert packed["positions"] == padded["positions"]
