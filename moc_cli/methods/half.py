@@ -7,6 +7,7 @@ base and of controls are.
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,17 @@ class HalfDora(DoraLinearLayer):
             scaled: Tensor = super().forward(x, **others)
             return scaled
 
+    @torch.no_grad()
+    def reset_magnitudes(self, layer: LoraLayer, name: str) -> None:
+        """Set the magnitudes to the norms that `forward` divides by: peft rounds them to bfloat16,
+        and the model would not start as its base.
+        """
+        with torch.autocast(self.weight.device.type, dtype=HALF):
+            delta = self.get_lora_weight(lora_A=layer.lora_A[name], lora_B=layer.lora_B[name])
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            norms = self.get_weight_norm(weight, delta.float(), layer.scaling[name])
+        self.weight.copy_(norms)
+
 
 def multiply_in_half(layer: LoraLayer, name: str) -> None:
     """Let the adapter `name` of a layer make its products in bfloat16."""
@@ -37,6 +49,9 @@ def multiply_in_half(layer: LoraLayer, name: str) -> None:
         half.weight = linear.weight
         table[name] = half.train(linear.training)
     if name in layer.lora_magnitude_vector:
-        layer.lora_magnitude_vector[name].__class__ = HalfDora
+        dora = layer.lora_magnitude_vector[name]
+        dora.__class__ = HalfDora
+        if not dora.weight.is_meta:
+            dora.reset_magnitudes(layer, name)
     else:  # the input is then used as it is, without a copy in float32
         layer.cast_input_dtype_enabled = False

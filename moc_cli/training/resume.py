@@ -47,6 +47,7 @@ CHANGEABLE = {
     "eval.early_stopping_patience": "from this step on",
     "eval.before": "",
 }
+SAME_OPTIMIZERS = {"adamw", "adamw_fused"}  # one state, on a GPU and where there is none
 BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 ALLOW = "--allow-changed-base"
 OLD_BASE = (
@@ -99,6 +100,9 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             continue
         if key in BATCH_KEYS and _rows_a_step(before) == _rows_a_step(after):
             continue  # see `keep_place`
+        if key == "train.optim" and {old, new} == SAME_OPTIMIZERS:
+            changes.append(f"{key}: {old} -> {new}; {CHANGEABLE['launch']}")
+            continue
         rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
         if not rule:
             refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")

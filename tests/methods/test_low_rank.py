@@ -342,7 +342,9 @@ def test_over_a_bfloat16_base_no_product_is_in_float32(make, dropout):
     model = make_tiny("llama").to(torch.bfloat16)
     batch = make_batch()
     expected = model(**batch).logits
-    adapted = train(attach(model, make(dropout=dropout)))
+    adapted = attach(model, make(dropout=dropout))
+    assert torch.equal(model(**batch).logits, expected)
+    train(adapted)
     with adapted.disabled():
         assert torch.equal(model(**batch).logits, expected)
     trainables = adapted.named_trainables()

@@ -112,12 +112,13 @@ def test_a_family_that_cannot_is_refused_by_name(tmp_path) -> None:
             make(str(tmp_path), kind="classification", quantization=NF4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", [NF4, INT8], ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_method_learns_over_a_quantised_base(
-    llama, method: MethodConfig, quantization: Quantization
+    llama, method: MethodConfig, quantization: Quantization, dtype: str
 ) -> None:
-    model = load(llama, quantization).model
+    model = load(llama, quantization, dtype=dtype).model
     if (method.name, quantization) == ("dora", INT8):
         with pytest.raises(MocError, match="dora does not run over 8-bit weights"):
             attach(model, method)

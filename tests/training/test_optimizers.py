@@ -152,5 +152,9 @@ def test_a_checkpoint_from_before_a_key_was_there_resumes(tmp_path) -> None:
     now = recipe_with().model_dump(mode="json")
     then = now | {"train": {key: value for key, value in now["train"].items() if key != "optim"}}
     assert check_recipe(then, now) == []
+    fused = recipe_with(optim="adamw_fused").model_dump(mode="json")
+    assert check_recipe(fused, now) == [
+        "train.optim: adamw_fused -> adamw; results may differ in their last bits"
+    ]
     with pytest.raises(MocError, match=r"train.optim \(nothing then, adamw_8bit now\)"):
         check_recipe(then, recipe_with(optim="adamw_8bit").model_dump(mode="json"))
