@@ -25,6 +25,7 @@ from moc_cli.processes import check_one_process
 # in this order.
 COMMANDS = {
     "train": ("train", "train"),
+    "plan": ("plan", "plan"),
     "eval": ("eval", "evaluate"),
     "compare": ("compare", "compare"),
     "inspect-routing": ("inspect_routing", "inspect_routing"),

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 META = torch.device("meta")
 ROOM = Path(__file__).resolve().parent
 PACKAGE = ROOM.parent
+HALF = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 # These make or name memory, and start nothing on a device.
 _NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift")
@@ -43,22 +44,30 @@ class Sync(NamedTuple):
     line: str
 
 
+class Work(NamedTuple):
+    """What a kernel does: operations of matrix products, bytes read and written, and whether in
+    half precision.
+    """
+
+    flops: int
+    moved: int
+    half: bool
+
+
 class FakeDevice(TorchDispatchMode):
     """Within it models on the meta device run as on a device of the kind `like` (cuda or cpu).
 
     `syncs` counts where the host waits for the device, `kernels` what is started in each phase that
-    `phase()` names, `flops` the operations of matrix products, `moved` the bytes that kernels read
-    and write. A number read by the host is 1, a truth value false; where a shape depends on
-    values, every element counts as chosen. Raises RuntimeError for tensors of the host among those
-    of the device.
+    `phase()` names, `work` the kernels by what each computes and moves. A number read by the host
+    is 1, a truth value false; where a shape depends on values, every element counts as chosen.
+    Raises RuntimeError for tensors of the host among those of the device.
     """
 
     def __init__(self, like: str = "cuda", phase: Callable[[], str] = lambda: "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.syncs: Counter[Sync] = Counter()
         self.kernels: Counter[str] = Counter()
-        self.flops = 0
-        self.moved = 0
+        self.work: Counter[Work] = Counter()
         self._phase = phase
         self._attention = _cpu_attention if like == "cpu" else _cuda_attention
         self._open = ExitStack()
@@ -98,7 +107,7 @@ class FakeDevice(TorchDispatchMode):
         """Count anew from here."""
         self.syncs.clear()
         self.kernels.clear()
-        self.flops = self.moved = 0
+        self.work.clear()
 
     def wait(self, what: str) -> None:
         """Count one wait of the host."""
@@ -119,10 +128,12 @@ class FakeDevice(TorchDispatchMode):
         made = _tensors(result if isinstance(result, tuple | list) else (result,))
         if any(tensor.is_meta for tensor in made) and _is_kernel(func):
             self.kernels[self._phase()] += 1
-            self.moved += sum(t.numel() * t.element_size() for t in (*given, *made) if t.is_meta)
             count = flop_registry.get(func.overloadpacket)
-            if count is not None:
-                self.flops += count(*args, **kwargs, out_val=result)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=result)
+            tensors = [tensor for tensor in (*given, *made) if tensor.is_meta]
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            half = any(tensor.dtype in HALF for tensor in tensors)
+            self.work[Work(flops, moved, half)] += 1
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

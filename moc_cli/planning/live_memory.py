@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,27 +12,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 BLOCK = 512  # bytes; the allocator of CUDA gives multiples of it
 
 
+class Now(NamedTuple):
+    """The phase that a program is in, and the part to which memory belongs that it takes now."""
+
+    phase: str
+    part: str
+
+
 class LiveMemory(TorchDispatchMode):
     """Within it every new storage on `device` counts until it is freed, each one once.
 
-    A storage belongs to the part that `part()` names when it is made. `live` holds the bytes of
-    each part now, `parts` those at the highest total since `restart`, which is `peak`. What a
-    kernel allocates for itself and gives back is not seen.
+    A storage belongs to the part that `now()` names when it is made. `live` holds the bytes of each
+    part now; `peaks` those at the highest total in each phase since `restart`, and `parts` those at
+    the highest of all, which is `peak`. What a kernel allocates for itself and gives back is not
+    seen.
     """
 
-    def __init__(self, device: str, part: Callable[[], str], *, block: int = BLOCK) -> None:
+    def __init__(self, device: str, now: Callable[[], Now], *, block: int = BLOCK) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.part, self.block = device, part, block
+        self.device, self.now, self.block = device, now, block
         self.live: Counter[str] = Counter()
         self.total = 0
-        self.restart()
         self._part_of: dict[int, str] = {}
         self._size_of: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.restart()
 
     def restart(self) -> None:
-        """Begin a new measurement of the peak."""
-        self.peak, self.parts = self.total, dict(self.live)
+        """Begin a new measurement of the peaks."""
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._highest: dict[str, int] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Count what is there now to the phase of now."""
+        self._look(self.now().phase)
+
+    @property
+    def peak(self) -> int:
+        """The highest total."""
+        return max(self._highest.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of each part at the highest total."""
+        return self.peaks[max(self._highest, key=self._highest.__getitem__)]
 
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that are there already to a part."""
@@ -61,12 +85,17 @@ class LiveMemory(TorchDispatchMode):
         size = -(-storage.nbytes() // self.block) * self.block
         if size == 0:
             return
-        self._part_of[key], self._size_of[key] = part or self.part(), size
+        now = self.now()
+        self._part_of[key], self._size_of[key] = part or now.part, size
         self._watched[key] = weakref.ref(storage, lambda _: self._free(key))
         self.live[self._part_of[key]] += size
         self.total += size
-        if self.total > self.peak:
-            self.restart()
+        self._look(now.phase)
+
+    def _look(self, phase: str) -> None:
+        if self.total >= self._highest.get(phase, 0):
+            self._highest[phase] = self.total
+            self.peaks[phase] = dict(self.live)
 
     def _free(self, key: int) -> None:
         del self._watched[key]

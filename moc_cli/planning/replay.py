@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from moc_cli.data.batches import LossKind
 from moc_cli.methods import Adapted
 from moc_cli.planning.fake_device import META, FakeDevice
-from moc_cli.planning.live_memory import LiveMemory
+from moc_cli.planning.live_memory import LiveMemory, Now
+from moc_cli.training import optim
 from moc_cli.training.checkpoint import Checkpoints
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings
 
 Batch = dict[str, Tensor]
-STEPS = 2  # the first makes the optimizer's state, the second runs with it
+# The parts that the memory belongs to which a phase takes; others have parts of their names.
+_PART_OF = {"forward": "activations", "backward": "activations", "resume": "optimizer"}
+STEPS = 2  # a loop on one batch can take so many
 
 
 class _OneDevice:
@@ -49,26 +52,32 @@ class _SameBatch:
 
 
 class Phases:
-    """What a loop does now: forward (of the base model), backward, optimizer, else loss."""
+    """What a loop does now: forward (of the base model), loss, backward or optimizer.
+
+    The forward begins with the base model's and ends with it; the backward pass begins where its
+    states get their gradient, for a loss may run a backward pass of its own.
+    """
 
     def __init__(self, loop: Loop) -> None:
-        self._now = "loss"
+        self._phase = "optimizer"
         base = loop.adapted.model.base_model
         self._handles = [
             base.register_forward_pre_hook(self._entering("forward")),
-            base.register_forward_hook(self._entering("loss")),
+            base.register_forward_hook(self._after_forward),
             loop.optimizer.register_step_pre_hook(self._entering("optimizer")),
-            loop.optimizer.register_step_post_hook(self._entering("loss")),
         ]
 
     def __call__(self) -> str:
         """The phase."""
-        return "backward" if torch._C._current_graph_task_id() != -1 else self._now
+        return self._phase
 
-    def part(self) -> str:
-        """The part to which memory belongs that is allocated now."""
-        phase = self()
-        return "activations" if phase in ("forward", "backward") else phase
+    def now(self) -> Now:
+        """The phase, and the part to which memory belongs that is taken now."""
+        return Now(self._phase, _PART_OF.get(self._phase, self._phase))
+
+    def enter(self, phase: str) -> None:
+        """Say which phase begins, where no hook can tell."""
+        self._phase = phase
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -76,44 +85,83 @@ class Phases:
             handle.remove()
 
     def _entering(self, phase: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            self._now = phase
+        return lambda *_: self.enter(phase)
 
-        return enter
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._phase = "loss"
+        if output[0].requires_grad:
+            output[0].register_hook(self._entering("backward"))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the last of a replay's steps took.
+    """What a step took.
 
-    `parts` are the bytes by part at the peak: weights, controls, gradients, optimizer, activations
-    and loss. `flops` and `moved` (bytes that kernels read and write) are of a whole step.
+    `phases` are the bytes by part at the peak of each phase: weights, controls, gradients,
+    optimizer, activations and loss; `peak` and `parts` are of the phase with the highest.
     """
 
-    parts: dict[str, int]
-    peak: int
-    flops: int
-    moved: int
+    phases: dict[str, dict[str, int]]
     fake: FakeDevice
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes by part at the peak."""
+        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
+
+    @property
+    def peak(self) -> int:
+        """The bytes at the peak."""
+        return sum(self.parts.values())
 
 
 def replay(
     adapted: Adapted, batch: Batch, kind: LossKind, settings: Settings, like: str = "cuda"
 ) -> Measured:
-    """Take steps on copies of one batch, with a model on the meta device as if on `like`.
+    """Take a step on a batch, with a model on the meta device as if on `like`.
 
-    The loop is the one of `moc train`. No file is written and no random state is used up.
+    The loop is the one of `moc train`, after earlier steps: the optimizer's state is there, and
+    where several micro-batches make a step, so are the gradients of the one before. The optimizer
+    is AdamW, whatever the settings say. No file is written and no random state is used up.
     """
-    loop = make_loop(adapted, batch, kind, settings, META)
+    once = replace(settings, gradient_accumulation_steps=1, optim="adamw")
+    loop = make_loop(adapted, batch, kind, once, META)
     phases = Phases(loop)
     fake = FakeDevice(like, phases)
-    with counted(loop, phases, META) as memory, fake, loop.usage:
-        for _ in range(STEPS):
+    with counted(loop, phases, META) as memory, loop.usage:
+        with fake:
+            _take_steps_before(loop, memory, foreach=like == "cuda")
+            if settings.gradient_accumulation_steps > 1:
+                _make_gradients(loop, memory)
             fake.forget()
             memory.restart()
             loop.train_step()
+        with FakeDevice(like):
+            phases.enter("checkpoint_saving")
+            memory.look()
+            loop.adapted.state()
+            tensors = optim.optimizer_tensors(loop.optimizer, loop.named)
+            loop.optimizer.state.clear()
+            phases.enter("resume")
+            memory.look()
+            optim.load_optimizer_tensors(loop.optimizer, loop.named, tensors)
     phases.remove()
-    return Measured(memory.parts, memory.peak, fake.flops, fake.moved, fake)
+    return Measured(memory.peaks, fake)
+
+
+def _take_steps_before(loop: Loop, memory: LiveMemory, *, foreach: bool) -> None:
+    """Make the optimizer's state."""
+    for group in loop.optimizer.param_groups:
+        group["foreach"] = foreach  # what torch chooses on a GPU
+    _make_gradients(loop, memory)
+    loop.optimizer.step()
+    loop.optimizer.zero_grad(set_to_none=True)
+
+
+def _make_gradients(loop: Loop, memory: LiveMemory) -> None:
+    for parameter in loop.named.values():
+        parameter.grad = torch.empty_like(parameter)
+        memory.assign([parameter.grad], "gradients")
 
 
 def make_loop(
@@ -139,7 +187,7 @@ def make_loop(
 @contextmanager
 def counted(loop: Loop, phases: Phases, device: torch.device) -> Iterator[LiveMemory]:
     """Within it the memory of a loop's steps is counted by part."""
-    memory = LiveMemory(device.type, phases.part)
+    memory = LiveMemory(device.type, phases.now)
     trainables = list(loop.named.values())
     model = loop.adapted.model
     memory.assign(trainables, "controls")

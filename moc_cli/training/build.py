@@ -237,7 +237,11 @@ def build_shapes(recipe: Recipe) -> Adapted:
 
     Whether the checkpoint lacks more than a classifier's head is seen only on loading.
     """
-    model = base_shape(recipe)
+    return place_in_shapes(recipe, base_shape(recipe))
+
+
+def place_in_shapes(recipe: Recipe, model: PreTrainedModel) -> Adapted:
+    """Place the method in shapes of the recipe's model, of all its layers or of some."""
     modules = _trained_modules(recipe, model, fresh_modules(recipe, model))
     return attach(model, recipe.method, new_modules=modules, seed=recipe.seed)
 

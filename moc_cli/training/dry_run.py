@@ -99,34 +99,41 @@ def preview(recipe: Recipe) -> Preview:
     adapted = build.build_shapes(recipe)
     published = bool(getattr(adapted.model, "published_shape", False))
     try:
-        reading, unread = _read(recipe, rows, adapted.model, published), None
-    except _OutOfReach as away:
+        reading, unread = _read(recipe, rows, adapted.model), None
+    except OutOfReach as away:
         reading, unread = None, str(away)
     return Preview(adapted.counts(), published, reading, unread)
 
 
-class _OutOfReach(Exception):
+class OutOfReach(Exception):
     """The hub was needed for what only the run itself must have."""
 
 
-def _read(
-    recipe: Recipe, splits: Splits | None, model: PreTrainedModel, published: bool
-) -> Reading:
-    """Read the rows, if that is not done, and encode them as training would."""
+def encode_within_reach(
+    recipe: Recipe, splits: Splits | None, model: PreTrainedModel
+) -> tuple[build.TrainingRows, PreTrainedTokenizerBase]:
+    """Read the rows, if that is not done, and encode them as training would.
+
+    Raises OutOfReach where rows or tokenizer are on a hub that cannot be had.
+    """
     data = recipe.data
     try:
         splits = splits or build.read_rows(recipe)[1]
     except DataError as error:
         if data.path is not None or data.suite == "builtin":
             raise
-        raise _OutOfReach(error.message) from error
+        raise OutOfReach(error.message) from error
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:
-        if not published:
+        if not getattr(model, "published_shape", False):
             raise
-        raise _OutOfReach(error.message) from error
-    rows = build.encode_rows(recipe, splits, tokenizer, model)
+        raise OutOfReach(error.message) from error
+    return build.encode_rows(recipe, splits, tokenizer, model), tokenizer
+
+
+def _read(recipe: Recipe, splits: Splits | None, model: PreTrainedModel) -> Reading:
+    rows, tokenizer = encode_within_reach(recipe, splits, model)
     first = rows.encoded.rows[0]
     return Reading(
         steps=total_steps(build.make_settings(recipe), rows.data.batches),
@@ -141,7 +148,7 @@ def _read(
         pieces=split_row(first, tokenizer, rows.kind.loss == "causal"),
         label=rows.kind.shown_label(first),
         notes=rows.notes,
-        taken=splits.taken,
+        taken=rows.splits.taken,
     )
 
 

@@ -18,12 +18,14 @@ from moc_cli.errors import MocError
 from moc_cli.recipe.schema import Recipe
 
 aten = torch.ops.aten
-# What `selective` keeps: results of matrix products and of attention. All else is cheap to redo.
-KEPT = {
+# What `selective` keeps, beside attention. All else is cheap to redo.
+_PRODUCTS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
     aten.baddbmm.default,
+}
+_ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
@@ -93,7 +95,16 @@ def _from_host(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operator in _ATTENTION or (operator in _PRODUCTS and not _is_cheap(args))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_cheap(args: tuple[Any, ...]) -> bool:
+    """Whether a product takes few operations for each number of a wide result, as the second of a
+    low-rank update does: it is done again.
+    """
+    *_, inner, columns = next(arg for arg in reversed(args) if isinstance(arg, Tensor)).shape
+    return bool(8 * inner <= columns)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

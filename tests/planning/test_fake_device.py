@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META, FakeDevice
-from moc_cli.planning.live_memory import LiveMemory
+from moc_cli.planning.live_memory import LiveMemory, Now
 from moc_cli.planning.replay import STEPS, Measured, Phases, counted, make_loop, replay
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Settings
@@ -90,7 +90,7 @@ def test_attention_keeps_no_scores(masked: bool) -> None:
     """Twice as long rows take twice the memory, beside the mask, as flash attention does."""
     peaks = []
     for tokens in (512, 1024):
-        with FakeDevice(), LiveMemory("meta", lambda: "all") as memory:
+        with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
             mask = (
                 torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=META) if masked else None
             )
@@ -128,7 +128,7 @@ def test_tensors_of_the_host_are_refused() -> None:
 
 
 def test_memory_counts_each_storage_once_until_it_is_free() -> None:
-    with LiveMemory("cpu", lambda: "x") as memory:
+    with LiveMemory("cpu", lambda: Now("all", "x")) as memory:
         first = torch.zeros(256)  # 1 KiB
         view = first[:4]
         second = torch.zeros(100)  # a block of 512

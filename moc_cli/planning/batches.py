@@ -1,0 +1,74 @@
+"""The micro-batches of a training: of its own rows where they are at hand, else full ones."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moc_cli.data.batches import LossKind
+from moc_cli.data.encode import Encoded
+from moc_cli.kinds import make_kind
+from moc_cli.planning.replay import Batch
+from moc_cli.recipe.schema import Recipe
+from moc_cli.training import build
+from moc_cli.training.dry_run import OutOfReach, encode_within_reach
+from moc_cli.training.loop_types import total_steps
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training does: its `largest` micro-batch, and how many of that size its micro-batches
+    come to, by their slots for tokens; None where neither rows nor train.max_steps tell it.
+    """
+
+    largest: Batch
+    kind: LossKind
+    times: float | None
+
+
+class Rows:
+    """The rows of a recipe; without them every micro-batch is full, with rows of data.max_length
+    tokens.
+    """
+
+    def __init__(
+        self, encoded: Encoded | None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self._encoded, self._tokenizer = encoded, tokenizer
+
+    def work(self, recipe: Recipe) -> Work:
+        """Return what the training of a recipe does on these rows."""
+        kind, settings = make_kind(recipe.data), build.make_settings(recipe)
+        rows = settings.per_device_train_batch_size
+        if self._encoded is None or self._tokenizer is None:
+            micro_batches = settings.max_steps * settings.gradient_accumulation_steps
+            batch = full_batch(rows, recipe.data.max_length, kind.loss)
+            return Work(batch, kind.loss, micro_batches if micro_batches > 0 else None)
+        data = build.make_data(recipe, kind, self._encoded, self._tokenizer)
+        lengths, epoch = self._encoded.lengths, data.batches.epoch(0)
+        slots = [len(batch) * max(lengths[row] for row in batch) for batch in epoch]
+        largest = max(range(len(epoch)), key=slots.__getitem__)
+        steps = total_steps(settings, data.batches)
+        micro_batches = steps * settings.gradient_accumulation_steps
+        mean = sum(slots) / len(slots) / slots[largest]
+        return Work(data.collate(epoch[largest]), kind.loss, micro_batches * mean)
+
+
+def read_rows(recipe: Recipe, model: PreTrainedModel) -> tuple[Rows, str | None]:
+    """Return the rows of a recipe, and why there are none where a hub would be needed."""
+    try:
+        rows, tokenizer = encode_within_reach(recipe, None, model)
+    except OutOfReach as away:
+        return Rows(None), str(away)
+    return Rows(rows.encoded, tokenizer), None
+
+
+def full_batch(rows: int, tokens: int, kind: LossKind) -> Batch:
+    """Return a batch that learns every token, with some padding in its last row."""
+    ids = torch.ones(rows, tokens, dtype=torch.int32)
+    mask = torch.ones_like(ids)
+    mask[-1, tokens // 2 + 1 :] = 0
+    labels = ids if kind == "causal" else torch.zeros(rows, dtype=torch.int32)
+    if kind == "regression":
+        labels = labels.float()
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -1,0 +1,183 @@
+"""What one setting of a recipe takes: replayed with all layers, or with few and drawn out."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moc_cli.data.batches import LossKind
+from moc_cli.errors import MocError
+from moc_cli.methods import Adapted
+from moc_cli.models.fingerprint import in_a_layer
+from moc_cli.models.quantization import linear_weights
+from moc_cli.planning.cards import Card
+from moc_cli.planning.fake_device import META
+from moc_cli.planning.replay import Batch, Measured, replay
+from moc_cli.planning.time import REACHED_BYTES, seconds_of
+from moc_cli.recipe.quantization import Quantization
+from moc_cli.recipe.schema import Recipe
+from moc_cli.training import build
+from moc_cli.training.recompute import recompute_layers, recompute_mode
+
+# Layers of two replays from which a deeper model's numbers follow: where kinds of layers take
+# turns, the longer one has one more of each.
+FEW = (3, 5)
+# Bytes of a number in 4 bits, with a scale for 64 of them: in 8 bits, and one of 32 bits for 256
+# scales, where those are quantised too.
+FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
+BLOCK_OF_MOMENTS = 256  # numbers that share a scale in 8-bit moments
+SMALLEST_8BIT = 4096  # parameters with fewer numbers keep moments of 32 bits
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by part at the peak of each phase, and the seconds of one micro-batch with its step."""
+
+    phases: dict[str, dict[str, int]]
+    seconds: float | None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes by part at the highest peak of a step."""
+        steps = [self.phases[name] for name in ("forward", "loss", "backward", "optimizer")]
+        return max(steps, key=lambda parts: sum(parts.values()))
+
+
+def footprint(
+    recipe: Recipe, batch: Batch, kind: LossKind, card: Card | None, *, whole: bool
+) -> Footprint:
+    """Return what a step on a batch takes; not `whole`: from replays with few layers.
+
+    Raises MocError where the method cannot be placed in the model.
+    """
+    shape = build.base_shape(recipe)
+    layers = shape.config.get_text_config().num_hidden_layers
+    if not whole and layers > 2 * FEW[1]:
+        few = _of_few_layers(recipe, shape, batch, kind, card)
+        if few is not None:
+            return _drawn_out(*few, layers)
+    return _replayed(recipe, shape, batch, kind, card)
+
+
+def _of_few_layers(
+    recipe: Recipe, shape: PreTrainedModel, batch: Batch, kind: LossKind, card: Card | None
+) -> tuple[Footprint, Footprint] | None:
+    """Return the footprints with FEW layers; None for a method that cannot be placed in so few."""
+    try:
+        low, high = (_replayed(recipe, _shallow(shape, depth), batch, kind, card) for depth in FEW)
+    except MocError:
+        return None
+    return low, high
+
+
+def _replayed(
+    recipe: Recipe, shape: PreTrainedModel, batch: Batch, kind: LossKind, card: Card | None
+) -> Footprint:
+    adapted = build.place_in_shapes(recipe, shape)
+    recompute_layers(shape, recompute_mode(recipe))
+    measured = replay(adapted, batch, kind, build.make_settings(recipe))
+    phases = _with_own_optimizer(measured, adapted, recipe.train.optim)
+    seconds = None if card is None else seconds_of(measured.fake.work, card)
+    return Footprint(phases, seconds)
+
+
+def _shallow(shape: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Return the shapes of a model with so many layers."""
+    config = copy.deepcopy(shape.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    with META:
+        model: PreTrainedModel = type(shape)._from_config(
+            config, dtype=shape.dtype, attn_implementation=config._attn_implementation
+        )
+    return model
+
+
+def _drawn_out(low: Footprint, high: Footprint, layers: int) -> Footprint:
+    """Return what `layers` layers take: each part in each phase grows with every layer alike."""
+    reach = (layers - FEW[0]) / (FEW[1] - FEW[0])
+
+    def grown(less: float, more: float) -> float:
+        return less + (more - less) * reach
+
+    phases = {
+        phase: {
+            part: max(0, round(grown(low.phases[phase].get(part, 0), size)))
+            for part, size in parts.items()
+        }
+        for phase, parts in high.phases.items()
+        if phase in low.phases
+    }
+    known = low.seconds is not None and high.seconds is not None
+    return Footprint(phases, grown(low.seconds or 0, high.seconds or 0) if known else None)
+
+
+def quantized(
+    whole: Footprint, recipe: Recipe, quantization: Quantization, card: Card | None
+) -> Footprint:
+    """Return a footprint with the linear weights of the layers in 4 or 8 bits.
+
+    A product makes its weight anew in the compute type, one weight at a time; that also takes time,
+    in the forward and the backward pass, and once more where layers are computed anew.
+    """
+    shape = build.base_shape(unquantized(recipe))
+    names = {name for name in linear_weights(shape) if in_a_layer(name)}
+    weights = [p.numel() for name, p in shape.named_parameters() if name in names]
+    few, maps = _bytes_of_a_number(quantization)
+    size = shape.dtype.itemsize
+    passing = {"forward", "backward"}
+    phases = {
+        phase: parts
+        | {
+            "weights": parts["weights"] - round(sum(weights) * (size - few)) + len(weights) * maps,
+            "activations": parts.get("activations", 0)
+            + (max(weights) * size if phase in passing else 0),
+        }
+        for phase, parts in whole.phases.items()
+    }
+    seconds = whole.seconds
+    if seconds is not None and card is not None and card.bandwidth is not None:
+        passes = 3 if recompute_mode(recipe) in ("full", "offload") else 2
+        seconds += passes * sum(weights) * (few + size) / (card.bandwidth * REACHED_BYTES)
+    return Footprint(phases, seconds)
+
+
+def unquantized(recipe: Recipe) -> Recipe:
+    """Return the recipe with its base in the type of train.bf16."""
+    plain = {"load_in_4bit": False, "load_in_8bit": False}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=plain)})
+
+
+def _bytes_of_a_number(quantization: Quantization) -> tuple[float, int]:
+    """Return the bytes of a number with its share of scales, and those of each weight's maps from
+    few bits to numbers.
+    """
+    if quantization.load_in_8bit:
+        return 1.0, 0  # and a scale for each row
+    double = quantization.bnb_4bit_use_double_quant
+    return FOUR_BITS[double], 4 * (16 + 256 * double)
+
+
+def _with_own_optimizer(
+    measured: Measured, adapted: Adapted, kind: str
+) -> dict[str, dict[str, int]]:
+    """Return the bytes with moments of 8 bits where the optimizer keeps them so."""
+    if not kind.endswith("8bit"):
+        return measured.phases
+    saved = sum(8 * p.numel() - _moments(p) for p in adapted.named_trainables().values())
+    return {
+        phase: parts | {"optimizer": max(0, parts.get("optimizer", 0) - saved)}
+        for phase, parts in measured.phases.items()
+    }
+
+
+def _moments(parameter: nn.Parameter) -> int:
+    """Return the bytes of a parameter's two moments in bitsandbytes' 8 bits."""
+    numbers = parameter.numel()
+    if numbers < SMALLEST_8BIT:
+        return 8 * numbers
+    return 2 * (numbers + 4 * math.ceil(numbers / BLOCK_OF_MOMENTS))

@@ -1,0 +1,211 @@
+"""Plans: memory by part and time for settings of a recipe, and the cheapest that fits a card."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moc_cli.models.quantization import of_model
+from moc_cli.planning.batches import Rows
+from moc_cli.planning.cards import Card
+from moc_cli.planning.footprint import Footprint, footprint, quantized, unquantized
+from moc_cli.recipe.quantization import Quantization, asked_for
+from moc_cli.recipe.schema import Recipe
+from moc_cli.scoring.batch_size import RowCost, row_bytes
+from moc_cli.training import build
+from moc_cli.training.recompute import recompute_mode
+
+MODES = ("none", "selective", "full", "offload")  # from the fastest to the smallest
+# Assumed, where nothing has been measured: the bytes of a CUDA context with the libraries' own,
+# and the share of the rest that the allocator holds beyond what tensors take.
+CONTEXT = 600_000_000
+FRAGMENTS = 0.02
+KEPT = ("weights", "controls", "optimizer")  # parts that are there between steps too
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one setting of a recipe takes.
+
+    `peak_bytes` are those that a card must have: weights, controls and the optimizer's state, which
+    stay; beside them what a step takes (gradients, activations, loss), or evaluation, saving a
+    checkpoint or resuming, if one of these takes more; and what is assumed for context and
+    allocator. `step_bytes` are the highest that torch allocates in a step. `step_seconds` are of a
+    step of largest micro-batches, `seconds` of all steps. None: not known.
+    """
+
+    method: str
+    changes: Sequence[str]
+    activation_checkpointing: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    load_in_4bit: bool
+    load_in_8bit: bool
+    optim: str
+    peak_bytes: int
+    step_bytes: int
+    parts: Mapping[str, int]
+    step_seconds: float | None
+    seconds: float | None
+    fits: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+class Planner:
+    """Plans settings of recipes for a card, which may be unknown; each replay is made once."""
+
+    def __init__(self, card: Card | None, rows: Rows) -> None:
+        self.card, self.rows = card, rows
+        self._known: dict[tuple[str, bool], Footprint] = {}
+
+    def plan(self, recipe: Recipe, changes: Sequence[str] = (), *, whole: bool = False) -> Plan:
+        """Plan a recipe as it is; not `whole`: from replays with few layers."""
+        shape = build.base_shape(unquantized(recipe))
+        few_bits = of_model(shape) or asked_for(recipe.model)
+        work = self.rows.work(recipe)
+        taken = self._footprint(unquantized(recipe), whole)
+        if few_bits is not None:
+            taken = quantized(taken, recipe, few_bits, self.card)
+        parts = _beside(taken, _evaluation_bytes(recipe, shape))
+        step = sum(taken.parts.values())
+        return _plan(recipe, changes, few_bits, parts, step, (taken.seconds, work.times), self.card)
+
+    def _footprint(self, recipe: Recipe, whole: bool) -> Footprint:
+        key = recipe.model_dump_json(), whole
+        if key not in self._known:
+            work = self.rows.work(recipe)
+            self._known[key] = footprint(recipe, work.largest, work.kind, self.card, whole=whole)
+        return self._known[key]
+
+
+def _beside(taken: Footprint, evaluation: int) -> dict[str, int]:
+    """Return the bytes of every part: those of a step at its peak; of evaluation, saving and
+    resuming, each beside what is kept.
+    """
+    parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | taken.parts
+    kept = sum(parts[name] for name in KEPT)
+    saving = sum(taken.phases["checkpoint_saving"].values()) - kept
+    resume = sum(taken.phases["resume"].values()) - kept
+    return parts | {
+        "evaluation": evaluation,
+        "checkpoint_saving": max(0, saving),
+        "resume": max(0, resume),
+    }
+
+
+def _plan(
+    recipe: Recipe,
+    changes: Sequence[str],
+    few_bits: Quantization | None,
+    parts: dict[str, int],
+    step: int,
+    time: tuple[float | None, float | None],
+    card: Card | None,
+) -> Plan:
+    """Return the plan; `time`: seconds of a micro-batch, and how many there are."""
+    seconds, times = time
+    kept = sum(parts[name] for name in KEPT)
+    others = max(parts[name] for name in ("evaluation", "checkpoint_saving", "resume"))
+    needed = max(step, kept + others)
+    parts["overhead"] = CONTEXT + round(FRAGMENTS * needed)
+    peak = needed + parts["overhead"]
+    train = recipe.train
+    return Plan(
+        method=recipe.method.name,
+        changes=list(changes),
+        activation_checkpointing=recompute_mode(recipe),
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        load_in_4bit=few_bits is not None and few_bits.load_in_4bit,
+        load_in_8bit=few_bits is not None and few_bits.load_in_8bit,
+        optim=train.optim,
+        peak_bytes=peak,
+        step_bytes=step,
+        parts=parts,
+        step_seconds=None if seconds is None else seconds * train.gradient_accumulation_steps,
+        seconds=None if seconds is None or times is None else seconds * times,
+        fits=None if card is None else peak <= card.memory,
+    )
+
+
+def _evaluation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """Estimate what evaluation takes beside what is kept, as scoring does that chooses its batches.
+
+    With eval.per_device_eval_batch_size: auto it takes as many rows as have room: one counts.
+    """
+    text = model.config.get_text_config()
+    longest = min(recipe.data.max_length, getattr(text, "max_position_embeddings", 2**31))
+    rows = recipe.eval.per_device_eval_batch_size
+    row = row_bytes(model, RowCost(longest, copies=0, logits=0))
+    return row * (1 if rows == "auto" else rows)
+
+
+def settings_of(recipe: Recipe) -> list[Recipe]:
+    """Return settings of a recipe to choose from: each way to compute layers anew, micro-batches
+    of the recipe's size and of a quarter of it (else of 1 row), and the base in 4 bits too.
+
+    The rows a step stay as many. The recipe's own is among them unless it is `auto`.
+    """
+    settings = []
+    for four_bits in dict.fromkeys((recipe.model.load_in_4bit, True)):
+        for rows in _sizes(recipe.train.per_device_train_batch_size):
+            for mode in MODES:
+                settings.append(_changed(recipe, mode, rows, four_bits))
+    return settings
+
+
+def _sizes(rows: int) -> list[int]:
+    return list(dict.fromkeys((rows, rows // 4 if rows % 4 == 0 else 1)))
+
+
+def _changed(recipe: Recipe, mode: str, rows: int, four_bits: bool) -> Recipe:
+    before = recipe.train
+    accumulated = before.gradient_accumulation_steps * before.per_device_train_batch_size // rows
+    train = {
+        "activation_checkpointing": mode,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulated,
+    }
+    model = {"load_in_4bit": four_bits and not recipe.model.load_in_8bit}
+    return recipe.model_copy(
+        update={
+            "train": before.model_copy(update=train),
+            "model": recipe.model.model_copy(update=model),
+        }
+    )
+
+
+def changes_to(plan: Plan, recipe: Recipe) -> list[str]:
+    """Return the changes with which a recipe becomes what is planned, as `--set` takes them."""
+    train, model = recipe.train, recipe.model
+    wanted = {
+        "train.activation_checkpointing": (
+            train.activation_checkpointing,
+            plan.activation_checkpointing,
+        ),
+        "train.per_device_train_batch_size": (
+            train.per_device_train_batch_size,
+            plan.per_device_train_batch_size,
+        ),
+        "train.gradient_accumulation_steps": (
+            train.gradient_accumulation_steps,
+            plan.gradient_accumulation_steps,
+        ),
+        "model.load_in_4bit": (model.load_in_4bit, plan.load_in_4bit),
+    }
+    return [
+        f"{key}={str(new).lower() if isinstance(new, bool) else new}"
+        for key, (old, new) in wanted.items()
+        if old != new
+    ]
+
+
+def cheapest(plans: Sequence[Plan]) -> Plan | None:
+    """Return the fastest plan that fits; without times the first, as `settings_of` orders them."""
+    fitting = [plan for plan in plans if plan.fits]
+    return min(fitting, key=lambda plan: plan.step_seconds or 0.0, default=None)

@@ -1,0 +1,211 @@
+"""Plans of recipes: what they add up to, what they follow from, and that they are true."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.models import make_byte_tokenizer, tiny_config
+from support.rows import choice_rows, write_rows
+
+from moc_cli.cli import run
+from moc_cli.errors import MocError
+from moc_cli.models.quantization import parts
+from moc_cli.planning import session
+from moc_cli.planning.batches import Rows, full_batch, read_rows
+from moc_cli.planning.cards import CARDS, Card, card_of, find_card
+from moc_cli.planning.fake_device import Work
+from moc_cli.planning.fit import fitting_mode
+from moc_cli.planning.footprint import footprint
+from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_of
+from moc_cli.planning.time import seconds_of
+from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.schema import Recipe
+from moc_cli.report.plan_table import PARTS, parts_table, plans_table
+from moc_cli.training import build
+
+LAYERS = 12
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with a model of shapes alone, deep and narrow; its rows and tokenizer are there."""
+    folder = tmp_path_factory.mktemp("plans")
+    deep = tiny_config("qwen3", num_hidden_layers=LAYERS, layer_types=None)
+    deep.save_pretrained(folder / "deep")
+    make_byte_tokenizer().save_pretrained(folder / "deep")
+    write_rows(folder / "data/ARC-Easy/train.jsonl", choice_rows(40))
+    write_rows(folder / "data/ARC-Easy/test.jsonl", choice_rows(4))
+    (folder / "r.yaml").write_text(
+        f"model: {{model_name_or_path: {folder}/deep}}\n"
+        f"data: {{suite: commonsense, tasks: [ARC-Easy], path: {folder}/data, held_out: 4, "
+        f"max_length: 64}}\noutput: {{output_dir: {folder}/run}}\n"
+        "method: {name: control, rank: 8}\ntrain: {bf16: true, per_device_train_batch_size: 8}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    """Replays are made once for all tests; each sets its card."""
+    return Planner(None, Rows(None))
+
+
+@pytest.fixture
+def recipe(folder: Path) -> MakeRecipe:
+    return lambda *changes: load_recipe(folder / "r.yaml", changes)
+
+
+@pytest.mark.parametrize(("method", "mode"), [("moc", "none"), ("control", "selective")])
+def test_few_layers_tell_of_many(method: str, mode: str, recipe: MakeRecipe) -> None:
+    own = recipe(f"method={method}", f"train.activation_checkpointing={mode}")
+    batch, card = full_batch(8, 64, "causal"), CARDS["A100-80GB"]
+    whole, few = (footprint(own, batch, "causal", card, whole=whole) for whole in (True, False))
+    assert sum(few.parts.values()) == pytest.approx(sum(whole.parts.values()), rel=0.02)
+    assert few.parts["weights"] == pytest.approx(whole.parts["weights"], rel=0.001)
+    assert few.seconds == pytest.approx(whole.seconds, rel=0.05)
+
+
+def test_the_batches_are_those_of_the_rows(recipe: MakeRecipe) -> None:
+    own = recipe("train.per_device_train_batch_size=5", "data.max_length=400")
+    rows, unread = read_rows(own, build.base_shape(own))
+    assert unread is None
+    work = rows.work(own)
+    count, tokens = work.largest["input_ids"].shape
+    assert count == 5
+    assert tokens < 400, "the longest row, not data.max_length"
+    micro_batches = 3 * -(-36 // 5)
+    assert work.times is not None
+    assert 0.5 * micro_batches < work.times <= micro_batches
+    full = Rows(None).work(own)
+    assert full.largest["input_ids"].shape == (5, 400)
+    assert full.times is None
+    assert Rows(None).work(recipe("train.max_steps=7")).times == 7
+
+
+def test_a_plan_adds_up_and_other_settings_take_less(recipe: MakeRecipe, planner: Planner) -> None:
+    own, planner.card = recipe(), find_card("24GB")
+    settings = settings_of(own)
+    assert len(settings) == 4 * 2 * 2
+    plans = [planner.plan(setting) for setting in (*settings[:5], settings[8])]
+    for plan in plans:
+        kept = sum(plan.parts[name] for name in KEPT)
+        step = sum(plan.parts[name] for name in ("gradients", "activations", "loss"))
+        others = (plan.parts[name] for name in ("evaluation", "checkpoint_saving", "resume"))
+        assert plan.step_bytes == kept + step
+        assert plan.peak_bytes == kept + max(step, *others) + plan.parts["overhead"]
+        assert plan.per_device_train_batch_size * plan.gradient_accumulation_steps == 8
+        assert plan.fits
+        assert plan.seconds is None
+    none, selective, full, offload, quarter, four_bits = plans
+    taken = [plan.step_bytes for plan in (none, selective, full, offload)]
+    assert taken == sorted(taken, reverse=True)
+    assert four_bits.load_in_4bit
+    assert four_bits.parts["weights"] < none.parts["weights"]
+    assert quarter.parts["activations"] < 0.5 * none.parts["activations"]
+
+
+def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planner) -> None:
+    own = recipe()
+    _, selective, full, _ = (planner.plan(setting) for setting in settings_of(own)[:4])
+    planner.card = Card("small", (selective.peak_bytes + full.peak_bytes) // 2)
+    best = cheapest([planner.plan(setting) for setting in settings_of(own)[:4]])
+    assert best is not None
+    changes = changes_to(best, own)
+    assert changes == ["train.activation_checkpointing=full"]
+    assert recipe(*changes).train.activation_checkpointing == "full"
+    auto = fitting_mode(recipe("train.activation_checkpointing=auto"), planner)
+    assert auto.train.activation_checkpointing == "full"
+    planner.card = Card("none", 1)
+    assert cheapest([planner.plan(own)]) is None
+
+
+@pytest.mark.parametrize("double", ["true", "false"])
+def test_a_base_in_4_bits_is_planned_as_bitsandbytes_keeps_it(double: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    own = load_recipe(
+        "quickstart",
+        ["model.load_in_4bit=true", f"model.bnb_4bit_use_double_quant={double}"],
+    )
+    planned = Planner(None, Rows(None)).plan(own).parts["weights"]
+    cpu, tokenizer = torch.device("cpu"), build.make_tokenizer(own.model)
+    built = build.build(own, cpu, tokenizer).adapted
+    frozen = [p for p in built.model.parameters() if not p.requires_grad]
+    kept = sum(part.nbytes for parameter in frozen for part in parts(parameter))
+    assert planned == pytest.approx(kept, rel=0.03)
+
+
+def test_moments_in_8_bits_are_planned(recipe: MakeRecipe, planner: Planner) -> None:
+    wide = "method.rank=128"  # 4,096 numbers: from there on bitsandbytes keeps 8 bits
+    taken = [
+        planner.plan(recipe(f"train.optim={kind}", wide)).parts["optimizer"]
+        for kind in ("adamw", "adamw_8bit")
+    ]
+    assert taken[1] == pytest.approx((2 + 8 / 256) / 8 * taken[0], rel=0.1)
+
+
+def test_cards_are_named_or_sized() -> None:
+    assert find_card("24GB").memory == 24_000_000_000
+    assert find_card("1.5 GiB").memory == 3 * 2**29
+    assert find_card("h100 80gb") is CARDS["H100-80GB"]
+    here = card_of("NVIDIA A100-SXM4-40GB", 42_300_000_000)
+    assert (here.memory, here.bandwidth) == (42_300_000_000, CARDS["A100-40GB"].bandwidth)
+    assert card_of("Unheard 9000", 5).half is None
+    with pytest.raises(MocError, match="did you mean 'A100-80GB'"):
+        find_card("A100-80G")
+    with pytest.raises(MocError, match="no memory"):
+        find_card("0GB")
+
+
+def test_time_is_that_of_operations_or_of_bytes() -> None:
+    card = Card("c", 1, half=1e12, single=1e11, bandwidth=1e10)
+    product, half, moving = Work(10**12, 8, False), Work(10**12, 8, True), Work(0, 10**10, True)
+    assert seconds_of({product: 1}, card) == pytest.approx(10 * (seconds_of({half: 1}, card) or 0))
+    assert (seconds_of({moving: 2}, card) or 0) > 2
+    assert seconds_of({moving: 2}, find_card("24GB")) is None
+
+
+def test_the_command_prints_what_fits(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "settings_of", lambda recipe: settings_of(recipe)[:1])
+    command = ["plan", str(folder / "r.yaml"), "--gpu", "T4", "--set", "data.max_length=400"]
+    assert run([*command, "--vary", "method.rank=4,6", "--json"]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert printed.keys() == {"plans", "recipe", "device", "choice", "unread"}
+    assert printed["choice"] == []
+    assert printed["unread"] is None
+    assert printed["device"]["name"] == "T4"
+    changes = [plan["changes"] for plan in printed["plans"]]
+    assert changes == [["method.rank=4"], ["method.rank=6"]]
+    assert all(plan["seconds"] > 0 and plan["fits"] for plan in printed["plans"])
+    assert run(["plan", str(folder / "r.yaml"), "--gpu", "T5"]) == 2
+    assert "'T5' is no size such as 24GB and no known card; allowed: T4" in capsys.readouterr().err
+
+
+def test_plans_are_shown_as_tables() -> None:
+    plan = {
+        "method": "moc",
+        "changes": [],
+        "activation_checkpointing": "full",
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "peak_bytes": 7_400_000_000,
+        "parts": dict.fromkeys(PARTS, 1_000_000),
+        "step_seconds": None,
+        "seconds": None,
+        "fits": None,
+    }
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(parts_table({"plans": [plan]}))
+        console.print(plans_table({"plans": [plan], "device": None}))
+    assert "Memory of moc, full, 16 rows, 4-bit" in shown.get()
+    assert "16 x 2" in shown.get()
+    assert "7.40 GB" in shown.get()
