@@ -14,7 +14,7 @@ from moc_cli.results import main_score
 # length have sentences of their own.
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
 )
 
 
