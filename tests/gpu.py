@@ -110,35 +110,33 @@ def laws() -> dict[str, Any]:
 
 def plans() -> dict[str, Any]:
     """Planned against measured peaks of a training step: each way of recomputing, and 4 bits."""
-    modes = "train.activation_checkpointing=none,selective,full"
-    few = ["--methods", "moc", "--repeats", "1", "--warmup", "1"]
-    measured = {
-        "16-bit": moc("bench", *PLANNED, *few, "--vary", modes, "--output-dir", "modes"),
-        "4-bit": moc(
-            "bench", *PLANNED, *few, "--set", "model.load_in_4bit=true", "--output-dir", "four"
-        ),
-    }
-    return {"measured": _peaks(measured), "planned": _planned()}
+    found: dict[str, Any] = {}
+    for bits, four in (("16-bit", "false"), ("4-bit", "true")):
+        modes = "none,selective,full" if bits == "16-bit" else "none,full"
+        vary = ["--vary", f"train.activation_checkpointing={modes}"]
+        change = ["--set", f"model.load_in_4bit={four}"]
+        few = ["--methods", "moc", "--repeats", "1", "--warmup", "1", "--output-dir", bits]
+        measured = moc("bench", *PLANNED, *few, *vary, *change)
+        planned = moc("plan", *PLANNED, *change)
+        if measured["code"] or planned["code"]:
+            found[bits] = {"error": [measured, planned]}
+            continue
+        steps = planned["json"]["plans"]
+        for name, entry in measured["json"]["methods"].items():
+            mode, peak = name.rpartition("=")[2], entry["peak_bytes"]
+            found[f"{bits} {mode}"] = compared(steps, mode, four == "true", peak)
+    return found
 
 
-def _peaks(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    peaks: dict[str, Any] = {}
-    for bits, result in measured.items():
-        for name, entry in result.get("json", {}).get("methods", {}).items():
-            peaks[f"{bits} {name}"] = entry["peak_bytes"]
-        if result["code"]:
-            peaks[f"{bits} failed"] = result
-    return peaks
-
-
-def _planned() -> dict[str, Any]:
-    if "plan" not in COMMANDS:
-        return {"skipped": "this version has no moc plan"}
-    planned = {}
-    for bits, change in (("16-bit", "false"), ("4-bit", "true")):
-        result = moc("plan", *PLANNED, "--set", f"model.load_in_4bit={change}")
-        planned[bits] = result.get("json", {}).get("plans", result)
-    return planned
+def compared(plans: list[dict[str, Any]], mode: str, four: bool, measured: int) -> dict[str, Any]:
+    """Return a measured peak beside the planned one of the recipe's batch size."""
+    rows = plans[0]["per_device_train_batch_size"]
+    for plan in plans:
+        kind = plan["activation_checkpointing"], plan["load_in_4bit"]
+        if kind == (mode, four) and plan["per_device_train_batch_size"] == rows:
+            ratio = plan["step_bytes"] / measured
+            return {"planned": plan["step_bytes"], "measured": measured, "ratio": ratio}
+    return {"planned": None, "measured": measured}
 
 
 def benchmark() -> dict[str, Any]:

@@ -17,6 +17,8 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
 
 BASE = "base"
+# Keys that are the same for everything that is compared, beside the sections launch and output.
+COMMON = ("method", "method.name", "model.trust_remote_code", "data.suite", "data.tasks")
 # Methods that mean the same by keys of the same name: a recipe's own values go over to these.
 _KIN = ({"moc", "control"}, {"lora", "dora", "molex"})
 
@@ -133,7 +135,7 @@ def _values(text: str) -> tuple[str, list[str]]:
             f"--vary {text}: expected KEY=VALUE,VALUE",
             "for example --vary method.top_k=1,3,7",
         )
-    if key == "method" or key.startswith(("launch.", "output.", "data.suite", "data.tasks")):
+    if key in COMMON or key.startswith(("launch.", "output.")):
         raise MocError(
             f"--vary {key}: this is the same for everything that is compared",
             "methods are named by --methods",

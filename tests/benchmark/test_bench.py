@@ -183,6 +183,7 @@ def test_kin_share_their_keys_and_others_have_their_defaults() -> None:
         (["--vary", "method.topk=1,3"], "has the key method.topk"),
         (["--vary", "train.bf=true"], "did you mean 'bf16'?"),
         (["--vary", "launch.device=cpu,cuda"], "the same for everything"),
+        (["--vary", "model.trust_remote_code=false,true"], "the same for everything"),
         (["--rows", "some"], "--rows: found 'some', allowed: full, data"),
     ],
 )

@@ -26,6 +26,8 @@ from moc_cli.training import build
 
 SMALL = "commonsense/smollm2-135m/moc"
 EIGHT_OF_128 = ("data.max_length=128", "train.per_device_train_batch_size=8", "launch.device=cpu")
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande")
+MIX = f"data.tasks=[{', '.join(COMMONSENSE)}, ARC-Easy, ARC-Challenge, openbookqa]"
 GB = 1e9
 
 
@@ -100,8 +102,9 @@ def packed(case: Case) -> Iterator[Line]:
         yield Line(what, 2.5, None, at_least=True)
         return
     vary = ("--vary", "train.packing=true,false", "--set", "train.group_by_length=false")
-    longest = ("--set", "data.max_length=256")
-    found = case.bench("--methods", "moc,lora", "--rows", "data", *case.rows, *longest, *vary)
+    sixteen = ("data.max_length=256", "train.per_device_train_batch_size=16", MIX)
+    size = tuple(text for change in sixteen for text in ("--set", change))
+    found = case.bench("--methods", "moc,lora", "--rows", "data", *case.rows, *size, *vary)
     ours, theirs = found["moc train.packing=true"], found["lora train.packing=false"]
     ratio = ours["examples_per_second"] / theirs["examples_per_second"]
     yield Line(what, 2.5, ratio, at_least=True)
