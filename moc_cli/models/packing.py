@@ -66,13 +66,13 @@ def _sdpa_by_row(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     outputs, first = [], 0
-    for length in lengths:
-        mask, row = None, slice(first, first + length)
+    parts = (states.split(lengths, dim=2) for states in (query, key, value))
+    for q, k, v in zip(*parts, strict=True):
+        mask, row = None, slice(first, first + q.shape[2])
         if attention_mask is not None and kwargs.get("sliding_window") is not None:
             mask = attention_mask[..., row, row]  # otherwise sdpa's own causal one
-        q, k, v = (states[:, :, row] for states in (query, key, value))
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-        first += length
+        first = row.stop
     return torch.cat(outputs, dim=1), None
 
 
