@@ -57,7 +57,8 @@ def plan(
     variants = make_variants(recipe, set_ or [], names, vary or [])
     named = None if gpu is None else find_card(gpu)
     # Imported late: a mistake in the recipe is reported sooner.
-    from moc_cli.planning.session import card_here, run
+    from moc_cli.planning.fit import card_here
+    from moc_cli.planning.session import run
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.plan_table import parts_table, plans_table
     from moc_cli.report.progress import WorkProgress

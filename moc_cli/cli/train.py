@@ -60,6 +60,10 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check everything but the weights, and show one row."),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Train although the plan does not fit the GPU's memory."),
+    ] = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -97,6 +101,7 @@ def train(
         _dry_run(loaded, json)
         return
     # Imported late: a mistake in the recipe is reported sooner.
+    from moc_cli.planning.fit import Forecast
     from moc_cli.report.output import say
     from moc_cli.runs import Call
     from moc_cli.training.seeds import train_seeds
@@ -110,11 +115,18 @@ def train(
             words += ["--seeds", str(seeds)]
         return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
 
+    forecast = Forecast(say, force=force)
     call = Call(command(changes), None if output_dir is None else str(output_dir))
     with _reporting_stops(json):
         if seeds is None:
             elsewhere = [change for change in changes if not _is_of_method(change)]
-            session = Session(loaded, call=call, say=say, allow_changed_base=allow_changed_base)
+            session = Session(
+                loaded,
+                call=call,
+                say=say,
+                allow_changed_base=allow_changed_base,
+                forecast=forecast,
+            )
             results = session.run(resume=resume, overwrite=overwrite).results
             _show(loaded, results, command(elsewhere), json)
         else:
@@ -126,6 +138,7 @@ def train(
                 resume=resume is not None,
                 overwrite=overwrite,
                 allow_changed_base=allow_changed_base,
+                forecast=forecast,
             )
             _show_seeds(loaded, summary, json)
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.data.batches import LossKind
 from moc_cli.data.encode import Encoded
+from moc_cli.data.packing import pack
 from moc_cli.kinds import make_kind
 from moc_cli.planning.replay import Batch
 from moc_cli.recipe.schema import Recipe
@@ -42,11 +43,11 @@ class Rows:
         rows = settings.per_device_train_batch_size
         if self._encoded is None or self._tokenizer is None:
             micro_batches = settings.max_steps * settings.gradient_accumulation_steps
-            batch = full_batch(rows, recipe.data.max_length, kind.loss)
+            batch = full_batch(rows, recipe.data.max_length, kind.loss, recipe.train.packing)
             return Work(batch, kind.loss, micro_batches if micro_batches > 0 else None)
         data = build.make_data(recipe, kind, self._encoded, self._tokenizer)
         lengths, epoch = self._encoded.lengths, data.batches.epoch(0)
-        slots = [len(batch) * max(lengths[row] for row in batch) for batch in epoch]
+        slots = [_slots([lengths[row] for row in rows], recipe.train.packing) for rows in epoch]
         largest = max(range(len(epoch)), key=slots.__getitem__)
         steps = total_steps(settings, data.batches)
         micro_batches = steps * settings.gradient_accumulation_steps
@@ -63,8 +64,14 @@ def read_rows(recipe: Recipe, model: PreTrainedModel) -> tuple[Rows, str | None]
     return Rows(rows.encoded, tokenizer), None
 
 
-def full_batch(rows: int, tokens: int, kind: LossKind) -> Batch:
-    """Return a batch that learns every token, with some padding in its last row."""
+def _slots(lengths: list[int], packing: bool) -> int:
+    return sum(lengths) if packing else len(lengths) * max(lengths)
+
+
+def full_batch(rows: int, tokens: int, kind: LossKind, packing: bool = False) -> Batch:
+    """Return a batch that learns every token, with some padding in its last row, or packed."""
+    if packing:
+        return pack([{"input_ids": [1] * tokens, "labels": [1] * tokens}] * rows)
     ids = torch.ones(rows, tokens, dtype=torch.int32)
     mask = torch.ones_like(ids)
     mask[-1, tokens // 2 + 1 :] = 0

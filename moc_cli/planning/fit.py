@@ -1,7 +1,27 @@
 """Whether a run fits the GPU that it is to train on, asked before its weights load."""
 
-from moc_cli.planning.plans import MODES, Planner
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.errors import MocError
+from moc_cli.planning.batches import Rows
+from moc_cli.planning.cards import Card, card_of
+from moc_cli.planning.plans import CONTEXT, MODES, Planner, changes_to, cheapest, settings_of
 from moc_cli.recipe.schema import Recipe
+from moc_cli.report.lines import labelled
+from moc_cli.report.numbers import byte_size
+from moc_cli.scoring.batch_size import free_bytes
+from moc_cli.training.build import TrainingRows
+
+
+def card_here() -> Card | None:
+    """Return the GPU of this machine; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return card_of(properties.name, properties.total_memory)
 
 
 def fitting_mode(recipe: Recipe, planner: Planner) -> Recipe:
@@ -9,8 +29,66 @@ def fitting_mode(recipe: Recipe, planner: Planner) -> Recipe:
     if recipe.train.activation_checkpointing != "auto":
         return recipe
     for mode in MODES:
-        train = recipe.train.model_copy(update={"activation_checkpointing": mode})
-        recipe = recipe.model_copy(update={"train": train})
+        recipe = _with_mode(recipe, mode)
         if planner.card is None or planner.plan(recipe, whole=True).fits:
             break
     return recipe
+
+
+class Forecast:
+    """Plans a training on its GPU; a run that does not fit is refused unless `force` is given.
+
+    On the CPU nothing is planned: its memory is that of the whole process.
+    """
+
+    def __init__(self, say: Callable[[str], None], *, force: bool) -> None:
+        self._say, self._force = say, force
+
+    def __call__(
+        self,
+        recipe: Recipe,
+        rows: TrainingRows,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ) -> tuple[Recipe, int | None]:
+        """Return the recipe with `auto` replaced, and the bytes that torch will allocate at most.
+
+        Raises MocError where the run needs more than is free on the GPU.
+        """
+        if device.type != "cuda":
+            if recipe.train.activation_checkpointing != "auto":
+                return recipe, None
+            self._say(labelled("plan", "activation_checkpointing: auto is none on the CPU"))
+            return _with_mode(recipe, "none"), None
+        free = free_bytes(device)
+        planner = Planner(Card("free", free + CONTEXT), Rows(rows.encoded, tokenizer))
+        chosen = fitting_mode(recipe, planner)
+        plan = planner.plan(chosen, whole=True)
+        mode = plan.activation_checkpointing
+        self._say(
+            labelled(
+                "plan",
+                f"{byte_size(plan.step_bytes)} of {byte_size(free)} free, "
+                f"activation checkpointing {mode}",
+            )
+        )
+        if not plan.fits and not self._force:
+            raise MocError(
+                f"the training needs {byte_size(plan.peak_bytes - CONTEXT)} on the GPU, of which "
+                f"{byte_size(free)} are free",
+                self._way_out(recipe, planner),
+            )
+        return chosen, plan.step_bytes
+
+    def _way_out(self, recipe: Recipe, planner: Planner) -> str:
+        best = cheapest([planner.plan(setting) for setting in settings_of(recipe)])
+        anyway = "--force trains all the same"
+        if best is None:
+            return f"take a shorter data.max_length or a smaller model; {anyway}"
+        changes = " ".join(f"--set {change}" for change in changes_to(best, recipe))
+        return f"it fits with {changes}; {anyway}"
+
+
+def _with_mode(recipe: Recipe, mode: str) -> Recipe:
+    train = recipe.train.model_copy(update={"activation_checkpointing": mode})
+    return recipe.model_copy(update={"train": train})

@@ -11,6 +11,7 @@ from moc_cli.data.batches import LossKind
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
 from moc_cli.models.fingerprint import in_a_layer
+from moc_cli.models.packing import attend_by_row
 from moc_cli.models.quantization import linear_weights
 from moc_cli.planning.cards import Card
 from moc_cli.planning.fake_device import META
@@ -75,6 +76,8 @@ def _of_few_layers(
 def _replayed(
     recipe: Recipe, shape: PreTrainedModel, batch: Batch, kind: LossKind, card: Card | None
 ) -> Footprint:
+    if recipe.train.packing:
+        attend_by_row(shape)
     adapted = build.place_in_shapes(recipe, shape)
     recompute_layers(shape, recompute_mode(recipe))
     measured = replay(adapted, batch, kind, build.make_settings(recipe))

@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from moc_cli.planning.batches import read_rows
-from moc_cli.planning.cards import Card, card_of
+from moc_cli.planning.cards import Card
 from moc_cli.planning.fit import fitting_mode
 from moc_cli.planning.plans import Plan, Planner, changes_to, cheapest, settings_of
 from moc_cli.recipe.schema import Recipe
@@ -54,14 +52,6 @@ def run(
         "choice": None if best is None else changes_to(best, first),
         "unread": unread,
     }
-
-
-def card_here() -> Card | None:
-    """Return the GPU of this machine; None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    return card_of(properties.name, properties.total_memory)
 
 
 def _once(plans: Sequence[Plan]) -> list[Plan]:

@@ -88,6 +88,8 @@ def memory_table(memory: Mapping[str, Any]) -> FittedTable:
     """
     sizes = {name: memory[name] for name in ("weights", "trainable", "optimizer")}
     sizes[memory["kind"]] = memory["peak"]
+    if memory.get("predicted"):
+        sizes["planned for it"] = memory["predicted"]
     if memory.get("evaluation_peak"):
         sizes[f"{memory['kind']}, in evaluations"] = memory["evaluation_peak"]
     rows = [[name, byte_size(size)] for name, size in sizes.items()]

@@ -38,7 +38,8 @@ def make_results(
             "base": counts.base,
             "share": counts.share,
         },
-        "memory": asdict(outcome.memory),
+        "memory": asdict(outcome.memory)
+        | ({} if job.predicted is None else {"predicted": job.predicted}),
         **job.splits.facts,
         **job.rows.kind.facts,
     }

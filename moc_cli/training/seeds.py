@@ -25,6 +25,7 @@ from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
 from moc_cli.training.build import read_rows
 from moc_cli.training.interrupt import Interrupted
+from moc_cli.training.job import Forecast
 from moc_cli.training.resume import check_recipe
 from moc_cli.training.session import Session
 
@@ -82,6 +83,7 @@ def train_seeds(
     resume: bool = False,
     overwrite: bool = False,
     allow_changed_base: bool = False,
+    forecast: Forecast | None = None,
 ) -> dict[str, Any]:
     """Train every seed that is not finished, and return what seeds.json holds.
 
@@ -106,7 +108,11 @@ def train_seeds(
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
                 checkpoint = "auto" if resume and run.folder.recipe_file.is_file() else None
                 session = Session(
-                    run.recipe, call=call, say=say, allow_changed_base=allow_changed_base
+                    run.recipe,
+                    call=call,
+                    say=say,
+                    allow_changed_base=allow_changed_base,
+                    forecast=forecast,
                 )
                 session.run(resume=checkpoint, overwrite=overwrite)
                 del session  # before the next model is loaded

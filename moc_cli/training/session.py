@@ -32,7 +32,7 @@ from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.environment import describe_device, describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
-from moc_cli.training.job import Job, Values
+from moc_cli.training.job import Forecast, Job, Values
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, StepReport, total_steps
@@ -62,7 +62,7 @@ class Session:
     """One call of `moc train`; messages go to `say`.
 
     `allow_changed_base`: a resumed run may have another vocabulary, and other weights of its base
-    outside of the layers.
+    outside of the layers. `forecast` plans the run, and refuses one that does not fit.
     """
 
     def __init__(
@@ -72,10 +72,12 @@ class Session:
         call: Call,
         say: Callable[[str], None],
         allow_changed_base: bool = False,
+        forecast: Forecast | None = None,
     ) -> None:
         self.recipe = absolute_paths(recipe)
         self.call = call
         self.allow_changed_base = allow_changed_base
+        self.forecast = forecast
         self.again = f"{call.command} --resume auto"
         self.warn = say
         self.say = say
@@ -124,7 +126,10 @@ class Session:
         splits = rows.splits
         for note in rows.notes:
             self.warn(lines.labelled("note", note))
-        built = build.build(recipe, accelerator.device, tokenizer)
+        fitted, predicted = recipe, None
+        if self.forecast is not None:
+            fitted, predicted = self.forecast(recipe, rows, tokenizer, accelerator.device)
+        built = build.build(fitted, accelerator.device, tokenizer)
         counts = built.adapted.counts()
         quantized = str(built.quantization or "")
         size = tensor_bytes(p for p in built.adapted.model.parameters() if not p.requires_grad)
@@ -166,11 +171,12 @@ class Session:
             tokenizer,
             built,
             rows,
-            build.make_settings(recipe),
+            build.make_settings(fitted),
             build.make_scoring_options(recipe),
             identity,
             snapshot,
             changes,
+            predicted,
         )
 
     def find_checkpoint(

@@ -85,6 +85,14 @@ def test_the_batches_are_those_of_the_rows(recipe: MakeRecipe) -> None:
     assert full.largest["input_ids"].shape == (5, 400)
     assert full.times is None
     assert Rows(None).work(recipe("train.max_steps=7")).times == 7
+    packed = Rows(None).work(recipe("train.packing=true", "data.max_length=20")).largest
+    assert packed["input_ids"].shape == (1, 8 * 20)
+
+
+def test_packed_rows_are_planned(recipe: MakeRecipe, planner: Planner) -> None:
+    padded = planner.plan(recipe("data.max_length=20"))
+    packed = planner.plan(recipe("data.max_length=20", "train.packing=true"))
+    assert packed.step_bytes == pytest.approx(padded.step_bytes, rel=0.2)
 
 
 def test_a_plan_adds_up_and_other_settings_take_less(recipe: MakeRecipe, planner: Planner) -> None:
