@@ -17,6 +17,7 @@ from moc_cli.planning.live_memory import LiveMemory, Now
 from moc_cli.planning.replay import STEPS, Measured, Phases, counted, make_loop, replay
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Settings
+from moc_cli.training.recompute import recompute_layers
 
 METHODS: dict[str, Any] = {
     "control": ControlMethod(rank=4),
@@ -66,16 +67,18 @@ def test_kernels_of_a_layer_against_control() -> None:
         assert ours[way] <= limit * control[way], (dict(ours), dict(control))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_planned_bytes_are_those_of_a_real_step(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [*((method, "none") for method in METHODS), ("moc", "full"), ("moc", "selective")],
+)
+def test_planned_bytes_are_those_of_a_real_step(method: str, mode: str) -> None:
     """The same loop on the CPU, its tensors counted: within 3 % of the fake one, in each part."""
-    planned = replay(
-        attach(shapes_of(), METHODS[method]), batch(), "causal", Settings(), like="cpu"
-    )
-    cpu = torch.device("cpu")
-    loop = make_loop(
-        attach(make_tiny_model("llama"), METHODS[method]), batch(), "causal", Settings(), cpu
-    )
+    shapes, model, cpu = shapes_of(), make_tiny_model("llama"), torch.device("cpu")
+    for network in (shapes, model):
+        recompute_layers(network, mode)
+    adapted = attach(shapes, METHODS[method])
+    planned = replay(adapted, batch(), "causal", Settings(), like="cpu")
+    loop = make_loop(attach(model, METHODS[method]), batch(), "causal", Settings(), cpu)
     with counted(loop, Phases(loop), cpu) as memory, loop.usage:
         for _ in range(STEPS):
             memory.restart()

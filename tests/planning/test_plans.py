@@ -132,6 +132,15 @@ def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planne
     assert cheapest([planner.plan(own)]) is None
 
 
+def test_classifiers_are_planned_by_their_published_shapes() -> None:
+    own = load_recipe("glue/roberta-base/moc", ["data.tasks=[mrpc]"])
+    plan = Planner(find_card("RTX3090"), Rows(None)).plan(own)
+    encoder = 124_055_040  # parameters, of 4 bytes; tests/nn/test_shapes.py
+    assert plan.parts["weights"] == pytest.approx(4 * encoder, rel=0.01)
+    assert plan.parts["activations"] > plan.parts["weights"]
+    assert plan.step_seconds is not None
+
+
 @pytest.mark.parametrize("double", ["true", "false"])
 def test_a_base_in_4_bits_is_planned_as_bitsandbytes_keeps_it(double: str) -> None:
     pytest.importorskip("bitsandbytes")
