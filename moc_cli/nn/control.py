@@ -59,7 +59,6 @@ class ControlPool:
         self._alpha, self._scale = alpha, scale
         self._sources = [matrix for control in controls for matrix in (control.A, control.B)]
         self._versions = [matrix._version for matrix in self._sources]
-        self.places = torch.arange(len(controls), device=self._rows.device)
         self._alone = None if scale == 1 else self._sums.new_full((1, 1), scale)
         self._of_equals: Tensor | None = None  # the weights of a route whose shares are all 1
 
@@ -68,14 +67,14 @@ class ControlPool:
         return self._versions != [matrix._version for matrix in self._sources]
 
     def update(
-        self, x: Tensor, local: int, ids: Tensor | None = None, shares: Tensor | None = None
+        self, x: Tensor, local: Tensor, ids: Tensor | None = None, shares: Tensor | None = None
     ) -> Tensor:
         """x (B, T, d) -> the added part of eq. 9, the same shape and type.
 
-        `ids` (V, K) names the routed controls among all, `shares` (V, K) are π, None for 1; V is 1
-        or B. Without `ids` the local control acts alone.
+        `local` (1, 1) and `ids` (V, K) name the local and the routed controls among all, `shares`
+        (V, K) are π, None for 1; V is 1 or B. Without `ids` the local control acts alone.
         """
-        index, weights = self.places[local : local + 1, None], self._alone
+        index, weights = local, self._alone
         if ids is not None:
             index = torch.cat([index.expand(len(ids), 1), ids], dim=1)
             weights = self._weights(ids) if shares is None else self._weighed(shares)

@@ -35,8 +35,9 @@ from moc_cli.nn.watch import Decision, Watcher, new_decisions
 class Site:
     """One place in the model where a control is added: its layer, its block, its pool.
 
-    `local` is its own place in its pool. `choice` and `loss` are slots: overwritten by each
-    forward, never appended to, and detached.
+    `local` is its own place in its pool. `place` (1, 1) is its index on the device, and `members`
+    (N,) are those of its pool: as tensors, so that one compiled graph serves all layers. `choice`
+    and `loss` are slots: overwritten by each forward, never appended to, and detached.
     """
 
     index: int
@@ -44,6 +45,8 @@ class Site:
     block: str
     pool: str
     local: int
+    place: Tensor | None = None
+    members: Tensor | None = None
     choice: Tensor | None = None
     loss: Tensor | None = None
 
@@ -102,12 +105,23 @@ class Mixture(nn.Module):
                 )
 
     def prepare(self) -> None:
-        """Called before a forward's first site, outside of whatever a backward pass recomputes."""
+        """Called before a forward's first site, outside of what is recomputed or compiled."""
+        self._place_sites(self.control(0).A.device)
         store = self.current.store
         if self.active and (store is None or not store.settled):
             self.current.prepared = {
                 name: cast(Gate, gate).prepare() for name, gate in self.gates.items()
             }
+
+    def _place_sites(self, device: torch.device) -> None:
+        """Let every site know its numbers as tensors of a device."""
+        place = self.sites[0].place
+        if place is not None and place.device == device:
+            return
+        members = {name: torch.tensor(pool, device=device) for name, pool in self.pools.items()}
+        for site in self.sites:
+            site.place = torch.full((1, 1), site.index, device=device)
+            site.members = members[site.pool]
 
     def control(self, index: int) -> Control:
         site = self.sites[index]
@@ -167,14 +181,14 @@ class Mixture(nn.Module):
         if route is not None and route.voters not in (1, len(x)):
             return self.combine(site, route).update(x)  # each token has controls of its own
         pool = self._pool(x.dtype)
+        self._place_sites(x.device)
+        place, members = cast(Tensor, site.place), cast(Tensor, site.members)
         if route is None:
-            return pool.update(x, site.index)
-        ids = route.ids
-        if len(self.pools) > 1:
-            ids = pool.places[self.pools[site.pool]][ids]
+            return pool.update(x, place)
+        ids = route.ids if len(self.pools) == 1 else members[route.ids]
         if self.routing.constant_weights and self.reroute is None:
-            return pool.update(x, site.index, ids)
-        return pool.update(x, site.index, ids, route.weights)
+            return pool.update(x, place, ids)
+        return pool.update(x, place, ids, route.weights)
 
     def _pool(self, dtype: torch.dtype) -> ControlPool:
         """The stacked controls of this forward."""

@@ -217,6 +217,14 @@ class TrainSection(Section):
         "classifier; null: those that the checkpoint lacks",
     )
     bf16: bool = Field(default=False, description="base model in bfloat16; the rest stays float32")
+    tf32: bool = Field(
+        default=True,
+        description="on a GPU, products of float32 matrices in TF32: faster, with 10 bits of "
+        "mantissa in the factors",
+    )
+    torch_compile: bool = Field(
+        default=False, description="compile the model's layers, which takes minutes at the start"
+    )
     activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = Field(
         default="none",
         description="what the backward pass recomputes; selective: all but matrix products and "

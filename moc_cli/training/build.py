@@ -278,6 +278,7 @@ def make_settings(recipe: Recipe) -> Settings:
         per_device_train_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         activation_checkpointing=recompute_mode(recipe),
+        torch_compile=train.torch_compile,
         group_by_length=train.group_by_length,
         optim=train.optim,
         learning_rate=train.learning_rate,

@@ -10,6 +10,7 @@ from moc_cli.models.quantization import has_bitsandbytes
 from moc_cli.recipe.quantization import asked_for
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import LaunchSection
+from moc_cli.training.compiled import compile_problems
 
 ON_GPU = {
     "adamw_fused": "updates all parameters in one kernel of a GPU",
@@ -27,9 +28,11 @@ def find_device(launch: LaunchSection) -> torch.device:
 def check_device_keys(recipe: Recipe, device: torch.device, *, training: bool) -> None:
     """Raise MocError naming every key that cannot be honoured on `device`.
 
-    The keys of the optimizer count in `training` alone.
+    The keys of the optimizer and of the compiler count in `training` alone.
     """
-    wrong = [*_model_problems(recipe, device), *(_optimizer_problems(recipe, device, training))]
+    wrong = _model_problems(recipe, device)
+    if training:
+        wrong += _optimizer_problems(recipe, device) + compile_problems(recipe, device)
     if wrong:
         raise MocError("\n".join(wrong))
 
@@ -52,10 +55,8 @@ def _model_problems(recipe: Recipe, device: torch.device) -> list[str]:
     return wrong
 
 
-def _optimizer_problems(recipe: Recipe, device: torch.device, training: bool) -> list[str]:
+def _optimizer_problems(recipe: Recipe, device: torch.device) -> list[str]:
     kind = recipe.train.optim
-    if not training:
-        return []
     if kind in ON_GPU and device.type != "cuda":
         return [
             f"train.optim: {kind} {ON_GPU[kind]}, and this runs on the {device.type}; allowed "

@@ -21,6 +21,7 @@ from moc_cli.scoring.batch_size import is_out_of_memory
 from moc_cli.training import loss, memory, optim, rng
 from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
+from moc_cli.training.compiled import compiled_layers
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MEASURED, MetricsLog
 from moc_cli.training.loop_types import (
@@ -88,7 +89,7 @@ class Loop:
         Raises Interrupted after a signal and MocError at a loss that is not finite, both with a
         checkpoint of the last good state; FileError when the disk is full.
         """
-        with self.usage:
+        with self.usage, compiled_layers(self.model, self.settings.torch_compile):
             self.begin(resume)
             while not self.finished():
                 report = self.train_step()
@@ -293,7 +294,7 @@ class Loop:
         before, started = rng.capture(), time.perf_counter()
         self.model.eval()
         try:
-            with torch.no_grad(), self.peaks.evaluating():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.peaks.evaluating():
                 values = self.scorer()
         finally:
             self.model.train()

@@ -25,6 +25,7 @@ class Settings:
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     activation_checkpointing: str = "none"
+    torch_compile: bool = False
     group_by_length: bool = True
     optim: str = "adamw"
     learning_rate: float = 3e-4

@@ -40,6 +40,8 @@ CHANGEABLE = {
     "train.max_grad_norm": "from this step on",
     "train.activation_checkpointing": "",
     "train.gradient_checkpointing": "",
+    "train.tf32": "results may differ in their last bits",
+    "train.torch_compile": "results may differ in their last bits",
     "train.packing": "results may differ in their last bits",
     "eval.per_device_eval_batch_size": "",
     "eval.eval_strategy": "from this step on",

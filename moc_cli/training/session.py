@@ -29,6 +29,7 @@ from moc_cli.scoring.results import Evaluation
 from moc_cli.training import build
 from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
+from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.environment import describe_device, describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
@@ -119,6 +120,7 @@ class Session:
             changes += split
         accelerator = make_accelerator(recipe.launch, recipe.output.report_to, folder.trackers)
         check_device_keys(recipe, accelerator.device, training=True)
+        torch.set_float32_matmul_precision(matmul_precision(recipe, accelerator.device))
         self.say(lines.device_line(describe_device(accelerator.device)))
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
         shapes = build.build_shapes(recipe).model

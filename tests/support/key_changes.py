@@ -15,6 +15,7 @@ from moc_cli.kinds import make_kind
 from moc_cli.models.quantization import of_model
 from moc_cli.recipe.methods import METHODS
 from moc_cli.training.build import make_scoring_options, make_settings
+from moc_cli.training.compiled import matmul_precision
 
 See = Callable[[KeyRun], Any]
 VALUE = object()  # what is seen is the value itself
@@ -236,6 +237,10 @@ OTHERS = {
     "train.warmup_steps": Change(2, _rates, WARM, also=STEPS),
     "train.warmup_ratio": Change(1 / 3, _rates, WARM, also=STEPS),
     "train.bf16": Change(True, lambda run: run.adapted.model.dtype == torch.bfloat16),
+    "train.tf32": Change(
+        False, lambda run: matmul_precision(run.recipe, torch.device("cuda")), "highest"
+    ),
+    "train.torch_compile": Change(True, lambda run: make_settings(run.recipe).torch_compile, True),
     "train.activation_checkpointing": Change("full", _recomputed, True),
     "train.gradient_checkpointing": Change(True, _recomputed),
     "train.group_by_length": Change(

@@ -1,0 +1,84 @@
+"""Compiled layers: one graph for all layers of a kind, no graph break, the same gradients."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_tiny_model
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from moc_cli.methods import attach
+from moc_cli.recipe.methods import MocMethod
+from moc_cli.training import compiled
+from moc_cli.training.compiled import compiled_layers
+
+CASES: list[tuple[str, Any]] = [
+    ("llama", MocMethod(rank=4)),
+]
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_gradients_are_equal_and_no_graph_breaks(
+    family: str, method: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    # What inductor makes of a graph is not ours to test, and is slow.
+    eager = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", eager)
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self: setattr(self, "_compiled_call_impl", eager(self._call_impl)),
+    )
+    monkeypatch.setattr(logging.root.manager, "disable", logging.DEBUG)  # dynamo traces a lot
+    request.addfinalizer(torch._dynamo.reset)  # it holds the model, and what hangs on it
+    torch._dynamo.reset()
+    counters.clear()
+    model = make_tiny_model(
+        family, num_labels=2 if family == "bert" else None, num_hidden_layers=3
+    ).train()
+    adapted = attach(model, method, seed=1)
+    for name, parameter in adapted.named_trainables().items():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def gradients(tokens: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        ids = torch.randint(5, 200, (3, tokens))
+        mask = torch.ones_like(ids)
+        mask[0, -2:] = 0
+        model(input_ids=ids, attention_mask=mask).logits.square().mean().backward()
+        named = adapted.named_trainables().items()
+        result = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        model.zero_grad()
+        return result
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = [gradients(tokens) for tokens in (16,)]
+    with compiled_layers(model, True):
+        found = [gradients(tokens) for tokens in (16,)]
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= 4  # not one for each layer
+    for ours, eager in zip(found, expected, strict=True):
+        for name, value in eager.items():
+            assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-7), name
+    counters.clear()
+    gradients(12)
+    assert not counters["stats"], "the layers are compiled no more"
+
+
+def test_what_is_needed_is_said_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled, "has_triton", lambda: False)
+
+    class Wanted:
+        class train:  # noqa: N801
+            torch_compile = True
+
+    for device, missing in (("cpu", "a C++ compiler"), ("cuda", "the package triton")):
+        (problem,) = compiled.compile_problems(Wanted, torch.device(device))  # type: ignore[arg-type]
+        assert missing in problem
