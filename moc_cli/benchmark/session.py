@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moc_cli.benchmark.steps import measure_steps
 from moc_cli.benchmark.summary import CONFIDENCE, summarize_generation, summarize_steps
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
+from moc_cli.training import build
 from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.memory import ALLOCATED, COUNTED
 
@@ -39,6 +40,7 @@ def run(
 
     Raises MocError for a GPU with other work, and naming a variant that does not fit in memory.
     """
+    variants = [_told(variant) for variant in variants]
     first = variants[0].recipe
     with tempfile.TemporaryDirectory(prefix="moc-bench-") as name:
         folder = Path(name)
@@ -95,6 +97,13 @@ def run(
         "memory_kind": _memory_kind(device, training=options.lengths is None),
         "environment": describe_machine(device, load),
     }
+
+
+def _told(variant: Variant) -> Variant:
+    """Return a variant whose recipe knows what custom rows tell: their format and labels."""
+    if variant.recipe.data.suite != "custom":
+        return variant
+    return replace(variant, recipe=build.read_rows(variant.recipe)[0])
 
 
 def _memory_kind(device: torch.device, *, training: bool) -> str | None:

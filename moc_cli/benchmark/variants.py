@@ -138,7 +138,7 @@ def _values(text: str) -> tuple[str, list[str]]:
     if key in COMMON or key.startswith(("launch.", "output.")):
         raise MocError(
             f"--vary {key}: this is the same for everything that is compared",
-            "methods are named by --methods",
+            "give it once, with --set; methods are named by --methods",
         )
     return key, [f"{key}={_written(value)}" for value in document.value]
 

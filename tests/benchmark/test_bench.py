@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tiny_runs import save_model
 
 from moc_cli.benchmark import machine
 from moc_cli.benchmark.memory import Memory
@@ -231,3 +232,17 @@ def test_a_busy_gpu_is_refused(
     else:
         with pytest.raises(MocError, match=message):
             machine.check_idle(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_custom_dataset_tells_its_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(Path("model"), "bert")
+    rows = "".join(f"text {n},{'abc'[n % 3]}\n" for n in range(12))
+    Path("rows.csv").write_text(f"text,label\n{rows}")
+    changes = ("data.path=rows.csv", "data.held_out=3", "model.model_name_or_path=model")
+    few = [text for change in changes for text in ("--set", change)]
+    few += [*SHORT, "--repeats", "1", "--warmup", "0", "--methods", "control", "--json"]
+    for rows_from in ("full", "data"):
+        assert run(["bench", "custom/minilm/moc", *few, "--rows", rows_from]) == 0
+        trained = json.loads(capsys.readouterr().out)["methods"]["control"]["trained"]
+    assert trained > 3 * 32  # a head of three classes is trained with the controls
