@@ -73,13 +73,13 @@ class Case:
 
 
 def moc(*arguments: str) -> dict[str, Any]:
-    """Run a command in a new process; return its JSON."""
+    """Run a command in a new process; return its JSON, and say why where it is refused."""
     with TemporaryDirectory() as folder:
         output = ("--output-dir", folder) if arguments[0] == "bench" else ()
         command = [sys.executable, "-m", "moc_cli", *arguments, *output, "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"moc {' '.join(arguments)}:\n{done.stdout}")
+        print(f"moc {' '.join(arguments)}:\n{done.stdout}", file=sys.stderr)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -125,7 +125,7 @@ def planned(case: Case) -> Iterator[Line]:
     plain = _plans("commonsense/llama2-7b/moc")
     for mode, limit in (("none", 33.8), ("selective", 29.0), ("full", 16.1), ("offload", 15.2)):
         yield Line(f"LLaMA2-7B bf16 16x256, planned GB, {mode}", limit, _gigabytes(plain, mode))
-    if case.data is not None:
+    if case.data is not None:  # needs a tokenizer with no more tokens than the model
         own = _plans("commonsense/llama2-7b/moc", *case.rows, "--set", "train.packing=true")
         yield Line("the same, none, packed at the data's lengths", 24.0, _gigabytes(own, "none"))
     wide = _plans("commonsense/llama3-8b/moc")
@@ -138,8 +138,8 @@ def planned(case: Case) -> Iterator[Line]:
 
 def _plans(recipe: str, *options: str) -> list[dict[str, Any]]:
     """Plans of one micro-batch size: that of the recipe."""
-    plans: list[dict[str, Any]] = moc("plan", recipe, *options)["plans"]
-    size = plans[0]["per_device_train_batch_size"]
+    plans: list[dict[str, Any]] = moc("plan", recipe, *options).get("plans", [])
+    size = plans[0]["per_device_train_batch_size"] if plans else None
     return [plan for plan in plans if plan["per_device_train_batch_size"] == size]
 
 
