@@ -159,7 +159,8 @@ class WeightedControls:
             return StackedControls(A, B.to(dtype), None)
         B = torch.cat([control.B for control in self.controls], dim=1)
         spread = [weight[:, None].expand(-1, len(control.A)) for control, weight in pairs]
-        return StackedControls(A, B.to(dtype), torch.cat(spread, dim=1))  # weights (V, R)
+        weights = torch.cat(spread, dim=1).to(A.device)  # (V, R)
+        return StackedControls(A, B.to(dtype), weights)
 
 
 def combine(

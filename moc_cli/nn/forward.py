@@ -27,6 +27,17 @@ class RouteStore:
     ballots: dict[int, Ballot] = field(default_factory=dict)
     stacks: dict[int, StackedControls] = field(default_factory=dict)
     waiting: Tensor | None = None
+    _host: dict[int, Route] = field(default_factory=dict, repr=False)
+
+    def on_host(self, index: int) -> Route | None:
+        """A site's route in the memory of the host: those of all sites are read at once."""
+        if self.routes and not self._host:
+            ids = torch.stack([route.ids for route in self.routes.values()]).cpu()
+            weights = torch.stack([route.weights for route in self.routes.values()]).cpu()
+            self._host = {
+                site: Route(ids[number], weights[number]) for number, site in enumerate(self.routes)
+            }
+        return self._host.get(index)
 
     def settle(self) -> None:
         """Called after each forward that fills the cache."""
@@ -35,6 +46,7 @@ class RouteStore:
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows what the cache does to its own: reorder, select or repeat them."""
+        self._host = {}
         self.routes = {site: route.rows(change) for site, route in self.routes.items()}
         self.ballots = {site: ballot.rows(change) for site, ballot in self.ballots.items()}
         self.stacks = {site: stack.rows(change) for site, stack in self.stacks.items()}

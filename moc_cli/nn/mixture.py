@@ -118,7 +118,10 @@ class Mixture(nn.Module):
         place = self.sites[0].place
         if place is not None and place.device == device:
             return
-        members = {name: torch.tensor(pool, device=device) for name, pool in self.pools.items()}
+        members = {
+            name: torch.tensor(pool).to(device, non_blocking=True)
+            for name, pool in self.pools.items()
+        }
         for site in self.sites:
             site.place = torch.full((1, 1), site.index, device=device)
             site.members = members[site.pool]
@@ -223,8 +226,9 @@ class Mixture(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
     def _fill(self, store: RouteStore, site: Site, x: Tensor, dtype: torch.dtype) -> None:
-        """Stack a site's controls; reads the route from the device, once a generation."""
-        route = stored_route(store.routes, site.index, x.shape[0])
+        """Stack a site's controls; the first site reads all routes from the device at once."""
+        stored_route(store.routes, site.index, x.shape[0])
+        route = store.on_host(site.index)
         store.stacks[site.index] = self.combine(site, route).stack(dtype)
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:

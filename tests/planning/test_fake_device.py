@@ -144,3 +144,17 @@ def test_memory_counts_each_storage_once_until_it_is_free() -> None:
         del view
         assert memory.total == 0
     assert memory.peak == 1536
+
+
+def test_a_generation_reads_its_routes_once() -> None:
+    """One wait for the ids and one for the weights of all sites, whatever their number."""
+    waits = []
+    for layers in (2, 4):
+        model = shapes_of(num_hidden_layers=layers).eval()
+        attach(model, MocMethod(rank=4))
+        ids = torch.full((2, 6), 7, device=META)
+        with torch.no_grad(), FakeDevice() as fake:
+            cache = model(ids, use_cache=True).past_key_values
+            model(ids[:, :1], past_key_values=cache)
+        waits.append(sum(n for sync, n in fake.syncs.items() if "nn/forward" in sync.line))
+    assert waits == [2, 2]
