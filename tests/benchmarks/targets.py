@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default=SMALL)
     parser.add_argument("--full", action="store_true", help="the recipe's own shape and batches")
-    parser.add_argument("--only", default=",".join(GROUPS), help="groups, with commas")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU; 1 disturbs ratios least")
     parser.add_argument("--data", help="folder of the commonsense rows")
@@ -202,7 +202,7 @@ def main() -> None:
         changes = (*EIGHT_OF_128, f"launch.num_threads={given.threads}")
         options = ("--layers", "6", *(text for change in changes for text in ("--set", change)))
     case = Case(given.recipe, options, given.turns, given.data, given.tokenizer)
-    for name in given.only.split(","):
+    for name in given.only:
         for line in GROUPS[name](case):
             print(line, flush=True)
 

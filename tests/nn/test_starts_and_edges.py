@@ -80,3 +80,47 @@ def test_rows_without_voters_are_harmless(level):
         grads = [p.grad for p in mixture.parameters() if p.grad is not None]
         assert grads
         assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_under_autocast_routes_are_decided_in_float32(kind):
+    """The products follow autocast; the gate and the vote do not: a vote hangs on small numbers."""
+    mixture = Mixture(3, WIDTH, ("attn", "ffn"), 2, 1.0, Routing(gate=kind, projection_dim=5))
+    for site in mixture.sites:
+        nn.init.normal_(mixture.control(site.index).B)
+    x, seen = torch.randn(4, 5, WIDTH), []
+
+    class Watcher:
+        def decided(self, site, decision):
+            seen.append(decision.probabilities)
+
+    mixture.watchers.append(Watcher())
+    exact = mixture.update(mixture.sites[1], x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update = mixture.update(mixture.sites[1], x)
+    assert update.dtype == torch.bfloat16
+    assert torch.allclose(update.float(), exact, rtol=0.05, atol=0.05)
+    assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("level", ["batch", "sample"])
+def test_nothing_of_the_states_size_is_kept_but_the_states(level):
+    """Above all no copy in float32, and no gathered controls for each site."""
+    mixture = Mixture(8, 64, ("attn", "ffn"), 2, 1.0, Routing(level=level, projection_dim=8))
+    x = torch.randn(4, 32, 64, dtype=torch.bfloat16).requires_grad_()
+    mixture.current = Forward(shape=(4, 32))
+    mixture.prepare()
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mixture.update(mixture.sites[0], x)
+        first = dict(kept)
+        mixture.update(mixture.sites[1], x)
+    assert x.untyped_storage().data_ptr() in first
+    more = sum(size for place, size in kept.items() if place not in first)
+    assert more < x.untyped_storage().nbytes() / 2  # features of 8 numbers, A x of 4, a few more
