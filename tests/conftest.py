@@ -35,8 +35,11 @@ LONGEST = (
     "test_frozen.py",
     "test_real_training.py",
     "test_standalone.py",
+    "test_figures.py",
     "test_export.py",
     "test_harness.py",
+    "test_resume.py",
+    "test_train_command.py",
 )
 
 

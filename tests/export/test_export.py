@@ -216,7 +216,6 @@ def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(
     assert (out / PAYLOAD).exists()
 
 
-@pytest.mark.usefixtures("same_process")
 def score_line(task: dict, reference: str) -> str:
     """The line of a card's table for the accuracy of `task`."""
     score = task["metrics"]["accuracy"]
@@ -226,6 +225,7 @@ def score_line(task: dict, reference: str) -> str:
     return f"| world | accuracy | {before} | {value} ± {error} | {majority} | {score['n']} |\n"
 
 
+@pytest.mark.usefixtures("same_process")
 def test_the_card_says_where_it_comes_from_and_its_example_runs(moc, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
     assert export(capsys, moc, "--to", "controls", "--output-dir", folder)[0] == 0
@@ -334,14 +334,16 @@ def test_a_process_that_fails_is_quoted(tmp_path):
         parity.fresh_logits(tmp_path, "raise ValueError('nothing here')", rows)
 
 
+@pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
-def test_real_weights_go_out_and_come_back(name, real_weights, tmp_path, request):
-    """Fresh controls, moved from zero, on real weights: saved, and loaded by another program."""
+def test_real_weights_go_out_and_come_back(name, real_weights, tmp_path):
+    """Fresh controls, moved from zero, on real weights: saved, and loaded on a new base.
+
+    test_controls_are_read_back_to_the_bit and test_ports.py load them in a fresh process.
+    """
     from moc_cli import attach
 
     causal = name == "smollm2-135m"
-    if causal:  # one of two is read by a fresh process
-        request.getfixturevalue("same_process")
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     classes = {"causal": AutoModelForCausalLM, "not": AutoModelForSequenceClassification}
     home = real_weights(name)
