@@ -84,6 +84,12 @@ def same_process() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`moc inspect-routing` writes its numbers alone; tests/inspection draws the pictures."""
+    monkeypatch.setattr("moc_cli.inspection.results.draw", lambda routing, folder: [])
+
+
+@pytest.fixture
 def choices(tmp_path: Path) -> list[str]:
     """See `choices_run`; all lies below `tmp_path`."""
     return choices_run(tmp_path)

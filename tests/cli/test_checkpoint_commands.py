@@ -10,7 +10,6 @@ from support.tiny_runs import choices_run
 
 from moc_cli.adapter.folder import read_adapter
 from moc_cli.cli import run
-from moc_cli.inspection import results
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,8 @@ def ask(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[dict, str]:
     return json.loads(shown.out), shown.err
 
 
-def test_a_checkpoint_is_exported_scored_and_inspected(trained, tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures("same_process", "no_pictures")
+def test_a_checkpoint_is_exported_scored_and_inspected(trained, tmp_path, capsys):
     first = trained / "checkpoints" / "step-000003"
     to = ["--to", "controls", "--output-dir", tmp_path / "out"]
     _, said = ask(capsys, "export", first, *to)
@@ -45,7 +45,6 @@ def test_a_checkpoint_is_exported_scored_and_inspected(trained, tmp_path, capsys
     scored, _ = ask(capsys, "eval", first, "--limit", 2)
     assert Path(scored["folder"]).parent == trained / "eval"
     assert scored["folder"].endswith("-step-000003")
-    monkeypatch.setattr(results, "draw", lambda routing, folder: [])
     ask(capsys, "inspect-routing", first, "--limit", 2)
     assert (trained / "routing" / "step-000003" / "routing.json").is_file()
 

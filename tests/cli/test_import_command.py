@@ -53,6 +53,7 @@ def test_controls_of_every_surface_become_a_run(surface, base, tmp_path, choices
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+@pytest.mark.usefixtures("same_process", "no_pictures")
 def test_every_command_takes_the_run(base, tmp_path, choices, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("attach", base, tmp_path / "mine")

@@ -74,6 +74,7 @@ def next_commands(arguments, options, folder, capsys):
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
+@pytest.mark.usefixtures("same_process", "no_pictures")
 def test_every_next_command_runs_as_it_is_printed(tmp_path, choices, capsys):
     """With options of the method set, in a folder with a space."""
     keys = ["rank=2", "alpha=0.8", "top_k=2", "gate.projection_dim=4", "sites=ffn"]

@@ -28,7 +28,7 @@ def arguments(kind: str, line: str) -> list[str]:
     return shlex.split(line)[1:]
 
 
-@pytest.mark.usefixtures("same_process")
+@pytest.mark.usefixtures("same_process", "no_pictures")
 def test_every_command_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,8 +38,6 @@ def test_every_command_of_the_readme_runs(
         absent("no weights: make weights")
     (tmp_path / ".weights").symlink_to(weights)
     monkeypatch.chdir(tmp_path)
-    # Pictures take seconds; tests/inspection draws them.
-    monkeypatch.setattr("moc_cli.inspection.results.draw", lambda routing, folder: [])
     assert {kind for kind, _ in BLOCKS} == {"", "hub", "weights"}
     for kind, text in BLOCKS:
         files = "".join(re.findall(r"^cat > .*?^END$\n", text, flags=re.M | re.S))
