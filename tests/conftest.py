@@ -32,14 +32,19 @@ LONGEST = (
     "test_quickstart.py",
     "test_contract.py",
     "test_generation.py",
-    "test_frozen.py",
-    "test_real_training.py",
-    "test_standalone.py",
     "test_figures.py",
+    "test_standalone.py",
+    "test_real_training.py",
+    "test_plans.py",
     "test_export.py",
     "test_harness.py",
     "test_resume.py",
+    "test_quantized_runs.py",
+    "test_frozen.py",
     "test_train_command.py",
+    "test_compiled.py",
+    "test_low_rank.py",
+    "test_page.py",
 )
 
 

@@ -186,7 +186,6 @@ def test_a_mutated_recipe_gives_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("same_process")
-@pytest.mark.usefixtures("same_process")  # also the export's own program is refused the network
 def test_no_command_calls_the_network_with_local_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,7 +169,7 @@ def test_the_page_is_readable_in_the_dark(full) -> None:
 
 
 def test_names_cannot_leave_their_place_in_the_page(full) -> None:
-    routing = named(full_routing(12), NASTY + "$style <!-- ]]>")
+    routing = named(full_routing(4), NASTY + "$style <!-- ]]>")
     routing["warnings"] = [{"name": "one_token", "message": NASTY, "key": "</code>"}]
     page, plain = Page(page_of(routing)[1]), Page(full[2])
     assert {tag for tag, _, _ in page.elements} == {tag for tag, _, _ in plain.elements}
