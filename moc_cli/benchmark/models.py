@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import in_a_layer
 from moc_cli.models.load import Loaded
 from moc_cli.models.quantization import (
@@ -24,11 +25,17 @@ from moc_cli.training import build
 def random_base(recipe: Recipe, device: torch.device, layers: int | None = None) -> Loaded:
     """Return the recipe's base model with random weights; `layers`: only so many of its layers.
 
-    No weights are read, and shapes that come with the program need no network.
+    No weights are read, and shapes that come with the program need no network. Raises MocError for
+    more layers than the model has.
     """
     shape = build.base_shape(recipe)
     config = copy.deepcopy(shape.config)
     if layers is not None:
+        if layers > config.num_hidden_layers:
+            raise MocError(
+                f"--layers {layers}: {recipe.model.model_name_or_path} has"
+                f" {config.num_hidden_layers} layers; allowed: 1 to {config.num_hidden_layers}"
+            )
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]

@@ -28,12 +28,14 @@ class Variant:
     """A recipe with one method and one set of tried values.
 
     `changes` are texts such as `method.top_k=3`; those outside of `method` are `shared` with the
-    variants that it is compared with. `bare`: the base model without the method.
+    variants that it is compared with. `bare`: the base model without the method. `all_changes` are
+    those that make this recipe of the named one, as `--set` takes them.
     """
 
     recipe: Recipe
     changes: tuple[str, ...] = ()
     bare: bool = False
+    all_changes: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -77,9 +79,8 @@ def make_variants(
     for name in dict.fromkeys(methods):
         fitting = [texts for key, texts in tried if _has(name, key)]
         for combination in product(*fitting):
-            variant = Variant(
-                load_recipe(recipe, [*_of_method(own, name, changes), *combination]), combination
-            )
+            written = (*_of_method(own, name, changes), *combination)
+            variant = Variant(load_recipe(recipe, written), combination, all_changes=written)
             variants[variant.name] = variant
     return list(variants.values())
 
@@ -105,7 +106,7 @@ def _of_method(own: Recipe, name: str, changes: Sequence[str]) -> list[str]:
         fields = METHODS[name].model_fields
         section = {key: value for key, value in written.items() if key in fields} | section
     others = [change for change in changes if not _is_of_method(change)]
-    return [*others, f"method={json.dumps(section)}"]
+    return [*others, f"method={name if len(section) == 1 else json.dumps(section)}"]
 
 
 def _is_of_method(change: str) -> bool:

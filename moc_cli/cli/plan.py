@@ -77,6 +77,6 @@ def plan(
     elif results["choice"] is None:
         say("None of these settings fits the card.")
     else:
-        changes = [*(set_ or []), *results["choice"]]
+        changes = [*variants[0].all_changes, *results["choice"]]
         words = [word for change in changes for word in ("--set", change)]
         say(f"Fits: {shlex.join([program(), 'train', recipe, *words])}")

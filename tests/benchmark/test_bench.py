@@ -113,6 +113,11 @@ def test_a_classifier_is_measured_too(capsys: pytest.CaptureFixture[str]) -> Non
     assert "writes no text" in capsys.readouterr().err
 
 
+def test_more_layers_than_the_model_has_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "quickstart", *SHORT, "--layers", "5"]) == 2
+    assert "builtin:world-llama has 4 layers; allowed: 1 to 4" in capsys.readouterr().err
+
+
 def test_methods_share_one_base_and_train_apart() -> None:
     recipe = load_recipe("glue/roberta-base/moc")
     base = random_base(recipe, CPU, layers=1)

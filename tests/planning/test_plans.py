@@ -1,6 +1,7 @@
 """Plans of recipes: what they add up to, what they follow from, and that they are true."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,16 @@ def test_the_command_prints_what_fits(
     assert all(plan["seconds"] > 0 and plan["fits"] for plan in printed["plans"])
     assert run(["plan", str(folder / "r.yaml"), "--gpu", "T5"]) == 2
     assert "'T5' is no size such as 24GB and no known card; allowed: T4" in capsys.readouterr().err
+
+
+def test_the_line_to_paste_trains_what_was_planned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "settings_of", lambda recipe: [])
+    command = ["plan", "quickstart", "--gpu", "T4", "--methods", "lora", "--vary", "method.rank=4"]
+    assert run([*command, "--set", "train.max_steps=9"]) == 0
+    line = shlex.split(capsys.readouterr().err.partition("Fits: moc train quickstart ")[2])
+    assert line[1::2] == ["train.max_steps=9", "method=lora", "method.rank=4"]
 
 
 def test_plans_are_shown_as_tables() -> None:
