@@ -334,16 +334,14 @@ def test_a_process_that_fails_is_quoted(tmp_path):
         parity.fresh_logits(tmp_path, "raise ValueError('nothing here')", rows)
 
 
-@pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
-def test_real_weights_go_out_and_come_back(name, real_weights, tmp_path):
-    """Fresh controls, moved from zero, on real weights: saved, and loaded on a new base.
-
-    test_controls_are_read_back_to_the_bit and test_ports.py load them in a fresh process.
-    """
+def test_real_weights_go_out_and_come_back(name, real_weights, tmp_path, request):
+    """Fresh controls, moved from zero, on real weights: saved, and loaded by another program."""
     from moc_cli import attach
 
     causal = name == "smollm2-135m"
+    if causal:  # one of two is read by a fresh process
+        request.getfixturevalue("same_process")
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     classes = {"causal": AutoModelForCausalLM, "not": AutoModelForSequenceClassification}
     home = real_weights(name)
