@@ -6,9 +6,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moc_cli.errors import MocError
 from moc_cli.recipe.schema import Recipe
 
 # Graphs of one layer's code, at most: the first layer's input needs no gradient, lengths become
@@ -34,7 +36,8 @@ def compile_problems(recipe: Recipe, device: torch.device) -> list[str]:
 def compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Within it each layer of a transformers model runs as one compiled graph, where `wanted`.
 
-    Layers of the same kind share their graphs.
+    Layers of the same kind share their graphs. Raises MocError where a layer cannot be compiled, as
+    when Ctrl-C ends the compiler.
     """
     if not wanted:
         yield
@@ -45,6 +48,12 @@ def compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
     try:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS):
             yield
+    except TorchDynamoException as error:
+        reason = next(line for line in [*str(error).splitlines(), "no reason given"] if line)
+        raise MocError(
+            f"train.torch_compile: a layer could not be compiled: {reason}",
+            "leave it out: --set train.torch_compile=false",
+        ) from error
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

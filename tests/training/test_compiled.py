@@ -8,8 +8,10 @@ import pytest
 import torch
 from support.models import make_tiny_model
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
+from moc_cli.errors import MocError
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.training import compiled
@@ -82,3 +84,11 @@ def test_what_is_needed_is_said_before_weights_load(monkeypatch: pytest.MonkeyPa
     for device, missing in (("cpu", "a C++ compiler"), ("cuda", "the package triton")):
         (problem,) = compiled.compile_problems(Wanted, torch.device(device))  # type: ignore[arg-type]
         assert missing in problem
+
+
+def test_a_layer_that_cannot_be_compiled_is_one_sentence() -> None:
+    with (
+        pytest.raises(MocError, match="a layer could not be compiled: the compiler was stopped"),
+        compiled_layers(torch.nn.Identity(), True),
+    ):
+        raise TorchDynamoException("\nthe compiler was stopped\nmore")
