@@ -4,6 +4,7 @@ No torch here: a mistake is reported before it is imported.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -60,7 +61,8 @@ def make_variants(
 
     `changes` are those of `--set`. A method's keys are tried with the methods that have them. A
     method beside the recipe's own has its own defaults; keys that it shares with a kin (`control`
-    with `moc`) have the recipe's values. Raises MocError for an unknown method or a wrong key.
+    with `moc`) have the recipe's values. Raises MocError for an unknown method, a wrong key,
+    and what is given twice.
     """
     for name in methods:
         if name not in METHODS:
@@ -69,20 +71,30 @@ def make_variants(
         raise MocError("--methods names no method", f"known: {', '.join(METHODS)}")
     own = load_recipe(recipe, changes)
     tried = [_values(text) for text in vary]
+    _refuse_repeated("--methods", methods)
+    _refuse_repeated("--vary", [key for key, _ in tried])
+    for _, texts in tried:
+        _refuse_repeated("--vary", texts)
     unused = [key for key, _ in tried if not any(_has(name, key) for name in methods)]
     if unused:
         raise MocError(
             f"--vary: none of the methods {', '.join(methods)} has the key {unused[0]}",
             "moc recipes schema lists the keys of each method",
         )
-    variants = {}
-    for name in dict.fromkeys(methods):
+    variants = []
+    for name in methods:
         fitting = [texts for key, texts in tried if _has(name, key)]
         for combination in product(*fitting):
-            written = (*_of_method(own, name, changes), *combination)
-            variant = Variant(load_recipe(recipe, written), combination, all_changes=written)
-            variants[variant.name] = variant
-    return list(variants.values())
+            chosen = _of_method(own, name, changes)
+            changed = load_recipe(recipe, chosen, combination)
+            variants.append(Variant(changed, combination, all_changes=(*chosen, *combination)))
+    return variants
+
+
+def _refuse_repeated(option: str, names: Sequence[str]) -> None:
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise MocError(f"{option}: {', '.join(repeated)} is given more than once")
 
 
 def with_bases(variants: Sequence[Variant]) -> list[Variant]:

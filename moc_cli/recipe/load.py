@@ -72,13 +72,17 @@ class Draft:
         return RecipeError("\n".join(map(str, problems)), hint, problems)
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | Path, overrides: Sequence[str] = (), varied: Sequence[str] = ()
+) -> Recipe:
     """Return the recipe at a path or of a shipped name, with `key=value` overrides applied.
+
+    Mistakes name the option that gave an override: --set, or --vary for those of `varied`.
 
     Raises RecipeError with one line per mistake, in the order of the file, then of the overrides.
     """
     draft = _read(find_recipe(name))
-    _apply(draft, overrides)
+    _apply(draft, [*(("--set", o) for o in overrides), *(("--vary", v) for v in varied)])
     recipe, wrong = _validate(draft)
     if recipe is not None:
         recipe = _check_rules(draft, recipe, wrong)
@@ -135,11 +139,11 @@ def _read(path: Path) -> Draft:
     raise draft.error()
 
 
-def _apply(draft: Draft, overrides: Sequence[str]) -> None:
-    """Apply `key=value` texts: sections before their keys, otherwise in the order given."""
+def _apply(draft: Draft, overrides: Sequence[tuple[str, str]]) -> None:
+    """Apply `key=value` texts, each with its option: sections first, otherwise in their order."""
     changes = []
-    for index, text in enumerate(overrides):
-        place = Place((1, index), f"--set {text if len(text) <= 80 else f'{text[:77]}...'}")
+    for index, (option, text) in enumerate(overrides):
+        place = Place((1, index), f"{option} {text if len(text) <= 80 else f'{text[:77]}...'}")
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):

@@ -185,8 +185,12 @@ def test_kin_share_their_keys_and_others_have_their_defaults() -> None:
     [
         (["--methods", "moc,lorra"], "'lorra' is no method; did you mean 'lora'?"),
         (["--methods", ","], "--methods names no method"),
+        (["--methods", "moc,lora,moc"], "--methods: moc is given more than once"),
+        (["--vary", "method.top_k=1,1"], "--vary: method.top_k=1 is given more than once"),
+        (["--vary", "seed=1", "--vary", "seed=2"], "--vary: seed is given more than once"),
         (["--vary", "method.top_k"], "expected KEY=VALUE,VALUE"),
         (["--vary", "method.topk=1,3"], "has the key method.topk"),
+        (["--vary", "train.bf=true"], "--vary train.bf=true: train.bf: unknown key"),
         (["--vary", "train.bf=true"], "did you mean 'bf16'?"),
         (["--vary", "launch.device=cpu,cuda"], "the same for everything"),
         (["--vary", "model.trust_remote_code=false,true"], "the same for everything"),
