@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
@@ -61,6 +62,9 @@ def find_card(text: str) -> Card:
     names = {_plain(name): card for name, card in CARDS.items()}
     if _plain(text) in names:
         return names[_plain(text)]
+    longer = [name for name in CARDS if _plain(text) and _plain(name).startswith(_plain(text))]
+    if longer:
+        raise MocError(f"--gpu: '{text}' is not a whole name; it begins {', '.join(longer)}")
     raise MocError(
         f"--gpu: '{text}' is no size such as 24GB and no known card{choices(text, CARDS)}"
     )
@@ -68,8 +72,9 @@ def find_card(text: str) -> Card:
 
 def card_of(name: str, memory: int) -> Card:
     """Return the card with a driver's name, such as NVIDIA H100 80GB HBM3, and its own memory."""
-    plain = _plain(name)
-    known = [card for key, card in CARDS.items() if _plain(key.partition("-")[0]) in plain]
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    words += ["".join(pair) for pair in pairwise(words)]  # RTX 4090 is RTX4090 here
+    known = [card for key, card in CARDS.items() if key.partition("-")[0].lower() in words]
     nearest = min(known, key=lambda card: abs(card.memory - memory), default=Card(name, memory))
     return Card(name, memory, nearest.half, nearest.single, nearest.bandwidth)
 
