@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.errors import MocError
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card, card_of
-from moc_cli.planning.plans import CONTEXT, MODES, Planner, changes_to, cheapest, settings_of
+from moc_cli.planning.plans import CONTEXT, MODES, Planner, changes_to, cheapest, settings_beside
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.lines import labelled
 from moc_cli.report.numbers import byte_size
@@ -76,12 +76,12 @@ class Forecast:
             raise MocError(
                 f"the training needs {byte_size(plan.peak_bytes - CONTEXT)} on the GPU, of which "
                 f"{byte_size(free)} are free",
-                self._way_out(recipe, planner),
+                self._way_out(recipe, chosen, planner),
             )
         return chosen, plan.step_bytes
 
-    def _way_out(self, recipe: Recipe, planner: Planner) -> str:
-        best = cheapest([planner.plan(setting) for setting in settings_of(recipe)])
+    def _way_out(self, recipe: Recipe, chosen: Recipe, planner: Planner) -> str:
+        best = cheapest([planner.plan(setting) for setting in settings_beside(chosen)])
         anyway = "--force trains all the same"
         if best is None:
             return f"take a shorter data.max_length or a smaller model; {anyway}"

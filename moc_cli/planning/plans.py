@@ -11,6 +11,7 @@ from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.footprint import Footprint, footprint, quantized, unquantized
 from moc_cli.recipe.quantization import Quantization, asked_for
+from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.scoring.batch_size import RowCost, row_bytes
 from moc_cli.training import build
@@ -144,18 +145,22 @@ def _evaluation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
     return row * (1 if rows == "auto" else rows)
 
 
-def settings_of(recipe: Recipe) -> list[Recipe]:
-    """Return settings of a recipe to choose from: each way to compute layers anew, micro-batches
-    of the recipe's size and of a quarter of it (else of 1 row), and the base in 4 bits too.
+def settings_beside(own: Recipe) -> list[Recipe]:
+    """Return settings to choose from instead of a recipe's own, of those that recipes allow: each
+    way to compute layers anew, micro-batches of the recipe's size and of a quarter of it (else of 1
+    row), and the base in 4 bits too.
 
-    The rows a step stay as many. The recipe's own is among them unless it is `auto`.
+    The rows a step stay as many.
     """
-    settings = []
-    for four_bits in dict.fromkeys((recipe.model.load_in_4bit, True)):
-        for rows in _sizes(recipe.train.per_device_train_batch_size):
-            for mode in MODES:
-                settings.append(_changed(recipe, mode, rows, four_bits))
-    return settings
+    train, four_bits = own.train, own.model.load_in_4bit
+    same = _changed(own, recompute_mode(own), train.per_device_train_batch_size, four_bits)
+    settings = [
+        _changed(own, mode, rows, bits)
+        for bits in dict.fromkeys((four_bits, True))
+        for rows in _sizes(train.per_device_train_batch_size)
+        for mode in MODES
+    ]
+    return [s for s in settings if s != same and not any(broken_rules(s))]
 
 
 def _sizes(rows: int) -> list[int]:
@@ -171,7 +176,7 @@ def _changed(recipe: Recipe, mode: str, rows: int, four_bits: bool) -> Recipe:
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulated,
     }
-    model = {"load_in_4bit": four_bits and not recipe.model.load_in_8bit}
+    model = {"load_in_4bit": four_bits}
     return recipe.model_copy(
         update={
             "train": before.model_copy(update=train),
@@ -187,6 +192,10 @@ def changes_to(plan: Plan, recipe: Recipe) -> list[str]:
         "train.activation_checkpointing": (
             train.activation_checkpointing,
             plan.activation_checkpointing,
+        ),
+        "train.gradient_checkpointing": (
+            train.gradient_checkpointing,
+            train.gradient_checkpointing and plan.activation_checkpointing == "full",
         ),
         "train.per_device_train_batch_size": (
             train.per_device_train_batch_size,
@@ -206,6 +215,6 @@ def changes_to(plan: Plan, recipe: Recipe) -> list[str]:
 
 
 def cheapest(plans: Sequence[Plan]) -> Plan | None:
-    """Return the fastest plan that fits; without times the first, as `settings_of` orders them."""
+    """Return the fastest plan that fits; without times the first of them."""
     fitting = [plan for plan in plans if plan.fits]
     return min(fitting, key=lambda plan: plan.step_seconds or 0.0, default=None)

@@ -7,7 +7,7 @@ from typing import Any
 from moc_cli.planning.batches import read_rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.fit import fitting_mode
-from moc_cli.planning.plans import Plan, Planner, changes_to, cheapest, settings_of
+from moc_cli.planning.plans import Plan, Planner, changes_to, cheapest, settings_beside
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 
@@ -32,40 +32,19 @@ def run(
         first, _ = variants[0]
     rows, unread = read_rows(first, build.base_shape(first))
     planner = Planner(card, rows)
-    total = sum(len(settings_of(recipe)) + 1 for recipe, _ in variants)
-    own: list[Plan] = []
+    chosen = [fitting_mode(recipe, planner) for recipe, _ in variants]
+    beside = [settings_beside(own) for own in chosen]
+    total = len(chosen) + sum(map(len, beside))
     plans: list[Plan] = []
-    for recipe, changes in variants:
-        chosen = fitting_mode(recipe, planner)
-        own.append(planner.plan(chosen, changes, whole=True))
-        plans.append(own[-1])
-        observe(len(plans), total)
-        for setting in settings_of(recipe):
-            plan = planner.plan(setting, changes)
-            plans.append(plan)
+    for own, others, (_, changes) in zip(chosen, beside, variants, strict=True):
+        for setting in (own, *others):
+            plans.append(planner.plan(setting, changes, whole=setting is own))
             observe(len(plans), total)
-    best = own[0] if own[0].fits else cheapest(plans[1 : len(settings_of(first)) + 1])
+    best = plans[0] if plans[0].fits else cheapest(plans[1 : len(beside[0]) + 1])
     return {
-        "plans": [plan.to_json() for plan in _once(plans)],
+        "plans": [plan.to_json() for plan in plans],
         "recipe": name,
         "device": None if card is None else asdict(card),
         "choice": None if best is None else changes_to(best, first),
         "unread": unread,
     }
-
-
-def _once(plans: Sequence[Plan]) -> list[Plan]:
-    """Return the plans, each setting once: the recipe's own is replayed whole, and comes first."""
-    known: dict[tuple[Any, ...], Plan] = {}
-    for plan in plans:
-        known.setdefault(
-            (
-                plan.method,
-                *plan.changes,
-                plan.activation_checkpointing,
-                plan.per_device_train_batch_size,
-                plan.load_in_4bit,
-            ),
-            plan,
-        )
-    return list(known.values())

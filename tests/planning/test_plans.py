@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from moc_cli.planning.cards import CARDS, Card, card_of, find_card
 from moc_cli.planning.fake_device import Work
 from moc_cli.planning.fit import fitting_mode
 from moc_cli.planning.footprint import footprint
-from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_of
+from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_beside
 from moc_cli.planning.time import seconds_of
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.plan_table import PARTS, parts_table, plans_table
 from moc_cli.training import build
+from moc_cli.training.recompute import recompute_mode
 
 LAYERS = 12
 MakeRecipe = Callable[..., Recipe]
@@ -98,7 +100,7 @@ def test_packed_rows_are_planned(recipe: MakeRecipe, planner: Planner) -> None:
 
 def test_a_plan_adds_up_and_other_settings_take_less(recipe: MakeRecipe, planner: Planner) -> None:
     own, planner.card = recipe(), find_card("24GB")
-    settings = settings_of(own)
+    settings = [own, *settings_beside(own)]
     assert len(settings) == 4 * 2 * 2
     plans = [planner.plan(setting) for setting in (*settings[:5], settings[8])]
     for plan in plans:
@@ -120,9 +122,10 @@ def test_a_plan_adds_up_and_other_settings_take_less(recipe: MakeRecipe, planner
 
 def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planner) -> None:
     own = recipe()
-    _, selective, full, _ = (planner.plan(setting) for setting in settings_of(own)[:4])
+    modes = [own, *settings_beside(own)[:3]]
+    _, selective, full, _ = (planner.plan(setting) for setting in modes)
     planner.card = Card("small", (selective.peak_bytes + full.peak_bytes) // 2)
-    best = cheapest([planner.plan(setting) for setting in settings_of(own)[:4]])
+    best = cheapest([planner.plan(setting) for setting in modes])
     assert best is not None
     changes = changes_to(best, own)
     assert changes == ["train.activation_checkpointing=full"]
@@ -131,6 +134,35 @@ def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planne
     assert auto.train.activation_checkpointing == "full"
     planner.card = Card("none", 1)
     assert cheapest([planner.plan(own)]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        ("train.gradient_checkpointing=true", 16),
+        ("train.torch_compile=true", 4),
+        ("model.load_in_8bit=true", 8),
+        ("model={model_name_or_path: DEEP, load_in_4bit: true, bnb_4bit_quant_type: fp4}", 8),
+    ],
+)
+def test_settings_beside_the_own_can_be_typed(
+    change: str, number: int, folder: Path, recipe: MakeRecipe
+) -> None:
+    given = change.replace("DEEP", str(folder / "deep"))
+    own = recipe(given)
+    beside = settings_beside(own)
+    assert len(beside) == number - 1
+    for setting in (own, *beside):
+        train = setting.train
+        plan: Any = SimpleNamespace(
+            activation_checkpointing=train.activation_checkpointing,
+            per_device_train_batch_size=train.per_device_train_batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            load_in_4bit=setting.model.load_in_4bit,
+        )
+        typed = recipe(given, *changes_to(plan, own))
+        assert recompute_mode(typed) == recompute_mode(setting)
+        assert typed.model == setting.model
 
 
 def test_classifiers_are_planned_by_their_published_shapes() -> None:
@@ -173,8 +205,13 @@ def test_cards_are_named_or_sized() -> None:
     here = card_of("NVIDIA A100-SXM4-40GB", 42_300_000_000)
     assert (here.memory, here.bandwidth) == (42_300_000_000, CARDS["A100-40GB"].bandwidth)
     assert card_of("Unheard 9000", 5).half is None
+    names = {"NVIDIA L40": None, "NVIDIA GeForce RTX 4090": "RTX4090", "Tesla T4": "T4"}
+    for name, same in names.items():
+        assert card_of(name, 5).half == (CARDS[same].half if same else None)
+    with pytest.raises(MocError, match="it begins A100-40GB, A100-80GB$"):
+        find_card("A100")
     with pytest.raises(MocError, match="did you mean 'A100-80GB'"):
-        find_card("A100-80G")
+        find_card("A100-80C")
     with pytest.raises(MocError, match="no memory"):
         find_card("0GB")
 
@@ -190,7 +227,7 @@ def test_time_is_that_of_operations_or_of_bytes() -> None:
 def test_the_command_prints_what_fits(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "settings_of", lambda recipe: settings_of(recipe)[:1])
+    monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
     command = ["plan", str(folder / "r.yaml"), "--gpu", "T4", "--set", "data.max_length=400"]
     assert run([*command, "--vary", "method.rank=4,6", "--json"]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -208,7 +245,7 @@ def test_the_command_prints_what_fits(
 def test_the_line_to_paste_trains_what_was_planned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "settings_of", lambda recipe: [])
+    monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
     command = ["plan", "quickstart", "--gpu", "T4", "--methods", "lora", "--vary", "method.rank=4"]
     assert run([*command, "--set", "train.max_steps=9"]) == 0
     line = shlex.split(capsys.readouterr().err.partition("Fits: moc train quickstart ")[2])
