@@ -79,7 +79,8 @@ def _key(
         type(tokenizer).__name__,
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
-        tokenizer.eos_token_id,
+        tokenizer.special_tokens_map,  # templates write them
+        tokenizer.model_input_names,
         sorted(arguments.items()),
     ]
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

@@ -4,10 +4,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import make_byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moc_cli.cli import run
@@ -81,6 +83,38 @@ def test_whatever_decides_the_tokens_names_another_file(
     assert len(list(folder.iterdir())) == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template", "{{ bos_token }}{{ messages[0]['content'] }}"),
+        ("bos_token", "</s>"),
+        ("eos_token", "<s>"),
+        ("model_input_names", ["input_ids", "token_type_ids", "attention_mask"]),
+    ],
+)
+def test_what_is_beside_the_tokenizers_file_names_another_file(
+    name: str, value: Any, folder: Path
+) -> None:
+    tokenizer = make_byte_tokenizer()
+    encode(SHORT, tokenizer)
+    setattr(tokenizer, name, value)
+    assert encode(SHORT, tokenizer)[1] == "made"
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers"])
+def test_other_versions_name_another_file(
+    package: str,
+    folder: Path,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode(SHORT, byte_tokenizer)
+    monkeypatch.setattr(
+        row_cache, "version", lambda name: "0" if name == package else version(name)
+    )
+    assert encode(SHORT, byte_tokenizer)[1] == "made"
+
+
 def test_a_damaged_file_is_written_anew(
     folder: Path, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -130,9 +164,15 @@ def test_a_training_takes_kept_rows_and_says_so(
     folder: Path, choices: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes = []
-    for _ in range(2):
-        assert run([*choices, "--dry-run", "--json"]) == 0
+    for change in (
+        (),
+        (),
+        ("--set", "data.max_length=500"),
+        ("--set", "data.train_on_inputs=false"),
+    ):
+        assert run([*choices, "--dry-run", "--json", *change]) == 0
         plan = json.loads(capsys.readouterr().out)
         notes.append(next(note for note in plan["notes"] if str(folder) in note))
     assert "are kept in" in notes[0]
     assert "tokenised before" in notes[1]
+    assert all("are kept in" in note for note in notes[2:])  # other keys, other rows
