@@ -15,7 +15,7 @@ from moc_cli.report.output import say
 
 RANKS = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 PREFIX = "ACCELERATE_"
-# What would change a training, and the values of it that change nothing.
+# What would change a training.
 CHANGING = (
     "CPU_AFFINITY",
     "DYNAMO_BACKEND",
@@ -28,7 +28,9 @@ CHANGING = (
     "USE_MEGATRON_LM",
     "USE_PARALLELISM_CONFIG",
 )
-HARMLESS = ("", "no", "false", "0", "1")
+# Values that change nothing: switches that are off, and one micro-batch a step.
+OFF = ("", "no", "false", "0")
+ONE_BATCH = ("GRADIENT_ACCUMULATION_STEPS", "1")
 
 
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
@@ -63,9 +65,11 @@ def _without_launcher() -> Iterator[None]:
     """Within it accelerate finds no variable that would change what the recipe says."""
     names = [n for n in os.environ if n.startswith(PREFIX) or n in (*RANKS, *WORLD_SIZES)]
     hidden = {name: os.environ.pop(name) for name in names}
-    changing = {f"{PREFIX}{name}" for name in CHANGING} & hidden.keys()
-    if ignored := sorted(n for n in changing if hidden[n].lower() not in HARMLESS):
-        say(f"not used, as the recipe alone says how to train: {', '.join(ignored)}")
+    given = {name: hidden[f"{PREFIX}{name}"] for name in CHANGING if f"{PREFIX}{name}" in hidden}
+    ignored = [pair for pair in given.items() if pair[1].lower() not in OFF and pair != ONE_BATCH]
+    if ignored:
+        variables = ", ".join(f"{PREFIX}{name}" for name, _ in ignored)
+        say(f"not used, as the recipe alone says how to train: {variables}")
     try:
         yield
     finally:

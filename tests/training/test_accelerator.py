@@ -25,6 +25,7 @@ def new_state() -> None:
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
         ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_CPU", "1"),
         ("ACCELERATE_TORCH_DEVICE", "meta"),
         ("LOCAL_RANK", "1"),
     ],
@@ -51,6 +52,7 @@ def test_what_accelerate_launch_always_sets_is_not_told(
 ) -> None:
     for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_CPU"):
         monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     make_accelerator(LaunchSection(device="cpu"), (), tmp_path)
     assert capsys.readouterr().err == ""
 
