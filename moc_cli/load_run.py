@@ -38,7 +38,7 @@ from moc_cli.report.output import say
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
 from moc_cli.training.accelerator import make_accelerator
-from moc_cli.training.device_checks import check_device_keys
+from moc_cli.training.device_checks import check_device_keys, find_device
 
 TRAINABLES = "trainables.safetensors"
 DEVICES = ("auto", "cpu", "cuda")
@@ -145,7 +145,7 @@ def open_model(
 ) -> LoadedModel:
     """Load a bare language model: a hub id, a folder, or `builtin:<name>`."""
     check_device(device)
-    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    chosen = find_device(device)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_model(
         name,

@@ -9,7 +9,6 @@ from moc_cli.errors import MocError
 from moc_cli.models.quantization import has_bitsandbytes
 from moc_cli.recipe.quantization import asked_for
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.sections import LaunchSection
 from moc_cli.training.compiled import compile_problems
 
 ON_GPU = {
@@ -19,9 +18,9 @@ ON_GPU = {
 _INSTALL = "is not installed (pip install bitsandbytes)"
 
 
-def find_device(launch: LaunchSection) -> torch.device:
-    """Return where the section runs: on the GPU, unless there is none or it asks for the CPU."""
-    here = launch.device != "cpu" and torch.cuda.is_available()
+def find_device(wanted: str) -> torch.device:
+    """Return the device for auto, cpu or cuda: the GPU, unless there is none or cpu is wanted."""
+    here = wanted != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if here else "cpu")
 
 

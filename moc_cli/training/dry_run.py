@@ -92,7 +92,7 @@ def preview(recipe: Recipe) -> Preview:
     Raises MocError for all that would stop the run before its weights are read, but for rows or a
     tokenizer of the hub that cannot be had at present: those are only reported.
     """
-    check_device_keys(recipe, find_device(recipe.launch), training=True)
+    check_device_keys(recipe, find_device(recipe.launch.device), training=True)
     rows = None
     if recipe.data.suite == "custom":  # its rows say what the model has to be
         recipe, rows = build.read_rows(recipe)
