@@ -146,6 +146,12 @@ def test_positions_alone_tell_packed_rows_too() -> None:
         torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+def test_no_row_teaches_the_first_token_of_the_next() -> None:
+    batch = pack([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}])
+    assert batch["labels"].tolist() == [[IGNORED, 6, IGNORED]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0]]
+
+
 def test_rows_are_split_and_joined() -> None:
     x = torch.randn(1, sum(LENGTHS), 3)
     bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)])
