@@ -21,7 +21,7 @@ from moc_cli.planning.batches import Rows, full_batch, read_rows
 from moc_cli.planning.cards import CARDS, Card, card_of, find_card
 from moc_cli.planning.fake_device import Work
 from moc_cli.planning.fit import fitting_mode
-from moc_cli.planning.footprint import footprint
+from moc_cli.planning.footprint import Footprint, footprint
 from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_beside
 from moc_cli.planning.time import seconds_of
 from moc_cli.recipe.load import load_recipe
@@ -195,7 +195,15 @@ def test_moments_in_8_bits_are_planned(recipe: MakeRecipe, planner: Planner) -> 
         planner.plan(recipe(f"train.optim={kind}", wide)).parts["optimizer"]
         for kind in ("adamw", "adamw_8bit")
     ]
+    assert taken[0] > 0
     assert taken[1] == pytest.approx((2 + 8 / 256) / 8 * taken[0], rel=0.1)
+
+
+@pytest.mark.parametrize("highest", ["forward", "loss", "backward", "optimizer"])
+def test_a_step_peaks_in_any_of_its_phases(highest: str) -> None:
+    phases = dict.fromkeys(("forward", "loss", "backward", "optimizer"), {"weights": 1})
+    taken = Footprint(phases | {highest: {"weights": 2}, "resume": {"weights": 9}}, None)
+    assert taken.parts == {"weights": 2}
 
 
 def test_cards_are_named_or_sized() -> None:
