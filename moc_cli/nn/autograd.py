@@ -1,10 +1,11 @@
-"""Functions with a backward pass of their own: loss injection, recomputation."""
+"""Functions with a backward pass of their own, where autograd would keep or copy too much."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Coefficient = Callable[[], float | Tensor]
@@ -50,19 +51,19 @@ class _Recompute(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        reached = [n for n in range(ctx.first) if grads[n] is not None]
+        if not reached:
+            return (None,) * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad[2:]
         inputs = [
             saved.detach().requires_grad_(need)
             for saved, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         with torch.enable_grad():
-            outputs = ctx.function(*inputs)[: ctx.first]
-        pairs = zip(outputs, grads[: ctx.first], strict=True)
-        reached = [(value, grad) for value, grad in pairs if grad is not None]
-        if not reached:
-            return (None,) * len(ctx.needs_input_grad)
-        values, received = zip(*reached, strict=True)
+            outputs = ctx.function(*inputs)
+        values, received = [outputs[n] for n in reached], [grads[n] for n in reached]
         wanted = [value for value in inputs if value.requires_grad]
         results = iter(torch.autograd.grad(values, wanted, received, allow_unused=True))
         return None, None, *(next(results) if need else None for need in needed)
@@ -72,7 +73,7 @@ def recompute(function: Function, first: int, *inputs: Tensor) -> tuple[Tensor, 
     """`function(*inputs)`; the backward pass runs it again instead of keeping what is inside.
 
     Only the `first` outputs get a gradient, and only from them the inputs do. The function must
-    read no other tensor that wants one.
+    read no other tensor that wants one. Second derivatives raise RuntimeError.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
@@ -120,6 +121,7 @@ class _Stack(torch.autograd.Function):
         return rows, _empty_sums(stacked)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: None, sums: Tensor | None) -> tuple[Tensor | None, ...]:
         if sums is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -141,6 +143,7 @@ class _LowRank(torch.autograd.Function):
         return torch.bmm(_weigh(hidden, weights), B), _empty_sums(sums)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, sums: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -182,7 +185,8 @@ def low_rank(
     """Σ_c w_vc · B_c A_c x_v for x (V, S, d) in the type of `rows`, and the next running sums.
 
     `index` (V, C) names the pairs among `rows` (2, N, r, d), `weights` (V, C) weigh them; None: 1.
-    Nothing is read from the device. Kept for the backward pass: x, and A x.
+    Nothing is read from the device. Kept for the backward pass: x, and A x. Second derivatives
+    raise RuntimeError.
     """
     result: tuple[Tensor, Tensor] = _LowRank.apply(x, weights, sums, rows, index)  # type: ignore[no-untyped-call]
     return result

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, d width, N controls in the pool, p the projection's wi
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,15 @@ def _draw_bias(
         nn.init.uniform_(bias, -bound, bound, generator=generator)
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """Gives each control of a pool a logit for each token, in float32 or wider.
 
     In two steps, so that a training step keeps only the first one's result for its backward pass.
     """
 
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """x (B, T, d) -> what a token's logits depend on, (B, T, p or N)."""
-        raise NotImplementedError
 
     def prepare(self) -> tuple[Tensor, ...]:
         """What `logits` needs of the parameters: a forward prepares a gate once for all sites."""

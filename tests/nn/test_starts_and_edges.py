@@ -8,7 +8,7 @@ from torch import nn
 
 from moc_cli.nn.control import Control
 from moc_cli.nn.forward import Forward
-from moc_cli.nn.gate import GATES, CosineGate, LinearGate, probabilities
+from moc_cli.nn.gate import GATES, CosineGate, Gate, LinearGate, probabilities
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.routing import Routing
 
@@ -124,3 +124,20 @@ def test_nothing_of_the_states_size_is_kept_but_the_states(level):
     assert x.untyped_storage().data_ptr() in first
     more = sum(size for place, size in kept.items() if place not in first)
     assert more < x.untyped_storage().nbytes() / 2  # features of 8 numbers, A x of 4, a few more
+
+
+def test_second_derivatives_are_refused_not_lost():
+    mixture = Mixture(3, WIDTH, ("attn", "ffn"), 2, 1.0, Routing(projection_dim=5))
+    x = torch.randn(2, 3, WIDTH).requires_grad_()
+    update = mixture.update(mixture.sites[0], x)
+    (grad,) = torch.autograd.grad(update.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_gate_without_features_cannot_be_made():
+    class Empty(Gate):
+        pass
+
+    with pytest.raises(TypeError, match="features"):
+        Empty()
