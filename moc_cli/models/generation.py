@@ -125,9 +125,8 @@ class GenerationTracker:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, knowing that its forwards belong together.
 
-        On a GPU it would compile a model with a static cache by itself; the hooks break the graph
-        at every site, so that this costs minutes and gains nothing. `disable_compile=False` asks
-        for it.
+        On a GPU it would compile a model with a static cache by itself, which takes minutes.
+        `disable_compile=False` asks for it.
         """
         kwargs.setdefault("disable_compile", True)
         names = ("inputs", "input_ids", "inputs_embeds")

@@ -133,13 +133,7 @@ class WeightedControls:
     weights: Tensor
 
     def update(self, x: Tensor) -> Tensor:
-        """x (B, T, d) -> the same shape and type.
-
-        One decision for all rows is one pair of rank r·C. Otherwise each control runs on those that
-        use it.
-        """
-        if len(self.weights) == 1:
-            return self.stack(x.dtype).update(x)
+        """x (B, T, d) -> the same shape and type; each control runs on those that use it."""
         groups = x.reshape(len(self.weights), -1, x.shape[-1])  # (V, S, d)
         update = torch.zeros_like(groups)
         for control, weight in zip(self.controls, self.weights.unbind(1), strict=True):

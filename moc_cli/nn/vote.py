@@ -135,7 +135,8 @@ class Voters:
     """The tokens that vote in one forward: the same for all its sites.
 
     `marks` (V, S) are 1 where a token votes on a decision and 0 elsewhere, `count` (V, 1) their sum
-    and `shares` (V, S) marks over count. `of_all` (B·T,) is 1/n for each of n real tokens.
+    and `shares` (V, S) marks over count. `of_all` (B·T,) is 1/n for each of n real tokens,
+    `portions` (V, 1) its sum over the tokens of a decision.
     """
 
     level: Level
@@ -143,6 +144,7 @@ class Voters:
     count: Tensor
     shares: Tensor
     of_all: Tensor
+    portions: Tensor
 
     @classmethod
     def of(
@@ -168,7 +170,8 @@ class Voters:
             marks = torch.ones_like(tokens).view(-1, 1)
         count = marks.sum(dim=1, keepdim=True)
         of_all = tokens.flatten() / tokens.sum().clamp(min=1)
-        return cls(level, marks, count, marks / count.clamp(min=1), of_all)
+        portions = of_all.view(len(marks), -1).sum(dim=1, keepdim=True)
+        return cls(level, marks, count, marks / count.clamp(min=1), of_all, portions)
 
     def mean(self, p: Tensor) -> Tensor:
         """The mean probabilities P̄ (V, N) of p (B, T, N)."""
@@ -176,10 +179,7 @@ class Voters:
 
     def mean_of_all(self, means: Tensor) -> Tensor:
         """The mean (N,) over all real tokens, of the means of the decisions (V, N)."""
-        if len(means) == 1:
-            return means[0]
-        tokens = self.of_all.view(len(means), -1).sum(dim=1)
-        return (means * tokens[:, None]).sum(dim=0)
+        return means[0] if len(means) == 1 else (means * self.portions).sum(dim=0)
 
     def picks(self, p: Tensor, k: int) -> Tensor:
         """The share (N,) of the tokens' own picks, their k most probable, that went to each."""
