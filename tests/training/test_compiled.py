@@ -1,20 +1,26 @@
 """Compiled layers: one graph for all layers of a kind, no graph break, the same gradients."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.models import make_tiny_model
+from support.tiny_runs import choices_run
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
+from moc_cli.cli import run
 from moc_cli.errors import MocError
+from moc_cli.kinds.choice import Choice
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import MocMethod
-from moc_cli.training import compiled
+from moc_cli.training import compiled, loop
 from moc_cli.training.compiled import compiled_layers
 
 CASES: list[tuple[str, Any]] = [
@@ -92,3 +98,33 @@ def test_a_layer_that_cannot_be_compiled_is_one_sentence() -> None:
         compiled_layers(torch.nn.Identity(), True),
     ):
         raise TorchDynamoException("\nthe compiler was stopped\nmore")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_run_compiles_and_multiplies_as_its_recipe_says(
+    wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers are compiled around the steps, evaluations are eager, and TF32 is for GPUs."""
+    entered: list[bool] = []
+    precisions: list[str] = []
+    stances: list[str] = []
+
+    @contextmanager
+    def compiled_around(model: torch.nn.Module, asked: bool) -> Iterator[None]:
+        entered.append(asked)
+        yield
+
+    watch = Choice.watch
+
+    def watched(self: Choice, *args: Any) -> Any:
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        return watch(self, *args)
+
+    monkeypatch.setattr(loop, "compiled_layers", compiled_around)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    monkeypatch.setattr(Choice, "watch", watched)
+    keys = [f"train.torch_compile={str(wanted).lower()}", "train.max_steps=1"]
+    keys += ["eval.eval_strategy=epoch", "eval.before=false"]
+    changes = [text for key in keys for text in ("--set", key)]
+    assert run([*choices_run(tmp_path), *changes]) == 0
+    assert (entered, precisions, stances) == ([wanted], ["highest"], ["force_eager"])
