@@ -1,19 +1,209 @@
-"""A command runs in one process, whatever a launcher says."""
+"""The processes that run one command together; the first one prints and writes.
+
+`current()` is this process among them: alone, until `join` has connected it with the others.
+"""
 
 import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from moc_cli.errors import MocError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 # How launchers say to each process of how many it is one: torchrun and accelerate, MPI.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+class Elsewhere(MocError):
+    """An error that another process has found and prints; this one ends with it."""
+
+
+class LostProcess(MocError):
+    """Another process has ended, or has not answered in time."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One of `world` processes, by `rank`. What is called joint here, all of them must call.
+
+    Joint calls raise LostProcess where another process has ended, or has not come to the same call
+    within `seconds`.
+    """
+
+    rank: int = 0
+    world: int = 1
+    seconds: float = 1800.0
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The items that this process works on: of all processes together each item once."""
+        return items[self.rank :: self.world]
+
+    def sum(self, values: "Tensor") -> None:
+        """Replace a tensor by its sum over the processes; joint."""
+        if self.world > 1:
+            from torch import distributed
+
+            with self._joint():
+                distributed.all_reduce(values)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; joint."""
+        if self.world == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[T | None] = [None] * self.world
+        with self._joint():
+            distributed.all_gather_object(values, value)
+        return cast(list[T], values)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of the processes; joint."""
+        return any(self.gather(flag))
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let the first process alone do the work; all get its result, or its error. Joint."""
+        if self.world == 1:
+            return work()
+        value: Any = None
+        with self.main_first():
+            if self.main:
+                value = work()
+        return cast(T, self._from_main(value))
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Within it the first process works alone; the others follow when it is done. Joint.
+
+        An error of the first one ends all.
+        """
+        if self.world == 1:
+            yield
+            return
+        if not self.main:
+            told = self._from_main(None)
+            if told is not None:
+                raise Elsewhere(*told)
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            self._from_main((str(error), getattr(error, "hint", None)))
+            raise
+        self._from_main(None)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error within it that one process meets ends all; the first one tells it. Joint.
+
+        Nothing within it may be joint.
+        """
+        error: MocError | None = None
+        try:
+            yield
+        except MocError as own:
+            if self.world == 1:
+                raise
+            error = own
+        if self.world == 1:
+            return
+        told = None if error is None else (error.message, error.hint, socket.gethostname())
+        for rank, other in enumerate(self.gather(told)):
+            if other is None:
+                continue
+            if error is not None and self.main:
+                raise error
+            message, hint, host = other
+            kind = MocError if self.main else Elsewhere
+            raise kind(f"process {rank} on {host}: {message}", hint)
+
+    def _from_main(self, value: Any) -> Any:
+        """Return the first process's value in all of them."""
+        from torch import distributed
+
+        values = [value]
+        with self._joint():
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @contextmanager
+    def _joint(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # each backend has its own words for it
+            import torch
+
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise LostProcess(
+                f"process {self.rank} of {self.world} on {socket.gethostname()} waited for another "
+                f"one, which has ended or did not answer for {self.seconds:g} s ({reason})",
+                "look for the first error among all processes; a longer wait: "
+                "--set launch.ddp_timeout=SECONDS",
+            ) from error
+
+
+_current = Processes()
+
+
+def current() -> Processes:
+    """This process among those of the command."""
+    return _current
+
+
+def join(*, cpu: bool, seconds: float) -> Processes:
+    """Connect this process with the others that a launcher has started, if there are any.
+
+    Raises LostProcess where they do not come within `seconds`.
+    """
+    global _current
+    if launched() > 1:
+        from accelerate import PartialState
+
+        with Processes(seconds=seconds)._joint():
+            state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+        _current = Processes(state.process_index, state.num_processes, seconds)
+    return _current
+
+
+def leave() -> None:
+    """Be alone again, at the end of a command."""
+    global _current
+    if _current.world > 1:
+        from accelerate import PartialState
+        from torch import distributed
+
+        distributed.destroy_process_group()
+        PartialState._reset_state()
+    _current = Processes()
+
+
+def launched() -> int:
+    """Return how many processes a launcher has started together with this one."""
+    sizes = (os.environ.get(name, "") for name in WORLD_SIZES)
+    return next((int(size) for size in sizes if size.isdecimal() and int(size) > 1), 1)
+
+
 def check_one_process() -> None:
     """Raise MocError where a launcher started several processes, which would all do the same."""
-    for name in WORLD_SIZES:
-        value = os.environ.get(name, "")
-        if value.isdecimal() and int(value) > 1:
-            raise MocError(
-                f"moc runs in one process, and a launcher started several: {name}={value}",
-                "start it without torchrun, accelerate launch or mpirun",
-            )
+    if launched() > 1:
+        name = next(name for name in WORLD_SIZES if os.environ.get(name) == str(launched()))
+        raise MocError(
+            f"moc runs in one process, and a launcher started several: {name}={launched()}",
+            "start it without torchrun, accelerate launch or mpirun",
+        )

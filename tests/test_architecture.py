@@ -59,7 +59,7 @@ AT_HOME = {
     "pydantic": {"recipe", "run_files.py", "adapter/config.py", "training/checkpoint.py"},
     "rich": {"report", "cli"},
     "datasets": {"data"},
-    "accelerate": {"training", "scoring/batch_size.py", "benchmark"},
+    "accelerate": {"training", "scoring/batch_size.py", "benchmark", "processes.py"},
 }
 LONGEST = 350  # lines; at 300 a file is worth another look
 

@@ -1,0 +1,84 @@
+"""What processes do together; alone every joint call does what its name says, without a wait."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.group import run_together
+
+from moc_cli import processes
+from moc_cli.errors import MocError
+from moc_cli.processes import Elsewhere, LostProcess, Processes
+
+
+def joint_calls(group: Processes, folder: Path) -> None:
+    rank = group.rank
+    assert processes.current() is group
+    assert (group.world, group.main) == (2, rank == 0)
+    assert group.share(range(5)) == [range(0, 5, 2), range(1, 5, 2)][rank]
+    values = torch.tensor([1.0, rank])
+    group.sum(values)
+    assert values.tolist() == [2.0, 1.0]
+    assert group.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert group.any(rank == 1)
+    assert not group.any(False)
+    assert group.on_main(lambda: f"by {rank}") == "by 0"
+    with group.main_first():
+        if group.main:
+            (folder / "first").touch()
+        assert (folder / "first").exists()
+    with group.together():
+        pass
+
+
+def fail(group: Processes, *ranks: int) -> None:
+    with group.together():
+        if group.rank in ranks:
+            raise MocError("no such file", "look again")
+
+
+def joint_errors(group: Processes) -> None:
+    def refuse() -> None:
+        raise MocError("no such file", "look again")
+
+    with pytest.raises(MocError, match="^no such file$") as caught:
+        group.on_main(refuse)
+    assert isinstance(caught.value, Elsewhere) == (not group.main)
+    with pytest.raises(MocError, match="^process 1 on .*: no such file$") as caught:
+        fail(group, 1)
+    assert isinstance(caught.value, Elsewhere) == (not group.main)
+    assert caught.value.hint == "look again"
+    own = "no such file" if group.main else "process 0 on .*: no such file"
+    with pytest.raises(MocError, match=f"^{own}$"):
+        fail(group, 0, 1)
+
+
+def one_leaves(group: Processes) -> None:
+    if group.main:
+        with pytest.raises(LostProcess, match="process 0 of 2 on .* waited for another one"):
+            group.gather(1)
+
+
+def all_of_it(group: Processes, folder: Path) -> None:
+    joint_calls(group, folder)
+    joint_errors(group)
+    one_leaves(group)
+
+
+def test_two_processes_work_together(tmp_path):
+    run_together(all_of_it, 2, tmp_path)
+
+
+def test_a_process_alone_waits_for_nobody():
+    alone = processes.current()
+    assert (alone.rank, alone.world, alone.main) == (0, 1, True)
+    assert processes.join(cpu=True, seconds=1) == alone
+    values = torch.ones(2)
+    alone.sum(values)
+    assert values.tolist() == [1.0, 1.0]
+    assert alone.share([1, 2]) == [1, 2]
+    assert alone.gather("a") == ["a"]
+    assert alone.on_main(lambda: 3) == 3
+    assert not alone.any(False)
+    with pytest.raises(MocError, match="^no such file$"):
+        fail(alone, 0)
