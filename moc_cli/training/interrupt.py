@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request that the loop answers between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that the loop answers between two steps.
+
+Where several processes train together a signal may come to one of them alone: all answer it at the
+same point, where they have agreed on it.
+"""
 
 import contextlib
 import os
@@ -6,6 +10,7 @@ import signal
 import threading
 from types import FrameType
 
+from moc_cli import processes
 from moc_cli.errors import MocError
 from moc_cli.signals import STOPS, is_ignored
 
@@ -15,11 +20,14 @@ NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoin
 class Interrupt:
     """The first SIGINT, SIGTERM or SIGHUP is remembered; a second SIGINT raises KeyboardInterrupt.
 
-    As a context manager it installs its handlers and puts the old ones back.
+    `signal` is the one to answer, the same in all processes: of several, each keeps its own to
+    itself until they `agree`. As a context manager it installs its handlers and puts the old ones
+    back.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._own: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -35,18 +43,33 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before.clear()
 
+    def agree(self) -> int | None:
+        """Return `signal`, which is now one that came to any of the processes; joint."""
+        if self.signal is None:
+            for number in processes.current().gather(self._own):
+                self.signal = number if self.signal is None else self.signal
+        return self.signal
+
     def check(self) -> None:
-        """Raise Interrupted if a signal came; for work that has nothing of its own to save."""
-        if self.signal is not None:
-            raise Interrupted(self.signal)
+        """Raise Interrupted if a signal came to any of the processes; joint.
+
+        For work that has nothing of its own to save.
+        """
+        number = self.agree()
+        if number is not None:
+            raise Interrupted(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self._own is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
-        # Not through sys.stderr: the signal may have come in the middle of a print.
-        with contextlib.suppress(OSError):
-            os.write(2, NOTICE)
+        self._own = number
+        group = processes.current()
+        if group.world == 1:
+            self.signal = number
+        if group.main:
+            # Not through sys.stderr: the signal may have come in the middle of a print.
+            with contextlib.suppress(OSError):
+                os.write(2, NOTICE)
 
 
 class Interrupted(MocError):
