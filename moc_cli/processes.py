@@ -70,6 +70,10 @@ class Processes:
             distributed.all_gather_object(values, value)
         return cast(list[T], values)
 
+    def told_by_main(self, error: MocError) -> MocError:
+        """An error that all processes meet, to be raised: only the first one tells it."""
+        return error if self.main else Elsewhere(error.message, error.hint)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in one of the processes; joint."""
         return any(self.gather(flag))

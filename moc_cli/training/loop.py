@@ -1,11 +1,11 @@
 """The one training loop: windows of micro-batches, clipping, AdamW, logs, evaluations, checkpoints.
 
-A window is what one optimizer step sees: up to n micro-batches of one epoch. Its loss is the sum of
-its tokens' losses (for classification its rows' losses) over their number in the whole window, so
-that neither the split into micro-batches nor a short last window changes a gradient.
+A window is what one optimizer step sees: up to n micro-batches of one epoch, in all processes. Its
+loss is the sum of its tokens' losses (for classification its rows' losses) over their number in the
+whole window, so that neither the split into micro-batches, nor that into processes, nor a short
+last window changes a gradient.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from moc_cli.data.packing import count_tokens
 from moc_cli.methods import Adapted
-from moc_cli.scoring.batch_size import is_out_of_memory
-from moc_cli.training import loss, memory, optim, rng
+from moc_cli.processes import Processes, current
+from moc_cli.training import memory, optim, rng
 from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, Snapshot
 from moc_cli.training.compiled import compiled_layers
+from moc_cli.training.gradients import Gradients
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MEASURED, MetricsLog
 from moc_cli.training.loop_types import (
@@ -33,7 +34,7 @@ from moc_cli.training.loop_types import (
     total_steps,
     warmup_steps,
 )
-from moc_cli.training.step_errors import may_split, not_finite, out_of_memory
+from moc_cli.training.step_errors import refusal
 from moc_cli.training.usage import Usage
 from moc_cli.training.windows import Windows
 
@@ -43,6 +44,7 @@ class Loop:
 
     `identity` goes into every checkpoint. `evaluate` returns named values; it runs in evaluation
     mode, without gradients, and leaves no trace in the random numbers. `command` continues the run.
+    Several processes do the same, but for their shares of the micro-batches; the first one writes.
     """
 
     def __init__(
@@ -58,15 +60,16 @@ class Loop:
         evaluate: Evaluate | None = None,
         interrupt: Interrupt | None = None,
         command: str = "moc train RECIPE --resume auto",
+        processes: Processes | None = None,
     ) -> None:
         self.adapted, self.data, self.settings = adapted, data, settings
         self.accelerator, self.checkpoints, self.log = accelerator, checkpoints, log
         self.identity, self.scorer = identity or {}, evaluate
         self.interrupt, self.command = interrupt or Interrupt(), command
-        self.device = accelerator.device
-        self.model = accelerator.prepare_model(adapted.model)
+        self.processes = processes or current()
+        self.device, self.model = accelerator.device, adapted.model
         self.windows = Windows(data.collate, pin=self.device.type == "cuda")
-        self.loss = loss.TaskLoss(self.model, data.kind, self.device)
+        self.gradients = Gradients(adapted, data, settings, accelerator, self.processes)
         self.named = adapted.named_trainables()
         self.usage = Usage(adapted.recorder(detailed=False, training=True))
         self.optimizer = optim.make_optimizer(adapted, settings)
@@ -77,6 +80,8 @@ class Loop:
         self.peaks = memory.Peaks(self.device)
         self.grad_norm = 0.0
         self.saved_step: int | None = None
+        self.last_rank = 0  # who had the last micro-batch of the step
+        self.heard: int | None = None  # the signal that has come to one of several processes
 
     def run(
         self,
@@ -103,14 +108,14 @@ class Loop:
     def begin(self, resume: Snapshot | None) -> None:
         """Seed the run, or put everything back to where a checkpoint left it."""
         self.peaks.begin()
+        lines = resume.counters.log_lines if resume else 0
+        self.processes.on_main(lambda: self.log.keep(lines))
         if resume is None:
-            self.log.keep(0)
             rng.seed_everything(self.settings.seed)
         else:
             self.counters = replace(resume.counters)
             self.adapted.load_state(resume.trainables)
             optim.load_optimizer_tensors(self.optimizer, self.named, resume.optimizer)
-            self.log.keep(self.counters.log_lines)
             self.usage.resume(resume.counters.choices)
             rng.restore(resume.rng)
             self.saved_step = self.counters.step
@@ -131,21 +136,15 @@ class Loop:
     def outcome(self) -> Outcome:
         """Describe the finished run."""
         counters = self.counters
-        frozen = [p for p in self.adapted.model.parameters() if not p.requires_grad]
+        model, optimizer = self.adapted.model, optim.state_bytes(self.optimizer)
+        used = memory.measure(model, self.named.values(), optimizer, self.peaks, self.processes)
         return Outcome(
             stopped="finished" if self.last() else "early",
             total=self.total,
             counters=counters,
             epochs=self.epoch(),
             padding_share=1.0 - counters.tokens / max(1, counters.positions),
-            memory=memory.Memory(
-                weights=memory.tensor_bytes(frozen),
-                trainable=memory.tensor_bytes(self.named.values()),
-                optimizer=optim.state_bytes(self.optimizer),
-                peak=self.peaks.training,
-                kind=memory.peak_kind(self.device),
-                evaluation_peak=self.peaks.evaluation,
-            ),
+            memory=used,
             checkpoint=self.checkpoints.path(counters.step),
         )
 
@@ -163,58 +162,37 @@ class Loop:
         """
         started, before = time.perf_counter(), rng.capture()
         self.usage.mark()
-        first, n = self.counters.batch, self.settings.gradient_accumulation_steps
+        first, n = self.counters.batch, self.settings.window
         window = self.plan[first : first + n]
         batches = self.windows.take(window)
-        short = False
-        try:
-            values = self.gradients(batches)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            short = True  # what the error holds in memory is free after this block
-        if short:
+        total = self.gradients.of_window(
+            batches,
+            (self.counters.epoch, first),
+            signal=self.interrupt.signal,
+            meanwhile=lambda: self.windows.ahead(self.plan[first + n : first + 2 * n]),
+        )
+        self.grad_norm, self.heard = total.norm, total.signal
+        self.last_rank = (len(batches) - 1) % self.processes.world
+        if not (total.fits and total.finite):
             self.keep(before)
-            splits = may_split(self.counters.batch, self.settings.group_by_length)
-            raise out_of_memory(batches, self.settings, self.command, splits=splits)
-        if not all(map(math.isfinite, [*values, self.grad_norm])):
-            self.keep(before)
-            c, rate = self.counters, self.settings.learning_rate / 3
-            place = c.step, c.epoch, c.batch, len(self.plan)
-            again = f"{self.command} --set train.learning_rate={rate:.2g}"
-            raise not_finite(values, self.grad_norm, window, place=place, again=again)
+            place = self.counters, len(self.plan)
+            raise self.processes.told_by_main(
+                refusal(total, window, batches, place, self.settings, self.command)
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.rate_factor(self.counters.step)
         self.stepper.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.count(window, batches, sum(values))
+        value = sum(total.losses)
+        self.count(window, batches, value)
         self.counters.seconds += time.perf_counter() - started
-        return self.report(sum(values))
-
-    def gradients(self, batches: list[dict[str, Tensor]]) -> list[float]:
-        """Add the gradients of a window and clip them; return each micro-batch's loss."""
-        targets = max(1, sum(loss.count_targets(b["labels"], self.data.kind) for b in batches))
-        self.adapted.set_loss_scale(1.0 / len(batches))
-        losses = [self.backward(batch, targets) for batch in batches]
-        limit = self.settings.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
-        after = self.counters.batch + len(batches)
-        self.windows.ahead(self.plan[after : after + self.settings.gradient_accumulation_steps])
-        # The step's only wait for the device: all that decides whether it may be taken.
-        *values, self.grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
-        return values
+        return self.report(value)
 
     def keep(self, random_state: dict[str, Tensor]) -> None:
         """Write a checkpoint of the state before a step that was not taken."""
         self.optimizer.zero_grad(set_to_none=True)
         self.usage.rewind()
         self.save(random_state)
-
-    def backward(self, batch: dict[str, Tensor], targets: int) -> Tensor:
-        """Add the gradient of one micro-batch; return its share of the window's loss."""
-        value = self.loss(batch, targets)
-        self.accelerator.backward(value)
-        return value.detach().float()
 
     def rate_factor(self, step: int) -> float:
         """Return the part of the peak rates that the step after `step` done ones has."""
@@ -257,23 +235,28 @@ class Loop:
     def evaluate_and_save(self) -> None:
         """Evaluate and save what is due, as `after_step` says."""
         improved = False
-        if self.evaluation_due() and self.interrupt.signal is None:
+        if self.evaluation_due() and self.signal is None:
             try:
                 improved = self.evaluate()
             except Interrupted as stop:
-                self.interrupt.signal = stop.number
+                self.interrupt.signal = self.heard = stop.number
         due = self.due(self.settings.save_strategy, self.settings.save_steps)
         if improved or due or self.finished():
             self.save()
-        if self.interrupt.signal is not None:
+        if self.signal is not None:
             if self.saved_step != self.counters.step:
                 self.save()
             raise Interrupted(
-                self.interrupt.signal,
+                self.signal,
                 f"stopped after step {self.counters.step} of {self.total}; "
                 f"the state is in {self.checkpoints.path(self.counters.step)}",
                 f"continue with: {self.command}",
             )
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that asks for a stop; of several processes the one that all have heard of."""
+        return self.interrupt.signal if self.processes.world == 1 else self.heard
 
     def evaluation_due(self) -> bool:
         """Return whether this step asks for an evaluation that it has not had."""
@@ -303,8 +286,12 @@ class Loop:
         record = {"step": self.counters.step, "epoch": self.epoch(), "eval": values}
         seconds = time.perf_counter() - started
         measured = {MEASURED: {"seconds": seconds, "memory": self.peaks.evaluation}}
-        self.log.write(record | {"best": improved} | measured)
+        self.write(record | {"best": improved} | measured)
         return improved
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one line of the log."""
+        self.processes.on_main(lambda: self.log.write(record))
 
     def write_line(self) -> None:
         """Write the means since the last line, and start new ones."""
@@ -314,7 +301,7 @@ class Loop:
             "step": c.step,
             "epoch": self.epoch(),
             "loss": c.loss_sum / max(1, c.loss_steps),
-            "balance_loss": self.adapted.balance_loss(),
+            "balance_loss": self.balance_loss(),
             "lr": self.settings.learning_rate * self.rate_factor(c.step - 1),
             "grad_norm": self.grad_norm,
             "examples": c.examples,
@@ -326,22 +313,30 @@ class Loop:
             "tokens_per_second": (c.tokens - mark.tokens) / seconds,
             "memory": self.peaks.training,
         }
-        self.log.write(record | self.usage.line() | {MEASURED: measured})
+        self.write(record | self.usage.line() | {MEASURED: measured})
         c.loss_sum, c.loss_steps = 0.0, 0
         self.marked = replace(c)
 
+    def balance_loss(self) -> float | None:
+        """Return that of the last micro-batch of the step."""
+        return self.processes.gather(self.adapted.balance_loss())[self.last_rank]
+
     def save(self, random_state: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint of this step, with the random state of now or the one given."""
+        self.counters.choices = self.usage.state()
+        self.processes.on_main(lambda: self.write_checkpoint(random_state or rng.capture()))
+        self.saved_step = self.counters.step
+
+    def write_checkpoint(self, random_state: dict[str, Tensor]) -> None:
+        """Write a checkpoint, once the lines that it counts on are on the disk."""
         self.log.flush()
         self.counters.log_lines = self.log.lines
-        self.counters.choices = self.usage.state()
         self.checkpoints.save(
             Snapshot(
                 counters=replace(self.counters),
                 trainables=self.adapted.state(),
                 optimizer=optim.optimizer_tensors(self.optimizer, self.named),
-                rng=random_state or rng.capture(),
+                rng=random_state,
                 identity=self.identity,
             )
         )
-        self.saved_step = self.counters.step

@@ -23,7 +23,8 @@ class Settings:
     num_train_epochs: float = 3.0
     max_steps: int = -1
     per_device_train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1  # micro-batches of each process
+    processes: int = 1
     activation_checkpointing: str = "none"
     torch_compile: bool = False
     group_by_length: bool = True
@@ -44,6 +45,11 @@ class Settings:
     patience: int | None = None
     save_strategy: str = "no"
     save_steps: int = 500
+
+    @property
+    def window(self) -> int:
+        """Micro-batches of one optimizer step, over all processes."""
+        return self.gradient_accumulation_steps * self.processes
 
 
 class Epochs(Protocol):
@@ -95,7 +101,7 @@ def total_steps(settings: Settings, batches: Epochs) -> int:
     """Return how many optimizer steps the run takes; `max_steps` wins over epochs."""
     if settings.max_steps > 0:
         return settings.max_steps
-    per_epoch = math.ceil(len(batches.epoch(0)) / settings.gradient_accumulation_steps)
+    per_epoch = math.ceil(len(batches.epoch(0)) / settings.window)
     return max(1, math.ceil(settings.num_train_epochs * per_epoch))
 
 

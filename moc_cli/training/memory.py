@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moc_cli.models.quantization import parts
+from moc_cli.processes import Processes
 
 ALLOCATED = "peak allocated"  # on the GPU, by torch
 RESIDENT = "peak resident"  # of the whole process
@@ -35,29 +36,51 @@ class Peaks:
     """The peaks of training steps and of evaluations on a device, apart."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._before = 0  # the peak of the steps before the last evaluation
         self.evaluation: int | None = None
 
     @property
     def training(self) -> int:
         """The peak of all steps so far."""
-        return max(self._before, peak_bytes(self._device))
+        return max(self._before, peak_bytes(self.device))
 
     def begin(self) -> None:
         """Forget what was before the first step."""
-        reset_peak(self._device)
+        reset_peak(self.device)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the peak is that of an evaluation."""
         self._before = self.training
-        reset_peak(self._device)
+        reset_peak(self.device)
         try:
             yield
         finally:
-            self.evaluation = max(self.evaluation or 0, peak_bytes(self._device))
-            reset_peak(self._device)
+            self.evaluation = max(self.evaluation or 0, peak_bytes(self.device))
+            reset_peak(self.device)
+
+
+def measure(
+    model: nn.Module,
+    trainables: Iterable[Tensor],
+    optimizer: int,
+    peaks: Peaks,
+    processes: Processes,
+) -> Memory:
+    """Return what a training takes, with the largest peaks of all processes; joint.
+
+    `optimizer` is the size of its state in bytes.
+    """
+    evaluation = [peak for peak in processes.gather(peaks.evaluation) if peak is not None]
+    return Memory(
+        weights=tensor_bytes(p for p in model.parameters() if not p.requires_grad),
+        trainable=tensor_bytes(trainables),
+        optimizer=optimizer,
+        peak=max(processes.gather(peaks.training)),
+        kind=peak_kind(peaks.device),
+        evaluation_peak=max(evaluation, default=None),
+    )
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

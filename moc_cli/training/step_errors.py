@@ -7,7 +7,30 @@ from torch import Tensor
 
 from moc_cli.data.packing import count_rows
 from moc_cli.errors import MocError
+from moc_cli.training.checkpoint import Counters
+from moc_cli.training.gradients import WindowSum
 from moc_cli.training.loop_types import Settings
+
+
+def refusal(
+    total: WindowSum,
+    window: Sequence[Sequence[int]],
+    batches: Sequence[dict[str, Tensor]],
+    place: tuple[Counters, int],
+    settings: Settings,
+    command: str,
+) -> MocError:
+    """Return why a step is not taken; `command` continues the run.
+
+    `place`: the counters before the step, and the micro-batches of the epoch that runs.
+    """
+    counters, length = place
+    if not total.fits:
+        splits = may_split(counters.batch, settings.group_by_length)
+        return out_of_memory(batches, settings, command, splits=splits)
+    done = counters.step, counters.epoch, counters.batch, length
+    again = f"{command} --set train.learning_rate={settings.learning_rate / 3:.2g}"
+    return not_finite(total.losses, total.norm, window, place=done, again=again)
 
 
 def not_finite(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from moc_cli import processes
@@ -34,6 +35,7 @@ def as_launched(rank: int, world: int, port: int) -> dict[str, str]:
 
 def _one(rank: int, work: Callable[..., Any], world: int, port: int, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent had
     os.environ |= as_launched(rank, world, port)
     try:
         work(processes.join(cpu=True, seconds=SECONDS), *arguments)

@@ -282,13 +282,13 @@ def test_the_peak_of_training_is_not_that_of_an_evaluation(tmp_path, monkeypatch
 
     monkeypatch.setattr(memory, "peak_bytes", lambda device: peak[0])
     monkeypatch.setattr(memory, "reset_peak", lambda device: peak.__setitem__(0, 0))
-    backward = Loop.backward
+    train_step = Loop.train_step
 
-    def step(self, batch, targets):
+    def step(self):
         use(5 if self.counters.step < 2 else 7)
-        return backward(self, batch, targets)
+        return train_step(self)
 
-    monkeypatch.setattr(Loop, "backward", step)
+    monkeypatch.setattr(Loop, "train_step", step)
     settings = replace(SETTINGS, eval_strategy="steps", eval_steps=2, max_steps=4)
 
     def evaluate():
@@ -609,16 +609,17 @@ def test_a_step_that_does_not_fit_in_memory_keeps_the_state_before(
     data = Data(Plan(BATCHES), lambda numbers: toy_collate(rows, numbers))
     good, bad = tmp_path / "good", tmp_path / "bad"
     toy_fit(good, ToyAdapted(dropout=0.3), data, replace(settings, max_steps=1))
-    backward, calls = Loop.backward, []
+    task_loss, calls = TaskLoss.__call__, []
 
     def short(self, batch, targets):
         calls.append(batch["input_ids"].shape)
-        value = backward(self, batch, targets)
+        value = task_loss(self, batch, targets)
         if len(calls) == 2:
+            value.backward()
             raise torch.OutOfMemoryError("CUDA out of memory")
         return value
 
-    monkeypatch.setattr(Loop, "backward", short)
+    monkeypatch.setattr(TaskLoss, "__call__", short)
     with pytest.raises(MocError) as caught:
         toy_fit(
             bad,
