@@ -203,11 +203,12 @@ def launched() -> int:
     return next((int(size) for size in sizes if size.isdecimal() and int(size) > 1), 1)
 
 
-def check_one_process() -> None:
+def check_one_process(command: str) -> None:
     """Raise MocError where a launcher started several processes, which would all do the same."""
     if launched() > 1:
         name = next(name for name in WORLD_SIZES if os.environ.get(name) == str(launched()))
         raise MocError(
-            f"moc runs in one process, and a launcher started several: {name}={launched()}",
-            "start it without torchrun, accelerate launch or mpirun",
+            f"moc {command} runs in one process, and a launcher started several: "
+            f"{name}={launched()}",
+            "start it without torchrun, accelerate launch, mpirun or srun",
         )

@@ -29,7 +29,7 @@ FLOORS = [
     {"scoring"},
     {"kinds"},
     {"training"},
-    {"planning", "load_run"},
+    {"planning", "load_run", "launching"},
     {"peft"},
     {"evaluation", "inspection", "export", "comparison", "serving", "benchmark"},
     {"api"},
@@ -59,7 +59,7 @@ AT_HOME = {
     "pydantic": {"recipe", "run_files.py", "adapter/config.py", "training/checkpoint.py"},
     "rich": {"report", "cli"},
     "datasets": {"data"},
-    "accelerate": {"training", "scoring/batch_size.py", "benchmark", "processes.py"},
+    "accelerate": {"training", "scoring/batch_size.py", "benchmark", "processes.py", "launching"},
 }
 LONGEST = 350  # lines; at 300 a file is worth another look
 

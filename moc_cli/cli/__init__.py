@@ -37,6 +37,9 @@ COMMANDS = {
     "recipes": ("recipes", "app"),
 }
 
+# The commands that several processes run together.
+TOGETHER = ("train", "eval", "inspect-routing")
+
 
 def _full_name(name: str) -> str:
     """Return an option's name of today: `--output` is still read as `--output-dir`."""
@@ -111,8 +114,8 @@ def _run(arguments: list[str]) -> int:
     known = bool(called) and called[0] in COMMANDS
     app = make_app(called if known else COMMANDS)
     try:
-        if known:
-            check_one_process()
+        if known and called[0] not in TOGETHER:
+            check_one_process(called[0])
         code = app(args=arguments, prog_name="moc", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except MocError as error:

@@ -42,6 +42,7 @@ def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
     yield from _train(recipe)
     yield from _packing(recipe)
     yield from _eval(recipe)
+    yield from _launch(recipe)
 
 
 def _data(recipe: Sections) -> Iterator[BrokenRule]:
@@ -221,3 +222,30 @@ def _eval(recipe: Sections) -> Iterator[BrokenRule]:
             message = f"{subject} has no {metric}; allowed: {', '.join(allowed)}"
             yield BrokenRule("eval.metric_for_best_model", message, of_tasks)
             break
+
+
+def _launch(recipe: Sections) -> Iterator[BrokenRule]:
+    launch, machines = recipe.launch, "launch.num_machines"
+    if launch.strategy == "deepspeed":
+        message = (
+            "deepspeed is not supported: ZeRO-1 and ZeRO-2 would split 0.28 GB of optimizer state "
+            "at 7B, and ZeRO-3 does what fsdp2 does, with a second format of checkpoints; use fsdp2"
+        )
+        yield BrokenRule("launch.strategy", message)
+    if launch.machine_rank >= launch.num_machines:
+        message = f"found {launch.machine_rank}; allowed: 0 to {launch.num_machines - 1}"
+        yield BrokenRule("launch.machine_rank", message, (machines,))
+    if launch.num_machines == 1:
+        return
+    if launch.main_process_ip is None:
+        message = "several machines need the address of machine 0"
+        yield BrokenRule("launch.main_process_ip", message, (machines,))
+    if launch.main_process_port == 0:
+        message = "several machines need a port that all of them know; null: 29500"
+        yield BrokenRule("launch.main_process_port", message, (machines,))
+    if launch.num_processes != "auto" and launch.num_processes % launch.num_machines:
+        message = (
+            f"{launch.num_processes} processes cannot be shared equally by {launch.num_machines} "
+            "machines"
+        )
+        yield BrokenRule("launch.num_processes", message, (machines,))

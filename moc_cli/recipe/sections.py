@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from moc_cli.recipe.launch import LaunchSection
 from moc_cli.recipe.methods import MethodSection
 from moc_cli.recipe.model import ModelSection
 from moc_cli.recipe.tasks import CUSTOM_TASK, Frame, prompt_frame
@@ -25,7 +26,6 @@ from moc_cli.recipe.types import (
     StepLimit,
     Text,
     Texts,
-    Threads,
     one_or_more,
     refuse_bool,
     section,
@@ -299,20 +299,6 @@ class OutputSection(Section):
     ] = Field(default_factory=list, description="experiment trackers to log to")
 
 
-class LaunchSection(Section):
-    """The machine."""
-
-    former = {"num_processes": 1}
-
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where to run; auto: the GPU if there is one"
-    )
-    num_threads: Threads | None = Field(
-        default=None,
-        description="number of CPU threads, at most the machine's; null: the choice of torch",
-    )
-
-
 class Sections(Section):
     """The sections of a recipe, each valid by itself."""
 
@@ -325,8 +311,4 @@ class Sections(Section):
     train: TrainSection = section("the optimization")
     eval: EvalSection = section("when and how the model is scored")
     output: OutputSection = Field(description="what is written, where and when")
-    launch: LaunchSection = section("the machine")
-
-
-# Former keys of older versions, dotted, with the only value they could have.
-FORMER = {f"launch.{key}": value for key, value in LaunchSection.former.items()}
+    launch: LaunchSection = section("the machine, and processes that train together")

@@ -1,7 +1,7 @@
 """The types of value in a recipe: every section is closed and frozen, every number has bounds."""
 
 import os
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,18 +18,11 @@ class Section(BaseModel):
         defer_build=True,  # one validator, of the whole recipe, when it is first needed
     )
 
-    # Keys that older versions wrote into every run folder, with the only value they could have.
-    former: ClassVar[dict[str, Any]] = {}
-
     @model_validator(mode="before")
     @classmethod
     def _normalize(cls, value: Any) -> Any:
-        """Read an empty section as one with all defaults; drop former keys with their old value."""
-        if value is None:
-            return {}
-        if cls.former and isinstance(value, dict):
-            return {k: v for k, v in value.items() if k not in cls.former or v != cls.former[k]}
-        return value
+        """Read an empty section as one with all defaults."""
+        return {} if value is None else value
 
 
 def section(description: str) -> Any:

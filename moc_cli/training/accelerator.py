@@ -1,4 +1,7 @@
-"""The device of a run, chosen by the recipe alone: variables of launchers do not count."""
+"""The device of a run, and its place among processes that train together.
+
+The recipe alone says how to train: of a launcher's variables those count that name the place.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from moc_cli.errors import MocError
-from moc_cli.processes import WORLD_SIZES, check_one_process
-from moc_cli.recipe.sections import LaunchSection
+from moc_cli.processes import WORLD_SIZES, join, launched
+from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.output import say
 
 RANKS = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -36,34 +39,40 @@ ONE_BATCH = ("GRADIENT_ACCUMULATION_STEPS", "1")
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
     """Choose the device and the number of threads; trackers write below `folder`.
 
-    Raises MocError when the recipe asks for a GPU that is not there, or started several processes.
+    Where a launcher has started several processes, this one joins them and gets its own device.
+    Raises MocError when the recipe asks for a GPU that is not there, or for another strategy than
+    there is.
     """
     if launch.device == "cuda" and not torch.cuda.is_available():
         raise MocError(
             "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
         )
-    check_one_process()
+    if launch.strategy == "fsdp2":
+        raise MocError("launch.strategy is fsdp2, which is not there yet; allowed: ddp")
     if launch.num_threads is not None:
         processors = os.cpu_count() or 1
         if launch.num_threads > processors:
             say(f"launch.num_threads: {launch.num_threads}, but the machine has {processors}")
         torch.set_num_threads(min(launch.num_threads, processors))
+    cpu = launch.device == "cpu" or not torch.cuda.is_available()
     with _without_launcher():
-        accelerator = Accelerator(
-            cpu=launch.device == "cpu" or not torch.cuda.is_available(),
+        join(cpu=cpu, seconds=launch.ddp_timeout)
+        return Accelerator(
+            cpu=cpu,
             mixed_precision="no",
             log_with=list(report_to) or None,
             project_dir=folder,
         )
-    if accelerator.num_processes > 1:
-        raise MocError(f"moc runs in one process, found {accelerator.num_processes}")
-    return accelerator
 
 
 @contextmanager
 def _without_launcher() -> Iterator[None]:
-    """Within it accelerate finds no variable that would change what the recipe says."""
-    names = [n for n in os.environ if n.startswith(PREFIX) or n in (*RANKS, *WORLD_SIZES)]
+    """Within it accelerate finds no variable that would change what the recipe says.
+
+    Alone, a process finds none of several processes either, such as a LOCAL_RANK without others.
+    """
+    place = () if launched() > 1 else (*RANKS, *WORLD_SIZES)
+    names = [name for name in os.environ if name.startswith(PREFIX) or name in place]
     hidden = {name: os.environ.pop(name) for name in names}
     given = {name: hidden[f"{PREFIX}{name}"] for name in CHANGING if f"{PREFIX}{name}" in hidden}
     ignored = [pair for pair in given.items() if pair[1].lower() not in OFF and pair != ONE_BATCH]

@@ -17,7 +17,6 @@ from moc_cli.recipe.model import ModelSection
 from moc_cli.recipe.paths import PATH_KEYS, absolute_path
 from moc_cli.recipe.reference import keys
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.sections import FORMER
 from moc_cli.runs import RunFolder
 from moc_cli.training.build import Built
 from moc_cli.training.checkpoint import Snapshot
@@ -29,6 +28,12 @@ Scores = dict[str, dict[str, float]]  # task -> metric -> value
 # Key or section -> what the user is warned of when it changed; "" where no warning is needed.
 CHANGEABLE = {
     "output": "",
+    "launch.num_processes": "",
+    "launch.num_machines": "",
+    "launch.machine_rank": "",
+    "launch.main_process_ip": "",
+    "launch.main_process_port": "",
+    "launch.ddp_timeout": "",
     "launch": "results may differ in their last bits",
     "model.model_name_or_path": "the same weights in another place",
     "model.tokenizer_name": "the same vocabulary in another place",
@@ -96,7 +101,7 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         old, new = before.get(key), after.get(key)
         if key in PATH_KEYS:  # older runs kept paths as they were typed
             old, new = absolute_path(old), absolute_path(new)
-        if old == new or key in FORMER and new is None and old == FORMER[key]:
+        if old == new:
             continue
         if key not in before and new == defaults.get(key):  # a key of later versions
             continue

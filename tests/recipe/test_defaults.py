@@ -38,6 +38,10 @@ TRAINING = {
     "train.torch_compile": False,
     # TF32 turns no vote of real weights, and is faster
     "train.tf32": True,
+    "launch.ddp_timeout": 1800,
+    # accelerate
+    "launch.num_machines": 1,
+    "launch.machine_rank": 0,
     # TRL's SFTConfig
     "train.packing": False,
 }

@@ -281,24 +281,11 @@ def test_entries_of_other_tasks_are_checked_too(here: Path) -> None:
     assert len(lines(broken)) == 1
 
 
-def test_former_keys_are_read_with_the_one_value_they_could_have(here: Path) -> None:
-    """Older versions wrote them into every run folder; nothing has ever read them."""
-    text = change("max_steps: 20", "max_steps: 20\n  optim: adamw") + "  num_processes: 1\n"
-    assert read(text) == read(GOOD)
-    expected = [
-        "--set train.optim=sgd: train.optim: unknown key",
-        "--set launch.num_processes=2: launch.num_processes: unknown key",
-    ]
-    error = lines(text, "train.optim=sgd", "launch.num_processes=2")
-    assert [": ".join(line.split(": ")[:2]) for line in error] == [
-        ": ".join(line.split(": ")[:2]) for line in expected
-    ]
-
-
-def test_former_keys_in_a_checkpoint_are_no_change_of_the_recipe(here: Path) -> None:
+def test_a_key_of_older_versions_in_a_checkpoint_is_no_change_of_the_recipe(here: Path) -> None:
+    """They wrote num_processes: 1 into every run folder."""
     now = read(GOOD).model_dump(mode="json")
-    saved = now | {"train": now["train"] | {"optim": "adamw"}}
-    saved["launch"] = now["launch"] | {"num_processes": 1}
+    old = {key: now["launch"][key] for key in ("device", "num_threads")}
+    saved = now | {"launch": old | {"num_processes": 1}}
     assert check_recipe(saved, now) == []
 
 
@@ -412,3 +399,26 @@ def test_nearest_word() -> None:
     assert nearest("batch_size", keys) == "per_device_train_batch_size"
     assert nearest("arc-easy", keys) == "ARC-Easy"
     assert nearest("qqqq", keys) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["strategy=deepspeed"], "launch.strategy: deepspeed is not supported"),
+        (["machine_rank=1"], "launch.machine_rank: found 1; allowed: 0 to 0"),
+        (["num_machines=2"], "launch.main_process_ip: several machines need the address"),
+        (
+            ["num_machines=2", "main_process_ip=a", "num_processes=3"],
+            "launch.num_processes: 3 processes cannot be shared equally by 2 machines",
+        ),
+        (
+            ["num_machines=2", "main_process_ip=a", "main_process_port=0"],
+            "launch.main_process_port: several machines need a port",
+        ),
+    ],
+)
+def test_keys_of_launch_that_cannot_work_together(
+    here: Path, changes: list[str], message: str
+) -> None:
+    (line,) = lines(GOOD, *(f"launch.{change}" for change in changes))
+    assert message in line

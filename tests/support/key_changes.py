@@ -150,6 +150,7 @@ NF4 = {"model.load_in_4bit": True}
 STEPS = {"train.max_steps": 6, "output.logging_steps": 1}
 EPOCHS = {"eval.eval_strategy": "epoch"}
 SHORT = {"train.max_steps": 3, "eval.max_samples": 1, "data.max_train_samples": 2}
+MACHINES = {"launch.num_machines": 2, "launch.main_process_ip": "10.0.0.1"}
 WARM = [0, 0.5, 1, 0.75, 0.5, 0.25]
 
 OTHERS = {
@@ -280,6 +281,17 @@ OTHERS = {
     "output.report_to": Change(["wandb"], _trackers, True, also=SHORT),
     "launch.device": Change("cuda", lambda run: run.accelerator["cpu"], False),
     "launch.num_threads": Change(2, lambda run: run.job.identity["threads"]),
+    "launch.num_processes": Change(2, lambda run: run.launcher.num_processes),
+    "launch.num_machines": Change(
+        2, lambda run: run.launcher.num_machines, needs={"launch.main_process_ip": "10.0.0.1"}
+    ),
+    "launch.machine_rank": Change(1, lambda run: run.launcher.machine_rank, also=MACHINES),
+    "launch.main_process_ip": Change("10.0.0.2", lambda run: run.launcher.main_process_ip),
+    "launch.main_process_port": Change(29511, lambda run: run.launcher.main_process_port),
+    "launch.strategy": Change(
+        "fsdp2", lambda run: "fsdp2, which is not there yet" in run.start_refusal, True
+    ),
+    "launch.ddp_timeout": Change(60, lambda run: run.joined["seconds"]),
     "per_task": Change(
         {"ARC-Easy": {"train": {"learning_rate": 0.002}, "eval": {"max_samples": 3}}},
         _for_task,

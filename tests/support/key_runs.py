@@ -1,6 +1,7 @@
 """What a recipe makes, built part by part on tiny models and on first use: `KeyRun`."""
 
 import json
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -11,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import launch_command_parser
 from peft.tuners.lora import LoraLayer
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from support.rows import choice_rows, pair_rows, write_rows
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from moc_cli.data.splits import Splits
 from moc_cli.errors import MocError
+from moc_cli.launching.plan import launcher_arguments, make_plan
 from moc_cli.methods import Adapted
 from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.nn.mixture import Mixture
@@ -216,6 +219,29 @@ class KeyRun:
             assert self.job
         arguments: dict[str, Any] = made.call_args.kwargs
         return arguments
+
+    @cached_property
+    def joined(self) -> dict[str, Any]:
+        """The arguments with which a run joins other processes."""
+        with patch.object(accelerator, "join") as joined:
+            accelerator.make_accelerator(self.recipe.launch, (), self.folder)
+        arguments: dict[str, Any] = joined.call_args.kwargs
+        return arguments
+
+    @property
+    def launcher(self) -> Namespace:
+        """What accelerate's launcher reads of the arguments that it is started with."""
+        arguments = launcher_arguments(make_plan(self.recipe.launch), ["train"])
+        return launch_command_parser().parse_args(arguments)
+
+    @property
+    def start_refusal(self) -> str:
+        """The sentence with which the session is refused before the model loads."""
+        try:
+            assert self.job
+        except MocError as error:
+            return error.message
+        return ""
 
     @cached_property
     def loop(self) -> SimpleNamespace:

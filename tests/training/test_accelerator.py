@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend
+from support.group import run_together
 
+from moc_cli import processes
 from moc_cli.cli import run
-from moc_cli.errors import MocError
-from moc_cli.recipe.sections import LaunchSection
+from moc_cli.processes import Processes
+from moc_cli.recipe.launch import LaunchSection
 from moc_cli.training.accelerator import make_accelerator
 
 
@@ -58,14 +60,29 @@ def test_what_accelerate_launch_always_sets_is_not_told(
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_several_processes_are_refused_by_every_command(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_commands_of_one_process_refuse_several(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, "1")
     assert run(["recipes", "show", "quickstart"]) == 0
     monkeypatch.setenv(name, "2")
     capsys.readouterr()
-    assert run(["eval", "--model", "builtin:world-llama"]) == 2
-    assert f"a launcher started several: {name}=2" in capsys.readouterr().err
-    with pytest.raises(MocError, match="one process"):
-        make_accelerator(LaunchSection(device="cpu"), (), tmp_path)
+    assert run(["recipes", "show", "quickstart"]) == 2
+    error = capsys.readouterr().err
+    assert "moc recipes runs in one process" in error
+    assert f"a launcher started several: {name}=2" in error
+
+
+def joined(group: Processes, folder: Path) -> None:
+    accelerator = make_accelerator(LaunchSection(device="cpu", ddp_timeout=60), (), folder)
+    assert (accelerator.num_processes, accelerator.process_index) == (2, group.rank)
+    assert accelerator.device.type == "cpu"
+    assert accelerator.gradient_accumulation_steps == 1
+    assert processes.current().seconds == 60
+
+
+def test_processes_that_a_launcher_has_started_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run_together(joined, 2, tmp_path)

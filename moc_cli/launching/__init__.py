@@ -1,0 +1,1 @@
+"""Starting the processes that run one command together, and the launchers of others."""
