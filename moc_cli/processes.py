@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -35,12 +35,13 @@ class Processes:
     """One of `world` processes, by `rank`. What is called joint here, all of them must call.
 
     Joint calls raise LostProcess where another process has ended, or has not come to the same call
-    within `seconds`.
+    within `seconds`. What is counted of all is counted where `counts`.
     """
 
     rank: int = 0
     world: int = 1
     seconds: float = 1800.0
+    counts: bool = True
 
     @property
     def main(self) -> bool:
@@ -168,6 +169,17 @@ _current = Processes()
 def current() -> Processes:
     """This process among those of the command."""
     return _current
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within it all processes do the same work, which counts in the first alone."""
+    global _current
+    before, _current = _current, replace(_current, counts=_current.main)
+    try:
+        yield
+    finally:
+        _current = before
 
 
 def join(*, cpu: bool, seconds: float) -> Processes:

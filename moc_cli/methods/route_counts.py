@@ -2,7 +2,7 @@
 
     with adapted.recorder() as recorder:
         ...                      # forwards, generations, training steps
-    record = recorder.record()   # merged over the processes that train together
+    record = recorder.record()   # of all processes that work together
 
 Each decision counts once: not what a backward pass recomputes, not padding, not a generation's
 later tokens that keep its route (with `decode: running` they decide, and count), and of the beams
@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from moc_cli import processes
 from moc_cli.nn.forward import Forward
 from moc_cli.nn.watch import Decision, Watcher, one_token_decides
 
@@ -193,12 +194,13 @@ class Recorder:
         self._mixture.watchers.remove(self)
 
     def record(self, *, reset: bool = False) -> Record:
-        """What was seen so far, of all processes where several train together."""
+        """What was seen so far, in all processes where several work together; joint."""
         self._flush()
         joint = Sums(*(values.clone() for values in self._sums.arrays))
-        if distributed.is_available() and distributed.is_initialized():
+        group = processes.current()
+        if group.world > 1:
             flat = torch.cat([values.flatten() for values in joint.arrays])
-            distributed.all_reduce(flat)
+            group.sum(flat)
             parts = torch.split(flat, [values.numel() for values in joint.arrays])
             pairs = zip(parts, joint.arrays, strict=True)
             joint = Sums(*(part.view_as(values) for part, values in pairs))
@@ -222,18 +224,23 @@ class Recorder:
 
         A record gathers those of all processes, so that all together must not begin with more.
         """
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+        if not processes.current().main:
             return
         self._sums.counts.copy_(self._sums.counts.new_tensor(choices))
 
     def decided(self, site: Any, decision: Decision) -> None:
         """Add one forward's decisions of a site; they stay on the device."""
-        if self._training is not None and self._mixture.training != self._training:
+        if not self._counts():
             return
         if self._detailed or decision.is_new is not None:
             self._add(site.index, decision)
         else:
             self._queue(site.index, decision.route.ids)
+
+    def _counts(self) -> bool:
+        """Whether what is decided now counts: in this mode, and in this process."""
+        mode = self._training is None or self._mixture.training == self._training
+        return mode and processes.current().counts
 
     @torch.no_grad()
     def _add(self, site: int, decision: Decision) -> None:
@@ -287,9 +294,7 @@ class Recorder:
 
         Only where the site has just decided; tokens that do not vote are left out.
         """
-        if site.choice is None or not self._detailed:
-            return
-        if self._training is not None and self._mixture.training != self._training:
+        if site.choice is None or not self._detailed or not self._counts():
             return
         current = self._mixture.current
         if update.ndim == 2 and current.shape is not None:

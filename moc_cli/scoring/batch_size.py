@@ -2,18 +2,22 @@
 
 The estimate counts what grows with the rows: the key-value cache, one layer's activations and the
 logits. Weights are loaded already. Half of the free memory is left for what it does not count.
+Several processes share the batches: those of one process, dealt out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
+from moc_cli import processes
 from moc_cli.errors import MocError
+from moc_cli.processes import Processes
 from moc_cli.report.output import say
 
 T = TypeVar("T")
@@ -24,7 +28,10 @@ LARGEST = {"cpu": 16, "cuda": 256}
 
 @dataclass
 class BatchSize:
-    """Rows in a batch: the `option` given, the number last `used`, how often it was `halved`."""
+    """Rows in a batch: the `option` given, the number last `used`, how often it was `halved`.
+
+    Of several processes: the smallest number, and the halvings of all.
+    """
 
     option: BatchSizeOption = "auto"
     used: int = 0
@@ -56,22 +63,97 @@ def run_batches(
     The longest items come first, where memory peaks. A batch that does not fit in memory is halved
     and done again, and so are all after it: a message says so, and `size` counts. Raises MocError
     where a single row does not fit.
+
+    Joint: of several processes each works on its share of the batches, all get all results, and an
+    error of one ends all. They call `on_progress` together, after each has done one batch.
     """
     size = size if isinstance(size, BatchSize) else BatchSize(size)
     order = sorted(range(len(costs)), key=lambda item: (-costs[item].tokens, item))
-    if order:
-        size.used = _first_size(model, costs[order[0]], size.option)
+    if not order:
+        return []
+    group = processes.current()
+    size.used = min(group.gather(_first_size(model, costs[order[0]], size.option)))
+    batches = [order[first : first + size.used] for first in range(0, len(order), size.used)]
     results: dict[int, T] = {}
-    while len(results) < len(order):
-        items = order[len(results) : len(results) + size.used]
-        values = _unless_out_of_memory(work, items)
-        if values is None:
-            _halve(size, len(items), costs[items[0]].tokens)
-            continue
-        results |= zip(items, values, strict=True)
-        if on_progress is not None:
-            on_progress(len(results), len(order))
+    with _sharing(model, group) as sharing:
+        items = [item for batch in sharing.share(batches) for item in batch]
+        own = _Share(costs, items, size.used)
+        while len(results) < len(order):
+            with group.together():
+                values, halvings = own.next_batch(work)
+            done = sharing.gather(_Done(values, own.rows, halvings))
+            for rank, part in enumerate(done):
+                results |= part.values
+                size.halved += len(part.halvings)
+                for halving in part.halvings:
+                    say(halving if sharing.world == 1 else f"process {rank}: {halving}")
+            size.used = min(part.rows for part in done)
+            if on_progress is not None:
+                on_progress(len(results), len(order))
     return [results[item] for item in range(len(order))]
+
+
+@dataclass(frozen=True)
+class _Done(Generic[T]):
+    """What a process has done in a round: results by item, its rows in a batch, what to tell."""
+
+    values: dict[int, T]
+    rows: int
+    halvings: list[str]
+
+
+class _Share:
+    """The items that one process works on, in their order, `rows` at a time."""
+
+    def __init__(self, costs: Sequence[RowCost], items: list[int], rows: int) -> None:
+        self.rows = rows
+        self._costs, self._left = costs, items
+
+    def next_batch(self, work: Callable[[list[int]], list[T]]) -> tuple[dict[int, T], list[str]]:
+        """Return the results of the next batch that fits, by item, and what was halved for it."""
+        halvings: list[str] = []
+        while items := self._left[: self.rows]:
+            values = _unless_out_of_memory(work, items)
+            if values is not None:
+                del self._left[: len(items)]
+                return dict(zip(items, values, strict=True)), halvings
+            halvings.append(self._halve(len(items), self._costs[items[0]].tokens))
+        return {}, halvings
+
+    def _halve(self, rows: int, tokens: int) -> str:
+        from accelerate.utils.memory import clear_device_cache
+
+        clear_device_cache(garbage_collection=True)
+        if rows == 1:
+            raise MocError(
+                f"one row of {tokens} tokens does not fit in memory",
+                "free some memory, use another device, or load the model in bfloat16",
+            )
+        self.rows = rows // 2
+        return (
+            f"{rows} rows of up to {tokens} tokens do not fit in memory: going on with {rows // 2}"
+        )
+
+
+@contextmanager
+def _sharing(model: PreTrainedModel, group: Processes) -> Iterator[Processes]:
+    """Yield the processes that the batches are dealt out to.
+
+    Each forward of a model whose weights are split over the processes needs them all: every one
+    then does all of the work, which counts in the first.
+    """
+    if group.world > 1 and is_sharded(model):
+        with processes.alike():
+            yield Processes()
+    else:
+        yield group
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Return whether the model's weights are split over the processes, as FSDP2 does."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def row_bytes(model: PreTrainedModel, cost: RowCost) -> int:
@@ -120,7 +202,8 @@ def _first_size(model: PreTrainedModel, longest: RowCost, option: BatchSizeOptio
     if option != "auto":
         return option
     device = next(model.parameters()).device
-    fitting = free_bytes(device) // 2 // max(1, row_bytes(model, longest))
+    sharing = processes.current().world if device.type == "cpu" else 1  # the machine's memory
+    fitting = free_bytes(device) // 2 // sharing // max(1, row_bytes(model, longest))
     return max(1, min(LARGEST.get(device.type, LARGEST["cpu"]), fitting))
 
 
@@ -132,17 +215,3 @@ def _unless_out_of_memory(work: Callable[[list[int]], list[T]], items: list[int]
         if not is_out_of_memory(error):
             raise
         return None
-
-
-def _halve(size: BatchSize, rows: int, tokens: int) -> None:
-    from accelerate.utils.memory import clear_device_cache
-
-    clear_device_cache(garbage_collection=True)
-    if rows == 1:
-        raise MocError(
-            f"one row of {tokens} tokens does not fit in memory",
-            "free some memory, use another device, or load the model in bfloat16",
-        )
-    size.used = rows // 2
-    size.halved += 1
-    say(f"{rows} rows of up to {tokens} tokens do not fit in memory: going on with {size.used}")

@@ -4,18 +4,19 @@ The recount is this file's own: hooks on the norms whose inputs the gate reads, 
 """
 
 import gc
-import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.machine import ROOT
+from support.group import run_together, saved
 from support.models import make_tiny, train_controls
-from torch import multiprocessing
 
+from moc_cli import processes
 from moc_cli.methods import Adapted, attach
 from moc_cli.methods.route_counts import Record, Sums
+from moc_cli.processes import Processes
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 
 LAYERS = 4
@@ -362,37 +363,29 @@ def same(a: Record, b: Record) -> bool:
     return equal and all(torch.allclose(x, y, atol=1e-5) for x, y in pairs)
 
 
-def one_process(rank: int, port: int, folder: str) -> None:
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def record_a_part(group: Processes, folder: Path) -> None:
     adapted, given = make(top_k=2), batch(12, side="right")
-    part = slice(0, 5) if rank == 0 else slice(5, 12)
+    part = slice(0, 5) if group.main else slice(5, 12)
     with torch.no_grad(), adapted.recorder() as recorder:
         adapted.model(**{name: value[part] for name, value in given.items()})
+        with processes.alike():  # counts once, and must not change what follows
+            adapted.model(**{name: value[part] for name, value in batch(12).items()})
     record = recorder.record()
-    torch.save(record.sums.arrays, f"{folder}/{rank}.pt")
+    torch.save(record.sums.arrays, folder / f"{group.rank}.pt")
     # A resumed count is one process's alone: the sum of both must not hold it twice.
     again = adapted.recorder()
     again.resume(record.choices())
     assert again.record().choices() == record.choices()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_record_what_one_does(tmp_path):
     adapted = make(top_k=2)
     with torch.no_grad(), adapted.recorder() as recorder:
         adapted.model(**batch(12, side="right"))
+        adapted.model(**{name: value[:5] for name, value in batch(12).items()})
     whole = recorder.record()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Forked, not spawned: a fresh process would import torch and transformers again.
-    multiprocessing.start_processes(one_process, (port, str(tmp_path)), 2, start_method="fork")
-    for rank in range(2):
-        arrays = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    run_together(record_a_part, 2, tmp_path)
+    for arrays in saved(tmp_path, 2):
         assert same(Record(whole.layout, Sums(*arrays)), whole)
 
 

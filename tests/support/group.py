@@ -1,8 +1,10 @@
 """Several processes that work together, for tests: forked, connected over gloo."""
 
+import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def as_launched(rank: int, world: int, port: int) -> dict[str, str]:
 def _one(rank: int, work: Callable[..., Any], world: int, port: int, arguments: tuple) -> None:
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # what the parent had
+    gc.freeze()  # a collection would look through all that the parent has made
     os.environ |= as_launched(rank, world, port)
     try:
         work(processes.join(cpu=True, seconds=SECONDS), *arguments)
@@ -51,6 +54,16 @@ def run_together(work: Callable[..., Any], world: int, *arguments: Any) -> None:
     multiprocessing.start_processes(
         _one, (work, world, free_port(), arguments), world, start_method="fork"
     )
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it a process of a group works as if it were the only one."""
+    before, processes._current = processes._current, processes.Processes()
+    try:
+        yield
+    finally:
+        processes._current = before
 
 
 def saved(folder: Path, world: int) -> list[Any]:
