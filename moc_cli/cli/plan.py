@@ -38,6 +38,18 @@ def plan(
             "may be repeated for all combinations.",
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Plan for N processes that train together."),
+    ] = 1,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ddp|fsdp2",
+            help="What each of them holds of the base; ddp: all of it, the default; fsdp2: its "
+            "share of every layer.",
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -59,17 +71,19 @@ def plan(
     # Imported late: a mistake in the recipe is reported sooner.
     from moc_cli.planning.fit import card_here
     from moc_cli.planning.session import run
+    from moc_cli.planning.shared import make_launch
     from moc_cli.report.output import print_json, print_table, say
-    from moc_cli.report.plan_table import parts_table, plans_table
+    from moc_cli.report.plan_table import parts_table, plans_table, wire_table
     from moc_cli.report.progress import WorkProgress
 
+    launch = make_launch(processes, strategy)
     settings = [(variant.recipe, variant.changes) for variant in variants]
     with WorkProgress("settings", 0) as bar:
-        results = run(recipe, settings, named or card_here(), bar.observe)
+        results = run(recipe, settings, named or card_here(), launch, bar.observe)
     if json:
         print_json(results)
         return
-    print_table(parts_table(results), plans_table(results))
+    print_table(parts_table(results), plans_table(results), *wire_table(results))
     if results["unread"]:
         say(f"Batches are taken as full: {results['unread']}")
     if results["device"] is None:

@@ -1,6 +1,6 @@
 """The micro-batches of a training: of its own rows where they are at hand, else full ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,8 +37,8 @@ class Rows:
     ) -> None:
         self._encoded, self._tokenizer = encoded, tokenizer
 
-    def work(self, recipe: Recipe) -> Work:
-        """Return what the training of a recipe does on these rows."""
+    def work(self, recipe: Recipe, processes: int = 1) -> Work:
+        """Return what the training of a recipe does on these rows, in each of its processes."""
         kind, settings = make_kind(recipe.data), build.make_settings(recipe)
         rows = settings.per_device_train_batch_size
         if self._encoded is None or self._tokenizer is None:
@@ -49,8 +49,9 @@ class Rows:
         lengths, epoch = self._encoded.lengths, data.batches.epoch(0)
         slots = [_slots([lengths[row] for row in rows], recipe.train.packing) for rows in epoch]
         largest = max(range(len(epoch)), key=slots.__getitem__)
-        steps = total_steps(settings, data.batches)
-        micro_batches = steps * settings.gradient_accumulation_steps
+        own = settings.gradient_accumulation_steps
+        window = replace(settings, gradient_accumulation_steps=own * processes)
+        micro_batches = total_steps(window, data.batches) * own
         mean = sum(slots) / len(slots) / slots[largest]
         return Work(data.collate(epoch[largest]), kind.loss, micro_batches * mean)
 

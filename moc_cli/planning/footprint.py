@@ -34,10 +34,13 @@ SMALLEST_8BIT = 4096  # parameters with fewer numbers keep moments of 32 bits
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by part at the peak of each phase, and the seconds of one micro-batch with its step."""
+    """Bytes by part at the peak of each phase, the seconds of one micro-batch with its step, and
+    how many numbers are trained.
+    """
 
     phases: dict[str, dict[str, int]]
     seconds: float | None
+    trained: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
@@ -83,7 +86,8 @@ def _replayed(
     measured = replay(adapted, batch, kind, build.make_settings(recipe))
     phases = _with_own_optimizer(measured, adapted, recipe.train.optim)
     seconds = None if card is None else seconds_of(measured.fake.work, card)
-    return Footprint(phases, seconds)
+    trained = sum(p.numel() for p in adapted.named_trainables().values())
+    return Footprint(phases, seconds, trained)
 
 
 def _shallow(shape: PreTrainedModel, layers: int) -> PreTrainedModel:
@@ -116,7 +120,8 @@ def _drawn_out(low: Footprint, high: Footprint, layers: int) -> Footprint:
         if phase in low.phases
     }
     known = low.seconds is not None and high.seconds is not None
-    return Footprint(phases, grown(low.seconds or 0, high.seconds or 0) if known else None)
+    seconds = grown(low.seconds or 0, high.seconds or 0) if known else None
+    return Footprint(phases, seconds, round(grown(low.trained, high.trained)))
 
 
 def quantized(
@@ -146,7 +151,7 @@ def quantized(
     if seconds is not None and card is not None and card.bandwidth is not None:
         passes = 3 if recompute_mode(recipe) in ("full", "offload") else 2
         seconds += passes * sum(weights) * (few + size) / (card.bandwidth * REACHED_BYTES)
-    return Footprint(phases, seconds)
+    return Footprint(phases, seconds, whole.trained)
 
 
 def unquantized(recipe: Recipe) -> Recipe:

@@ -1,7 +1,7 @@
 """Plans: memory by part and time for settings of a recipe, and the cheapest that fits a card."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,6 +10,8 @@ from moc_cli.models.quantization import of_model
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.footprint import Footprint, footprint, quantized, unquantized
+from moc_cli.planning.links import LINKS, Strategy
+from moc_cli.planning.shared import Launch, in_one_of, traffic_of
 from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
@@ -22,7 +24,7 @@ MODES = ("none", "selective", "full", "offload")  # from the fastest to the smal
 # and the share of the rest that the allocator holds beyond what tensors take.
 CONTEXT = 600_000_000
 FRAGMENTS = 0.02
-KEPT = ("weights", "controls", "optimizer")  # parts that are there between steps too
+KEPT = ("weights", "controls", "optimizer", "buffer")  # parts that are there between steps too
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Plan:
     checkpoint or resuming, if one of these takes more; and what is assumed for context and
     allocator. `step_bytes` are the highest that torch allocates in a step. `step_seconds` are of a
     step of largest micro-batches, `seconds` of all steps. None: not known.
+
+    Of `processes` that train together all this is what each takes. In a step each sends
+    `wire_bytes`; `wire_seconds` are how long that takes on each of LINKS, beside `step_seconds`.
     """
 
     method: str
@@ -50,6 +55,10 @@ class Plan:
     step_seconds: float | None
     seconds: float | None
     fits: bool | None
+    processes: int = 1
+    strategy: Strategy | None = None
+    wire_bytes: int = 0
+    wire_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -57,23 +66,44 @@ class Plan:
 
 
 class Planner:
-    """Plans settings of recipes for a card, which may be unknown; each replay is made once."""
+    """Plans settings of recipes for a card, which may be unknown; each replay is made once.
 
-    def __init__(self, card: Card | None, rows: Rows) -> None:
-        self.card, self.rows = card, rows
+    With a `launch` of several processes each of them has such a card.
+    """
+
+    def __init__(self, card: Card | None, rows: Rows, launch: Launch | None = None) -> None:
+        self.card, self.rows, self.launch = card, rows, launch or Launch()
         self._known: dict[tuple[str, bool], Footprint] = {}
 
     def plan(self, recipe: Recipe, changes: Sequence[str] = (), *, whole: bool = False) -> Plan:
         """Plan a recipe as it is; not `whole`: from replays with few layers."""
         shape = build.base_shape(unquantized(recipe))
         few_bits = of_model(shape) or asked_for(recipe.model)
-        work = self.rows.work(recipe)
-        taken = self._footprint(unquantized(recipe), whole)
+        work = self.rows.work(recipe, self.launch.processes)
+        alone = self._footprint(unquantized(recipe), whole)
         if few_bits is not None:
-            taken = quantized(taken, recipe, few_bits, self.card)
-        parts = _beside(taken, _evaluation_bytes(recipe, shape))
-        step = sum(taken.parts.values())
-        return _plan(recipe, changes, few_bits, parts, step, (taken.seconds, work.times), self.card)
+            alone = quantized(alone, recipe, few_bits, self.card)
+        taken = in_one_of(alone, shape, self.launch)
+        plan = _plan(
+            recipe,
+            changes,
+            few_bits,
+            _beside(taken, _evaluation_bytes(recipe, shape)),
+            sum(taken.parts.values()),
+            (taken.seconds, work.times),
+            self.card,
+        )
+        if self.launch.processes == 1:
+            return plan
+        micro_batches = recipe.train.gradient_accumulation_steps
+        traffic = traffic_of(alone, shape, micro_batches, self.launch)
+        return replace(
+            plan,
+            processes=self.launch.processes,
+            strategy=self.launch.strategy,
+            wire_bytes=traffic.sent,
+            wire_seconds={link.name: traffic.seconds(link) for link in LINKS},
+        )
 
     def _footprint(self, recipe: Recipe, whole: bool) -> Footprint:
         key = recipe.model_dump_json(), whole

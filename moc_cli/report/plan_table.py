@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moc_cli.report.numbers import MISSING, byte_size, decimal, duration
+from moc_cli.report.numbers import MISSING, byte_size, decimal, duration, percent
 from moc_cli.report.tables import FittedTable
 
 # Parts of a step, and what else may need more than a step, as the JSON names them.
@@ -11,6 +11,7 @@ PARTS = {
     "weights": "weights",
     "controls": "controls and gates",
     "optimizer": "optimizer state",
+    "buffer": "buffer of gradients, for the sum over processes",
     "gradients": "gradients",
     "activations": "activations",
     "loss": "loss",
@@ -24,7 +25,8 @@ PARTS = {
 def parts_table(results: Mapping[str, Any]) -> FittedTable:
     """Show the memory of the recipe's own setting by part; `results` is the JSON of `moc plan`."""
     own = results["plans"][0]
-    rows = [[shown, byte_size(own["parts"][part])] for part, shown in PARTS.items()]
+    sizes = [(shown, own["parts"][part]) for part, shown in PARTS.items()]
+    rows = [[shown, byte_size(size)] for shown, size in sizes if size]
     rows.append(["peak", byte_size(own["peak_bytes"])])
     return FittedTable(f"Memory of {setting_name(own)}", ["part", "size"], rows, totals=1)
 
@@ -52,7 +54,36 @@ def plans_table(results: Mapping[str, Any]) -> FittedTable:
             notes.append("time: not known for a card of which only the size is")
         else:
             notes.append("s a step, time of all steps: assumed shares of the listed rates")
+    if results["plans"][0]["processes"] > 1:
+        notes.append(f"memory, rows and time are those of {_each_process(results['plans'][0])}")
     return FittedTable("Settings", head, rows, notes=notes)
+
+
+def wire_table(results: Mapping[str, Any]) -> list[FittedTable]:
+    """Show what each process sends in a step, and how long that takes; nothing for one process."""
+    own = results["plans"][0]
+    processes, step = own["processes"], own["step_seconds"]
+    if processes == 1:
+        return []
+    rows = [
+        [link, decimal(1000 * seconds, 2), _share(seconds, step)]
+        for link, seconds in own["wire_seconds"].items()
+    ]
+    of_step = own["per_device_train_batch_size"] * own["gradient_accumulation_steps"]
+    notes = [
+        f"in a step of {processes * of_step} rows, {_each_process(own)} sends "
+        f"{byte_size(own['wire_bytes'])}",
+        "ms a step, if nothing is computed meanwhile: an assumed share of the listed rates",
+    ]
+    return [FittedTable("On the wire", ["link", "ms a step", "share of the step"], rows, notes)]
+
+
+def _each_process(plan: Mapping[str, Any]) -> str:
+    return f"each of {plan['processes']} processes ({plan['strategy']})"
+
+
+def _share(seconds: float, step: float | None) -> str:
+    return MISSING if step is None else percent(seconds / (step + seconds))
 
 
 def setting_name(plan: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings
 from moc_cli.planning.time import seconds_of
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
-from moc_cli.report.plan_table import PARTS, parts_table, plans_table
+from moc_cli.report.plan_table import PARTS, parts_table, plans_table, wire_table
 from moc_cli.training import build
 from moc_cli.training.recompute import recompute_mode
 
@@ -261,7 +261,7 @@ def test_the_line_to_paste_trains_what_was_planned(
 
 
 def test_plans_are_shown_as_tables() -> None:
-    plan = {
+    plan: dict[str, Any] = {
         "method": "moc",
         "changes": [],
         "activation_checkpointing": "full",
@@ -274,11 +274,21 @@ def test_plans_are_shown_as_tables() -> None:
         "step_seconds": None,
         "seconds": None,
         "fits": None,
+        "processes": 1,
     }
     console = Console(width=100)
     with console.capture() as shown:
         console.print(parts_table({"plans": [plan]}))
         console.print(plans_table({"plans": [plan], "device": None}))
+    assert wire_table({"plans": [plan]}) == []
     assert "Memory of moc, full, 16 rows, 4-bit" in shown.get()
     assert "16 x 2" in shown.get()
     assert "7.40 GB" in shown.get()
+    joint = {"processes": 4, "strategy": "ddp", "wire_bytes": 9_000_000, "step_seconds": 0.5}
+    results = {"plans": [plan | joint | {"wire_seconds": {"NVLink": 0.5}}], "device": None}
+    with console.capture() as shown:
+        console.print(plans_table(results))
+        console.print(*wire_table(results))
+    assert "each of 4 processes (ddp)" in shown.get()
+    assert "in a step of 128 rows, each of 4 processes (ddp) sends 9.0 MB" in shown.get()
+    assert ["NVLink", "500.00", "50.0", "%"] in map(str.split, shown.get().splitlines())

@@ -1,0 +1,121 @@
+"""Plans of several processes: what each holds, and what it sends."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.models import tiny_config
+from torch import nn
+
+from moc_cli.cli import run
+from moc_cli.errors import MocError
+from moc_cli.planning import session
+from moc_cli.planning.batches import Rows
+from moc_cli.planning.footprint import Footprint
+from moc_cli.planning.links import LINKS, Link, all_gather, all_reduce
+from moc_cli.planning.plans import Planner
+from moc_cli.planning.shared import Launch, in_one_of, make_launch, traffic_of
+from moc_cli.recipe.load import load_recipe
+
+LAYERS = 10
+ALONE = Footprint({"forward": {"weights": 10_400, "controls": 40}}, None, trained=10)
+
+
+@pytest.fixture
+def model() -> Any:
+    """Ten layers of 1,000 bytes each, and 400 bytes outside of them."""
+    outside, inside = nn.Parameter(nn.Linear(10, 10).weight), nn.Parameter(nn.Linear(5, 5).weight)
+    named = {"embed.weight": outside, "layers.0.weight": inside}
+    config = tiny_config("qwen3", num_hidden_layers=LAYERS, layer_types=None)
+    return SimpleNamespace(named_parameters=named.items, config=config)
+
+
+def all_reduced_in_a_ring(numbers: list[list[int]]) -> list[int]:
+    """Sum lists in a ring, as libraries do; return how many numbers each process has sent."""
+    count = len(numbers)
+    size = len(numbers[0]) // count
+    wanted = [sum(column) for column in zip(*numbers, strict=True)]
+    sent = [0] * count
+    for turn in range(2 * (count - 1)):
+        packets = []
+        for rank in range(count):
+            at = (rank - turn) % count * size
+            packets.append((at, numbers[rank][at : at + size]))
+            sent[rank] += size
+        for rank, (at, packet) in enumerate(packets):
+            to = numbers[(rank + 1) % count]
+            adds = turn < count - 1
+            to[at : at + size] = [
+                p + adds * t for p, t in zip(packet, to[at : at + size], strict=True)
+            ]
+    assert all(result == wanted for result in numbers)
+    return sent
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_formula_is_what_a_ring_sends(processes: int) -> None:
+    size = 12
+    sent = all_reduced_in_a_ring([[rank + n for n in range(size)] for rank in range(processes)])
+    assert sent == [all_reduce(size, processes).sent] * processes
+    assert 2 * all_gather(size, processes).sent == all_reduce(size, processes).sent
+
+
+def test_each_process_holds_a_buffer_and_its_share(model: Any) -> None:
+    assert in_one_of(ALONE, model, Launch()) is ALONE
+    whole = in_one_of(ALONE, model, Launch(8)).phases["forward"]
+    assert whole == {"weights": 10_400, "controls": 40, "buffer": 40}
+    shared = in_one_of(ALONE, model, Launch(8, "fsdp2")).phases["forward"]
+    assert shared == whole | {"weights": 400 + 10_000 // 8 + 3 * 1_000}
+
+
+def test_what_each_process_sends(model: Any) -> None:
+    assert traffic_of(ALONE, model, 3, Launch(4)) == all_reduce(40, 4)
+    shared = traffic_of(ALONE, model, 3, Launch(4, "fsdp2"))
+    gathered = 2 * LAYERS * 3  # each layer twice in each of 3 micro-batches
+    assert shared.sent == 60 + gathered * 750
+    assert shared.calls == 1 + gathered
+    assert shared.seconds(Link("a", 1e3, 0.5)) == pytest.approx(
+        0.5 * shared.calls + shared.sent / 750
+    )
+
+
+def test_a_plan_of_several_processes() -> None:
+    own = load_recipe("quickstart", ["train.max_steps=5", "train.gradient_accumulation_steps=3"])
+    rows, card = Rows(None), None
+    alone, joint = Planner(card, rows).plan(own), Planner(card, rows, Launch(4)).plan(own)
+    assert (alone.processes, alone.strategy, alone.wire_bytes, alone.wire_seconds) == (
+        1,
+        None,
+        0,
+        {},
+    )
+    assert (joint.processes, joint.strategy) == (4, "ddp")
+    assert joint.wire_seconds.keys() == {link.name for link in LINKS}
+    assert joint.parts["buffer"] == joint.step_bytes - alone.step_bytes
+    assert joint.parts["buffer"] == pytest.approx(joint.parts["controls"], rel=0.02)
+    assert joint.wire_bytes == 3 / 2 * joint.parts["buffer"]
+
+
+def test_the_command_plans_for_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
+    command = ["plan", "quickstart", "--gpu", "T4", "--processes", "4", "--json"]
+    times = {}
+    for processes in ("1", "4"):
+        command[5] = processes
+        assert run(command) == 0
+        (plan,) = json.loads(capsys.readouterr().out)["plans"]
+        times[processes] = plan["seconds"] / plan["step_seconds"]
+    assert plan["processes"] == 4
+    assert times["4"] == pytest.approx(times["1"] / 4, rel=0.05), "the rows are shared"
+
+
+def test_a_strategy_is_one_of_several_processes() -> None:
+    assert make_launch(1, None) == Launch()
+    assert make_launch(2, "fsdp2") == Launch(2, "fsdp2")
+    with pytest.raises(MocError, match="and one was planned"):
+        make_launch(1, "fsdp2")
+    with pytest.raises(MocError, match="'fsdp' is not one of them; did you mean 'fsdp2'"):
+        make_launch(2, "fsdp")
