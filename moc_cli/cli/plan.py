@@ -39,16 +39,12 @@ def plan(
         ),
     ] = None,
     processes: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Plan for N processes that train together."),
-    ] = 1,
+        int | None,
+        typer.Option(metavar="N", help="Plan for N processes: the same as launch.num_processes."),
+    ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(
-            metavar="ddp|fsdp2",
-            help="What each of them holds of the base; ddp: all of it, the default; fsdp2: its "
-            "share of every layer.",
-        ),
+        typer.Option(metavar="ddp|fsdp2", help="The same as launch.strategy."),
     ] = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -63,23 +59,24 @@ def plan(
     from moc_cli.recipe.load import load_recipe
     from moc_cli.recipe.trust import check_trust
 
-    own = load_recipe(recipe, set_ or [])
+    launch = {"num_processes": processes, "strategy": strategy}
+    given = [f"launch.{key}={value}" for key, value in launch.items() if value is not None]
+    set_ = [*(set_ or []), *given]
+    own = load_recipe(recipe, set_)
     check_trust(own, recipe, granted=trust_remote_code)
     names = split_names(methods) or [own.method.name]
-    variants = make_variants(recipe, set_ or [], names, vary or [])
+    variants = make_variants(recipe, set_, names, vary or [])
     named = None if gpu is None else find_card(gpu)
     # Imported late: a mistake in the recipe is reported sooner.
     from moc_cli.planning.fit import card_here
     from moc_cli.planning.session import run
-    from moc_cli.planning.shared import make_launch
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.plan_table import parts_table, plans_table, wire_table
     from moc_cli.report.progress import WorkProgress
 
-    launch = make_launch(processes, strategy)
     settings = [(variant.recipe, variant.changes) for variant in variants]
     with WorkProgress("settings", 0) as bar:
-        results = run(recipe, settings, named or card_here(), launch, bar.observe)
+        results = run(recipe, settings, named or card_here(), bar.observe)
     if json:
         print_json(results)
         return

@@ -49,9 +49,8 @@ class Rows:
         lengths, epoch = self._encoded.lengths, data.batches.epoch(0)
         slots = [_slots([lengths[row] for row in rows], recipe.train.packing) for rows in epoch]
         largest = max(range(len(epoch)), key=slots.__getitem__)
-        own = settings.gradient_accumulation_steps
-        window = replace(settings, gradient_accumulation_steps=own * processes)
-        micro_batches = total_steps(window, data.batches) * own
+        steps = total_steps(replace(settings, processes=processes), data.batches)
+        micro_batches = steps * settings.gradient_accumulation_steps
         mean = sum(slots) / len(slots) / slots[largest]
         return Work(data.collate(epoch[largest]), kind.loss, micro_batches * mean)
 

@@ -9,8 +9,6 @@ from moc_cli.errors import MocError
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card, card_of
 from moc_cli.planning.plans import CONTEXT, MODES, Planner, changes_to, cheapest, settings_beside
-from moc_cli.planning.shared import Launch
-from moc_cli.processes import current
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.lines import labelled
 from moc_cli.report.numbers import byte_size
@@ -63,8 +61,7 @@ class Forecast:
             self._say(labelled("plan", "activation_checkpointing: auto is none on the CPU"))
             return _with_mode(recipe, "none"), None
         free = free_bytes(device)
-        card, launch = Card("free", free + CONTEXT), Launch(current().world)
-        planner = Planner(card, Rows(rows.encoded, tokenizer), launch)
+        planner = Planner(Card("free", free + CONTEXT), Rows(rows.encoded, tokenizer))
         chosen = fitting_mode(recipe, planner)
         plan = planner.plan(chosen, whole=True)
         mode = plan.activation_checkpointing

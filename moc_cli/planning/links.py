@@ -1,9 +1,7 @@
 """What several processes send each other in a step, and the listed rates of what carries it."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-Strategy = Literal["ddp", "fsdp2"]
 FLOAT = 4  # bytes of a number in the buffer of gradients
 
 

@@ -10,8 +10,8 @@ from moc_cli.models.quantization import of_model
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.footprint import Footprint, footprint, quantized, unquantized
-from moc_cli.planning.links import LINKS, Strategy
-from moc_cli.planning.shared import Launch, in_one_of, traffic_of
+from moc_cli.planning.links import LINKS
+from moc_cli.planning.shared import in_one_of, launch_of, traffic_of
 from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
@@ -56,7 +56,7 @@ class Plan:
     seconds: float | None
     fits: bool | None
     processes: int = 1
-    strategy: Strategy | None = None
+    strategy: str | None = None
     wire_bytes: int = 0
     wire_seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -68,22 +68,23 @@ class Plan:
 class Planner:
     """Plans settings of recipes for a card, which may be unknown; each replay is made once.
 
-    With a `launch` of several processes each of them has such a card.
+    Where several processes train together, each has such a card.
     """
 
-    def __init__(self, card: Card | None, rows: Rows, launch: Launch | None = None) -> None:
-        self.card, self.rows, self.launch = card, rows, launch or Launch()
+    def __init__(self, card: Card | None, rows: Rows) -> None:
+        self.card, self.rows = card, rows
         self._known: dict[tuple[str, bool], Footprint] = {}
 
     def plan(self, recipe: Recipe, changes: Sequence[str] = (), *, whole: bool = False) -> Plan:
         """Plan a recipe as it is; not `whole`: from replays with few layers."""
         shape = build.base_shape(unquantized(recipe))
         few_bits = of_model(shape) or asked_for(recipe.model)
-        work = self.rows.work(recipe, self.launch.processes)
+        launch = launch_of(recipe)
+        work = self.rows.work(recipe, launch.processes)
         alone = self._footprint(unquantized(recipe), whole)
         if few_bits is not None:
             alone = quantized(alone, recipe, few_bits, self.card)
-        taken = in_one_of(alone, shape, self.launch)
+        taken = in_one_of(alone, shape, launch)
         plan = _plan(
             recipe,
             changes,
@@ -93,14 +94,14 @@ class Planner:
             (taken.seconds, work.times),
             self.card,
         )
-        if self.launch.processes == 1:
+        if launch.processes == 1:
             return plan
         micro_batches = recipe.train.gradient_accumulation_steps
-        traffic = traffic_of(alone, shape, micro_batches, self.launch)
+        traffic = traffic_of(alone, shape, micro_batches, launch)
         return replace(
             plan,
-            processes=self.launch.processes,
-            strategy=self.launch.strategy,
+            processes=launch.processes,
+            strategy=launch.strategy,
             wire_bytes=traffic.sent,
             wire_seconds={link.name: traffic.seconds(link) for link in LINKS},
         )

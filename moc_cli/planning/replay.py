@@ -13,6 +13,7 @@ from moc_cli.data.batches import LossKind
 from moc_cli.methods import Adapted
 from moc_cli.planning.fake_device import META, FakeDevice
 from moc_cli.planning.live_memory import LiveMemory, Now
+from moc_cli.processes import Processes
 from moc_cli.training import optim
 from moc_cli.training.checkpoint import Checkpoints
 from moc_cli.training.log import MetricsLog
@@ -124,7 +125,7 @@ def replay(
     where several micro-batches make a step, so are the gradients of the one before. The optimizer
     is AdamW, whatever the settings say. No file is written and no random state is used up.
     """
-    once = replace(settings, gradient_accumulation_steps=1, optim="adamw")
+    once = replace(settings, gradient_accumulation_steps=1, processes=1, optim="adamw")
     loop = make_loop(adapted, batch, kind, once, META)
     phases = Phases(loop)
     fake = FakeDevice(like, phases)
@@ -178,6 +179,7 @@ def make_loop(
         accelerator=cast(Any, _OneDevice(device)),
         checkpoints=Checkpoints(nowhere),
         log=MetricsLog(nowhere),
+        processes=Processes(),
     )
     loop.plan = epochs.epoch(0)
     loop.model.train()

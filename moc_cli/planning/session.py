@@ -8,7 +8,6 @@ from moc_cli.planning.batches import read_rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.fit import fitting_mode
 from moc_cli.planning.plans import Plan, Planner, changes_to, cheapest, settings_beside
-from moc_cli.planning.shared import Launch
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 
@@ -19,13 +18,11 @@ def run(
     name: str,
     variants: Sequence[tuple[Recipe, Sequence[str]]],
     card: Card | None,
-    launch: Launch,
     observe: Progress,
 ) -> dict[str, Any]:
     """Return what `moc plan --json` prints for variants of the recipe `name`, its own first.
 
-    A variant is a recipe and the changes that made it; each process of the launch has such a card.
-    Raises MocError for all that would stop a
+    A variant is a recipe and the changes that made it. Raises MocError for all that would stop a
     training before its weights are read.
     """
     first, _ = variants[0]
@@ -34,7 +31,7 @@ def run(
         variants = [(r.model_copy(update={"data": told}), changes) for r, changes in variants]
         first, _ = variants[0]
     rows, unread = read_rows(first, build.base_shape(first))
-    planner = Planner(card, rows, launch)
+    planner = Planner(card, rows)
     chosen = [fitting_mode(recipe, planner) for recipe, _ in variants]
     beside = [settings_beside(own) for own in chosen]
     total = len(chosen) + sum(map(len, beside))

@@ -2,15 +2,14 @@
 process alone."""
 
 from dataclasses import dataclass, replace
-from typing import get_args
 
 from transformers import PreTrainedModel
 
-from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import in_a_layer
 from moc_cli.planning.footprint import Footprint
-from moc_cli.planning.links import FLOAT, Strategy, Traffic, all_gather, all_reduce
-from moc_cli.recipe.suggest import choices
+from moc_cli.planning.links import FLOAT, Traffic, all_gather, all_reduce
+from moc_cli.processes import current
+from moc_cli.recipe.schema import Recipe
 
 # Layers whose weights fsdp2 holds whole at a time: the one in use, the next one on its way, and
 # what the last one came in.
@@ -25,21 +24,15 @@ class Launch:
     """
 
     processes: int = 1
-    strategy: Strategy = "ddp"
+    strategy: str = "ddp"
 
 
-def make_launch(processes: int, strategy: str | None) -> Launch:
-    """Return the launch that options ask for; raises MocError for another strategy."""
-    if strategy is not None and processes == 1:
-        raise MocError(
-            "--strategy says what several processes hold of the base, and one was planned",
-            "give their number too, for example --processes 8",
-        )
-    names = {name: name for name in get_args(Strategy)}
-    given = strategy or "ddp"
-    if given not in names:
-        raise MocError(f"--strategy: '{given}' is not one of them{choices(given, names)}")
-    return Launch(processes, names[given])
+def launch_of(recipe: Recipe) -> Launch:
+    """Return the launch of a training that runs, or else the one that the recipe asks for, where
+    `auto` counts as one process.
+    """
+    asked, running = recipe.launch.num_processes, current().world
+    return Launch(running if running > 1 or asked == "auto" else asked, recipe.launch.strategy)
 
 
 def in_one_of(alone: Footprint, model: PreTrainedModel, launch: Launch) -> Footprint:

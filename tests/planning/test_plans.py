@@ -84,6 +84,8 @@ def test_the_batches_are_those_of_the_rows(recipe: MakeRecipe) -> None:
     micro_batches = 3 * -(-36 // 5)
     assert work.times is not None
     assert 0.5 * micro_batches < work.times <= micro_batches
+    shared = rows.work(own, 4).times
+    assert shared == pytest.approx(work.times / 4, rel=0.01), "each has a quarter of the rows"
     full = Rows(None).work(own)
     assert full.largest["input_ids"].shape == (5, 400)
     assert full.times is None

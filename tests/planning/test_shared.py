@@ -9,17 +9,19 @@ from support.models import tiny_config
 from torch import nn
 
 from moc_cli.cli import run
-from moc_cli.errors import MocError
-from moc_cli.planning import session
+from moc_cli.planning import session, shared
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.footprint import Footprint
 from moc_cli.planning.links import LINKS, Link, all_gather, all_reduce
 from moc_cli.planning.plans import Planner
-from moc_cli.planning.shared import Launch, in_one_of, make_launch, traffic_of
+from moc_cli.planning.shared import Launch, in_one_of, launch_of, traffic_of
+from moc_cli.processes import Processes
 from moc_cli.recipe.load import load_recipe
 
 LAYERS = 10
-ALONE = Footprint({"forward": {"weights": 10_400, "controls": 40}}, None, trained=10)
+PHASES = ("forward", "loss", "backward", "optimizer")
+PARTS = {"weights": 10_400, "controls": 40}
+ALONE = Footprint(dict.fromkeys(PHASES, PARTS), None, trained=10)
 
 
 @pytest.fixture
@@ -81,19 +83,15 @@ def test_what_each_process_sends(model: Any) -> None:
 
 
 def test_a_plan_of_several_processes() -> None:
-    own = load_recipe("quickstart", ["train.max_steps=5", "train.gradient_accumulation_steps=3"])
-    rows, card = Rows(None), None
-    alone, joint = Planner(card, rows).plan(own), Planner(card, rows, Launch(4)).plan(own)
-    assert (alone.processes, alone.strategy, alone.wire_bytes, alone.wire_seconds) == (
-        1,
-        None,
-        0,
-        {},
-    )
+    planner, changes = Planner(None, Rows(None)), ["train.gradient_accumulation_steps=3"]
+    alone = planner.plan(load_recipe("quickstart", changes))
+    joint = planner.plan(load_recipe("quickstart", [*changes, "launch.num_processes=4"]))
+    assert (alone.processes, alone.strategy) == (1, None)
+    assert (alone.wire_bytes, alone.wire_seconds) == (0, {})
     assert (joint.processes, joint.strategy) == (4, "ddp")
     assert joint.wire_seconds.keys() == {link.name for link in LINKS}
     assert joint.parts["buffer"] == joint.step_bytes - alone.step_bytes
-    assert joint.parts["buffer"] == pytest.approx(joint.parts["controls"], rel=0.02)
+    assert joint.parts["buffer"] == pytest.approx(joint.parts["controls"], rel=0.1)
     assert joint.wire_bytes == 3 / 2 * joint.parts["buffer"]
 
 
@@ -101,21 +99,26 @@ def test_the_command_plans_for_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
-    command = ["plan", "quickstart", "--gpu", "T4", "--processes", "4", "--json"]
-    times = {}
-    for processes in ("1", "4"):
-        command[5] = processes
-        assert run(command) == 0
-        (plan,) = json.loads(capsys.readouterr().out)["plans"]
-        times[processes] = plan["seconds"] / plan["step_seconds"]
-    assert plan["processes"] == 4
-    assert times["4"] == pytest.approx(times["1"] / 4, rel=0.05), "the rows are shared"
+    assert run(["plan", "quickstart", "--gpu", "T4", "--processes", "4", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert (plan["processes"], plan["strategy"]) == (4, "ddp")
+    assert (
+        run(["plan", "quickstart", "--gpu", "T4", "--processes", "4", "--strategy", "fsdp2"]) == 0
+    )
+    told = capsys.readouterr()
+    assert "each of 4 processes (fsdp2) sends" in told.out
+    assert "--set launch.num_processes=4 --set launch.strategy=fsdp2" in told.err
 
 
-def test_a_strategy_is_one_of_several_processes() -> None:
-    assert make_launch(1, None) == Launch()
-    assert make_launch(2, "fsdp2") == Launch(2, "fsdp2")
-    with pytest.raises(MocError, match="and one was planned"):
-        make_launch(1, "fsdp2")
-    with pytest.raises(MocError, match="'fsdp' is not one of them; did you mean 'fsdp2'"):
-        make_launch(2, "fsdp")
+def test_options_are_keys_of_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "quickstart", "--processes", "0", "--strategy", "fsdp"]) == 2
+    told = capsys.readouterr().err
+    assert "launch.num_processes" in told
+    assert "did you mean 'fsdp2'" in told
+
+
+def test_a_training_that_runs_is_planned_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = load_recipe("quickstart", ["launch.num_processes=2", "launch.strategy=fsdp2"])
+    assert launch_of(own) == Launch(2, "fsdp2")
+    monkeypatch.setattr(shared, "current", lambda: Processes(world=3))
+    assert launch_of(own) == Launch(3, "fsdp2")
