@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -19,7 +19,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from moc_cli import __version__
 from moc_cli.errors import MocError, explain_system
-from moc_cli.processes import check_one_process
+from moc_cli.processes import LostProcess, check_one_process, leave
+
+if TYPE_CHECKING:
+    from moc_cli.launching.place import Place
 
 # Each command's module in this folder, and the function or the group in it. `moc --help` lists them
 # in this order.
@@ -93,13 +96,18 @@ def run(arguments: list[str]) -> int:
     --json; so is what the system refuses. Any other exception than MocError is a bug and passes
     through with its traceback.
     """
+    from moc_cli.launching.child import end_by_signal, stop_with_parent
+    from moc_cli.launching.place import silent_place
     from moc_cli.report.output import say
     from moc_cli.report.streams import lasting_streams
     from moc_cli.signals import stopped_by_signals
 
-    with stopped_by_signals() as stop, lasting_streams() as results:
-        code = _run(arguments)
+    place = silent_place(os.environ)
+    with stopped_by_signals() as stop, lasting_streams(silent=place is not None) as results:
+        stop_with_parent()
+        code = _run(arguments) if place is None else _follow(arguments, place)
         if stop.number is not None:
+            end_by_signal(stop.number)
             say(f"stopped by signal {stop.number}")
             code = 128 + stop.number
         results.flush()
@@ -109,30 +117,74 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _run(arguments: list[str]) -> int:
+def _call(arguments: list[str]) -> int:
+    """Run one command and return its exit code; what goes wrong is raised."""
+    from moc_cli.launching.place import take_place
+
     called = arguments[:1]
     known = bool(called) and called[0] in COMMANDS
     app = make_app(called if known else COMMANDS)
-    try:
-        if known and called[0] not in TOGETHER:
+    if known:
+        take_place(os.environ)
+        if called[0] not in TOGETHER:
             check_one_process(called[0])
-        code = app(args=arguments, prog_name="moc", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except MocError as error:
-        _refuse(error, as_json="--json" in arguments)
-        return 2
+    code = app(args=arguments, obj=arguments, prog_name="moc", standalone_mode=False)
+    leave()
+    return code if isinstance(code, int) else 0
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command, and tell what goes wrong."""
+    from moc_cli.launching.child import ended_meanwhile, started_by_moc
+
+    try:
+        return _call(arguments)
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except OSError as error:
-        if error.errno is None:  # a library's own
-            raise
-        _refuse(explain_system(error), as_json="--json" in arguments)
-        return 2
     except Exception as error:
-        # Typer's usage errors: their class is not public under one name in all its versions.
-        if not hasattr(error, "format_message"):
+        explained = _explain(error)
+        if explained is None:
             raise
-        return _refuse_usage(error, as_json="--json" in arguments)
+        # The launcher tells why a process was lost where that ran on this machine.
+        if isinstance(error, LostProcess) and started_by_moc() and ended_meanwhile():
+            return 2
+        if not explained.message:  # `moc` alone: the help is the answer, and typer has printed it
+            return int(getattr(error, "exit_code", 2))
+        _refuse(explained, as_json="--json" in arguments)
+        return 2
+
+
+def _follow(arguments: list[str], place: "Place") -> int:
+    """Run one command as one of several processes that is not the first one.
+
+    It ends after that one, which tells what goes wrong in all of them.
+    """
+    from moc_cli.launching.child import ended_meanwhile, tell
+
+    error = None
+    try:
+        code = _call(arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as caught:
+        error, code = caught, 1 if _explain(caught) is None else 2
+    if code and not ended_meanwhile() and error is not None:
+        tell(place, error, _explain(error))
+    return code
+
+
+def _explain(error: Exception) -> MocError | None:
+    """Return a user's mistake, or what the system refused, as an error of ours; None for a bug."""
+    if isinstance(error, MocError):
+        return error
+    if isinstance(error, OSError):
+        return None if error.errno is None else explain_system(error)  # without: a library's own
+    # Typer's usage errors: their class is not public under one name in all its versions.
+    if not hasattr(error, "format_message"):
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "moc"
+    return MocError(error.format_message(), hint=f"{command} --help")
 
 
 def main() -> NoReturn:
@@ -176,14 +228,3 @@ def _refuse(error: MocError, as_json: bool) -> None:
         say(f"Error: {error.message}")
     if error.hint:
         say(f"Hint: {error.hint}")
-
-
-def _refuse_usage(error: Any, as_json: bool) -> int:
-    context = getattr(error, "ctx", None)
-    message = error.format_message()
-    if not message:
-        # `moc` alone: the help is the answer, and typer has printed it.
-        return int(error.exit_code)
-    command = context.command_path if context is not None else "moc"
-    _refuse(MocError(message, hint=f"{command} --help"), as_json)
-    return 2

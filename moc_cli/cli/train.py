@@ -24,9 +24,11 @@ TRUST = "model.trust_remote_code"
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
+    from moc_cli.runs import Call
 
 
 def train(
+    context: typer.Context,
     recipe: RecipeArgument,
     set_: SetOption = None,
     resume: Annotated[
@@ -100,12 +102,9 @@ def train(
     if dry_run:
         _dry_run(loaded, json)
         return
-    # Imported late: a mistake in the recipe is reported sooner.
-    from moc_cli.planning.fit import Forecast
+    from moc_cli.launching.together import run_together
     from moc_cli.report.output import say
     from moc_cli.runs import Call
-    from moc_cli.training.seeds import train_seeds
-    from moc_cli.training.session import Session
 
     def command(changes: list[str]) -> str:
         words = [program(), "train", recipe]
@@ -115,8 +114,21 @@ def train(
             words += ["--seeds", str(seeds)]
         return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
 
-    forecast = Forecast(say, force=force)
     call = Call(command(changes), None if output_dir is None else str(output_dir))
+    code = run_together(
+        loaded.launch,
+        context.obj,
+        rows=(loaded.train.per_device_train_batch_size, loaded.train.gradient_accumulation_steps),
+        progress=lambda: _progress(loaded, call),
+    )
+    if code is not None:
+        raise typer.Exit(code)
+    # Imported late: a mistake in the recipe is reported sooner.
+    from moc_cli.planning.fit import Forecast
+    from moc_cli.training.seeds import train_seeds
+    from moc_cli.training.session import Session
+
+    forecast = Forecast(say, force=force)
     with _reporting_stops(json):
         if seeds is None:
             elsewhere = [change for change in changes if not _is_of_method(change)]
@@ -141,6 +153,19 @@ def train(
                 forecast=forecast,
             )
             _show_seeds(loaded, summary, json)
+
+
+def _progress(recipe: "Recipe", call: "Call") -> str:
+    """Say how far processes came that have ended without a word, and how to continue."""
+    from moc_cli.errors import RunError
+    from moc_cli.runs import RunFolder
+
+    try:
+        steps = [line["step"] for line in RunFolder(recipe.output.output_dir).read_metrics()]
+    except RunError:
+        steps = []
+    after = f" after step {steps[-1]}" if steps else ""
+    return f"{after}\nHint: continue with: {call.command} --resume auto"
 
 
 def _is_of_method(change: str) -> bool:

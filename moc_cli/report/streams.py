@@ -58,9 +58,11 @@ class Stream:
 
 
 @contextmanager
-def lasting_streams() -> Iterator[Stream]:
-    """Within it both standard streams drop what they cannot write; yields the one of results."""
-    out, err = Stream(sys.stdout), Stream(sys.stderr)
+def lasting_streams(*, silent: bool = False) -> Iterator[Stream]:
+    """Within it both standard streams drop what they cannot write, or all where they are `silent`;
+    yields the one of results.
+    """
+    out, err = (Stream(None if silent else inner) for inner in (sys.stdout, sys.stderr))
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         try:
             yield out

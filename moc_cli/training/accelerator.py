@@ -4,7 +4,7 @@ The recipe alone says how to train: of a launcher's variables those count that n
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from moc_cli.errors import MocError
-from moc_cli.processes import WORLD_SIZES, join, launched
+from moc_cli.processes import WORLD_SIZES, current, join, launched
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.output import say
 
@@ -54,32 +54,46 @@ def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Pa
         if launch.num_threads > processors:
             say(f"launch.num_threads: {launch.num_threads}, but the machine has {processors}")
         torch.set_num_threads(min(launch.num_threads, processors))
-    cpu = launch.device == "cpu" or not torch.cuda.is_available()
-    with _without_launcher():
-        join(cpu=cpu, seconds=launch.ddp_timeout)
+    join_launched(launch)
+    with _without_launcher() as hidden:
+        _say_not_used(hidden)
         return Accelerator(
-            cpu=cpu,
+            cpu=_on_cpu(launch),
             mixed_precision="no",
             log_with=list(report_to) or None,
             project_dir=folder,
         )
 
 
+def join_launched(launch: LaunchSection) -> None:
+    """Connect this process with the others that a launcher has started, if it has not been yet."""
+    if current().world == 1:
+        with _without_launcher():
+            join(cpu=_on_cpu(launch), seconds=launch.ddp_timeout)
+
+
+def _on_cpu(launch: LaunchSection) -> bool:
+    return launch.device == "cpu" or not torch.cuda.is_available()
+
+
 @contextmanager
-def _without_launcher() -> Iterator[None]:
-    """Within it accelerate finds no variable that would change what the recipe says.
+def _without_launcher() -> Iterator[dict[str, str]]:
+    """Within it accelerate finds no variable that would change what the recipe says; yields them.
 
     Alone, a process finds none of several processes either, such as a LOCAL_RANK without others.
     """
     place = () if launched() > 1 else (*RANKS, *WORLD_SIZES)
     names = [name for name in os.environ if name.startswith(PREFIX) or name in place]
     hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield hidden
+    finally:
+        os.environ.update(hidden)
+
+
+def _say_not_used(hidden: Mapping[str, str]) -> None:
     given = {name: hidden[f"{PREFIX}{name}"] for name in CHANGING if f"{PREFIX}{name}" in hidden}
     ignored = [pair for pair in given.items() if pair[1].lower() not in OFF and pair != ONE_BATCH]
     if ignored:
         variables = ", ".join(f"{PREFIX}{name}" for name, _ in ignored)
         say(f"not used, as the recipe alone says how to train: {variables}")
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

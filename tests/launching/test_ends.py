@@ -1,0 +1,82 @@
+"""How several processes end: one exit code, and one sentence by the one that knows why."""
+
+import signal
+import socket
+
+import pytest
+
+from moc_cli.cli import run
+from moc_cli.launching import child
+from moc_cli.launching.plan import Plan
+from moc_cli.launching.start import explain_ends
+
+HOST = socket.gethostname()
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("ends", "forwarded", "code", "said"),
+    [
+        # a mistake, a bug: the process has told it, and the launcher has ended the others
+        ({0: 2, 1: 143}, None, 2, ""),
+        ({0: 143, 1: 2}, None, 2, ""),
+        ({0: -15, 1: 1}, None, 1, ""),
+        # a signal that came to one process: all have stopped together
+        ({0: 143, 1: 143}, None, 143, ""),
+        ({0: 130, 1: -15}, None, 130, ""),
+        # a signal that came to the first `moc`: told by the processes, or not yet
+        ({0: 130, 1: 130}, INT, 130, ""),
+        ({0: -15, 1: -15}, TERM, 143, "stopped by signal 15"),
+        ({0: -2, 1: -9}, INT, 130, "stopped by signal 2"),
+        # the others find the connection closed
+        ({0: 2, 1: -9}, None, 137, f"process 1 on {HOST} was killed by SIGKILL, as the system"),
+        ({0: -11, 1: 143}, None, 139, f"process 0 on {HOST} was killed by SIGSEGV after step 3"),
+        ({0: -15, 1: -15}, None, 143, f"the processes on {HOST} were ended by SIGTERM after step"),
+    ],
+)
+def test_one_exit_code_and_one_sentence(
+    ends: dict[int, int],
+    forwarded: int | None,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert explain_ends(ends, Plan(2, ""), forwarded, lambda: " after step 3") == code
+    error = capsys.readouterr().err
+    assert (said in error) if said else not error
+
+
+def test_a_machine_without_the_first_process_names_the_one_with_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert explain_ends({2: 2, 3: 143}, Plan(4, "", machines=2, rank=1), None, str) == 2
+    assert "machine 0 says why" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "out", "error"),
+    [
+        (0, 0, '"error"', ""),
+        (1, 1, "", ""),  # the first one of its machine says the same
+        (2, 0, "", f"Error: process 2 on {HOST}: moc recipes runs in one process"),
+    ],
+)
+def test_one_process_speaks(
+    rank: int,
+    local_rank: int,
+    out: str,
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(child, "PATIENCE", 0.0)
+    place = {"WORLD_SIZE": 4, "RANK": rank, "LOCAL_RANK": local_rank, "MASTER_ADDR": "10.0.0.1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("sys.__stderr__", open(2, "w", closefd=False))  # noqa: SIM115
+    assert run(["recipes", "list", "--json"]) == 2
+    said = capfd.readouterr()
+    assert (out in said.out) if out else not said.out
+    assert (error in said.err) if error else not said.err
