@@ -128,9 +128,12 @@ def evaluate(
         score_harness(options, json)
         return
     from moc_cli.evaluation.session import evaluate as score
+    from moc_cli.processes import current
     from moc_cli.report.score_tables import evaluation_table
 
     results = score(options)
+    if not current().main:
+        return
     if json:
         print_json(results.to_json() | {"folder": str(results.folder)})
     else:

@@ -89,6 +89,7 @@ def inspect_routing(
     check_folder(folder, within=None if output_dir else home.path)
     from moc_cli.inspection.results import check_output, write_results
     from moc_cli.inspection.session import Inspection, InspectOptions
+    from moc_cli.processes import current
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views
 
@@ -109,6 +110,8 @@ def inspect_routing(
     )
     check_output(folder)
     routing = Inspection(options).run()
+    if not current().main:
+        return
     paths = write_results(routing, folder)
     if json:
         print_json(routing | {"folder": str(folder)})

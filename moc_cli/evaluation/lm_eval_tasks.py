@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moc_cli import processes
 from moc_cli.errors import DataError, MocError
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, mean_of_main
@@ -140,7 +142,7 @@ def run(
     model: LoadedModel,
     folder: Path,
 ) -> LmEvalReport:
-    """Run the tasks; results.json and samples.jsonl are written after each name."""
+    """Run the tasks; results.json and samples.jsonl are written after each name. Joint."""
     conditions = {
         "suite": "lm-evaluation-harness",
         "protocol": "harness",
@@ -148,7 +150,9 @@ def run(
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
     }
-    report = LmEvalReport(LmEvalFolder(folder, model_facts(model) | conditions), {})
+    group = processes.current()
+    conditions = model_facts(model) | conditions
+    report = LmEvalReport(group.on_main(lambda: LmEvalFolder(folder, conditions)), {})
     for name, loaded in tasks.items():
         results, entries = _evaluate(options, name, loaded, model)
         _merge(report.results.setdefault("model", {}), results)
@@ -161,7 +165,8 @@ def run(
                     score["base"] = bare[task]["metrics"][metric]["value"]
                 entry["base_source"] = "scored beside it"
         for task, entry in entries.items():
-            report.folder.add(task, entry, _samples(results["samples"].get(task, [])))
+            samples = _samples(results["samples"].get(task, []))
+            group.on_main(partial(report.folder.add, task, entry, samples))
     return report
 
 

@@ -1,15 +1,20 @@
 """`moc eval`: tasks in turn, each written to the results folder as soon as it is scored.
 
 options -> job -> rows -> model -> scores, the base model's beside them -> results folder
+
+Several processes share the batches. All read the run and the rows, the first one before the others,
+and it alone reads and writes results.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moc_cli import processes
 from moc_cli.data.examples import Example
 from moc_cli.data.splits import TaskRows
 from moc_cli.evaluation.base_scores import (
@@ -24,35 +29,39 @@ from moc_cli.evaluation.results_folder import ResultsFolder, check_output, promp
 from moc_cli.evaluation.same_rows import count_trained, find_changed
 from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
+from moc_cli.processes import Processes
+from moc_cli.recipe.launch import LaunchSection
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
+from moc_cli.training.accelerator import join_launched
 from moc_cli.training.checks import fitting
 
 
 def evaluate(options: EvalOptions) -> ResultsFolder:
     """Score a run, or a bare model, as the options say.
 
+    Joint: of several processes the first one writes the results, and it alone returns them all.
     Raises MocError for all that is wrong with options and rows before weights are read.
     """
     if options.run is None:
         assert options.model is not None  # EvalOptions.check has refused neither and both
         job = model_job(options)
-        check_language_model(options.model, trust_remote_code=options.trust_remote_code)
+        group = join_others(options)
+        with group.together(), group.main_first():
+            check_language_model(options.model, trust_remote_code=options.trust_remote_code)
         folder = options.output_dir or model_folder(options.model, job)
-        check_output(folder)
-        rows = job.read_rows()
-        model = load_model(options)
-        return score_rows(job, model, rows, folder)
+        rows = _read_rows(group, job, folder)
+        return score_rows(job, load_model(options), rows, folder)
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
+    group = join_others(options, recipe)
     folder = options.output_dir or run.path / "eval" / run.labelled(job.label)
-    check_output(folder, within=None if options.output_dir else run.path)
-    rows = job.read_rows()
-    trained = count_trained(run, rows)
+    rows = _read_rows(group, job, folder, within=None if options.output_dir else run.path)
+    trained = group.on_main(lambda: count_trained(run, rows))
     for task in rows:
         if task.name in trained:
             say(
@@ -61,6 +70,32 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
             )
     model = load_model(options, recipe)
     assert isinstance(model, LoadedRun)
+    base_scores = group.on_main(lambda: _look_back(job, run, recipe, model, rows))
+    return score_rows(job, model, rows, folder, base_scores=base_scores, trained=trained)
+
+
+def join_others(options: EvalOptions, recipe: Recipe | None = None) -> Processes:
+    """Join the other processes that a launcher has started; `recipe` is the run's."""
+    launch = LaunchSection() if recipe is None else recipe.launch
+    update = {} if options.device is None else {"device": options.device}
+    join_launched(launch.model_copy(update=update))
+    return processes.current()
+
+
+def _read_rows(
+    group: Processes, job: EvalJob, folder: Path, *, within: Path | None = None
+) -> list[TaskRows]:
+    """Read the rows, by the first process first; it also looks at the folder for the results."""
+    with group.together(), group.main_first():
+        if group.main:
+            check_output(folder, within=within)
+        return job.read_rows()
+
+
+def _look_back(
+    job: EvalJob, run: RunFolder, recipe: Recipe, model: LoadedRun, rows: Sequence[TaskRows]
+) -> list[BaseScore]:
+    """Return earlier scores of the base; say where the rows are not those of the training."""
     if job.path is None:
 
         def fitting_rows(examples: list[Example]) -> list[Example]:
@@ -73,27 +108,27 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
     facts = model_facts(model)
     shared = {key: facts[key] for key in ("base_weights_sha256", "dtype", "quantization")}
     file = model_folder(facts["model"], job) / "results.json"
-    base_scores = [
+    return [
         *before_training(run, job.scoring.protocol),
         *earlier_evaluation(file, shared | job.conditions | {"run": None}),
     ]
-    return score_rows(job, model, rows, folder, base_scores=base_scores, trained=trained)
 
 
 def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
-    """Load the run or the bare model that the options name; `recipe` is the run's."""
-    if options.run is not None:
-        return open_run(
-            options.run, device=options.device, recipe=recipe, base=options.base_options
+    """Load the run or the bare model that the options name; `recipe` is the run's. Joint."""
+    with processes.current().together():
+        if options.run is not None:
+            return open_run(
+                options.run, device=options.device, recipe=recipe, base=options.base_options
+            )
+        assert options.model is not None
+        return open_model(
+            options.model,
+            device=options.device or "auto",
+            dtype=options.dtype or "float32",
+            trust_remote_code=options.trust_remote_code,
+            load_in_4bit=options.base_options.load_in_4bit,
         )
-    assert options.model is not None
-    return open_model(
-        options.model,
-        device=options.device or "auto",
-        dtype=options.dtype or "float32",
-        trust_remote_code=options.trust_remote_code,
-        load_in_4bit=options.base_options.load_in_4bit,
-    )
 
 
 def model_facts(model: LoadedModel) -> dict[str, Any]:
@@ -130,13 +165,15 @@ def score_rows(
     base_scores: Sequence[BaseScore] = (),
     trained: Mapping[str, int] = MappingProxyType({}),
 ) -> ResultsFolder:
-    """Score the tasks, and write results.json and samples.jsonl after each.
+    """Score the tasks, and write results.json and samples.jsonl after each; joint.
 
     `base_scores` of the same rows are added to them, unless the job scores the base itself, and the
     number of `trained` rows of each task.
     """
-    tasks = [_fitting(job, model, task) for task in tasks]
-    results = ResultsFolder(folder, model_facts(model) | job.conditions)
+    group = processes.current()
+    with group.together():
+        tasks = [_fitting(job, model, task) for task in tasks]
+    results = group.on_main(lambda: ResultsFolder(folder, model_facts(model) | job.conditions))
     if results.replaced:
         say(f"{folder}: other {', '.join(results.replaced)} than before: its scores are replaced")
     try:
@@ -151,7 +188,8 @@ def score_rows(
             entry = make_entry(task, evaluation, values, source)
             if task.name in trained:
                 entry["trained_rows"] = trained[task.name]
-            results.add(task.name, entry, samples(job.kind, task, evaluation, base))
+            lines = samples(job.kind, task, evaluation, base)
+            group.on_main(partial(results.add, task.name, entry, lines))
     except KeyboardInterrupt:
         kept = f"{len(results.tasks)} scored tasks are in {results.results_file}"
         say(f"stopped; {kept if results.tasks else 'no task was scored, nothing was written'}")

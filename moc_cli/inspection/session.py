@@ -1,6 +1,8 @@
 """`moc inspect-routing`: from a run folder to routing.json.
 
 options -> checked against the run's files -> rows -> model -> record, compare, ablate -> write
+
+Several processes share the batches; all read the run and the rows, and the first one writes.
 """
 
 import re
@@ -18,10 +20,12 @@ from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import find_warnings
 from moc_cli.load_run import LoadedRun, open_run, saved_shapes
 from moc_cli.methods.route_counts import Layout
+from moc_cli.processes import current
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import BaseOptions, RunFolder
+from moc_cli.training.accelerator import join_launched
 
 FORMAT = 1
 KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|modules\.")
@@ -47,16 +51,25 @@ class InspectOptions:
 
 
 class Inspection:
-    """One call of the command. All that can be wrong is found before weights are loaded."""
+    """One call of the command. All that can be wrong is found before weights are loaded; joint."""
 
     def __init__(self, options: InspectOptions) -> None:
         self.options = options
         self.recipe = options.recipe
-        self.layout = read_layout(options.run, self.method)
-        self.history = history(RunFolder.open(options.run))
-        if options.compare is not None:
-            other = read_layout(options.compare, self.method)
-            check_same_sites(self.layout, other, str(options.compare))
+        update = {} if options.device is None else {"device": options.device}
+        join_launched(self.recipe.launch.model_copy(update=update))
+        self.processes = current()
+        with self.processes.together(), self.processes.main_first():
+            self.layout = read_layout(options.run, self.method)
+            self.history = history(RunFolder.open(options.run))
+            if options.compare is not None:
+                other = read_layout(options.compare, self.method)
+                check_same_sites(self.layout, other, str(options.compare))
+            self.tasks = self._read_rows()
+
+    def _read_rows(self) -> list[TaskRows]:
+        """Read the rows to route; none where a text is given. Raises MocError for wrong options."""
+        options = self.options
         if options.site is not None and options.site not in self.layout.names:
             from moc_cli.recipe.suggest import choices
 
@@ -66,22 +79,21 @@ class Inspection:
         names = options.tasks or list(self.recipe.data.tasks)
         if len(set(names)) < len(names):
             raise MocError("--tasks: a task is named twice")
-        self.tasks: list[TaskRows] = []
         if options.text is None:
-            self.tasks = read_scored(
-                self.recipe.data, names, split=options.split, limit=options.limit
-            )
-        elif not options.text.strip():
+            data = self.recipe.data
+            return read_scored(data, names, split=options.split, limit=options.limit)
+        if not options.text.strip():
             raise MocError("--text is empty", "give a text, or leave it out to look at rows")
-        elif options.tasks or options.split or options.ablate:
+        if options.tasks or options.split or options.ablate:
             raise MocError(
                 "--text looks at one text, without an answer: --tasks, --split and --ablate need "
                 "rows",
                 "leave out --text or the others",
             )
+        return []
 
     def run(self) -> dict[str, Any]:
-        """Load the model, record its gates, and return what routing.json holds."""
+        """Load the model, record its gates, and return what routing.json holds; joint."""
         trained = self._open(self.options.run, self.recipe)
         records, tokens = self._record(trained)
         routing = self._describe(trained, records) | {"tokens": tokens}
@@ -101,7 +113,8 @@ class Inspection:
 
     def _open(self, run: Path, recipe: Recipe | None) -> LoadedRun:
         options = self.options
-        return open_run(run, device=options.device, recipe=recipe, base=options.base_options)
+        with self.processes.together():
+            return open_run(run, device=options.device, recipe=recipe, base=options.base_options)
 
     def _batch_size(self) -> int | Literal["auto"]:
         return self.options.batch_size or self.recipe.eval.per_device_eval_batch_size

@@ -1,0 +1,135 @@
+"""`moc eval` and `moc inspect-routing` in two processes: the files are those of one."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.group import run_together
+from support.rows import write_rows
+from support.tiny_runs import choices_run
+
+from moc_cli.cli import run
+from moc_cli.errors import MocError
+from moc_cli.evaluation import lm_eval_tasks
+from moc_cli.evaluation.options import EvalOptions
+from moc_cli.evaluation.session import evaluate, join_others, load_model
+from moc_cli.inspection.session import Inspection, InspectOptions
+from moc_cli.processes import Elsewhere, Processes
+from moc_cli.runs import RunFolder
+
+OWN_TASK = """
+task: own_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {home}/rows.jsonl}}, cache_dir: {home}/cache}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: answer
+doc_to_choice: choices
+"""
+COLOURS = [
+    {
+        "question": f"what is {'so ' * n}{n}?",
+        "choices": ["red", "blue", "dark red"],
+        "answer": n % 3,
+    }
+    for n in range(7)
+]
+
+
+def options(home: Path, name: str, folder: Path) -> EvalOptions:
+    """An evaluation of the run or the model in `home`, written below `folder`."""
+    common: dict[str, Any] = {"batch_size": "2", "device": "cpu", "output_dir": folder / name}
+    model = {"model": str(home / "model"), "path": str(home / "data"), "tasks": ("ARC-Easy",)}
+    return EvalOptions(
+        **common,
+        **{
+            "rank": {"run": home / "run", "base": True},
+            "model": model,
+            "harness": {
+                "run": home / "run",
+                "harness": ("own_choice",),
+                "tasks_path": home / "tasks",
+            },
+        }[name],
+    )
+
+
+def use_everything(home: Path, folder: Path) -> dict[str, Any]:
+    """Evaluate in each way into folders below `folder`, and return what routing.json would hold."""
+    for name in ("rank", "model"):
+        evaluate(options(home, name, folder))
+    asked = options(home, "harness", folder)
+    recipe = RunFolder.open(home / "run").read_recipe(trust_remote_code=False)
+    join_others(asked, recipe)
+    tasks = lm_eval_tasks.load_tasks(asked)
+    lm_eval_tasks.run(asked, tasks, load_model(asked, recipe), folder / "harness")
+    routing = {}
+    for name, text in (("rows", None), ("text", "Is it so?")):
+        how = InspectOptions(
+            home / "run", recipe, [], text=text, ablate=text is None, batch_size=2, device="cpu"
+        )
+        routing[name] = Inspection(how).run()
+    return routing
+
+
+def use_everything_together(group: Processes, home: Path) -> None:
+    """Only the first process may touch the folder of its results."""
+    folder = home / f"by {group.rank}"
+    routing = use_everything(home, folder)
+    assert group.gather(routing) == [routing] * group.world
+    assert folder.exists() == group.main
+    if group.main:
+        (home / "routing.json").write_text(json.dumps(routing))
+    one_finds_no_rows(group, home)
+
+
+def one_finds_no_rows(group: Processes, home: Path) -> None:
+    """As on a machine without them: all end with that sentence, and nothing is written."""
+    asked = options(home, "rank", home / "refused")
+    if not group.main:
+        asked = replace(asked, path=str(home / "nowhere"))
+    with pytest.raises(MocError, match="process 1 on .*nowhere") as caught:
+        evaluate(asked)
+    assert isinstance(caught.value, Elsewhere) == (not group.main)
+    assert not (home / "refused").exists()
+
+
+def without_times(file: Path) -> dict[str, Any]:
+    """What results.json says, but for seconds."""
+    results = json.loads(file.read_text())
+    for entry in results["tasks"].values():
+        assert entry.pop("seconds") > 0
+    return results
+
+
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested JSON with their places."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, dict | list):
+            yield from leaves(part, f"{place}.{key}")
+        else:
+            yield f"{place}.{key}", part
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    assert run([*choices_run(tmp_path), "--json"]) == 0
+    write_rows(tmp_path / "rows.jsonl", COLOURS)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(OWN_TASK.format(home=tmp_path))
+    alone = json.loads(json.dumps(use_everything(tmp_path, tmp_path / "alone")))
+    run_together(use_everything_together, 2, tmp_path)
+    for name in ("rank", "model", "harness"):
+        one, several = tmp_path / "alone" / name, tmp_path / "by 0" / name
+        assert sorted(p.name for p in several.iterdir()) == sorted(p.name for p in one.iterdir())
+        assert without_times(several / "results.json") == without_times(one / "results.json")
+        assert (several / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
+    expected, together = leaves(alone), leaves(json.loads((tmp_path / "routing.json").read_text()))
+    for (place, value), (other_place, other) in zip(expected, together, strict=True):
+        assert place == other_place
+        # Sums over rows are added up in another order: their last bits may differ, and no count.
+        assert other == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
