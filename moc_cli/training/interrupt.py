@@ -20,14 +20,14 @@ NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoin
 class Interrupt:
     """The first SIGINT, SIGTERM or SIGHUP is remembered; a second SIGINT raises KeyboardInterrupt.
 
-    `signal` is the one to answer, the same in all processes: of several, each keeps its own to
-    itself until they `agree`. As a context manager it installs its handlers and puts the old ones
-    back.
+    `signal` is the one to answer, the same in all processes: of several, each keeps its `own` to
+    itself until they `agree`, or until the loop has told all. As a context manager it installs its
+    handlers and puts the old ones back.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._own: int | None = None
+        self.own: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -46,7 +46,7 @@ class Interrupt:
     def agree(self) -> int | None:
         """Return `signal`, which is now one that came to any of the processes; joint."""
         if self.signal is None:
-            for number in processes.current().gather(self._own):
+            for number in processes.current().gather(self.own):
                 self.signal = number if self.signal is None else self.signal
         return self.signal
 
@@ -60,9 +60,9 @@ class Interrupt:
             raise Interrupted(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._own is not None and number == signal.SIGINT:
+        if self.own is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._own = number
+        self.own = number
         group = processes.current()
         if group.world == 1:
             self.signal = number

@@ -81,7 +81,6 @@ class Loop:
         self.grad_norm = 0.0
         self.saved_step: int | None = None
         self.last_rank = 0  # who had the last micro-batch of the step
-        self.heard: int | None = None  # the signal that has come to one of several processes
 
     def run(
         self,
@@ -168,10 +167,12 @@ class Loop:
         total = self.gradients.of_window(
             batches,
             (self.counters.epoch, first),
-            signal=self.interrupt.signal,
+            signal=self.interrupt.own,
             meanwhile=lambda: self.windows.ahead(self.plan[first + n : first + 2 * n]),
         )
-        self.grad_norm, self.heard = total.norm, total.signal
+        self.grad_norm = total.norm
+        if self.interrupt.signal is None:
+            self.interrupt.signal = total.signal
         self.last_rank = (len(batches) - 1) % self.processes.world
         if not (total.fits and total.finite):
             self.keep(before)
@@ -235,28 +236,23 @@ class Loop:
     def evaluate_and_save(self) -> None:
         """Evaluate and save what is due, as `after_step` says."""
         improved = False
-        if self.evaluation_due() and self.signal is None:
+        if self.evaluation_due() and self.interrupt.signal is None:
             try:
                 improved = self.evaluate()
             except Interrupted as stop:
-                self.interrupt.signal = self.heard = stop.number
+                self.interrupt.signal = stop.number
         due = self.due(self.settings.save_strategy, self.settings.save_steps)
         if improved or due or self.finished():
             self.save()
-        if self.signal is not None:
+        if self.interrupt.signal is not None:
             if self.saved_step != self.counters.step:
                 self.save()
             raise Interrupted(
-                self.signal,
+                self.interrupt.signal,
                 f"stopped after step {self.counters.step} of {self.total}; "
                 f"the state is in {self.checkpoints.path(self.counters.step)}",
                 f"continue with: {self.command}",
             )
-
-    @property
-    def signal(self) -> int | None:
-        """The signal that asks for a stop; of several processes the one that all have heard of."""
-        return self.interrupt.signal if self.processes.world == 1 else self.heard
 
     def evaluation_due(self) -> bool:
         """Return whether this step asks for an evaluation that it has not had."""

@@ -76,6 +76,7 @@ def make_identity(
     data: dict[str, Any],
     trainables: dict[str, list[int]],
     threads: int,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Return what a checkpoint says about its run: the recipe and hashes of what it stands for."""
     return {
@@ -86,15 +87,20 @@ def make_identity(
         "data": data,
         "trainables": trainables,
         "threads": threads,
+        "processes": processes,
     }
 
 
-def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return a sentence on each harmless change of the recipe.
+def check_recipe(
+    saved: dict[str, Any], wanted: dict[str, Any], processes: tuple[int, int] = (1, 1)
+) -> list[str]:
+    """Return a sentence on each harmless change of the recipe, or of the number of processes.
 
-    Raises RunError naming every key that makes it another run.
+    `processes`: then and now. Raises RunError naming every key that makes it another run.
     """
     before, after = _flat(saved), _flat(wanted)
+    old_world, world = processes
+    then, now = _rows_a_step(before, old_world), _rows_a_step(after, world)
     defaults = {row.key: json.loads(row.default) for row in keys() if row.default}
     changes, refused = [], []
     for key in sorted(before.keys() | after.keys()):
@@ -105,7 +111,7 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             continue
         if key not in before and new == defaults.get(key):  # a key of later versions
             continue
-        if key in BATCH_KEYS and _rows_a_step(before) == _rows_a_step(after):
+        if key in BATCH_KEYS and then == now:
             continue  # see `keep_place`
         if key == "train.optim" and {old, new} == SAME_OPTIMIZERS:
             changes.append(f"{key}: {old} -> {new}; {CHANGEABLE['launch']}")
@@ -115,15 +121,24 @@ def check_recipe(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")
         elif CHANGEABLE[rule]:
             changes.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
+    hint = "resume with the old values, or start another run: --output-dir OTHER"
+    if old_world != world and then == now:
+        changes.append(f"processes: {old_world} -> {world}; {now} rows a step as before")
+    elif old_world != world:
+        refused.append(f"rows a step ({then} in {old_world} processes then, {now} in {world} now)")
+        size, steps = BATCH_KEYS
+        fitting, rest = divmod(then, after[size] * world)
+        if not rest:
+            hint = f"resume with --set {steps}={fitting}"
     if refused:
-        raise RunError(
-            f"the recipe is not the one this run was started with: {', '.join(refused)}",
-            "resume with the old values, or start another run: --output-dir OTHER",
-        )
+        recipe = "the recipe is not the one this run was started with"
+        raise RunError(f"{recipe}: {', '.join(refused)}", hint)
     return changes
 
 
-def keep_place(snapshot: Snapshot, recipe: Recipe) -> tuple[Snapshot, list[str]]:
+def keep_place(
+    snapshot: Snapshot, recipe: Recipe, processes: int = 1
+) -> tuple[Snapshot, list[str]]:
     """Return the checkpoint with its place in the epoch counted in the recipe's micro-batches.
 
     The sentence says that they are others than before. Raises RunError inside an epoch where rows
@@ -134,7 +149,7 @@ def keep_place(snapshot: Snapshot, recipe: Recipe) -> tuple[Snapshot, list[str]]
     old, new = saved[size], wanted[size]
     if old == new:
         return snapshot, []
-    rows = _rows_a_step(wanted)
+    rows = _rows_a_step(wanted, processes)
     split = f"micro-batches of {new} rows, {old} before; {rows} rows a step as before"
     counters = snapshot.counters
     if not may_split(counters.batch, recipe.train.group_by_length):
@@ -224,10 +239,10 @@ def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, S
     return history, scores
 
 
-def _rows_a_step(recipe: Mapping[str, Any]) -> int:
-    """Rows of one optimizer step, of a recipe with dotted keys."""
+def _rows_a_step(recipe: Mapping[str, Any], processes: int) -> int:
+    """Rows of one optimizer step in all processes, of a recipe with dotted keys."""
     size, steps = (int(recipe[key]) for key in BATCH_KEYS)
-    return size * steps
+    return size * steps * processes
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from safetensors.torch import save
 
 from moc_cli.data.examples import row_hashes
 from moc_cli.errors import FileError, MocError
 from moc_cli.methods import Counts
-from moc_cli.models.fingerprint import hash_vocabulary
+from moc_cli.processes import Processes, current
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
@@ -29,24 +30,16 @@ from moc_cli.scoring.results import Evaluation
 from moc_cli.training import build
 from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
-from moc_cli.training.compiled import matmul_precision
-from moc_cli.training.device_checks import check_device_keys
-from moc_cli.training.environment import describe_device, describe_environment
+from moc_cli.training.environment import describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.job import Forecast, Job, Values
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, StepReport, total_steps
-from moc_cli.training.memory import peak_kind, tensor_bytes
+from moc_cli.training.memory import peak_kind
+from moc_cli.training.prepare import Resume, prepare
 from moc_cli.training.results import make_results
-from moc_cli.training.resume import (
-    check_facts,
-    check_recipe,
-    check_weights,
-    keep_place,
-    known_of,
-    make_identity,
-)
+from moc_cli.training.resume import known_of
 
 
 @dataclass(frozen=True)
@@ -83,21 +76,22 @@ class Session:
         self.warn = say
         self.say = say
         self.interrupt = Interrupt()
+        self.processes = Processes()
 
     def run(self, *, resume: str | None = None, overwrite: bool = False) -> Finished:
         """Train from the start or from a checkpoint (`auto`, or its path), and score.
 
         Raises MocError for what the user can correct, Interrupted after a signal.
         """
-        output = self.recipe.output
+        output, launch = self.recipe.output, self.recipe.launch
         require_trackers(output.report_to)
-        folder = RunFolder.claim(
-            output.output_dir, call=self.call, resume=resume is not None, overwrite=overwrite
-        )
-        with folder:
+        trackers = RunFolder(output.output_dir).trackers
+        accelerator = make_accelerator(launch, output.report_to, trackers)
+        self.processes = current()
+        with self.claim(resume=resume is not None, overwrite=overwrite) as folder:
             checkpoints = Checkpoints(folder.checkpoints, output.save_total_limit)
-            job = self.prepare(folder, checkpoints, resume)
-            before = self.open_folder(job, folder, checkpoints)
+            job = self.prepare(accelerator, folder, checkpoints, resume)
+            before = self.processes.on_main(lambda: self.open_folder(job, folder, checkpoints))
             with self.interrupt:
                 try:
                     return self.train_and_score(job, folder, checkpoints, before)
@@ -105,80 +99,37 @@ class Session:
                     hint = f"free some disk space, then: {self.again}"
                     raise FileError(error.message, error.hint or hint) from error
 
-    def prepare(self, folder: RunFolder, checkpoints: Checkpoints, resume: str | None) -> Job:
-        """Make rows, device, tokenizer, model and data, and check them against the checkpoint.
+    def claim(self, *, resume: bool, overwrite: bool) -> RunFolder:
+        """Claim the run's folder; of several processes the first one alone writes in it."""
+        path, claimed = self.recipe.output.output_dir, None
+        with self.processes.main_first():
+            if self.processes.main:
+                claimed = RunFolder.claim(path, call=self.call, resume=resume, overwrite=overwrite)
+        return claimed or RunFolder(path)
 
-        Everything that can be wrong is found here, before a file is touched.
-        """
-        recipe, splits = build.read_rows(self.recipe)
-        snapshot = self.find_checkpoint(checkpoints, resume, folder) if resume else None
-        saved = snapshot.identity if snapshot else {}
-        changes = []
+    def prepare(
+        self,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        resume: str | None,
+    ) -> Job:
+        """Make everything ready, before a file is touched."""
+        snapshot = base_tensors = None
+        if resume is not None:
+            find = partial(self.find_checkpoint, checkpoints, resume, folder)
+            snapshot = self.processes.on_main(find)
         if snapshot is not None:
-            changes = check_recipe(saved["recipe"], recipe.model_dump(mode="json"))
-            snapshot, split = keep_place(snapshot, recipe)
-            changes += split
-        accelerator = make_accelerator(recipe.launch, recipe.output.report_to, folder.trackers)
-        check_device_keys(recipe, accelerator.device, training=True)
-        torch.set_float32_matmul_precision(matmul_precision(recipe, accelerator.device))
-        self.say(lines.device_line(describe_device(accelerator.device)))
-        tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
-        shapes = build.build_shapes(recipe).model
-        rows = build.encode_rows(recipe, splits, tokenizer, shapes)
-        splits = rows.splits
-        for note in rows.notes:
-            self.warn(lines.labelled("note", note))
-        fitted, predicted = recipe, None
-        if self.forecast is not None:
-            fitted, predicted = self.forecast(recipe, rows, tokenizer, accelerator.device)
-        built = build.build(fitted, accelerator.device, tokenizer)
-        counts = built.adapted.counts()
-        quantized = str(built.quantization or "")
-        size = tensor_bytes(p for p in built.adapted.model.parameters() if not p.requires_grad)
-        self.say(lines.model_line(built.name, counts.base, built.dtype, quantized, size))
-        self.say(lines.method_line(recipe.method.name, counts))
-        for line in lines.taken_lines(splits.taken):
-            self.say(line)
-        self.say(
-            lines.rows_line(
-                train=len(rows.encoded.rows),
-                validation=len(splits.validation),
-                scored=sum(map(len, splits.tests.values())),
-                max_length=recipe.data.max_length,
-                truncated=rows.encoded.truncated,
-                answers_cut_off=rows.encoded.answers_cut_off,
-                dropped=splits.dropped,
-            )
-        )
-        trainables = built.adapted.named_trainables()
-        identity = make_identity(
-            recipe.model_dump(mode="json"),
-            weights=built.weights_hash,
-            quantization=built.quantization.arguments if built.quantization else None,
-            vocabulary=hash_vocabulary(tokenizer),
-            data=splits.fingerprints(),
-            trainables={name: list(parameter.shape) for name, parameter in trainables.items()},
-            threads=torch.get_num_threads(),
-        )
-        if snapshot is not None:
-            allow, then = self.allow_changed_base, folder.base_tensors()
-            changes += check_weights(saved, recipe.model, built, then, allow_changes=allow)
-            changes += check_facts(saved, identity, allow_changes=allow)
-        for change in changes:
-            self.warn(f"changed: {change}")
-        return Job(
-            recipe,
-            splits,
+            base_tensors = self.processes.on_main(folder.base_tensors)
+        return prepare(
+            self.recipe,
             accelerator,
-            tokenizer,
-            built,
-            rows,
-            build.make_settings(fitted),
-            build.make_scoring_options(recipe),
-            identity,
-            snapshot,
-            changes,
-            predicted,
+            self.processes,
+            self.say,
+            resume=None
+            if snapshot is None or base_tensors is None
+            else Resume(snapshot, base_tensors, self.allow_changed_base),
+            forecast=self.forecast,
         )
 
     def find_checkpoint(
@@ -235,7 +186,8 @@ class Session:
         if job.recipe.eval.before and not before:
             untrained = self.score(job, "before", "stopped before the first step", job.splits.tests)
             before = {name: evaluation.values for name, evaluation in untrained.items()}
-        folder.write_results({"format": FORMAT, "status": "running", "before": before})
+        begun = {"format": FORMAT, "status": "running", "before": before}
+        self.processes.on_main(lambda: folder.write_results(begun))
         outcome = self.fit(job, folder, checkpoints)
         chosen = self.keep_controls(job, folder, checkpoints, outcome)
         recorder = job.built.adapted.recorder(detailed=False)
@@ -246,13 +198,14 @@ class Session:
         results |= {"controls": chosen, "routing": routing}
         if unscored:
             results["unscored"] = {name: error.message for name, error in unscored.items()}
-        folder.write_results(results)
+        self.processes.on_main(lambda: folder.write_results(results))
         if unscored:
             why = "; ".join(f"{name}: {error.message}" for name, error in unscored.items())
-            raise MocError(
+            error = MocError(
                 f"the training is finished and kept, but not all of it is scored: {why}",
                 next(iter(unscored.values())).hint or f"try again: {self.again}",
             )
+            raise self.processes.told_by_main(error)
         return Finished(folder, results, job.built.adapted.counts(), outcome)
 
     def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
@@ -288,6 +241,7 @@ class Session:
             evaluate=watch if settings.eval_strategy != "no" else None,
             interrupt=self.interrupt,
             command=self.again,
+            processes=self.processes,
         )
         try:
             with bar:
@@ -320,9 +274,10 @@ class Session:
 
                 def observe(done: int, total: int, bar: WorkProgress = bar) -> None:
                     bar.observe(done, total)
-                    if self.interrupt.signal is not None:
+                    number = self.interrupt.agree()
+                    if number is not None:
                         raise Interrupted(
-                            self.interrupt.signal,
+                            number,
                             f"{progress}; scoring was stopped",
                             f"continue with: {self.again}",
                         )
@@ -335,15 +290,17 @@ class Session:
     ) -> dict[str, Any]:
         """Save the best checkpoint's controls, or the last ones, and say which."""
         adapted, step, name = job.built.adapted, outcome.counters.step, "last"
-        best = outcome.counters.best_step
-        if best is not None and best not in checkpoints.steps():
+        best, on_main = outcome.counters.best_step, self.processes.on_main
+        if best is not None and best not in on_main(checkpoints.steps):
             # It lies in the folder of the run that this one was continued from.
             self.warn(f"the best step, {best}, has no checkpoint here: keeping the last controls")
         elif best is not None:
             name = f"best {job.settings.metric}"
             if best != step:
-                adapted.load_state(read_checkpoint(checkpoints.path(best)).trainables)
+                saved = partial(read_checkpoint, checkpoints.path(best))
+                adapted.load_state(on_main(lambda: saved().trainables))
                 step = best
         config = adapted.adapter_config() | build.base_facts(job.recipe, job.built)
-        folder.save_controls(config | {"step": step}, save(adapted.state(), {"format": "pt"}))
+        payload = save(adapted.state(), {"format": "pt"})
+        on_main(lambda: folder.save_controls(config | {"step": step}, payload))
         return {"step": step, "chosen": name}
