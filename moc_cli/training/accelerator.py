@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from moc_cli.errors import MocError
-from moc_cli.processes import WORLD_SIZES, current, join, launched
+from moc_cli.processes import WORLD_SIZES, Processes, current, join, launched
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.output import say
 
@@ -39,14 +39,9 @@ ONE_BATCH = ("GRADIENT_ACCUMULATION_STEPS", "1")
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
     """Choose the device and the number of threads; trackers write below `folder`.
 
-    Where a launcher has started several processes, this one joins them and gets its own device.
-    Raises MocError when the recipe asks for a GPU that is not there, or for another strategy than
-    there is.
+    Raises MocError as `join_launched` does, and for another strategy than there is.
     """
-    if launch.device == "cuda" and not torch.cuda.is_available():
-        raise MocError(
-            "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
-        )
+    join_launched(launch)
     if launch.strategy == "fsdp2":
         raise MocError("launch.strategy is fsdp2, which is not there yet; allowed: ddp")
     if launch.num_threads is not None:
@@ -54,7 +49,6 @@ def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Pa
         if launch.num_threads > processors:
             say(f"launch.num_threads: {launch.num_threads}, but the machine has {processors}")
         torch.set_num_threads(min(launch.num_threads, processors))
-    join_launched(launch)
     with _without_launcher() as hidden:
         _say_not_used(hidden)
         return Accelerator(
@@ -65,11 +59,19 @@ def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Pa
         )
 
 
-def join_launched(launch: LaunchSection) -> None:
-    """Connect this process with the others that a launcher has started, if it has not been yet."""
-    if current().world == 1:
-        with _without_launcher():
-            join(cpu=_on_cpu(launch), seconds=launch.ddp_timeout)
+def join_launched(launch: LaunchSection) -> Processes:
+    """Connect this process with the others that a launcher has started, if it has not been yet.
+
+    Raises MocError when the recipe asks for a GPU that is not there.
+    """
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise MocError(
+            "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
+        )
+    if current().world > 1:
+        return current()
+    with _without_launcher():
+        return join(cpu=_on_cpu(launch), seconds=launch.ddp_timeout)
 
 
 def _on_cpu(launch: LaunchSection) -> bool:

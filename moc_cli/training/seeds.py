@@ -12,6 +12,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moc_cli.recipe.tasks import kind_of
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
+from moc_cli.training.accelerator import join_launched
 from moc_cli.training.build import read_rows
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.job import Forecast
@@ -94,19 +96,19 @@ def train_seeds(
     """
     seeds = plan(recipe, count)
     home = Path(recipe.output.output_dir)
-    _check_folders(home, seeds, call, resume=resume, overwrite=overwrite)
-    # Other suites always have rows to score.
-    if recipe.data.suite == "custom" and not read_rows(recipe)[1].tests:
-        raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
+    on_main = join_launched(recipe.launch).on_main
+    on_main(lambda: _check_folders(home, seeds, call, resume=resume, overwrite=overwrite))
+    on_main(lambda: _check_rows(recipe))
     done: list[Seeded] = []
     summary: dict[str, Any] = {}
     for run in seeds:
         try:
-            if resume and _is_finished(run):
+            if resume and on_main(partial(_is_finished, run)):
                 say(f"seed {run.seed}: finished before, in {run.folder.path}")
             else:
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
-                checkpoint = "auto" if resume and run.folder.recipe_file.is_file() else None
+                begun = on_main(run.folder.recipe_file.is_file)
+                checkpoint = "auto" if resume and begun else None
                 session = Session(
                     run.recipe,
                     call=call,
@@ -122,8 +124,14 @@ def train_seeds(
             raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", again) from None
         done.append(run)
         status = "finished" if len(done) == count else "running"
-        summary = {"status": status} | summarize(done)
-        write_json_atomic(home / SUMMARY, summary)
+        summary = on_main(partial(_summarize, home, done, status))
+    return summary
+
+
+def _summarize(home: Path, done: Sequence[Seeded], status: str) -> dict[str, Any]:
+    """Write seeds.json, and return what it holds."""
+    summary = {"status": status} | summarize(done)
+    write_json_atomic(home / SUMMARY, summary)
     return summary
 
 
@@ -207,6 +215,12 @@ def _is_finished(run: Seeded) -> bool:
             wanted["data"][key] = saved["data"][key]
     check_recipe(saved, wanted)
     return all(saved["train"][key] == wanted["train"][key] for key in LENGTH)
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """Refuse a custom dataset without rows to score; other suites always have some."""
+    if recipe.data.suite == "custom" and not read_rows(recipe)[1].tests:
+        raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
 
 
 def _check_folders(

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from moc_cli.data.examples import row_hashes
 from moc_cli.errors import FileError, MocError
 from moc_cli.methods import Counts
-from moc_cli.processes import Processes, current
+from moc_cli.processes import Processes
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
@@ -28,7 +28,7 @@ from moc_cli.results import FORMAT
 from moc_cli.runs import Call, RunFolder
 from moc_cli.scoring.results import Evaluation
 from moc_cli.training import build
-from moc_cli.training.accelerator import make_accelerator
+from moc_cli.training.accelerator import join_launched, make_accelerator
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.environment import describe_environment
 from moc_cli.training.interrupt import Interrupt, Interrupted
@@ -86,8 +86,8 @@ class Session:
         output, launch = self.recipe.output, self.recipe.launch
         require_trackers(output.report_to)
         trackers = RunFolder(output.output_dir).trackers
+        self.processes = join_launched(launch)
         accelerator = make_accelerator(launch, output.report_to, trackers)
-        self.processes = current()
         with self.claim(resume=resume is not None, overwrite=overwrite) as folder:
             checkpoints = Checkpoints(folder.checkpoints, output.save_total_limit)
             job = self.prepare(accelerator, folder, checkpoints, resume)

@@ -13,7 +13,7 @@ from support.group import run_together
 from support.models import make_tiny
 from support.toy import Plan, toy_collate
 
-from moc_cli.errors import MocError
+from moc_cli.errors import MocError, RunError
 from moc_cli.methods import attach
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
@@ -23,6 +23,7 @@ from moc_cli.training.log import MetricsLog, without_measured
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings
 from moc_cli.training.loss import TaskLoss
+from moc_cli.training.resume import check_recipe
 
 METHODS: dict[str, Any] = {
     "moc": MocMethod(rank=4, top_k=2, routing={"level": "sample"}, gate={"projection_dim": 8}),
@@ -175,3 +176,23 @@ def test_several_processes_train_what_one_does(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps() == [3]
     assert Checkpoints(tmp_path / "short" / "checkpoints").steps() == [1]
     assert Checkpoints(tmp_path / "nan" / "checkpoints").steps() == [1]
+
+
+def test_other_processes_go_on_with_as_many_rows_a_step() -> None:
+    def recipe(steps: int) -> dict[str, Any]:
+        train = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": steps}
+        return {"train": train, "seed": 1}
+
+    assert check_recipe(recipe(4), recipe(1), (1, 4)) == [
+        "processes: 1 -> 4; 32 rows a step as before"
+    ]
+    assert check_recipe(recipe(4), recipe(4), (2, 2)) == []
+    with pytest.raises(
+        RunError, match=r"rows a step \(32 in 1 processes then, 64 in 2 now\)"
+    ) as no:
+        check_recipe(recipe(4), recipe(4), (1, 2))
+    assert no.value.hint == "resume with --set train.gradient_accumulation_steps=2"
+    with pytest.raises(RunError) as no:
+        check_recipe(recipe(4), recipe(4), (1, 3))
+    assert no.value.hint is not None
+    assert no.value.hint.startswith("resume with the old values")
