@@ -1,7 +1,7 @@
 """Training steps of several variants, one after another and again, through the training's loop."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,16 +74,13 @@ def measure_steps(
         for variant, taken in zip(variants, rows, strict=True)
     ]
     steps: list[list[Step]] = [[] for _ in variants]
-    with ExitStack() as usages:
-        for loop in loops:
-            usages.enter_context(loop.usage)
-        for turn in range(warmup + repeats):
-            for number, (variant, loop) in enumerate(zip(variants, loops, strict=True)):
-                step = _timed(loop, variant, clock)
-                if turn >= warmup:
-                    steps[number].append(step)
-                on_progress(turn * len(variants) + number + 1, variant.name)
-        memories = [measure_peak(loop) for loop in loops]
+    for turn in range(warmup + repeats):
+        for number, (variant, loop) in enumerate(zip(variants, loops, strict=True)):
+            step = _timed(loop, variant, clock)
+            if turn >= warmup:
+                steps[number].append(step)
+            on_progress(turn * len(variants) + number + 1, variant.name)
+    memories = [measure_peak(loop) for loop in loops]
     return [
         Measured(variant, taken, memory, loop.adapted.counts().trainable)
         for variant, loop, taken, memory in zip(variants, loops, steps, memories, strict=True)

@@ -41,7 +41,7 @@ class Placed(Protocol):
     def config(self) -> dict[str, Any]: ...
     def set_loss_scale(self, scale: float) -> None: ...
     def balance_loss(self) -> float | None: ...
-    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder | None: ...
+    def recorder(self, *, detailed: bool) -> Recorder | None: ...
     def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
     def disabled(self) -> AbstractContextManager[None]: ...
     def detach(self) -> None: ...
@@ -62,7 +62,7 @@ class NoMethod:
     def balance_loss(self) -> None:
         return None
 
-    def recorder(self, *, detailed: bool, training: bool | None) -> None:
+    def recorder(self, *, detailed: bool) -> None:
         return None
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
@@ -194,9 +194,9 @@ class Adapted:
         """The last training forward's weighted balance loss; None where there is no gate."""
         return self._placed.balance_loss()
 
-    def recorder(self, *, detailed: bool = True, training: bool | None = None) -> Recorder | None:
+    def recorder(self, *, detailed: bool = True) -> Recorder | None:
         """Something to enter that adds up what the gates decide; None where there is no gate."""
-        return self._placed.recorder(detailed=detailed, training=training)
+        return self._placed.recorder(detailed=detailed)
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it the tokens of mask (B, T) vote instead of the attention mask's."""

@@ -43,7 +43,7 @@ class ControlsMethod:
     def balance_loss(self) -> float | None:
         return self.mixture.balance()
 
-    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder | None:
+    def recorder(self, *, detailed: bool) -> Recorder | None:
         mixture = self.mixture
         if not mixture.routing.top_k:
             return None
@@ -52,7 +52,6 @@ class ControlsMethod:
             layout_of(mixture, mixture.routing.top_k),
             next(mixture.parameters()).device,
             detailed=detailed,
-            training=training,
         )
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:

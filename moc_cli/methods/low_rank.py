@@ -90,7 +90,7 @@ class LowRank:
     def balance_loss(self) -> float | None:
         return None
 
-    def recorder(self, *, detailed: bool, training: bool | None) -> None:
+    def recorder(self, *, detailed: bool) -> None:
         return None
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:

@@ -62,10 +62,10 @@ class Molex:
     def balance_loss(self) -> float | None:
         return self.mixture.balance()
 
-    def recorder(self, *, detailed: bool, training: bool | None) -> Recorder:
+    def recorder(self, *, detailed: bool) -> Recorder:
         device = next(self.mixture.parameters()).device
         layout = layout_of(self.mixture, top_k=1)
-        return Recorder(self.mixture, layout, device, detailed=detailed, training=training)
+        return Recorder(self.mixture, layout, device, detailed=detailed)
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         return self.hooked.voting(mask)

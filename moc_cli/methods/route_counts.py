@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moc_cli import processes
 from moc_cli.nn.forward import Forward
-from moc_cli.nn.watch import Decision, Watcher, one_token_decides
+from moc_cli.nn.vote import Level
+from moc_cli.nn.watch import Decision, Watcher, new_decisions, one_token_decides
 
 
 @dataclass(frozen=True)
@@ -156,16 +157,19 @@ class Record:
 class Watched(Protocol):
     """A mixture that lets watchers see its decisions."""
 
-    training: bool
     current: Forward
     watchers: list[Watcher]
+
+    @property
+    def sites(self) -> Sequence[Any]: ...
 
 
 class Recorder:
     """Adds up what a mixture decides while it is entered; nothing else of a forward changes.
 
-    `detailed` sums all that a Record holds, otherwise the choices alone, which costs a training
-    step next to nothing. `training` counts only forwards in that mode; None: all.
+    `detailed` sums all that a Record holds, otherwise the choices alone. A training does not enter
+    it: `count` adds the choices of all sites at once after a forward, which costs next to nothing
+    and leaves nothing to do in compiled layers.
     """
 
     def __init__(
@@ -175,15 +179,12 @@ class Recorder:
         device: torch.device,
         *,
         detailed: bool = True,
-        training: bool | None = None,
     ) -> None:
         self._mixture = mixture
         self._layout = layout
         self._detailed = detailed
-        self._training = training
         self._sums = Sums.zeros(len(layout.names), layout.size, device)
         self._marked = Sums.zeros(len(layout.names), layout.size, device)
-        self._pending: list[Tensor] = []  # choices (V, K) of the first sites of a forward
         self._new_rows: Tensor | None = None  # (B,) of the decision just taken; None: all rows
 
     def __enter__(self) -> Self:
@@ -195,7 +196,6 @@ class Recorder:
 
     def record(self, *, reset: bool = False) -> Record:
         """What was seen so far, in all processes where several work together; joint."""
-        self._flush()
         joint = Sums(*(values.clone() for values in self._sums.arrays))
         group = processes.current()
         if group.world > 1:
@@ -211,12 +211,10 @@ class Recorder:
 
     def mark(self) -> None:
         """Remember the sums, for `rewind`."""
-        self._flush()
         self._marked.copy_(self._sums)
 
     def rewind(self) -> None:
         """Forget what was seen since `mark`."""
-        self._pending.clear()
         self._sums.copy_(self._marked)
 
     def resume(self, choices: Sequence[Sequence[int]]) -> None:
@@ -230,17 +228,8 @@ class Recorder:
 
     def decided(self, site: Any, decision: Decision) -> None:
         """Add one forward's decisions of a site; they stay on the device."""
-        if not self._counts():
-            return
-        if self._detailed or decision.is_new is not None:
+        if processes.current().counts:
             self._add(site.index, decision)
-        else:
-            self._queue(site.index, decision.route.ids)
-
-    def _counts(self) -> bool:
-        """Whether what is decided now counts: in this mode, and in this process."""
-        mode = self._training is None or self._mixture.training == self._training
-        return mode and processes.current().counts
 
     @torch.no_grad()
     def _add(self, site: int, decision: Decision) -> None:
@@ -264,29 +253,27 @@ class Recorder:
         if turned is not None:
             sums.one_token[site] += (mark * turned).sum()
 
-    def _queue(self, site: int, ids: Tensor) -> None:
-        """Count choices of which all count: those of all sites of a forward at once.
+    def count(self) -> None:
+        """Add the choices of the training forward that has just ended, as the sites hold them.
 
-        Adding them site by site costs a training step more. Sites decide in their order; one that
-        is out of order begins a new queue or is added alone.
+        A site that did not decide holds none; as a rule all did, and are counted together.
         """
-        if site != len(self._pending):
-            self._flush()
-        if site == len(self._pending):
-            self._pending.append(ids)
-        else:
-            counts = self._sums.counts[site]
-            counts.index_add_(0, ids.flatten(), counts.new_ones(ids.numel()))
-        if len(self._pending) == len(self._layout.names):
-            self._flush()
+        sites = [site for site in self._mixture.sites if site.choice is not None]
+        together = len(sites) == len(self._layout.names)
+        for group in [sites] if together else [[site] for site in sites]:
+            ids = torch.stack([site.choice for site in group])  # (sites, V, K)
+            counts = self._sums.counts[group[0].index :][: len(group)]
+            marks = self._new(ids.shape[1]).to(counts.dtype)[:, None].expand(ids.shape)
+            counts.scatter_add_(1, ids.flatten(1), marks.flatten(1))
 
-    def _flush(self) -> None:
-        """Add the choices that wait."""
-        if self._pending:
-            ids = torch.stack(self._pending).flatten(1)  # (sites, V·K)
-            counts = self._sums.counts[: len(ids)]
-            counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
-            self._pending.clear()
+    def _new(self, decisions: int) -> Tensor:
+        """Mark the decisions (V,) of a training forward that count."""
+        valid, is_new = self._mixture.current.valid, None
+        if valid is not None:
+            level: Level = "token" if decisions == valid.numel() else "sample"
+            shape = valid.shape[0], valid.shape[1]
+            is_new = new_decisions(shape, valid, None, level, 1) if decisions > 1 else None
+        return self._sums.counts.new_ones(decisions) if is_new is None else is_new
 
     @torch.no_grad()
     def added(self, site: Any, output: Tensor, update: Tensor) -> None:
@@ -294,7 +281,10 @@ class Recorder:
 
         Only where the site has just decided; tokens that do not vote are left out.
         """
-        if site.choice is None or not self._detailed or not self._counts():
+<<<<<<< HEAD
+        if site.choice is None or not self._detailed or not processes.current().counts:
+=======
+        if site.choice is None or not self._detailed:
             return
         current = self._mixture.current
         if update.ndim == 2 and current.shape is not None:

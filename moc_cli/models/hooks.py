@@ -186,7 +186,7 @@ class HookedModel:
         return self.tracker.voting(mask)
 
     def _before_layers(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.mixture.prepare()
+        self.mixture.prepare(self.model.dtype)
 
     def _after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook of a layer, outside its activation checkpoint."""

@@ -48,11 +48,16 @@ class ControlPool:
     """All N controls of a mixture for one forward, in the type of its products.
 
     What a site uses is chosen on the device. In training every control gets a gradient, zero where
-    no site used it.
+    no site used it. `routed` is how many controls a route names.
     """
 
     def __init__(
-        self, controls: Sequence[Control], dtype: torch.dtype, alpha: float, scale: float
+        self,
+        controls: Sequence[Control],
+        dtype: torch.dtype,
+        alpha: float,
+        scale: float,
+        routed: int,
     ) -> None:
         self._rows, self._sums = stack([(control.A, control.B) for control in controls], dtype)
         self._open = True
@@ -60,7 +65,7 @@ class ControlPool:
         self._sources = [matrix for control in controls for matrix in (control.A, control.B)]
         self._versions = [matrix._version for matrix in self._sources]
         self._alone = None if scale == 1 else self._sums.new_full((1, 1), scale)
-        self._of_equals: Tensor | None = None  # the weights of a route whose shares are all 1
+        self._of_equals = self._weighed(self._sums.new_ones(1, routed))
 
     def outdated(self) -> bool:
         """Whether a control was changed since: a site called outside any forward would see that."""
@@ -77,23 +82,22 @@ class ControlPool:
         index, weights = local, self._alone
         if ids is not None:
             index = torch.cat([index.expand(len(ids), 1), ids], dim=1)
-            weights = self._weights(ids) if shares is None else self._weighed(shares)
+            equals = self._of_equals.expand(len(ids), -1)
+            weights = equals if shares is None else self._weighed(shares)
         groups = x.reshape(len(index), -1, x.shape[-1])  # (V, S, d)
         update, sums = low_rank(groups, index, weights, self._rows, self._sums)
-        if self._open and sums.requires_grad:
+        if (self._open or torch.compiler.is_compiling()) and sums.requires_grad:
             self._sums = sums
         return update.view(x.shape)
 
     def _weighed(self, shares: Tensor) -> Tensor:
         return weigh(shares, self._alpha, self._scale)
 
-    def _weights(self, ids: Tensor) -> Tensor:
-        if self._of_equals is None:
-            self._of_equals = self._weighed(self._sums.new_ones(1, ids.shape[1]))
-        return self._of_equals.expand(len(ids), -1)
-
     def close(self) -> None:
-        """End the forward: a recomputation may follow, and its graph must not be kept here."""
+        """End the forward: a recomputation may follow, and its graph must not be kept here.
+
+        A compiled layer does the same in both; it is followed by this in a recomputation too.
+        """
         self._sums = self._sums.detach().requires_grad_(self._sums.requires_grad)
         self._open = False
 

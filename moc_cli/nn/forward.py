@@ -1,6 +1,6 @@
 """One forward of a model, as the sites in it see it, and what a generation remembers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from moc_cli.nn.autograd import Coefficient
 from moc_cli.nn.control import ControlPool, StackedControls
 from moc_cli.nn.packed import PackedRows
-from moc_cli.nn.vote import Ballot, Route, Voters
+from moc_cli.nn.vote import Ballot, Level, Route, Voters
 
 
 @dataclass
@@ -106,6 +106,26 @@ class Forward:
         then with gradients by itself.
         """
         return self.shape is not None and not (self.reentrant and torch.is_grad_enabled())
+
+    def voters_of(
+        self, shape: Sequence[int], level: Level, device: torch.device, dtype: torch.dtype
+    ) -> Voters:
+        """The tokens that vote, for blocks' inputs (B, T, d) in a type.
+
+        Raises RuntimeError for a mask of another shape than (B, T).
+        """
+        if self.voters is not None:
+            return self.voters
+        if self.valid is not None and self.valid.shape != shape:
+            raise RuntimeError(
+                f"the mask of the voting tokens is {tuple(self.valid.shape)}, "
+                f"the block's input {tuple(shape)}"
+            )
+        wide = torch.promote_types(dtype, torch.float32)
+        voters = Voters.of(shape, self.valid, level, device, wide)
+        if self.shape is not None:
+            self.voters = voters
+        return voters
 
     def end(self) -> None:
         """Called after the forward; its backward pass may still recompute parts of it.

@@ -31,6 +31,14 @@ from moc_cli.nn.vote import (
 from moc_cli.nn.watch import Decision, Watcher, new_decisions
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type of products under autocast; None outside of it."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 @dataclass(eq=False)
 class Site:
     """One place in the model where a control is added: its layer, its block, its pool.
@@ -104,12 +112,24 @@ class Mixture(nn.Module):
                     width, len(pool), routing.projection_dim, generator, device
                 )
 
-    def prepare(self) -> None:
-        """Called before a forward's first site, outside of what is recomputed or compiled."""
-        self._place_sites(self.control(0).A.device)
-        store = self.current.store
-        if self.active and (store is None or not store.settled):
-            self.current.prepared = {
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make what all sites of a forward share, for blocks' inputs in a type.
+
+        Called before its first site, outside of what is recomputed or compiled: there everything is
+        as it was for the site before, so that one graph serves all layers, and what is recomputed.
+        """
+        device, forward = self.control(0).A.device, self.current
+        self._place_sites(device)
+        for site in self.sites:
+            site.choice = None
+        settled = forward.store is not None and forward.store.settled
+        if not self.active or settled or forward.shape is None:
+            return
+        if self._level() != "token":
+            self._pool(_autocast_dtype(device) or dtype)
+        if self.routing.top_k:
+            forward.voters_of(forward.shape, self._level(), device, dtype)
+            forward.prepared = {
                 name: cast(Gate, gate).prepare() for name, gate in self.gates.items()
             }
 
@@ -154,11 +174,11 @@ class Mixture(nn.Module):
         packed = self.current.packed
         if packed is not None and len(x) == 1:  # two rows or more, once they are apart
             return packed.join(self.update(site, packed.split(x)))
-        device, dtype = x.device.type, x.dtype
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        dtype = _autocast_dtype(x.device)
+        if dtype is None:
+            return self._update(site, x, x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
             return self._update(site, x, dtype)
-        with torch.autocast(device, enabled=False):
-            return self._update(site, x, torch.get_autocast_dtype(device))
 
     def _update(self, site: Site, x: Tensor, dtype: torch.dtype) -> Tensor:
         site.choice = None
@@ -197,9 +217,11 @@ class Mixture(nn.Module):
         """The stacked controls of this forward."""
         forward = self.current
         pool = forward.pools.get(dtype) if forward.shared else None
-        if pool is None or (forward.ended and pool.outdated()):
+        compiling = torch.compiler.is_compiling()  # then a forward's end is not to be asked for
+        if pool is None or (not compiling and forward.ended and pool.outdated()):
             controls = [self.control(site.index) for site in self.sites]
-            pool = ControlPool(controls, dtype, self.routing.alpha, self.scale)
+            routing = self.routing
+            pool = ControlPool(controls, dtype, routing.alpha, self.scale, routing.top_k)
             if forward.shared:
                 forward.pools[dtype] = pool
         return pool
@@ -238,16 +260,13 @@ class Mixture(nn.Module):
         `token`); while a generation's store holds the row's route, that is reused (`frozen`) or
         its ballot grows by the new tokens first (`running`).
         """
-        routing, forward = self.routing, self.current
-        level = routing.level
-        if level == "batch" and not self.training:
-            level = "sample"
+        routing, forward, level = self.routing, self.current, self._level()
         store = forward.store if level == "sample" and not self.training else None
         earlier = None if store is None else stored_route(store.routes, site.index, x.shape[0])
         if earlier is not None and forward.deciding is None:
             return earlier, None
 
-        voters, before = self._voters(x, level), None
+        voters, before = forward.voters_of(x.shape[:2], level, x.device, x.dtype), None
         if store is not None and routing.decode == "running":
             before = store.ballots.get(site.index)
         gate, k = self._gate(site), routing.top_k
@@ -296,21 +315,10 @@ class Mixture(nn.Module):
         prepared = self.current.prepared.get(site.pool) if self.current.shared else None
         return self._gate(site).prepare() if prepared is None else prepared
 
-    def _voters(self, x: Tensor, level: Level) -> Voters:
-        """The tokens that vote; RuntimeError for a mask of another shape than x (B, T, d)."""
-        forward = self.current
-        if forward.voters is not None:
-            return forward.voters
-        if forward.valid is not None and forward.valid.shape != x.shape[:2]:
-            raise RuntimeError(
-                f"the mask of the voting tokens is {tuple(forward.valid.shape)}, "
-                f"the block's input {tuple(x.shape[:2])}"
-            )
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        voters = Voters.of(x.shape[:2], forward.valid, level, x.device, dtype)
-        if forward.shape is not None:
-            forward.voters = voters
-        return voters
+    def _level(self) -> Level:
+        """Who decides: a batch does so in training alone."""
+        level = self.routing.level
+        return "sample" if level == "batch" and not self.training else level
 
     def _show(self, site: Site, decision: Decision, earlier: Route | None) -> None:
         """Let watchers see a decision; of rows with an earlier route those that decide now."""
@@ -325,7 +333,9 @@ class Mixture(nn.Module):
 
     def watching(self) -> Sequence[Watcher]:
         """Who sees what happens now: nobody in a recompute, or where a decision is repeated."""
-        return () if self.current.ended or self.current.repeat else self.watchers
+        if not self.watchers or self.current.ended or self.current.repeat:
+            return ()
+        return self.watchers
 
     def balance(self) -> float | None:
         """λ·Σ_sites of the last training forward (or λ·mean), read from the device; for logs."""

@@ -129,7 +129,7 @@ def replay(
     loop = make_loop(adapted, batch, kind, once, META)
     phases = Phases(loop)
     fake = FakeDevice(like, phases)
-    with counted(loop, phases, META) as memory, loop.usage:
+    with counted(loop, phases, META) as memory:
         with fake:
             _take_steps_before(loop, memory, foreach=like == "cuda")
             if settings.gradient_accumulation_steps > 1:

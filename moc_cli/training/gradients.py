@@ -68,18 +68,20 @@ class Gradients:
         place: tuple[int, int],
         *,
         signal: int | None,
+        after_forward: Callable[[], None],
         meanwhile: Callable[[], None],
     ) -> WindowSum:
         """Add the gradients of a window and clip them.
 
         `place` is the epoch and its first micro-batch; `signal` has come to this process;
-        `meanwhile` is done while the device works.
+        `after_forward` is done after the forward of each micro-batch of this process, `meanwhile`
+        while the device works.
         """
         kind, device = self._kind, self._accelerator.device
         targets = max(1, sum(loss.count_targets(batch["labels"], kind) for batch in batches))
         self._adapted.set_loss_scale(1.0 / len(batches))
         losses = torch.zeros(len(batches), device=device)
-        fits = self._add(batches, losses, targets, place)
+        fits = self._add(batches, losses, targets, place, after_forward)
         flags = [not fits, *(signal == number for number in SIGNALS)]
         sums = self._bucket.sum(losses, flags)
         limit = self._settings.max_grad_norm or math.inf
@@ -93,7 +95,12 @@ class Gradients:
         return WindowSum(values, total, not short, heard)
 
     def _add(
-        self, batches: Sequence[Batch], losses: Tensor, targets: int, place: tuple[int, int]
+        self,
+        batches: Sequence[Batch],
+        losses: Tensor,
+        targets: int,
+        place: tuple[int, int],
+        after_forward: Callable[[], None],
     ) -> bool:
         """Add the gradients of this process's micro-batches; False where memory was short."""
         epoch, first = place
@@ -102,6 +109,7 @@ class Gradients:
                 if self._processes.world > 1:  # dropout does not depend on who draws it
                     rng.seed_torch(self._settings.seed, epoch, first + number)
                 value = self.loss(batches[number], targets)
+                after_forward()
                 self._accelerator.backward(value)
                 losses[number] = value.detach()
         except (RuntimeError, MemoryError) as error:

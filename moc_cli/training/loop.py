@@ -71,7 +71,7 @@ class Loop:
         self.windows = Windows(data.collate, pin=self.device.type == "cuda")
         self.gradients = Gradients(adapted, data, settings, accelerator, self.processes)
         self.named = adapted.named_trainables()
-        self.usage = Usage(adapted.recorder(detailed=False, training=True))
+        self.usage = Usage(adapted.recorder(detailed=False))
         self.optimizer = optim.make_optimizer(adapted, settings)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
         self.total = total_steps(settings, data.batches)
@@ -93,7 +93,7 @@ class Loop:
         Raises Interrupted after a signal and MocError at a loss that is not finite, both with a
         checkpoint of the last good state; FileError when the disk is full.
         """
-        with self.usage, compiled_layers(self.model, self.settings.torch_compile):
+        with compiled_layers(self.model, self.settings.torch_compile):
             self.begin(resume)
             while not self.finished():
                 report = self.train_step()
@@ -168,6 +168,7 @@ class Loop:
             batches,
             (self.counters.epoch, first),
             signal=self.interrupt.own,
+            after_forward=self.usage.count,
             meanwhile=lambda: self.windows.ahead(self.plan[first + n : first + 2 * n]),
         )
         self.grad_norm = total.norm

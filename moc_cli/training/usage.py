@@ -1,6 +1,6 @@
 """The use of controls while a run trains: counted in every step, written with every log line."""
 
-from typing import Any, Self
+from typing import Any
 
 from moc_cli.methods.route_counts import Recorder
 
@@ -8,19 +8,18 @@ Choices = list[list[int]]  # of each site: how often it chose each control
 
 
 class Usage:
-    """Choices since the last log line; without a recorder, of a method without a gate, nothing."""
+    """Choices since the last log line; without a recorder, of a method without a gate, nothing.
+
+    `count` follows each forward of a training.
+    """
 
     def __init__(self, recorder: Recorder | None) -> None:
         self._recorder = recorder
 
-    def __enter__(self) -> Self:
+    def count(self) -> None:
+        """Add the choices of the forward that has just ended."""
         if self._recorder is not None:
-            self._recorder.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._recorder is not None:
-            self._recorder.__exit__(*error)
+            self._recorder.count()
 
     def line(self) -> dict[str, Any]:
         """What a log line says of the choices since the last one, which are forgotten then."""

@@ -64,12 +64,11 @@ def block(loop: Loop, usages: dict[str, Usage], steps: int, orders: Iterator) ->
         for arm in next(orders):
             loop.counters, loop.usage = replace(counters), usages[arm]
             loop.plan, loop.marked = loop.data.batches.epoch(counters.epoch), counters
-            with loop.usage:
-                begin = time.process_time()
-                loop.train_step()
-                if step == steps:
-                    loop.write_line()
-                times[arm] += time.process_time() - begin
+            begin = time.process_time()
+            loop.train_step()
+            if step == steps:
+                loop.write_line()
+            times[arm] += time.process_time() - begin
     return times
 
 

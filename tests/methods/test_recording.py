@@ -261,14 +261,20 @@ def test_what_decides_nothing_is_not_counted():
     assert recorder.record().decisions(0) == 3
 
 
-def test_a_recorder_of_training_does_not_see_evaluations():
-    adapted, given = make(), batch(4)
-    with adapted.recorder(detailed=False, training=True) as recorder:
-        with torch.no_grad():
+@pytest.mark.parametrize("level", ["batch", "sample", "token"])
+def test_a_training_counts_after_each_forward(level):
+    """The choices of the last forward: those of rows of padding alone left out."""
+    adapted, given = make(level=level), batch(4)
+    given["attention_mask"][-1] = 0
+    adapted.model.train()(**given)
+    counted, watched = adapted.recorder(detailed=False), adapted.recorder(detailed=False)
+    for _ in range(2):
+        with watched:
             adapted.model(**given)
-        assert recorder.record().empty
-        adapted.model.train()(**given)
-    assert recorder.record().decisions(0) == 4
+        counted.count()
+    assert torch.equal(counted.record().sums.counts, watched.record().sums.counts)
+    expected = {"batch": 1, "sample": 3, "token": int(given["attention_mask"].sum())}[level]
+    assert counted.record().decisions(0) == 2 * expected
 
 
 def test_sizes_are_of_what_is_added_beside_the_blocks_output():

@@ -109,7 +109,7 @@ def test_nothing_of_the_states_size_is_kept_but_the_states(level):
     mixture = Mixture(8, 64, ("attn", "ffn"), 2, 1.0, Routing(level=level, projection_dim=8))
     x = torch.randn(4, 32, 64, dtype=torch.bfloat16).requires_grad_()
     mixture.current = Forward(shape=(4, 32))
-    mixture.prepare()
+    mixture.prepare(x.dtype)
     kept = {}
 
     def keep(tensor):

@@ -81,7 +81,7 @@ def test_planned_bytes_are_those_of_a_real_step(method: str, mode: str) -> None:
     adapted = attach(shapes, METHODS[method])
     planned = replay(adapted, batch(), "causal", Settings(), like="cpu")
     loop = make_loop(attach(model, METHODS[method]), batch(), "causal", Settings(), cpu)
-    with counted(loop, Phases(loop), cpu) as memory, loop.usage:
+    with counted(loop, Phases(loop), cpu) as memory:
         for _ in range(STEPS):
             memory.restart()
             loop.train_step()
