@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moc_cli.data.batches import LossKind, label_places
 from moc_cli.models.head import Head
+from moc_cli.models.masks import known_padding
 from moc_cli.models.packing import bounds
 
 
@@ -29,6 +30,11 @@ class TaskLoss:
         if "position_ids" in batch:  # packed rows
             given |= bounds(batch["position_ids"])
         inputs = {name: self._moved(value) for name, value in given.items()}
+        with known_padding(batch.get("attention_mask")):
+            return self._loss(inputs, labels, targets)
+
+    def _loss(self, inputs: dict[str, Any], labels: Tensor, targets: int) -> Tensor:
+        """The same for inputs on the device and labels on the CPU."""
         if self.head is not None:
             # Chosen on the CPU and moved before the forward: nothing to wait for.
             places, wanted = map(self._moved, label_places(labels))
