@@ -281,10 +281,7 @@ class Recorder:
 
         Only where the site has just decided; tokens that do not vote are left out.
         """
-<<<<<<< HEAD
         if site.choice is None or not self._detailed or not processes.current().counts:
-=======
-        if site.choice is None or not self._detailed:
             return
         current = self._mixture.current
         if update.ndim == 2 and current.shape is not None:
