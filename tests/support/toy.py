@@ -65,7 +65,7 @@ class ToyAdapted:
     def balance_loss(self) -> float | None:
         return None
 
-    def recorder(self, *, detailed: bool, training: bool) -> None:
+    def recorder(self, *, detailed: bool) -> None:
         return None
 
 
