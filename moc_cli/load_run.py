@@ -146,6 +146,8 @@ def open_model(
     """Load a bare language model: a hub id, a folder, or `builtin:<name>`."""
     check_device(device)
     chosen = find_device(device)
+    if chosen.type == "cuda":  # of several processes each has its own
+        chosen = torch.device("cuda", torch.cuda.current_device())
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_model(
         name,

@@ -111,23 +111,22 @@ class Processes:
             raise
         self._from_main(None)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """An error within it that one process meets ends all; the first one tells it. Joint.
+    def collect(self, work: Callable[[], T]) -> list[T]:
+        """Let each process do its work; return what it gave in all of them, by rank. Joint.
 
-        Nothing within it may be joint.
+        An error that one process meets ends all; the first one tells it. Nothing in the work may be
+        joint.
         """
-        error: MocError | None = None
-        try:
-            yield
-        except MocError as own:
-            if self.world == 1:
-                raise
-            error = own
         if self.world == 1:
-            return
+            return [work()]
+        value, error = None, None
+        try:
+            value = work()
+        except MocError as own:
+            error = own
         told = None if error is None else (error.message, error.hint, socket.gethostname())
-        for rank, other in enumerate(self.gather(told)):
+        done = self.gather((value, told))
+        for rank, (_, other) in enumerate(done):
             if other is None:
                 continue
             if error is not None and self.main:
@@ -135,6 +134,22 @@ class Processes:
             message, hint, host = other
             kind = MocError if self.main else Elsewhere
             raise kind(f"process {rank} on {host}: {message}", hint)
+        return [cast(T, value) for value, _ in done]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error within it that one process meets ends all, as in `collect`. Joint."""
+        error: MocError | None = None
+        try:
+            yield
+        except MocError as own:
+            error = own
+
+        def end() -> None:
+            if error is not None:
+                raise error
+
+        self.collect(end)
 
     def _from_main(self, value: Any) -> Any:
         """Return the first process's value in all of them."""

@@ -53,6 +53,18 @@ def joint_errors(group: Processes) -> None:
         fail(group, 0, 1)
 
 
+def collected_work(group: Processes) -> None:
+    assert group.collect(lambda: 10 + group.rank) == [10, 11]
+
+    def refuse() -> None:
+        if not group.main:
+            raise MocError("no such file", "look again")
+
+    with pytest.raises(MocError, match="^process 1 on .*: no such file$") as caught:
+        group.collect(refuse)
+    assert isinstance(caught.value, Elsewhere) == (not group.main)
+
+
 def one_leaves(group: Processes) -> None:
     if group.main:
         with pytest.raises(LostProcess, match="process 0 of 2 on .* waited for another one"):
@@ -62,6 +74,7 @@ def one_leaves(group: Processes) -> None:
 def all_of_it(group: Processes, folder: Path) -> None:
     joint_calls(group, folder)
     joint_errors(group)
+    collected_work(group)
     one_leaves(group)
 
 

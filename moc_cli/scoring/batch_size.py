@@ -5,8 +5,8 @@ logits. Weights are loaded already. Half of the free memory is left for what it 
 Several processes share the batches: those of one process, dealt out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from moc_cli import processes
 from moc_cli.errors import MocError
-from moc_cli.processes import Processes
 from moc_cli.report.output import say
 
 T = TypeVar("T")
@@ -74,19 +73,20 @@ def run_batches(
     group = processes.current()
     size.used = min(group.gather(_first_size(model, costs[order[0]], size.option)))
     batches = [order[first : first + size.used] for first in range(0, len(order), size.used)]
+    # Each forward of a model whose weights are split over the processes needs them all: every one
+    # then does all of the work, which counts in the first.
+    alike = group.world > 1 and is_sharded(model)
+    share = batches if alike else group.share(batches)
+    own = _Share(costs, [item for batch in share for item in batch], size.used)
     results: dict[int, T] = {}
-    with _sharing(model, group) as sharing:
-        items = [item for batch in sharing.share(batches) for item in batch]
-        own = _Share(costs, items, size.used)
+    with processes.alike() if alike else nullcontext():
         while len(results) < len(order):
-            with group.together():
-                values, halvings = own.next_batch(work)
-            done = sharing.gather(_Done(values, own.rows, halvings))
-            for rank, part in enumerate(done):
+            done = group.collect(lambda: own.next_batch(work))
+            for rank, part in enumerate(done[:1] if alike else done):
                 results |= part.values
                 size.halved += len(part.halvings)
                 for halving in part.halvings:
-                    say(halving if sharing.world == 1 else f"process {rank}: {halving}")
+                    say(f"process {rank}: {halving}" if group.world > 1 else halving)
             size.used = min(part.rows for part in done)
             if on_progress is not None:
                 on_progress(len(results), len(order))
@@ -95,11 +95,11 @@ def run_batches(
 
 @dataclass(frozen=True)
 class _Done(Generic[T]):
-    """What a process has done in a round: results by item, its rows in a batch, what to tell."""
+    """What a process has done in a round: results by item, what was halved, its rows in a batch."""
 
     values: dict[int, T]
-    rows: int
     halvings: list[str]
+    rows: int
 
 
 class _Share:
@@ -109,16 +109,16 @@ class _Share:
         self.rows = rows
         self._costs, self._left = costs, items
 
-    def next_batch(self, work: Callable[[list[int]], list[T]]) -> tuple[dict[int, T], list[str]]:
-        """Return the results of the next batch that fits, by item, and what was halved for it."""
+    def next_batch(self, work: Callable[[list[int]], list[T]]) -> _Done[T]:
+        """Do the next batch that fits, if any is left."""
         halvings: list[str] = []
         while items := self._left[: self.rows]:
             values = _unless_out_of_memory(work, items)
             if values is not None:
                 del self._left[: len(items)]
-                return dict(zip(items, values, strict=True)), halvings
+                return _Done(dict(zip(items, values, strict=True)), halvings, self.rows)
             halvings.append(self._halve(len(items), self._costs[items[0]].tokens))
-        return {}, halvings
+        return _Done({}, halvings, self.rows)
 
     def _halve(self, rows: int, tokens: int) -> str:
         from accelerate.utils.memory import clear_device_cache
@@ -133,20 +133,6 @@ class _Share:
         return (
             f"{rows} rows of up to {tokens} tokens do not fit in memory: going on with {rows // 2}"
         )
-
-
-@contextmanager
-def _sharing(model: PreTrainedModel, group: Processes) -> Iterator[Processes]:
-    """Yield the processes that the batches are dealt out to.
-
-    Each forward of a model whose weights are split over the processes needs them all: every one
-    then does all of the work, which counts in the first.
-    """
-    if group.world > 1 and is_sharded(model):
-        with processes.alike():
-            yield Processes()
-    else:
-        yield group
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

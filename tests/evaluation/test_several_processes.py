@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.group import run_together
 from support.rows import write_rows
 from support.tiny_runs import choices_run
 
+from moc_cli import load_run
 from moc_cli.cli import run
 from moc_cli.errors import MocError
 from moc_cli.evaluation import lm_eval_tasks
@@ -133,3 +135,19 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
         assert place == other_place
         # Sums over rows are added up in another order: their last bits may differ, and no count.
         assert other == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
+
+
+def test_a_bare_model_loads_to_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number it would be the first one for all processes of a machine."""
+
+    class Loading(Exception):
+        pass
+
+    def load(*_: Any, device: torch.device, **__: Any) -> None:
+        raise Loading(str(device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(load_run, "load_model", load)
+    with pytest.raises(Loading, match="^cuda:3$"):
+        load_run.open_model("builtin:world-llama")

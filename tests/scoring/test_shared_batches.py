@@ -20,7 +20,7 @@ from moc_cli.kinds import Choice, Pairs, Writing
 from moc_cli.methods import TextModel
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.scoring import batch_size as sizing
-from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
+from moc_cli.scoring.batch_size import BatchSize, RowCost, row_bytes, run_batches
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import rank
 from moc_cli.scoring.results import ScoringOptions
@@ -85,8 +85,9 @@ def count_what_one_counts() -> None:
 
 
 def take_the_smallest_size(group: Processes) -> None:
-    """Each process finds other free memory, and all must cut the same batches."""
+    """Each finds other free memory, which all share, and all must cut the same batches."""
     model, seen = make_tiny_model("llama"), []
+    cost = RowCost(3)
 
     def work(items: list[int]) -> list[int]:
         seen.append(len(items))
@@ -94,8 +95,9 @@ def take_the_smallest_size(group: Processes) -> None:
 
     size = BatchSize()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizing, "_first_size", lambda *_: 5 - group.rank)
-        assert run_batches(model, [RowCost(3)] * 24, work, size=size) == list(range(24))
+        rows = 2 * group.world * (5 - group.rank)  # the half of it is used
+        patch.setattr(sizing, "free_bytes", lambda device: rows * row_bytes(model, cost) + 1)
+        assert run_batches(model, [cost] * 24, work, size=size) == list(range(24))
     smallest = 6 - group.world
     assert (size.used, set(seen)) == (smallest, {smallest})
 
