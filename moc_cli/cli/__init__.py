@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from moc_cli import __version__
 from moc_cli.errors import MocError, explain_system
-from moc_cli.processes import LostProcess, check_one_process, leave
+from moc_cli.processes import check_one_process, launched, leave
 
 if TYPE_CHECKING:
     from moc_cli.launching.place import Place
@@ -96,18 +96,15 @@ def run(arguments: list[str]) -> int:
     --json; so is what the system refuses. Any other exception than MocError is a bug and passes
     through with its traceback.
     """
-    from moc_cli.launching.child import end_by_signal, stop_with_parent
-    from moc_cli.launching.place import silent_place
     from moc_cli.report.output import say
     from moc_cli.report.streams import lasting_streams
     from moc_cli.signals import stopped_by_signals
 
-    place = silent_place(os.environ)
-    with stopped_by_signals() as stop, lasting_streams(silent=place is not None) as results:
-        stop_with_parent()
-        code = _run(arguments) if place is None else _follow(arguments, place)
+    place = _place()
+    follows = place is not None and place.rank > 0
+    with stopped_by_signals() as stop, lasting_streams(silent=follows) as results:
+        code = _run(arguments, place)
         if stop.number is not None:
-            end_by_signal(stop.number)
             say(f"stopped by signal {stop.number}")
             code = 128 + stop.number
         results.flush()
@@ -117,60 +114,49 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _call(arguments: list[str]) -> int:
-    """Run one command and return its exit code; what goes wrong is raised."""
-    from moc_cli.launching.place import take_place
+def _place() -> "Place | None":
+    """Return this process's place among those that a launcher has started, if there are others."""
+    if launched() == 1:
+        return None
+    from moc_cli.launching.place import known_place
 
-    called = arguments[:1]
-    known = bool(called) and called[0] in COMMANDS
-    app = make_app(called if known else COMMANDS)
-    if known:
-        take_place(os.environ)
-        if called[0] not in TOGETHER:
-            check_one_process(called[0])
-    code = app(args=arguments, obj=arguments, prog_name="moc", standalone_mode=False)
-    leave()
-    return code if isinstance(code, int) else 0
+    return known_place(os.environ)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], place: "Place | None") -> int:
     """Run one command, and tell what goes wrong."""
-    from moc_cli.launching.child import ended_meanwhile, started_by_moc
-
     try:
-        return _call(arguments)
+        if place is None:
+            return _call(arguments)
+        from moc_cli.launching.child import run_as_one
+
+        return run_as_one(place, lambda: _call(arguments), _explain)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
         explained = _explain(error)
         if explained is None:
             raise
-        # The launcher tells why a process was lost where that ran on this machine.
-        if isinstance(error, LostProcess) and started_by_moc() and ended_meanwhile():
-            return 2
         if not explained.message:  # `moc` alone: the help is the answer, and typer has printed it
             return int(getattr(error, "exit_code", 2))
         _refuse(explained, as_json="--json" in arguments)
         return 2
 
 
-def _follow(arguments: list[str], place: "Place") -> int:
-    """Run one command as one of several processes that is not the first one.
+def _call(arguments: list[str]) -> int:
+    """Run one command and return its exit code; what goes wrong is raised."""
+    called = arguments[:1]
+    known = bool(called) and called[0] in COMMANDS
+    app = make_app(called if known else COMMANDS)
+    if known and launched() > 1:
+        from moc_cli.launching.place import take_place
 
-    It ends after that one, which tells what goes wrong in all of them.
-    """
-    from moc_cli.launching.child import ended_meanwhile, tell
-
-    error = None
-    try:
-        code = _call(arguments)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except Exception as caught:
-        error, code = caught, 1 if _explain(caught) is None else 2
-    if code and not ended_meanwhile() and error is not None:
-        tell(place, error, _explain(error))
-    return code
+        take_place(os.environ)
+        if called[0] not in TOGETHER:
+            check_one_process(called[0])
+    code = app(args=arguments, obj=arguments, prog_name="moc", standalone_mode=False)
+    leave()
+    return code if isinstance(code, int) else 0
 
 
 def _explain(error: Exception) -> MocError | None:

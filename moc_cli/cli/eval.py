@@ -11,13 +11,16 @@ from moc_cli.cli.options import (
     DeviceOption,
     JsonOption,
     LoadIn4bitOption,
+    NumProcessesOption,
     OptionalRunArgument,
     TrustOption,
+    launch_section,
     split_names,
 )
 
 
 def evaluate(
+    context: typer.Context,
     run: OptionalRunArgument = None,
     model: Annotated[
         str | None,
@@ -83,6 +86,7 @@ def evaluate(
     allow_changed_base: AllowChangedBaseOption = False,
     load_in_4bit: LoadIn4bitOption = None,
     device: DeviceOption = None,
+    num_processes: NumProcessesOption = None,
     trust_remote_code: TrustOption = False,
     output_dir: Annotated[
         Path | None,
@@ -98,7 +102,10 @@ def evaluate(
 
     Every task is saved as soon as it is scored; after Ctrl-C the same command continues.
     """
+    from moc_cli.errors import MocError
     from moc_cli.evaluation.options import EvalOptions
+    from moc_cli.launching.together import run_together
+    from moc_cli.processes import check_one_process
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.runs import BaseOptions
 
@@ -122,11 +129,21 @@ def evaluate(
         num_fewshot=num_fewshot,
     )
     options.check()
+    launch = launch_section(num_processes, device)
     if options.harness is not None:
+        check_one_process("eval --harness")
+        if launch.num_processes != 1:
+            raise MocError(
+                "--harness runs in one process, and --num-processes asks for several",
+                "leave out --num-processes",
+            )
         from moc_cli.cli.eval_harness import score_harness
 
         score_harness(options, json)
         return
+    code = run_together(launch, context.obj, key="--num-processes ")
+    if code is not None:
+        raise typer.Exit(code)
     from moc_cli.evaluation.session import evaluate as score
     from moc_cli.processes import current
     from moc_cli.report.score_tables import evaluation_table

@@ -12,8 +12,10 @@ from moc_cli.cli.options import (
     DeviceOption,
     JsonOption,
     LoadIn4bitOption,
+    NumProcessesOption,
     RunArgument,
     TrustOption,
+    launch_section,
     split_names,
 )
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def inspect_routing(
+    context: typer.Context,
     run: RunArgument,
     tasks: Annotated[
         str | None, typer.Option(metavar="A,B", help="Tasks to route; default: the recipe's.")
@@ -67,6 +70,7 @@ def inspect_routing(
     allow_changed_base: AllowChangedBaseOption = False,
     load_in_4bit: LoadIn4bitOption = None,
     device: DeviceOption = None,
+    num_processes: NumProcessesOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -75,9 +79,16 @@ def inspect_routing(
     Writes routing.json, pictures (PNG and SVG) and one page, routing.html.
     """
     from moc_cli.errors import MocError
+    from moc_cli.launching.together import run_together
+    from moc_cli.processes import check_one_process
 
     if site is not None and text is None:
         raise MocError("--site picks a site of --text", "give a text too")
+    launch = launch_section(num_processes, device)
+    if text is not None:
+        check_one_process("inspect-routing --text")
+        if launch.num_processes != 1:
+            raise MocError("--text is one row; leave out --num-processes")
     recipe = _read_recipe(run, trust_remote_code)
     compare_recipe = None if compare is None else _read_recipe(compare, trust_remote_code)
     from moc_cli.files import check_folder
@@ -87,6 +98,9 @@ def inspect_routing(
     below = home.checkpoint.name if home.checkpoint else ""
     folder = output_dir or home.path / "routing" / below / ("" if text is None else "text")
     check_folder(folder, within=None if output_dir else home.path)
+    code = run_together(launch, context.obj, key="--num-processes ")
+    if code is not None:
+        raise typer.Exit(code)
     from moc_cli.inspection.results import check_output, write_results
     from moc_cli.inspection.session import Inspection, InspectOptions
     from moc_cli.processes import current

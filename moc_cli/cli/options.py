@@ -3,9 +3,12 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moc_cli.recipe.launch import LaunchSection
 
 RUN = (
     "The run folder that `moc train` wrote, or one of its checkpoints, as "
@@ -39,6 +42,14 @@ RunFolderOption = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="auto|cpu|cuda", help="Where to compute; default: the run's, or auto."),
+]
+NumProcessesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|N",
+        help="Share the rows between N processes, each with a GPU of its own; auto: one for each "
+        "GPU; default: one process.",
+    ),
 ]
 TrustOption = Annotated[
     bool,
@@ -79,6 +90,23 @@ JsonOption = Annotated[
 def split_names(text: str | None) -> list[str]:
     """Return the names of a list with commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def launch_section(num_processes: str | None, device: str | None) -> "LaunchSection":
+    """Return what `--num-processes` and `--device` say. Raises MocError for no such number."""
+    from pydantic import ValidationError
+
+    from moc_cli.errors import MocError
+    from moc_cli.recipe.launch import LaunchSection
+
+    number = 1 if num_processes is None else num_processes
+    try:
+        return LaunchSection.model_validate({"num_processes": number, "device": device or "auto"})
+    except ValidationError as error:
+        raise MocError(
+            f"--num-processes {num_processes}: found {num_processes!r}; allowed: auto or a whole "
+            "number of at least 1"
+        ) from error
 
 
 def program() -> str:

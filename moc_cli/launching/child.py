@@ -1,12 +1,10 @@
 """One of several processes: it ends with what has started it, and only the first one speaks."""
 
-import ctypes
 import os
 import signal
-import socket
 import sys
 import time
-import traceback
+from collections.abc import Callable
 from contextlib import suppress
 
 from moc_cli import processes
@@ -14,6 +12,7 @@ from moc_cli.errors import MocError
 from moc_cli.launching.place import Place
 from moc_cli.processes import Elsewhere, LostProcess
 from moc_cli.report.characters import printable
+from moc_cli.signals import stop_number
 
 # The process that has started this one as one of several; it says how they have ended.
 PARENT = "MOC_PARENT"
@@ -31,12 +30,41 @@ def started_by_moc() -> bool:
 def stop_with_parent() -> None:
     """Let SIGTERM come when the `moc` that has started this process is killed."""
     if started_by_moc() and sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if not started_by_moc():  # killed before
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def end_by_signal(number: int) -> None:
+def run_as_one(
+    place: Place, call: Callable[[], int], explain: Callable[[Exception], MocError | None]
+) -> int:
+    """Do the work of one of several processes, and return its exit code.
+
+    What goes wrong in the first one is raised. Another one ends after it, and tells only what it
+    alone has met. `explain` returns what the user reads of an error; None for a bug.
+    """
+    stop_with_parent()
+    error = None
+    try:
+        code = call()
+    except KeyboardInterrupt as stop:
+        _end_by_signal(stop_number(stop))
+        raise
+    except Exception as caught:
+        if place.rank == 0:
+            # Where another one was lost on this machine, the `moc` that has started both tells it.
+            if isinstance(caught, LostProcess) and started_by_moc() and _ended_meanwhile():
+                return 2
+            raise
+        error, code = caught, 1 if explain(caught) is None else 2
+    if code and place.rank > 0 and not _ended_meanwhile() and error is not None:
+        _tell(place, error, explain(error))
+    return code
+
+
+def _end_by_signal(number: int) -> None:
     """End this process as if the signal had not been caught: the `moc` that has started it says so.
 
     Does nothing where another program has started it.
@@ -46,31 +74,33 @@ def end_by_signal(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def ended_meanwhile() -> bool:
+def _ended_meanwhile() -> bool:
     """Wait for the launcher to end this process; return whether it does."""
     try:
         time.sleep(PATIENCE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        _end_by_signal(stop_number(stop))
         return True
     return False
 
 
-def tell(place: Place, error: Exception, known: MocError | None) -> None:
+def _tell(place: Place, error: Exception, explained: MocError | None) -> None:
     """Print an error that this process alone has met, on the stream that is silent otherwise.
-
-    `known` is what the user reads of it; None for a bug, which keeps its traceback.
 
     What another one tells is left out, and so is what all processes of a machine meet alike before
     they join.
     """
+    import traceback
+
     alike = processes.current().world == 1 and place.local_rank > 0
     if isinstance(error, Elsewhere | LostProcess) or alike or sys.__stderr__ is None:
         return
-    if known is None:
+    if explained is None:
         text = "".join(traceback.format_exception(error))
     else:
-        text = "\n".join(filter(None, [known.message, known.hint and f"Hint: {known.hint}"]))
-    name = f"process {place.rank} on {socket.gethostname()}"
+        hint = explained.hint and f"Hint: {explained.hint}"
+        text = "\n".join(filter(None, [explained.message, hint]))
+    name = f"process {place.rank} on {processes.host_name()}"
     with suppress(OSError, ValueError):
         sys.__stderr__.write(printable(f"Error: {name}: {text}") + "\n")
         sys.__stderr__.flush()

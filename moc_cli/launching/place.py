@@ -69,13 +69,15 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     return Place(launcher, world, rank, local_rank, local_world)
 
 
-def silent_place(environ: Mapping[str, str]) -> Place | None:
-    """Return this process's place where another one speaks for it; None for the first one."""
+def known_place(environ: Mapping[str, str]) -> Place | None:
+    """Return this process's place, or None where it is alone or its place is not known yet.
+
+    What is wrong with a launcher's variables is told when the command begins.
+    """
     try:
-        place = find_place(environ)
-    except MocError:  # told when the command begins
+        return find_place(environ)
+    except MocError:
         return None
-    return place if place is not None and place.rank > 0 else None
 
 
 def take_place(environ: MutableMapping[str, str]) -> Place | None:

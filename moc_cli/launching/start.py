@@ -3,13 +3,13 @@
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import psutil
 
+from moc_cli import processes
 from moc_cli.errors import MocError
 from moc_cli.launching.child import PARENT
 from moc_cli.launching.place import THREADS, threads_of_each
@@ -90,11 +90,12 @@ def explain_ends(
         name = signal.Signals(number).name
         why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
         say(
-            f"Error: process {rank} on {socket.gethostname()} was killed by {name}{why}{progress()}"
+            f"Error: process {rank} on {processes.host_name()} was killed by {name}{why}"
+            f"{progress()}"
         )
         return 128 + number
     if not codes:
-        say(f"Error: the processes on {socket.gethostname()} were ended by SIGTERM{progress()}")
+        say(f"Error: the processes on {processes.host_name()} were ended by SIGTERM{progress()}")
         return ended
     if plan.rank > 0 and codes[0] < 128:
         say(OTHER_MACHINE)

@@ -15,7 +15,7 @@ def run_together(
     launch: LaunchSection,
     command: Sequence[str],
     *,
-    key: str = f"--set {KEY}",
+    key: str = f"--set {KEY}=",
     rows: Sequence[int] = (),
     progress: Callable[[], str] = str,
 ) -> int | None:
@@ -42,14 +42,15 @@ def run_together(
         if is_half_started(os.environ):
             say(
                 "accelerate launch --cpu starts only one process; moc starts several itself: "
-                f"moc {command[0]} ... {key}=N"
+                f"moc {command[0]} ... {key}N"
             )
         _say_ignored(launch, 1, launcher, key)
         return None
     plan = make_plan(launch)
     if plan.processes == 1:
         return None
-    say(f"{_number_line(plan.processes, plan.why, rows)}; only one: {key}=1")
+    why = key.strip(" =") if plan.why == KEY else plan.why
+    say(f"{_number_line(plan.processes, why, rows)}; only one: {key}1")
     from moc_cli.launching.start import start
 
     return start(plan, command, seconds=launch.ddp_timeout, progress=progress)
@@ -69,7 +70,4 @@ def _say_ignored(launch: LaunchSection, processes: int, launcher: str, key: str)
     wanted = launch.num_processes
     if wanted not in ("auto", processes):
         word = "process" if processes == 1 else "processes"
-        say(
-            f"not used: {key.removeprefix('--set ')}: {wanted}; the launcher has started "
-            f"{processes} {word} ({launcher})"
-        )
+        say(f"not used: {key}{wanted}; the launcher has started {processes} {word} ({launcher})")

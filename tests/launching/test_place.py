@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from moc_cli.cli import run
 from moc_cli.errors import MocError
 from moc_cli.launching import together
-from moc_cli.launching.place import Place, find_place, silent_place, take_place
+from moc_cli.launching.place import Place, find_place, known_place, take_place
 from moc_cli.recipe.launch import LaunchSection
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -48,7 +49,7 @@ def test_one_of_several_gets_the_variables_of_torchrun(
     environ: dict[str, str], place: Place
 ) -> None:
     environ = environ | ({"MASTER_ADDR": "10.0.0.1"} if "RANK" in environ else {})
-    assert silent_place(environ) == take_place(environ) == place
+    assert known_place(environ) == take_place(environ) == place
     assert {name: environ[name] for name in TORCHRUN} == {
         "WORLD_SIZE": str(place.world),
         "RANK": str(place.rank),
@@ -68,10 +69,13 @@ def test_one_of_several_gets_the_variables_of_torchrun(
         (SBATCH | {"SLURM_STEP_NUM_TASKS": "1"}, ["starts 2"]),
         (
             {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
-            ["not used: launch.num_processes: 2; the launcher has started 1 process"],
+            ["not used: --set launch.num_processes=2; the launcher has started 1 process"],
         ),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, ["not used: launch.num_processes: 2; the launcher"]),
-        (ACCELERATE, ["not used: launch.num_processes: 2; the launcher has started 1 process"]),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ["not used: --set launch.num_processes=2; the launcher"]),
+        (
+            ACCELERATE,
+            ["not used: --set launch.num_processes=2; the launcher has started 1 process"],
+        ),
         (
             {"LOCAL_RANK": "1"},
             ["LOCAL_RANK is set, and WORLD_SIZE is not: this process works alone"],
@@ -95,7 +99,7 @@ def test_a_process_that_is_alone(
     error = capsys.readouterr().err
     if says == ["starts 2"]:
         assert code == 7
-        assert "2 processes (launch.num_processes); only one: --set launch.num_proc" in error
+        assert "2 processes (--set launch.num_processes); only one: --set launch.num_proc" in error
     else:
         assert code is None
         assert all(word in error for word in says)
@@ -115,7 +119,7 @@ def test_half_of_a_place_is_refused(
 ) -> None:
     with pytest.raises(MocError, match=f"which of them is not known without {missing}$"):
         read(dict(environ))
-    assert silent_place(environ) is None
+    assert known_place(environ) is None
 
 
 def test_processes_on_several_machines_need_the_address_of_the_first() -> None:
@@ -124,3 +128,29 @@ def test_processes_on_several_machines_need_the_address_of_the_first() -> None:
     environ = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "OMP_NUM_THREADS": "3"}
     assert take_place(environ) is not None
     assert (environ["MASTER_PORT"], environ["OMP_NUM_THREADS"]) == ("4000", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "--model", "m"], "--num-processes x: found 'x'; allowed: auto or a whole number"),
+        (["eval", "--model", "m", "--harness", "piqa"], "--num-processes x: found 'x'"),
+        (["inspect-routing", "r"], "--num-processes x: found 'x'"),
+    ],
+)
+def test_a_wrong_number_of_processes_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, "--num-processes", "x"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["eval", "--model", "m", "--harness", "piqa"], ["inspect-routing", "r", "--text", "t"]],
+)
+def test_what_runs_in_one_process_refuses_several(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, "--num-processes", "2"]) == 2
+    assert "leave out --num-processes" in capsys.readouterr().err
