@@ -137,10 +137,11 @@ def _run(arguments: list[str], place: "Place | None") -> int:
         explained = _explain(error)
         if explained is None:
             raise
+        code = int(getattr(error, "exit_code", 2))
         if not explained.message:  # `moc` alone: the help is the answer, and typer has printed it
-            return int(getattr(error, "exit_code", 2))
+            return code
         _refuse(explained, as_json="--json" in arguments)
-        return 2
+        return code
 
 
 def _call(arguments: list[str]) -> int:

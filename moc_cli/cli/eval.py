@@ -14,7 +14,6 @@ from moc_cli.cli.options import (
     NumProcessesOption,
     OptionalRunArgument,
     TrustOption,
-    launch_section,
     split_names,
 )
 
@@ -106,6 +105,7 @@ def evaluate(
     from moc_cli.evaluation.options import EvalOptions
     from moc_cli.launching.together import run_together
     from moc_cli.processes import check_one_process
+    from moc_cli.recipe.launch import launch_of_options
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.runs import BaseOptions
 
@@ -129,7 +129,7 @@ def evaluate(
         num_fewshot=num_fewshot,
     )
     options.check()
-    launch = launch_section(num_processes, device)
+    launch = launch_of_options(num_processes, device)
     if options.harness is not None:
         check_one_process("eval --harness")
         if launch.num_processes != 1:

@@ -15,7 +15,6 @@ from moc_cli.cli.options import (
     NumProcessesOption,
     RunArgument,
     TrustOption,
-    launch_section,
     split_names,
 )
 
@@ -81,10 +80,11 @@ def inspect_routing(
     from moc_cli.errors import MocError
     from moc_cli.launching.together import run_together
     from moc_cli.processes import check_one_process
+    from moc_cli.recipe.launch import launch_of_options
 
     if site is not None and text is None:
         raise MocError("--site picks a site of --text", "give a text too")
-    launch = launch_section(num_processes, device)
+    launch = launch_of_options(num_processes, device)
     if text is not None:
         check_one_process("inspect-routing --text")
         if launch.num_processes != 1:

@@ -3,12 +3,9 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from moc_cli.recipe.launch import LaunchSection
 
 RUN = (
     "The run folder that `moc train` wrote, or one of its checkpoints, as "
@@ -90,23 +87,6 @@ JsonOption = Annotated[
 def split_names(text: str | None) -> list[str]:
     """Return the names of a list with commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def launch_section(num_processes: str | None, device: str | None) -> "LaunchSection":
-    """Return what `--num-processes` and `--device` say. Raises MocError for no such number."""
-    from pydantic import ValidationError
-
-    from moc_cli.errors import MocError
-    from moc_cli.recipe.launch import LaunchSection
-
-    number = 1 if num_processes is None else num_processes
-    try:
-        return LaunchSection.model_validate({"num_processes": number, "device": device or "auto"})
-    except ValidationError as error:
-        raise MocError(
-            f"--num-processes {num_processes}: found {num_processes!r}; allowed: auto or a whole "
-            "number of at least 1"
-        ) from error
 
 
 def program() -> str:

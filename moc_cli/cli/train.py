@@ -155,7 +155,7 @@ def train(
             _show_seeds(loaded, summary, json)
 
 
-def _progress(recipe: "Recipe", call: "Call") -> str:
+def _progress(recipe: "Recipe", call: "Call") -> tuple[str, str]:
     """Say how far processes came that have ended without a word, and how to continue."""
     from moc_cli.errors import RunError
     from moc_cli.runs import RunFolder
@@ -165,7 +165,7 @@ def _progress(recipe: "Recipe", call: "Call") -> str:
     except RunError:
         steps = []
     after = f" after step {steps[-1]}" if steps else ""
-    return f"{after}\nHint: continue with: {call.command} --resume auto"
+    return after, f"continue with: {call.command} --resume auto"
 
 
 def _is_of_method(change: str) -> bool:

@@ -17,7 +17,20 @@ from moc_cli.launching.plan import Plan, launcher_arguments
 from moc_cli.report.output import say
 from moc_cli.signals import STOPS, Stopped, is_ignored
 
+Progress = Callable[[], tuple[str, str | None]]
 OTHER_MACHINE = "the processes on this machine have ended; machine 0 says why"
+
+
+class Ended(MocError):
+    """Processes were ended by a signal; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, message: str, hint: str | None, number: int) -> None:
+        super().__init__(message, hint)
+        self.number = number
+        self.exit_code = 128 + number
+
+    def __reduce__(self) -> tuple[type["Ended"], tuple[str, str | None, int]]:
+        return type(self), (self.message, self.hint, self.number)
 
 
 class Forwarded:
@@ -36,11 +49,11 @@ class Forwarded:
             child.send_signal(number)
 
 
-def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Callable[[], str]) -> int:
+def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progress) -> int:
     """Run `moc COMMAND` in the processes of a plan; return the exit code of the whole.
 
-    `progress` says how far they came and how to continue, for a process that was killed. Raises
-    MocError where the machines do not meet within `seconds`.
+    `progress` says how far they came, and how to continue. Raises Ended where a signal ended a
+    process, MocError where the machines do not meet within `seconds`.
     """
     from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
     from torch.distributed import DistError
@@ -71,9 +84,9 @@ def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Callabl
 
 
 def explain_ends(
-    ends: Mapping[int, int], plan: Plan, forwarded: int | None, progress: Callable[[], str]
+    ends: Mapping[int, int], plan: Plan, forwarded: int | None, progress: Progress
 ) -> int:
-    """Return the exit code for processes that failed, as of one; say what none of them has said.
+    """Return the exit code for processes that failed, as of one; raise Ended, which none has told.
 
     `ends` holds exit codes by rank, negative for a signal. When one process fails, the launcher
     ends the others with SIGTERM.
@@ -85,21 +98,15 @@ def explain_ends(
         if 128 + forwarded not in codes:
             say(f"stopped by signal {forwarded}")
         return 128 + forwarded
-    if killed:
-        rank, number = min(killed.items())
-        name = signal.Signals(number).name
-        why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
-        say(
-            f"Error: process {rank} on {processes.host_name()} was killed by {name}{why}"
-            f"{progress()}"
-        )
-        return 128 + number
-    if not codes:
-        say(f"Error: the processes on {processes.host_name()} were ended by SIGTERM{progress()}")
-        return ended
-    if plan.rank > 0 and codes[0] < 128:
-        say(OTHER_MACHINE)
-    return codes[0]
+    if not killed and codes:
+        if plan.rank > 0 and codes[0] < 128:
+            say(OTHER_MACHINE)
+        return codes[0]
+    after, hint = progress()
+    rank, number = min(killed.items(), default=(min(ends), signal.SIGTERM))
+    what = f"process {rank} on {processes.host_name()} was ended by {signal.Signals(number).name}"
+    why = "; the system does so when memory runs out" if number == signal.SIGKILL else ""
+    raise Ended(f"{what}{after}{why}", hint, number)
 
 
 @contextmanager

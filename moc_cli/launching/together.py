@@ -1,7 +1,8 @@
 """Whether several processes run a command, and who starts them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moc_cli.launching.child import started_by_moc
 from moc_cli.launching.place import find_place, is_half_started, lone_launcher, stray_variable
@@ -10,6 +11,9 @@ from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.lines import labelled
 from moc_cli.report.output import say
 
+if TYPE_CHECKING:
+    from moc_cli.launching.start import Progress
+
 
 def run_together(
     launch: LaunchSection,
@@ -17,7 +21,7 @@ def run_together(
     *,
     key: str = f"--set {KEY}=",
     rows: Sequence[int] = (),
-    progress: Callable[[], str] = str,
+    progress: "Progress" = lambda: ("", None),
 ) -> int | None:
     """Start the processes of `moc COMMAND` and return their exit code; None for this one alone.
 

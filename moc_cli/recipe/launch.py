@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
+from moc_cli.errors import MocError
 from moc_cli.recipe.types import Count, Positive, Section, Text, Threads, refuse_bool
 
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(refuse_bool)]
@@ -48,3 +49,18 @@ class LaunchSection(Section):
     ddp_timeout: Positive = Field(
         default=1800, description="seconds that a process waits for another one"
     )
+
+
+def launch_of_options(num_processes: str | None, device: str | None) -> LaunchSection:
+    """Return what `--num-processes` and `--device` say; without the first it is one process.
+
+    Raises MocError for no such number.
+    """
+    number = 1 if num_processes is None else num_processes
+    try:
+        return LaunchSection.model_validate({"num_processes": number, "device": device or "auto"})
+    except ValidationError as error:
+        raise MocError(
+            f"--num-processes: found {num_processes!r}; allowed: auto or a whole number of at "
+            "least 1"
+        ) from error

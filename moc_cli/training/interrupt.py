@@ -62,11 +62,11 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.own is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.own = number
+        first, self.own = self.own is None, number
         group = processes.current()
         if group.world == 1:
             self.signal = number
-        if group.main:
+        if first and group.main:
             # Not through sys.stderr: the signal may have come in the middle of a print.
             with contextlib.suppress(OSError):
                 os.write(2, NOTICE)

@@ -8,10 +8,14 @@ import pytest
 from moc_cli.cli import run
 from moc_cli.launching import child
 from moc_cli.launching.plan import Plan
-from moc_cli.launching.start import explain_ends
+from moc_cli.launching.start import Ended, explain_ends
 
 HOST = socket.gethostname()
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+def nothing() -> tuple[str, None]:
+    return "", None
 
 
 @pytest.mark.parametrize(
@@ -28,28 +32,39 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
         ({0: 130, 1: 130}, INT, 130, ""),
         ({0: -15, 1: -15}, TERM, 143, "stopped by signal 15"),
         ({0: -2, 1: -9}, INT, 130, "stopped by signal 2"),
-        # the others find the connection closed
-        ({0: 2, 1: -9}, None, 137, f"process 1 on {HOST} was killed by SIGKILL, as the system"),
-        ({0: -11, 1: 143}, None, 139, f"process 0 on {HOST} was killed by SIGSEGV after step 3"),
-        ({0: -15, 1: -15}, None, 143, f"the processes on {HOST} were ended by SIGTERM after step"),
     ],
 )
-def test_one_exit_code_and_one_sentence(
+def test_one_exit_code(
     ends: dict[int, int],
     forwarded: int | None,
     code: int,
     said: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert explain_ends(ends, Plan(2, ""), forwarded, lambda: " after step 3") == code
+    assert explain_ends(ends, Plan(2, ""), forwarded, nothing) == code
     error = capsys.readouterr().err
     assert (said in error) if said else not error
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        # the others find the connection closed
+        ({0: 2, 1: -9}, 137, f"process 1 on {HOST} was ended by SIGKILL after step 3; the system"),
+        ({0: -11, 1: 143}, 139, f"process 0 on {HOST} was ended by SIGSEGV after step 3"),
+        ({0: -15, 1: -15}, 143, f"process 0 on {HOST} was ended by SIGTERM after step 3"),
+    ],
+)
+def test_a_process_that_cannot_speak_is_told_of(ends: dict[int, int], code: int, said: str) -> None:
+    with pytest.raises(Ended, match=f"^{said}") as caught:
+        explain_ends(ends, Plan(2, ""), None, lambda: (" after step 3", "resume"))
+    assert (caught.value.exit_code, caught.value.hint) == (code, "resume")
 
 
 def test_a_machine_without_the_first_process_names_the_one_with_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert explain_ends({2: 2, 3: 143}, Plan(4, "", machines=2, rank=1), None, str) == 2
+    assert explain_ends({2: 2, 3: 143}, Plan(4, "", machines=2, rank=1), None, nothing) == 2
     assert "machine 0 says why" in capsys.readouterr().err
 
 

@@ -133,9 +133,9 @@ def test_processes_on_several_machines_need_the_address_of_the_first() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval", "--model", "m"], "--num-processes x: found 'x'; allowed: auto or a whole number"),
-        (["eval", "--model", "m", "--harness", "piqa"], "--num-processes x: found 'x'"),
-        (["inspect-routing", "r"], "--num-processes x: found 'x'"),
+        (["eval", "--model", "m"], "--num-processes: found 'x'; allowed: auto or a whole number"),
+        (["eval", "--model", "m", "--harness", "piqa"], "--num-processes: found 'x'"),
+        (["inspect-routing", "r"], "--num-processes: found 'x'"),
     ],
 )
 def test_a_wrong_number_of_processes_is_refused(
