@@ -54,13 +54,14 @@ class LaunchSection(Section):
 def launch_of_options(num_processes: str | None, device: str | None) -> LaunchSection:
     """Return what `--num-processes` and `--device` say; without the first it is one process.
 
-    Raises MocError for no such number.
+    The device is checked elsewhere. Raises MocError for no such number.
     """
     number = 1 if num_processes is None else num_processes
     try:
-        return LaunchSection.model_validate({"num_processes": number, "device": device or "auto"})
+        section = LaunchSection.model_validate({"num_processes": number})
     except ValidationError as error:
         raise MocError(
             f"--num-processes: found {num_processes!r}; allowed: auto or a whole number of at "
             "least 1"
         ) from error
+    return section.model_copy(update={"device": device or "auto"})
