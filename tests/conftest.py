@@ -3,6 +3,7 @@
 Real things that are absent skip a test, with the reason; where CI is set they fail it instead.
 """
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,7 +19,7 @@ import pytest
 import torch
 from support.machine import ROOT, absent
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
-from support.processes import in_this_process
+from support.processes import in_a_clean_process, in_this_process
 from support.tiny_runs import choices_run, pairs_run
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -86,6 +87,22 @@ def same_process() -> Iterator[None]:
     """See `in_this_process`."""
     with in_this_process():
         yield
+
+
+@pytest.fixture
+def clean_process() -> Iterator[None]:
+    """See `in_a_clean_process`."""
+    with in_a_clean_process():
+        yield
+
+
+@pytest.fixture
+def new_objects() -> Iterator[None]:
+    """`gc.get_objects` gives what a test makes; to look through all objects takes a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

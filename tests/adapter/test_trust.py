@@ -9,8 +9,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save
-from support.machine import ROOT, absent
+from support.machine import absent
 from support.models import has_hooks, make_batch, make_tiny, train_controls
+from support.processes import run_program
 from transformers import PreTrainedModel
 
 from moc_cli import attach, load_controls
@@ -338,7 +337,6 @@ def test_nested_and_repeated_json_is_told_in_a_sentence(model, good, tmp_path):
 
 PEAK = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from support.models import make_tiny
@@ -360,8 +358,8 @@ def now(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 model = make_tiny("llama")
-peak(sys.argv[2])  # everything is imported and warm
-for folder in sys.argv[3:]:
+peak(sys.argv[1])  # everything is imported and warm
+for folder in sys.argv[2:]:
     print(*peak(folder))
 """
 
@@ -400,12 +398,7 @@ def test_memory_stays_in_proportion_to_the_file(model, good, tmp_path):
         folder.mkdir()
         write(folder, values, content)
         folders.append(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(ROOT / "tests"), str(good), *map(str, folders)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program(PEAK, str(good), *map(str, folders))
     answers = [line.split() for line in done.stdout.splitlines()[-len(folders) :]]
     assert [answer for answer, _ in answers] == ["loaded"] + ["refused"] * (len(folders) - 1)
     print(f"file {size}: {done.stdout}")

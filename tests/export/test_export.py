@@ -55,6 +55,7 @@ def export(capsys, *arguments: object) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("clean_process")
 def test_controls_are_read_back_to_the_bit(moc, tmp_path, capsys):
     folder = tmp_path / "out"
     code, said = export(capsys, moc, "--to", "controls", "--output-dir", folder)
@@ -84,8 +85,8 @@ def test_half_precision_halves_the_controls_and_spares_the_gate(dtype, moc, tmp_
 
 @pytest.mark.parametrize("change", ["method.init=pissa", "method=dora", "method.init=default"])
 def test_merged_needs_no_moc_and_agrees(change, tmp_path, capsys, request):
-    if change != "method.init=default":  # one of three is read by a fresh process
-        request.getfixturevalue("same_process")
+    fresh = change == "method.init=default"  # one of three is read by a clean process
+    request.getfixturevalue("clean_process" if fresh else "same_process")
     changes = [change] if change == "method=dora" else ["method=lora", change]
     source = train(tmp_path / "run", *changes, "method.rank=4")
     folder = tmp_path / "out"
@@ -264,6 +265,7 @@ def nothing_written() -> tuple[Written, dict]:
     return Written((), "", parity.Reference({}, empty, empty)), proof
 
 
+@pytest.mark.usefixtures("clean_process")
 def test_no_format_is_done_without_a_proof(moc, tmp_path, capsys, monkeypatch):
     """A format that writes nothing loadable, or that has one type, cannot be taken for another."""
     format_ = ModuleType("empty_format")
@@ -328,6 +330,7 @@ def test_every_format_has_its_place():
     assert list(FORMATS) == ["controls", "peft", "standalone", "static", "merged"]
 
 
+@pytest.mark.usefixtures("clean_process")
 def test_a_process_that_fails_is_quoted(tmp_path):
     rows = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
     with pytest.raises(MocError, match="ValueError: nothing here"):
@@ -340,8 +343,8 @@ def test_real_weights_go_out_and_come_back(name, real_weights, tmp_path, request
     from moc_cli import attach
 
     causal = name == "smollm2-135m"
-    if causal:  # one of two is read by a fresh process
-        request.getfixturevalue("same_process")
+    # one of two is read by a clean process
+    request.getfixturevalue("same_process" if causal else "clean_process")
     auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     classes = {"causal": AutoModelForCausalLM, "not": AutoModelForSequenceClassification}
     home = real_weights(name)

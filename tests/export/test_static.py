@@ -177,6 +177,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCommand:
+    @pytest.mark.usefixtures("clean_process")
     def test_static_reports_agreement_and_both_scores(
         self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

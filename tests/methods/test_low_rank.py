@@ -1,15 +1,13 @@
 """LoRA and DoRA: equal to peft used alone, to their formulas, and lawful in every family."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.machine import ROOT
 from support.models import DECODERS, FAMILIES, make_batch, make_tiny, tiny_config
+from support.processes import run_program
 from support.published import published
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -214,6 +212,7 @@ assert "peft" not in sys.modules  # it is imported by the methods that use it al
 from safetensors.torch import load_file
 from pydantic import TypeAdapter
 from moc_cli.recipe.methods import DoraMethod, LoraMethod, MolexMethod
+torch.set_num_threads(1)
 methods = TypeAdapter(list[LoraMethod | DoraMethod | MolexMethod]).validate_json(sys.argv[2])
 for number, method in enumerate(methods):
     adapted = moc_cli.methods.attach(make_tiny("llama"), method, seed=1)
@@ -230,12 +229,9 @@ def test_saved_and_loaded_in_a_fresh_process_it_gives_the_same_logits(tmp_path):
         adapted = train(make("llama", method))
         save_file(adapted.state(), tmp_path / f"{number}.safetensors")
         expected.append(logits(adapted.model))
-    script = "import torch; torch.set_num_threads(1)\n" + _FRESH
     methods = json.dumps([method.model_dump(mode="json") for method in METHODS])
-    run = [sys.executable, "-c", script, str(tmp_path), methods]
-    tests = ROOT / "tests"
-    path = {"PYTHONPATH": f"{tests}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    subprocess.run(run, check=True, env=path, cwd=tests, capture_output=True)
+    done = run_program(_FRESH, str(tmp_path), methods)
+    assert done.returncode == 0, done.stderr[-2000:]
     for number, logits_here in enumerate(expected):
         assert torch.equal(torch.load(tmp_path / f"{number}.pt"), logits_here), METHODS[number]
 

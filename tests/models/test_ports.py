@@ -2,13 +2,10 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.machine import ROOT
 from support.models import (
     DECODERS,
     ENCODERS,
@@ -18,6 +15,7 @@ from support.models import (
     make_tiny,
     train_controls,
 )
+from support.processes import run_program
 from transformers import DynamicCache, StaticCache
 
 from moc_cli.errors import MocError
@@ -371,8 +369,7 @@ def test_saved_controls_give_the_same_logits_in_a_fresh_process(tmp_path):
         save_file(make_batch(), folder / "adapter" / "inputs.safetensors")
         with torch.no_grad():
             expected[family] = model(**make_batch()).logits
-    words = [sys.executable, "-c", RELOAD, str(tmp_path), moc().model_dump_json()]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(RELOAD, str(tmp_path), moc().model_dump_json())
     assert done.returncode == 0, done.stderr[-2000:]
     for family in FAMILIES:
         again = load_file(tmp_path / family / "adapter" / "again.safetensors")["logits"]

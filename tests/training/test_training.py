@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.processes import run_program
 from support.toy import POISON, Plan, ToyAdapted, toy_collate, toy_data, toy_fit, toy_rows
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -316,7 +315,7 @@ def test_peak_memory_sees_what_was_taken_and_given_back():
         del held
         print(memory.peak_bytes(device) - before)
     """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = run_program(code)
     assert 50 * 2**20 < int(done.stdout) < 100 * 2**20
 
 
