@@ -9,10 +9,12 @@ from a replayed step. The small shape: 6 layers of SmolLM2-135M, 8 rows of 128 t
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -178,12 +180,29 @@ def _replayed(method: str, layers: int) -> Measured:
     return replay(attach(model, recipe.method), batch, "causal", build.make_settings(recipe))
 
 
+def answers(case: Case) -> Iterator[Line]:
+    """Processor seconds of `moc --help` by those of the imports that it needs, in turns."""
+    imports = [sys.executable, "-c", "import typer, rich, pydantic, yaml"]
+    shown = [sys.executable, "-m", "moc_cli", "--help"]
+    ratios = [_processor_seconds(shown) / _processor_seconds(imports) for _ in range(case.turns)]
+    yield Line("moc --help / its imports, processor seconds", 2.0, median(ratios))
+
+
+def _processor_seconds(command: list[str]) -> float:
+    before = os.times()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    user = after.children_user - before.children_user
+    return user + after.children_system - before.children_system
+
+
 GROUPS: dict[str, Callable[[Case], Iterator[Line]]] = {
     "steps": steps,
     "packed": packed,
     "generation": generation,
     "planned": planned,
     "counts": counts,
+    "answers": answers,
 }
 
 

@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import pytest
 from support.machine import ROOT
@@ -229,25 +227,36 @@ def test_an_encoding_without_bars_is_no_traceback() -> None:
     assert b"quickstart" in done.stdout
 
 
-def cpu_seconds(command: list[str], folder: Path) -> float:
-    """Return the processor time of one run of `command`, user and system."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, capture_output=True, check=False, cwd=folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+COUNT = """
+import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+sys.setprofile(count)
+import typer, rich, pydantic, yaml
+imports = calls
+from moc_cli.cli import run
+code = run(sys.argv[1:])
+sys.setprofile(None)
+print("\\nANSWER", code, calls / imports)
+"""
 
 
-def test_help_and_a_recipe_error_take_at_most_twice_the_imports(typo: Path) -> None:
-    """The median of ratios to the imports just before and just after: the machine's speed drifts,
-    and the least of each would compare moments of different speed.
-    """
-    imports = [sys.executable, "-c", "import typer, rich, pydantic, yaml"]
-    commands = [*MOC, "--help"], [*MOC, "train", "typo.yaml"]
-    ratios: list[list[float]] = [[], []]
-    before = cpu_seconds(imports, typo)
-    for _ in range(11):
-        for command, own in zip(commands, ratios, strict=True):
-            taken, after = cpu_seconds(command, typo), cpu_seconds(imports, typo)
-            own.append(2 * taken / (before + after))
-            before = after
-    assert max(median(own) for own in ratios) <= 2, ratios
+@pytest.mark.parametrize(
+    ("command", "expected"), [(["--help"], "0"), (["train", "typo.yaml"], "2")]
+)
+def test_help_and_a_recipe_error_do_little_beside_the_imports(
+    command: list[str], expected: str, typo: Path
+) -> None:
+    """Calls of functions, which are the same in every run; `targets.py` measures the seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    code, ratio = done.stdout.splitlines()[-1].split()[1:]
+    assert code == expected
+    assert float(ratio) < 2.8  # 2.6 when this was written

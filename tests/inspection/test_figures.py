@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from support.routing import NASTY, TASKS, ablated, full_routing, named, routing_of
 
 from moc_cli.inspection.figure_parts import (
+    FEW,
     SMALLEST,
     Sites,
     control_by_layer,
@@ -27,11 +28,12 @@ from moc_cli.inspection.figure_parts import (
     step_edges,
 )
 from moc_cli.inspection.figures import FIGURES, draw_figures, site_map
+from moc_cli.inspection.page import build_page
 from moc_cli.inspection.results import draw
 from moc_cli.report.figure_style import DPI, FigureFrame, figure_style
 
-SHAPES = [(6, 1, 1), (64, 7, 8)]  # sites, top_k, tasks
-Drawn = tuple[Path, list[Path], dict[str, FigureFrame]]  # the folder, its files, the figures
+SHAPES = [(FEW, 1, 2), (64, 7, 8)]  # sites (the most whose names are ticks), top_k, tasks
+Figures = Callable[[int, int, int], dict[str, FigureFrame]]
 ALWAYS = {"routing-map", "routing-cross", "routing-layers"}
 
 
@@ -64,36 +66,26 @@ def words(figure: Figure) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int], Drawn]:
-    """`pictures(*shape)`: all files and figures of a routing with difficult names, drawn once."""
+def figures() -> Callable[[int, int, int], dict[str, FigureFrame]]:
+    """`figures(*shape)`: all figures of a routing with difficult names, laid out once."""
 
     @functools.cache
-    def write(sites: int, top_k: int, tasks: int) -> Drawn:
-        frames: dict[str, FigureFrame] = {}
-
-        def kept(routing: dict[str, Any]) -> dict[str, FigureFrame]:
-            frames.update(draw_figures(routing))
-            return frames
-
-        folder = tmp_path_factory.mktemp("pictures")
-        routing = named(full_routing(sites, top_k, tasks), NASTY)
-        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+    def lay_out(sites: int, top_k: int, tasks: int) -> dict[str, FigureFrame]:
+        with warnings.catch_warnings():
             warnings.simplefilter("error")  # also a letter that the font lacks
-            patch.setattr("moc_cli.inspection.results.draw_figures", kept)
-            return folder, draw(routing, folder), frames
+            return draw_figures(named(full_routing(sites, top_k, tasks), NASTY))
 
-    return write
+    return lay_out
 
 
-@pytest.mark.parametrize(("sites", "top_k", "tasks"), SHAPES)
 def test_every_picture_is_written_and_readable(
-    sites: int, top_k: int, tasks: int, pictures: Callable[[int, int, int], Drawn]
+    tmp_path: Path, figures: Figures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, paths, _ = pictures(sites, top_k, tasks)
-    per_task = {"routing-tasks", "routing-distance"} if tasks > 1 else set()
-    names = ALWAYS | per_task | {"routing-history", "routing-compare", "routing-ablation"}
-    expected = {f"{name}.{kind}" for name in names for kind in ("png", "svg")} | {"routing.html"}
-    assert {path.name for path in paths} == expected == {path.name for path in folder.iterdir()}
+    laid_out = figures(*SHAPES[0])
+    monkeypatch.setattr("moc_cli.inspection.results.draw_figures", lambda routing: laid_out)
+    paths = draw(named(full_routing(*SHAPES[0]), NASTY), tmp_path)
+    expected = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")} | {"routing.html"}
+    assert {path.name for path in paths} == expected == {path.name for path in tmp_path.iterdir()}
     for path in paths:
         if path.suffix == ".png":
             assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -103,17 +95,28 @@ def test_every_picture_is_written_and_readable(
         elif path.suffix == ".svg":
             root = ElementTree.fromstring(path.read_text())
             assert root.get("width") == "432pt"  # 6 inches
-    assert (folder / "routing.html").stat().st_size < 10_000_000
 
 
-def test_the_largest_map_is_a_small_file() -> None:
+def test_the_largest_pictures_are_as_wide_and_small_files(figures: Figures) -> None:
+    """Most bytes of the page are of the two figures with a value for every pair of sites."""
+    laid_out = figures(*SHAPES[1])
+    for frame in laid_out.values():
+        width, height = frame.figure.get_size_inches()
+        assert width == 6
+        assert height * DPI["png"] < 2800
+    maps = {name: laid_out[name] for name in ("routing-map", "routing-tasks")}
     with figure_style():
-        assert len(framed("routing-map", full_routing(64, 7, 8)).settle().save("svg")) < 200_000
+        saved = {name: (frame, frame.save("svg")) for name, frame in maps.items()}
+        plain = framed("routing-map", full_routing(*SHAPES[1])).settle().save("svg")
+    assert len(plain) < 200_000
+    assert len(build_page(full_routing(*SHAPES[1]), saved).encode()) < 6_000_000
 
 
 def test_pictures_that_have_no_data_are_left_out() -> None:
-    routing = routing_of(12, TASKS[:1]) | {"history": [], "tasks": {}}
-    assert set(draw_figures(routing)) == ALWAYS
+    routing = routing_of(6, TASKS[:1])
+    for name, draw_figure in FIGURES.items():
+        with figure_style():
+            assert (draw_figure(routing | {"history": []}) is not None) == (name in ALWAYS)
 
 
 def test_pictures_of_an_earlier_inspection_do_not_stay(
@@ -271,18 +274,12 @@ def test_never_is_another_colour_than_the_smallest_share() -> None:
     assert all(a > b for a, b in zip(light, light[1:], strict=False)), "darker is more"
 
 
-@pytest.mark.parametrize(("sites", "top_k", "tasks"), [(24, 3, 2), (64, 7, 8)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_no_letter_leaves_the_picture_and_no_tick_covers_another(
-    sites: int, top_k: int, tasks: int, pictures: Callable[[int, int, int], Drawn]
+    shape: tuple[int, int, int], figures: Figures
 ) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # also a letter that the font lacks
-        if (sites, top_k, tasks) in SHAPES:
-            _, _, frames = pictures(sites, top_k, tasks)
-        else:
-            frames = draw_figures(named(full_routing(sites, top_k, tasks), NASTY))
-        for name, frame in frames.items():
-            check_letters(name, frame.figure)
+    for name, frame in figures(*shape).items():
+        check_letters(name, frame.figure)
 
 
 def check_letters(name: str, figure: Figure) -> None:
