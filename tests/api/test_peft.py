@@ -1,15 +1,20 @@
 """The peft surface: the same numbers as our own, switched, saved, refused and trained by peft."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.models import DECODERS, make_batch, make_tiny, tiny_config, train_controls
+from support.models import (
+    KINDS_OF_DECODERS,
+    make_batch,
+    make_tiny,
+    tiny_config,
+    train_controls,
+)
+from support.processes import run_program
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -58,7 +63,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", KINDS_OF_DECODERS)
 def test_peft_gives_what_our_own_surface_gives(family: str, method: str, tmp_path: Path) -> None:
     peft_model = wrapped(family, method)
     options = dict(METHODS[method])
@@ -379,12 +384,7 @@ print("read")
 def test_the_folder_needs_the_import_and_says_so_without(tmp_path: Path) -> None:
     wrapped().save_pretrained(tmp_path / "adapter")
     make().save_pretrained(tmp_path / "base")
-    done = subprocess.run(
-        [sys.executable, "-c", UNREAD, tmp_path / "base", tmp_path / "adapter"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program(UNREAD, str(tmp_path / "base"), str(tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     error, answer = done.stdout.splitlines()
     assert "MOC" in error

@@ -73,7 +73,15 @@ torch.empty, torch.empty_like = poisoned(torch.empty), poisoned(torch.empty_like
 assert torch.empty_like(torch.ones(2)).isnan().all()
 import shutil, traceback
 import transformers
+from transformers import dynamic_module_utils
 from safetensors.torch import load_file, save_file
+imports_of, known = dynamic_module_utils.get_imports, {}
+def once(path):  # transformers parses the same text six times, which takes half of all
+    text = Path(path).read_text()
+    if text not in known:
+        known[text] = imports_of(path)
+    return known[text]
+dynamic_module_utils.get_imports = once
 def answer(place, folder, beams):
     auto = getattr(transformers, (folder / "auto").read_text())
     (folder / "auto").unlink()

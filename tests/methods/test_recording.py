@@ -323,12 +323,13 @@ def test_recording_changes_nothing():
 
 
 def alive() -> tuple[int, int]:
-    """Bytes of all tensors that there are, and the number of all objects."""
+    """Bytes of all tensors that the test made, and the number of its objects."""
     gc.collect()
     objects = gc.get_objects()
     return sum(o.nbytes for o in objects if type(o) is torch.Tensor), len(objects)
 
 
+@pytest.mark.usefixtures("new_objects")
 def test_memory_after_three_hundred_batches_is_that_after_ten():
     adapted, given = make(layers=1), batch(2)
     sizes = []

@@ -19,29 +19,30 @@ from support.generations import (
     make_moc,
     make_molex,
 )
-from support.models import DECODERS, all_float64, make_batch
+from support.models import DECODERS, KINDS_OF_DECODERS, all_float64, make_batch
 from support.molex import bare
 from transformers import Cache, CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
 
 from moc_cli.methods import Adapted
 
-# One of each kind: one cache for all layers, windows, two types of layers (of masks; of positions
-# too), fused projections, the cache under another name.
-FEW = ("llama", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox")
+FEW = KINDS_OF_DECODERS
 OTHERS = tuple(family for family in DECODERS if family not in FEW)
 BOTH = [(subject, family) for subject in SUBJECTS for family in FEW]
-# Every mode with and without beams in a family of each kind; in the others what differs most.
-STEPS = [("moc", family, mode, beams) for family in FEW for mode in MODES for beams in (1, 4)]
+# Every mode in a family of each kind, in two of them with and without beams; in the others what
+# differs most.
+TWO = ("llama", "gemma3_text")
+STEPS = [("moc", family, mode, 1) for family in FEW for mode in MODES]
+STEPS += [("moc", family, mode, 4) for family in TWO for mode in MODES]
 STEPS += [("moc", family, mode, 4) for family in OTHERS for mode in ("dynamic", "no cache")]
 STEPS += [("moc", family, "static chunks", 1) for family in OTHERS]
-STEPS += [("molex", family, mode, 1) for family in FEW for mode in MODES]
+STEPS += [("molex", family, mode, 1) for family in TWO for mode in MODES]
+STEPS += [("molex", family, "static chunks", 1) for family in FEW if family not in TWO]
 STEPS += [("molex", family, "dynamic", 4) for family in DECODERS]
-STEPS += [("molex", family, "static chunks", 4) for family in ("llama", "gemma3_text")]
+STEPS += [("molex", family, "static chunks", 4) for family in TWO]
 # A static cache's rows cannot be repeated for beams.
 CACHES = [("dynamic", 1), ("dynamic", 4), ("static", 1)]
-TURNS = [("moc", family, *cache) for family in FEW for cache in CACHES]
-TURNS += [("moc", family, "dynamic", 4) for family in OTHERS]
-TURNS += [("molex", family, *cache) for family in ("llama", "gemma3_text") for cache in CACHES]
+TURNS = [(subject, family, *cache) for subject in SUBJECTS for family in TWO for cache in CACHES]
+TURNS += [("moc", family, "dynamic", 4) for family in DECODERS if family not in TWO]
 
 
 def make_cache(adapted: Adapted, kind: str, length: int = 64) -> Cache:

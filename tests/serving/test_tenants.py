@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import DECODERS, make_tiny, train_controls
+from support.models import KINDS_OF_DECODERS, make_tiny, train_controls
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -27,9 +27,9 @@ NAMES = [name for name in [*SETS, None] for _ in range(4)][:ROWS]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """Saved controls of every set for every decoder."""
+    """Saved controls of every set for a decoder of each kind."""
     found: dict[str, dict[str, Path]] = {}
-    for family in DECODERS:
+    for family in KINDS_OF_DECODERS:
         found[family] = {}
         for seed, (name, (method, options)) in enumerate(SETS.items()):
             controls = attach(make(family), method, seed=seed, **options)
@@ -115,7 +115,7 @@ def shuffled() -> list[str | None]:
     return random.Random(3).sample(NAMES, len(NAMES))
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", KINDS_OF_DECODERS)
 def test_a_mixed_batch_equals_every_row_alone(family: str, folders: dict) -> None:
     inputs, names = make_batch(), shuffled()
     expected = singly(family, folders[family], inputs, names)

@@ -19,7 +19,7 @@ from torch import Tensor
 from moc_cli.methods import Adapted, attach
 from moc_cli.recipe.methods import MocMethod
 
-ROWS, NEW, CHUNK = 5, 6, 4
+ROWS, NEW, CHUNK = 5, 4, 4
 TOLERANCE = 1e-9  # float64; a cache sums attention in another order
 SETTINGS = Settings(top_k=2, alpha=0.6, level="sample")
 

@@ -106,6 +106,9 @@ _CHANGES: dict[str, dict] = {
 FAMILIES = tuple(_CHANGES)
 DECODERS = tuple(family for family in FAMILIES if TABLE[family].causal)
 ENCODERS = tuple(family for family in FAMILIES if family not in DECODERS)
+# One decoder of each kind: one cache for all layers, windows, two types of layers (of masks; of
+# positions too), fused projections, the cache under another name.
+KINDS_OF_DECODERS = ("llama", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox")
 # Not in the table: a recipe may place controls in them all the same.
 _UNKNOWN: dict[str, dict] = {"gpt2": {"n_inner": 64}, "opt": {"ffn_dim": 64}}
 

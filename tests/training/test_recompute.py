@@ -28,9 +28,10 @@ METHODS: dict[str, Any] = {
     "dora": DoraMethod(**_LOW_RANK),
     "molex": MolexMethod(**_LOW_RANK, gate={"projection_dim": 8}),
 }
-KINDS = ("llama", "gemma3", "bert")  # the other methods go one of the ways of these
-WAYS = ("moc", "lora", "molex")
-ALL = [(m, family) for m in METHODS for family in (FAMILIES if m in WAYS else KINDS)]
+KINDS = ("llama", "gemma3", "bert")
+# Which layers are recomputed is the family's, what they hold is the method's.
+ALL = [("moc", family) for family in FAMILIES]
+ALL += [(method, family) for method in METHODS for family in KINDS if method != "moc"]
 
 
 def gradients(adapted: Adapted, batch: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
