@@ -232,6 +232,8 @@ def _launch(recipe: Sections) -> Iterator[BrokenRule]:
             "at 7B, and ZeRO-3 does what fsdp2 does, with a second format of checkpoints; use fsdp2"
         )
         yield BrokenRule("launch.strategy", message)
+    if launch.strategy == "fsdp2":
+        yield from _sharded(recipe)
     if launch.machine_rank >= launch.num_machines:
         message = f"found {launch.machine_rank}; allowed: 0 to {launch.num_machines - 1}"
         yield BrokenRule("launch.machine_rank", message, (machines,))
@@ -249,3 +251,18 @@ def _launch(recipe: Sections) -> Iterator[BrokenRule]:
             "machines"
         )
         yield BrokenRule("launch.num_processes", message, (machines,))
+
+
+def _sharded(recipe: Sections) -> Iterator[BrokenRule]:
+    strategy, model = "launch.strategy", recipe.model
+    reasons = {
+        "method.name": recipe.method.name == "molex"
+        and "molex runs layers that each process chooses by its own rows",
+        "train.torch_compile": recipe.train.torch_compile
+        and "layers whose weights come and go are not compiled",
+        "model.load_in_4bit": model.load_in_4bit and "weights in 4 bits are not split",
+        "model.load_in_8bit": model.load_in_8bit and "weights in 8 bits are not split",
+    }
+    for key, reason in reasons.items():
+        if reason:
+            yield BrokenRule(strategy, f"fsdp2 does not go with {key}: {reason}; use ddp", (key,))

@@ -39,11 +39,9 @@ ONE_BATCH = ("GRADIENT_ACCUMULATION_STEPS", "1")
 def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Path) -> Accelerator:
     """Choose the device and the number of threads; trackers write below `folder`.
 
-    Raises MocError as `join_launched` does, and for another strategy than there is.
+    Raises MocError as `join_launched` does.
     """
     join_launched(launch)
-    if launch.strategy == "fsdp2":
-        raise MocError("launch.strategy is fsdp2, which is not there yet; allowed: ddp")
     if launch.num_threads is not None:
         processors = os.cpu_count() or 1
         if launch.num_threads > processors:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moc_cli.methods import Adapted
 from moc_cli.processes import Processes
-from moc_cli.scoring.batch_size import is_out_of_memory
+from moc_cli.scoring.batch_size import is_out_of_memory, is_sharded
 from moc_cli.signals import STOPS
 from moc_cli.training import loss, rng
 from moc_cli.training.loop_types import Data, Settings
@@ -57,6 +57,7 @@ class Gradients:
     ) -> None:
         self._adapted, self._kind, self._settings = adapted, data.kind, settings
         self._accelerator, self._processes = accelerator, processes
+        self._sharded = processes.world > 1 and is_sharded(adapted.model)
         self._parameters = list(adapted.named_trainables().values())
         self.loss = loss.TaskLoss(adapted.model, data.kind, accelerator.device)
         numbers = settings.window + 1 + len(SIGNALS)
@@ -104,19 +105,27 @@ class Gradients:
     ) -> bool:
         """Add the gradients of this process's micro-batches; False where memory was short."""
         epoch, first = place
+        own = self._processes.share(range(len(batches)))
         try:
-            for number in self._processes.share(range(len(batches))):
+            for number in own:
                 if self._processes.world > 1:  # dropout does not depend on who draws it
                     rng.seed_torch(self._settings.seed, epoch, first + number)
                 value = self.loss(batches[number], targets)
                 after_forward()
                 self._accelerator.backward(value)
                 losses[number] = value.detach()
+            if self._sharded and len(own) * self._processes.world < len(batches):
+                self._pass_idle(batches[-1], targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False  # what the error holds in memory is free then
         return True
+
+    def _pass_idle(self, batch: Batch, targets: int) -> None:
+        """Gather the layers as often as the others do, for gradients of zero that nobody counts."""
+        self._adapted.set_loss_scale(0.0)
+        self._accelerator.backward(0.0 * self.loss(batch, targets))
 
 
 class Bucket:

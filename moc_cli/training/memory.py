@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moc_cli.models.quantization import parts
 from moc_cli.processes import Processes
@@ -84,9 +85,12 @@ def measure(
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of `tensors`, each counted once, with the scales of quantised ones."""
+    """Return the bytes of `tensors` in this process, each counted once, with the scales of
+    quantised ones.
+    """
     unique = {id(part): part for tensor in tensors for part in parts(tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in unique.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def peak_kind(device: torch.device) -> str:

@@ -29,6 +29,7 @@ from moc_cli.training.resume import (
     keep_place,
     make_identity,
 )
+from moc_cli.training.sharding import check_sharding, shard_layers, splits
 
 Say = Callable[[str], None]
 
@@ -70,15 +71,19 @@ def prepare(
         read = _read(recipe, accelerator.device, resume, processes.world, say)
     fitted, predicted = read.recipe, None
     if forecast is not None:
-        plan, device = forecast, accelerator.device
+        plan = forecast
         fitted, predicted = processes.on_main(
-            lambda: plan(read.recipe, read.rows, read.tokenizer, device)
+            lambda: plan(read.recipe, read.rows, read.tokenizer, accelerator.device)
         )
+    split = splits(fitted.launch, processes)
     with processes.together():
-        built = build.build(fitted, accelerator.device, read.tokenizer)
+        device = torch.device("cpu") if split else accelerator.device
+        built = build.build(fitted, device, read.tokenizer)
         _tell(read, built, say)
         identity = _identity(read, built, processes.world)
         changes = read.changes + _compare(read, built, identity, resume)
+    if split:
+        shard_layers(built.adapted.model, accelerator.device, processes)
     for change in changes:
         say(f"changed: {change}")
     return Job(
@@ -114,6 +119,8 @@ def _read(
     say(lines.device_line(describe_device(device)))
     tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     shapes = build.build_shapes(recipe).model
+    if recipe.launch.strategy == "fsdp2":
+        check_sharding(shapes)
     rows = build.encode_rows(recipe, splits, tokenizer, shapes)
     for note in rows.notes:
         say(lines.labelled("note", note))

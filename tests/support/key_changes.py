@@ -13,9 +13,11 @@ from support.key_runs import KeyRun
 
 from moc_cli.kinds import make_kind
 from moc_cli.models.quantization import of_model
+from moc_cli.processes import Processes
 from moc_cli.recipe.methods import METHODS
 from moc_cli.training.build import make_scoring_options, make_settings
 from moc_cli.training.compiled import matmul_precision
+from moc_cli.training.sharding import splits
 
 See = Callable[[KeyRun], Any]
 VALUE = object()  # what is seen is the value itself
@@ -289,7 +291,7 @@ OTHERS = {
     "launch.main_process_ip": Change("10.0.0.2", lambda run: run.launcher.main_process_ip),
     "launch.main_process_port": Change(29511, lambda run: run.launcher.main_process_port),
     "launch.strategy": Change(
-        "fsdp2", lambda run: "fsdp2, which is not there yet" in run.start_refusal, True
+        "fsdp2", lambda run: splits(run.recipe.launch, Processes(world=2)), True
     ),
     "launch.ddp_timeout": Change(60, lambda run: run.joined["seconds"]),
     "per_task": Change(

@@ -234,15 +234,6 @@ class KeyRun:
         arguments = launcher_arguments(make_plan(self.recipe.launch), ["train"])
         return launch_command_parser().parse_args(arguments)
 
-    @property
-    def start_refusal(self) -> str:
-        """The sentence with which the session is refused before the model loads."""
-        try:
-            assert self.job
-        except MocError as error:
-            return error.message
-        return ""
-
     @cached_property
     def loop(self) -> SimpleNamespace:
         """A toy model trained by the loop with this recipe's settings, and what it left."""
