@@ -113,13 +113,14 @@ def load_model(
     device: torch.device = CPU,
     quantization: Quantization | None = None,
     unquantized: Collection[str] = (),
+    split: bool = False,
 ) -> Loaded:
     """Load a checkpoint (safetensors only) to a device; modules it lacks are initialised from
     `seed`.
 
     With `quantization` the linear weights of its layers are quantised, but for modules in
-    `unquantized`. Raises MocError where files are missing or damaged, and where weights and config
-    disagree.
+    `unquantized`, and so that they can be `split` over processes. Raises MocError where files are
+    missing or damaged, and where weights and config disagree.
     """
     checkpoint_shapes(name, revision)  # refuses files that are cut off, before they load
     options: dict[str, Any] = {
@@ -140,7 +141,9 @@ def load_model(
         shapes = _on_meta(name, kind, config, labels, {"trust_remote_code": trust_remote_code})
         kept = {key.removesuffix(".weight") for key in linear_weights(shapes)}
         kept = {key for key in kept if not in_a_layer(f"{key}.weight")} | {*unquantized}
-        options["quantization_config"] = make_config(quantization, options["dtype"], kept)
+        options["quantization_config"] = make_config(
+            quantization, options["dtype"], kept, split=split
+        )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_one_sentence("weights", name), _quiet():
         torch.manual_seed(seed)

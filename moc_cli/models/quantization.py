@@ -26,12 +26,17 @@ _UNABLE = {"deberta": "changes the product of its weights in place, which has no
 
 
 def make_config(
-    quantization: Quantization, dtype: torch.dtype, kept: Collection[str]
+    quantization: Quantization, dtype: torch.dtype, kept: Collection[str], *, split: bool = False
 ) -> BitsAndBytesConfig:
-    """Return what transformers loads with; products are in `dtype`, modules in `kept` stay."""
+    """Return what transformers loads with; products are in `dtype`, modules in `kept` stay.
+
+    Weights in 4 bits that will be `split` over processes lie in tensors of `dtype`: FSDP2 takes no
+    others.
+    """
     more: dict[str, Any] = {"llm_int8_skip_modules": sorted(kept)}
     if quantization.load_in_4bit:
         more["bnb_4bit_compute_dtype"] = dtype
+        more["bnb_4bit_quant_storage"] = dtype if split else torch.uint8
     return BitsAndBytesConfig(**quantization.arguments, **more)
 
 

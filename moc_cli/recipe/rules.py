@@ -254,14 +254,13 @@ def _launch(recipe: Sections) -> Iterator[BrokenRule]:
 
 
 def _sharded(recipe: Sections) -> Iterator[BrokenRule]:
-    strategy, model = "launch.strategy", recipe.model
+    strategy = "launch.strategy"
     reasons = {
         "method.name": recipe.method.name == "molex"
         and "molex runs layers that each process chooses by its own rows",
         "train.torch_compile": recipe.train.torch_compile
         and "layers whose weights come and go are not compiled",
-        "model.load_in_4bit": model.load_in_4bit and "weights in 4 bits are not split",
-        "model.load_in_8bit": model.load_in_8bit and "weights in 8 bits are not split",
+        "model.load_in_8bit": recipe.model.load_in_8bit and "weights in 8 bits are not split",
     }
     for key, reason in reasons.items():
         if reason:

@@ -189,6 +189,7 @@ def build(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBa
         seed=recipe.seed,
         device=device,
         unquantized=recipe.train.modules or (),
+        split=recipe.launch.strategy == "fsdp2",
         **_arguments(recipe),
     )
     checks.match(recipe.data, loaded.model, tokenizer)

@@ -77,7 +77,8 @@ def prepare(
         )
     split = splits(fitted.launch, processes)
     with processes.together():
-        device = torch.device("cpu") if split else accelerator.device
+        whole = split and not fitted.model.load_in_4bit  # may be more than a device holds
+        device = torch.device("cpu") if whole else accelerator.device
         built = build.build(fitted, device, read.tokenizer)
         _tell(read, built, say)
         identity = _identity(read, built, processes.world)

@@ -28,23 +28,25 @@ def splits(launch: LaunchSection, processes: Processes) -> bool:
 
 def check_sharding(model: PreTrainedModel) -> None:
     """Raise MocError where a model's layers cannot be split; its shapes suffice."""
-    quantization = of_model(model)
-    if quantization is not None:
-        raise MocError(
-            f"launch.strategy: fsdp2 does not split weights in {quantization}",
-            "use --set launch.strategy=ddp: each process then holds all of them",
-        )
     if not any(_layers(model)):
         raise MocError(
             f"launch.strategy: fsdp2 does not know the layers of {type(model).__name__}",
             "use --set launch.strategy=ddp",
+        )
+    quantization, stored = of_model(model), getattr(model.config, "quantization_config", None)
+    if quantization is not None and (quantization.load_in_8bit or stored is not None):
+        where = "weights" if stored is None else "files"
+        raise MocError(
+            f"launch.strategy: fsdp2 does not split {where} in {quantization}",
+            "use --set launch.strategy=ddp, or an unquantised base with model.load_in_4bit",
         )
 
 
 def shard_layers(model: PreTrainedModel, device: torch.device, processes: Processes) -> None:
     """Split the frozen weights of a model's layers over the processes, on their devices.
 
-    The model may lie in host memory: each layer moves to the device before it is split.
+    Unless it is quantised the model may lie in host memory: each layer moves to the device before
+    it is split.
     """
     layers = list(_layers(model))
     # Our hook returns a view, in which torch itself refuses to write.

@@ -6,13 +6,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from support.group import run_together
-from support.models import DECODERS, make_batch, make_tiny
+from support.models import ENCODERS, make_batch, make_tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted, attach
+from moc_cli.models.load import load_model
+from moc_cli.models.quantization import has_bitsandbytes
 from moc_cli.processes import Processes
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
@@ -25,6 +27,7 @@ from moc_cli.training.sharding import check_sharding, shard_layers
 from moc_cli.training.usage import Usage
 
 CPU = torch.device("cpu")
+FOUR_BITS = "4 bits"
 MOC = MocMethod(rank=4, top_k=2, gate={"projection_dim": 8})
 LOW_RANK: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0}
 CASES: list[tuple[str, Any, str]] = [
@@ -35,6 +38,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("llama", LoraMethod(**LOW_RANK, init="pissa"), "none"),
     ("gemma3", MOC, "none"),  # layers deeper in the model
     ("roberta", MOC, "none"),
+    *([(FOUR_BITS, MOC, "none")] if has_bitsandbytes() else []),
 ]
 MICRO_BATCHES = 3  # of two processes one has a single one
 
@@ -45,10 +49,17 @@ def make_window(family: str) -> list[dict[str, Tensor]]:
         batch = make_batch(3 + number)
         rows = len(batch["input_ids"])
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        if family not in DECODERS:
+        if family in ENCODERS:
             labels = torch.arange(rows) % 3
         window.append(batch | {"labels": labels})
     return window
+
+
+def make_model(family: str) -> PreTrainedModel:
+    if family != FOUR_BITS:
+        return make_tiny(family)
+    name, bits = "builtin:world-llama", Quantization(load_in_4bit=True)
+    return load_model(name, kind="causal", quantization=bits, split=True).model
 
 
 class Trained:
@@ -56,12 +67,12 @@ class Trained:
 
     def __init__(self, case: tuple[str, Any, str], group: Processes, split: bool) -> None:
         family, method, mode = case
-        self.adapted: Adapted = attach(make_tiny(family), method, seed=1)
+        self.adapted: Adapted = attach(make_model(family), method, seed=1)
         self.model = self.adapted.model
         recompute_layers(self.model, mode)
         if split:
             shard_layers(self.model, CPU, group)
-        kind = "causal" if family in DECODERS else "classification"
+        kind = "classification" if family in ENCODERS else "causal"
         data = Data(cast(Any, None), cast(Any, None), cast(Any, kind))
         settings = Settings(gradient_accumulation_steps=2, processes=2, max_grad_norm=0)
         accelerator = Accelerator(cpu=True)
@@ -80,7 +91,7 @@ class Trained:
         named = self.adapted.named_trainables()
         self.gradients = {name: parameter.grad for name, parameter in named.items()}
         self.texts = None
-        if family in DECODERS:
+        if family not in ENCODERS:
             self.model.eval()
             batch = make_batch(3, side="left")
             self.texts = self.model.generate(**batch, max_new_tokens=3, do_sample=False)
@@ -124,8 +135,13 @@ def test_what_cannot_be_split_is_refused() -> None:
     model.quantization = Quantization(load_in_8bit=True)
     with pytest.raises(MocError, match="does not split weights in 8-bit"):
         check_sharding(model)
-    changes = ["method=molex", "train.torch_compile=true", "model.load_in_4bit=true"]
+    model.quantization = Quantization(load_in_4bit=True)
+    check_sharding(model)
+    model.config.quantization_config = {"load_in_4bit": True}
+    with pytest.raises(MocError, match="does not split files in 4-bit"):
+        check_sharding(model)
+    changes = ["method=molex", "train.torch_compile=true", "model.load_in_8bit=true"]
     with pytest.raises(MocError) as caught:
         load_recipe("quickstart", [*changes, "launch.strategy=fsdp2"])
-    for key in ("method.name", "train.torch_compile", "model.load_in_4bit"):
+    for key in ("method.name", "train.torch_compile", "model.load_in_8bit"):
         assert f"launch.strategy: fsdp2 does not go with {key}" in caught.value.message
