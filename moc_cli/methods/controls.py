@@ -115,6 +115,7 @@ def _routing(method: MocMethod | ControlMethod) -> Routing:
         vote=method.routing.vote,
         exclude_local=method.routing.exclude_local,
         decode=method.routing.decode,
+        sync=method.routing.sync,
         balance_weight=method.balance.weight,
         balance_f=method.balance.f,
         balance_reduce=method.balance.reduce,

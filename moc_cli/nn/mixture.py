@@ -18,6 +18,7 @@ from moc_cli.nn.control import (
 )
 from moc_cli.nn.forward import Forward, RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
+from moc_cli.nn.joint import join_votes, voting_together
 from moc_cli.nn.routing import Routing
 from moc_cli.nn.vote import (
     Level,
@@ -196,6 +197,8 @@ class Mixture(nn.Module):
             weight = self.routing.balance_weight
             if self.routing.balance_reduce == "mean":
                 weight /= len(self.sites)
+            joint = voting_together(self.routing, self.training)
+            weight /= 1 if joint is None else joint.world  # each adds its part of the one loss
             return inject(update, loss, self.current.scaled(weight, self.loss_scale))
         return update
 
@@ -274,21 +277,26 @@ class Mixture(nn.Module):
             partial(self._mean, site, voters), 1, gate.features(x), *self._prepared(site)
         )
         ballot = poll(p, voters, k, routing.vote, mean)
+        # In training there is always something to learn from, if only with weight 0: every
+        # parameter has a gradient.
+        balanced = self.training and (routing.balance_weight > 0 or routing.constant_weights)
+        share = voters.picks(p, k) if balanced else None
+        joint = voting_together(routing, self.training)
+        if joint is not None:
+            ballot, share = join_votes(ballot, share, joint)
+            mean = ballot.mean
         if before is not None:
             ballot = before + ballot
         route = decide(ballot, k, routing.estimator)
-        loss = None
-        # In training there is always something to learn from, if only with weight 0: every
-        # parameter has a gradient.
-        if self.training and (routing.balance_weight or routing.constant_weights):
-            size = p.shape[-1]
-            share = voters.picks(p, k)
+        loss, size = None, p.shape[-1]
+        if share is not None:
             if routing.balance_f == "choice":
                 share = shares_of(route, size, p.dtype)
             loss = balance_loss(voters.mean_of_all(mean), share, size - routing.exclude_local)
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
-        self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
+        if joint is None or joint.main:  # one decision, shown once
+            self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
         if self.reroute is not None:
             route = self.reroute(site, route)
         site.choice = route.ids

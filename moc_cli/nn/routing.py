@@ -31,6 +31,7 @@ class Routing:
     vote: str = "mean"
     exclude_local: bool = False
     decode: str = "frozen"
+    sync: bool = False  # of several processes: one decision for the batches of all
     balance_weight: float = 0.01
     balance_f: str = "top_k"
     balance_reduce: str = "sum"
@@ -48,6 +49,11 @@ class Routing:
                     f"routing.{name}: '{getattr(self, name)}' is not known; allowed: "
                     f"{', '.join(allowed)}"
                 )
+        if self.sync and self.level != "batch":
+            raise ValueError(
+                f"routing.sync: one decision for the batches of all processes goes with level "
+                f"'batch', found '{self.level}'"
+            )
         if self.decode == "running" and not VOTES[self.vote].additive:
             raise ValueError(
                 f"routing.decode: 'running' adds new tokens to a vote, and the scores of vote "

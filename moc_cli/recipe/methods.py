@@ -97,6 +97,10 @@ class Routing(Section):
         description="during generation, frozen: keep the route of the prompt; "
         "running: update it with each new token",
     )
+    sync: bool = Field(
+        default=False,
+        description="in training by several processes, one decision for the batches of all",
+    )
 
 
 class Balance(Section):

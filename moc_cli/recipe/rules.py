@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from moc_cli.recipe.methods import REWRITING_INITS
+from moc_cli.recipe.methods import REWRITING_INITS, MocMethod
 from moc_cli.recipe.sections import Sections
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import (
@@ -41,6 +41,7 @@ def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
     yield from _model(recipe)
     yield from _train(recipe)
     yield from _packing(recipe)
+    yield from _sync(recipe)
     yield from _eval(recipe)
     yield from _launch(recipe)
 
@@ -175,6 +176,21 @@ def _train(recipe: Sections) -> Iterator[BrokenRule]:
     if train.torch_compile and recipe.method.name == "molex":
         message = "molex runs a second layer inside a layer; leave it out, or choose moc"
         yield BrokenRule("train.torch_compile", message, ("method.name",))
+
+
+def _sync(recipe: Sections) -> Iterator[BrokenRule]:
+    method = recipe.method
+    if not (isinstance(method, MocMethod) and method.routing.sync):
+        return
+    key, level = "method.routing.sync", method.routing.level
+    if level != "batch":
+        message = (
+            f"one decision for the batches of all processes; method.routing.level is {level!r}"
+        )
+        yield BrokenRule(key, message, ("method.routing.level",))
+    if recipe.train.torch_compile:
+        message = "processes meet inside a layer, which cannot be one compiled graph then"
+        yield BrokenRule(key, message, ("train.torch_compile",))
 
 
 def _packing(recipe: Sections) -> Iterator[BrokenRule]:

@@ -269,7 +269,8 @@ def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
     data = recipe.data
-    gate = recipe.method.gate if isinstance(recipe.method, MocMethod | MolexMethod) else None
+    method = recipe.method
+    gate = method.gate if isinstance(method, MocMethod | MolexMethod) else None
     main, *_ = watched_metrics(data.suite, data.tasks[0], data.format)
     metric = scoring.metric_for_best_model or main
     return Settings(
@@ -278,6 +279,7 @@ def make_settings(recipe: Recipe) -> Settings:
         max_steps=train.max_steps,
         per_device_train_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
+        routing_sync=isinstance(method, MocMethod) and method.routing.sync,
         activation_checkpointing=recompute_mode(recipe),
         torch_compile=train.torch_compile,
         group_by_length=train.group_by_length,

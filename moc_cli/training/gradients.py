@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
 from moc_cli.processes import Processes
 from moc_cli.scoring.batch_size import is_out_of_memory, is_sharded
@@ -57,7 +58,9 @@ class Gradients:
     ) -> None:
         self._adapted, self._kind, self._settings = adapted, data.kind, settings
         self._accelerator, self._processes = accelerator, processes
-        self._sharded = processes.world > 1 and is_sharded(adapted.model)
+        sync, sharded = settings.routing_sync, is_sharded(adapted.model)
+        # Whether processes meet in the middle of a forward: all must run as many of them.
+        self._joint = processes.world > 1 and (sync or sharded)
         self._parameters = list(adapted.named_trainables().values())
         self.loss = loss.TaskLoss(adapted.model, data.kind, accelerator.device)
         numbers = settings.window + 1 + len(SIGNALS)
@@ -80,7 +83,7 @@ class Gradients:
         """
         kind, device = self._kind, self._accelerator.device
         targets = max(1, sum(loss.count_targets(batch["labels"], kind) for batch in batches))
-        self._adapted.set_loss_scale(1.0 / len(batches))
+        self._adapted.set_loss_scale(1.0 / self._votes(len(batches)))
         losses = torch.zeros(len(batches), device=device)
         fits = self._add(batches, losses, targets, place, after_forward)
         flags = [not fits, *(signal == number for number in SIGNALS)]
@@ -94,6 +97,12 @@ class Gradients:
         short, *signals = told or flags
         heard = next((n for n, came in zip(SIGNALS, signals, strict=True) if came), None)
         return WindowSum(values, total, not short, heard)
+
+    def _votes(self, micro_batches: int) -> int:
+        """How often a window votes: for each micro-batch, or for those of all processes at once."""
+        if self._settings.routing_sync:
+            return math.ceil(micro_batches / self._processes.world)
+        return micro_batches
 
     def _add(
         self,
@@ -114,18 +123,29 @@ class Gradients:
                 after_forward()
                 self._accelerator.backward(value)
                 losses[number] = value.detach()
-            if self._sharded and len(own) * self._processes.world < len(batches):
-                self._pass_idle(batches[-1], targets)
+            if self._joint and len(own) * self._processes.world < len(batches):
+                self._attend(batches[-1], targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if self._joint:
+                raise self._lost() from None
             return False  # what the error holds in memory is free then
         return True
 
-    def _pass_idle(self, batch: Batch, targets: int) -> None:
-        """Gather the layers as often as the others do, for gradients of zero that nobody counts."""
-        self._adapted.set_loss_scale(0.0)
-        self._accelerator.backward(0.0 * self.loss(batch, targets))
+    def _attend(self, batch: Batch, targets: int) -> None:
+        """Take part in a joint forward with a micro-batch that counts for nothing."""
+        shape = batch["input_ids"].shape
+        nobody = torch.zeros(shape, dtype=torch.bool, device=self._accelerator.device)
+        with self._adapted.voting(nobody), self._adapted.unwatched():
+            self._accelerator.backward(self.loss(batch, targets) * 0.0)
+
+    def _lost(self) -> MocError:
+        """Return why this process ends in the middle of a forward that the others are in."""
+        return MocError(
+            f"a step does not fit in the memory of process {self._processes.rank}",
+            "lower train.per_device_train_batch_size, or set train.activation_checkpointing: full",
+        )
 
 
 class Bucket:

@@ -25,6 +25,7 @@ class Settings:
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1  # micro-batches of each process
     processes: int = 1
+    routing_sync: bool = False  # the processes vote together
     activation_checkpointing: str = "none"
     torch_compile: bool = False
     group_by_length: bool = True

@@ -14,6 +14,7 @@ VOTE = {
     "method.routing.vote": "mean",
     "method.routing.exclude_local": False,
     "method.routing.decode": "frozen",
+    "method.routing.sync": False,
     "method.gate.estimator": "renormalized",
 }
 BALANCE = {"method.balance.weight": 0.01, "method.balance.reduce": "sum"}

@@ -403,6 +403,7 @@ def _moc_changes() -> dict[str, Change]:
         "routing.vote": "mode",
         "routing.exclude_local": True,
         "routing.decode": "running",
+        "routing.sync": True,
     }
     balance = {"weight": 0.3, "f": "choice", "reduce": "mean"}
     changes = {
