@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from moc_cli.nn.routing import Routing
 from moc_cli.nn.vote import Ballot
-from moc_cli.processes import Processes, current
+from moc_cli.processes import Processes
 
 
 class _Sum(Function):
@@ -33,31 +32,37 @@ class _Sum(Function):
         return total, None
 
 
-def voting_together(routing: Routing, training: bool) -> Processes | None:
-    """The processes that decide together; None where each decides alone."""
-    processes = current()
-    return processes if routing.sync and training and processes.world > 1 else None
+class VotesOfProcesses:
+    """Joins the votes of processes that are in the same forward; see `JointVotes`."""
 
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
 
-def join_votes(
-    ballot: Ballot, picks: Tensor | None, processes: Processes
-) -> tuple[Ballot, Tensor | None]:
-    """The ballot (V = 1) of all processes, and the shares (N,) of their tokens' own picks; joint.
+    @property
+    def world(self) -> int:
+        """How many processes vote."""
+        return self._processes.world
 
-    A process whose tokens do not vote, with a count of 0, adds nothing.
-    """
-    size = ballot.mean.shape[1]
-    own = ballot.count[0]
-    parts = [ballot.mean[0] * own, own]
-    parts += [] if picks is None else [picks * own]
-    parts += [] if ballot.scores is None else [ballot.scores[0]]
-    sizes = [part.numel() for part in parts]
-    total: Tensor = _Sum.apply(torch.cat(parts), processes)  # type: ignore[no-untyped-call]
-    means, count, *rest = total.split(sizes)
-    real = count.detach().clamp(min=1)
-    rest = [part.detach() for part in rest]
-    shares = None if picks is None else rest.pop(0) / real
-    scores = None if ballot.scores is None else rest.pop(0).view(1, size)
-    return Ballot(
-        (means / real).view(1, size), count.detach().view(1, 1), scores, ballot.vote
-    ), shares
+    @property
+    def main(self) -> bool:
+        """Whether this is the first of them."""
+        return self._processes.main
+
+    def join(self, ballot: Ballot, picks: Tensor | None) -> tuple[Ballot, Tensor | None]:
+        """The ballot (V = 1) of all, and the shares (N,) of their tokens' own picks; joint.
+
+        A process whose tokens do not vote, with a count of 0, adds nothing.
+        """
+        own, size = ballot.count[0], ballot.mean.shape[1]
+        parts = [ballot.mean[0] * own, own]
+        parts += [] if picks is None else [picks * own]
+        parts += [] if ballot.scores is None else [ballot.scores[0]]
+        sizes = [part.numel() for part in parts]
+        total: Tensor = _Sum.apply(torch.cat(parts), self._processes)  # type: ignore[no-untyped-call]
+        means, count, *rest = total.split(sizes)
+        real = count.detach().clamp(min=1)
+        rest = [part.detach() for part in rest]
+        shares = None if picks is None else rest.pop(0) / real
+        scores = None if ballot.scores is None else rest.pop(0).view(1, size)
+        mean, count = (means / real).view(1, size), count.detach().view(1, 1)
+        return Ballot(mean, count, scores, ballot.vote), shares

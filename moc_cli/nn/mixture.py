@@ -18,9 +18,9 @@ from moc_cli.nn.control import (
 )
 from moc_cli.nn.forward import Forward, RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
-from moc_cli.nn.joint import join_votes, voting_together
 from moc_cli.nn.routing import Routing
 from moc_cli.nn.vote import (
+    JointVotes,
     Level,
     Route,
     Voters,
@@ -91,6 +91,7 @@ class Mixture(nn.Module):
         self.loss_scale: float | None = None  # None: that of the model's own loss
         self.current = Forward()
         self.watchers: list[Watcher] = []
+        self.joint: JointVotes | None = None  # in training with level batch; see routing.sync
         self.reroute: Callable[[Site, Route], Route] | None = None  # another route than the voted
         self.controls = nn.ModuleList(
             nn.ModuleDict({block: Control(width, rank, generator, device) for block in blocks})
@@ -197,8 +198,7 @@ class Mixture(nn.Module):
             weight = self.routing.balance_weight
             if self.routing.balance_reduce == "mean":
                 weight /= len(self.sites)
-            joint = voting_together(self.routing, self.training)
-            weight /= 1 if joint is None else joint.world  # each adds its part of the one loss
+            weight /= 1 if self.joint is None else self.joint.world  # each adds its part
             return inject(update, loss, self.current.scaled(weight, self.loss_scale))
         return update
 
@@ -281,9 +281,9 @@ class Mixture(nn.Module):
         # parameter has a gradient.
         balanced = self.training and (routing.balance_weight > 0 or routing.constant_weights)
         share = voters.picks(p, k) if balanced else None
-        joint = voting_together(routing, self.training)
+        joint = self.joint if self.training else None
         if joint is not None:
-            ballot, share = join_votes(ballot, share, joint)
+            ballot, share = joint.join(ballot, share)
             mean = ballot.mean
         if before is not None:
             ballot = before + ballot

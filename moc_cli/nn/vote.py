@@ -6,7 +6,7 @@ for rows, B·T for tokens), S tokens that vote on one decision.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -199,6 +199,17 @@ def poll(p: Tensor, voters: Voters, k: int, vote: str, mean: Tensor | None = Non
     if score is not None:
         scores = score(p.detach().reshape(*voters.marks.shape, -1), voters.marks, k)
     return Ballot(voters.mean(p) if mean is None else mean, voters.count, scores, vote)
+
+
+class JointVotes(Protocol):
+    """What makes the votes of `world` processes one; `main` is true in the first one."""
+
+    @property
+    def world(self) -> int: ...
+    @property
+    def main(self) -> bool: ...
+    def join(self, ballot: Ballot, picks: Tensor | None) -> tuple[Ballot, Tensor | None]:
+        """The ballot of all, and the shares (N,) of their tokens' own picks, given those of one."""
 
 
 def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:

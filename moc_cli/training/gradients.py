@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
+from moc_cli.nn.joint import VotesOfProcesses
 from moc_cli.processes import Processes
 from moc_cli.scoring.batch_size import is_out_of_memory, is_sharded
 from moc_cli.signals import STOPS
@@ -61,6 +62,8 @@ class Gradients:
         sync, sharded = settings.routing_sync, is_sharded(adapted.model)
         # Whether processes meet in the middle of a forward: all must run as many of them.
         self._joint = processes.world > 1 and (sync or sharded)
+        if sync and self._joint and adapted.mixture is not None:
+            adapted.mixture.joint = VotesOfProcesses(processes)
         self._parameters = list(adapted.named_trainables().values())
         self.loss = loss.TaskLoss(adapted.model, data.kind, accelerator.device)
         numbers = settings.window + 1 + len(SIGNALS)

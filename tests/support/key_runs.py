@@ -270,7 +270,10 @@ class KeyRun:
         """What the session prepares before the first step."""
         folder = RunFolder(self.folder / "run")
         with _threads_kept():
-            return self._session().prepare(folder, Checkpoints(folder.checkpoints), None)
+            launch, report_to = self.recipe.launch, self.recipe.output.report_to
+            made = accelerator.make_accelerator(launch, report_to, folder.trackers)
+            checkpoints = Checkpoints(folder.checkpoints)
+            return self._session().prepare(made, folder, checkpoints, None)
 
     def _session(self) -> Session:
         return Session(self.loaded, call=Call("moc train"), say=lambda text: None)
