@@ -24,7 +24,8 @@ from moc_cli.export.parity import Written
 from moc_cli.kinds import make_kind
 from moc_cli.methods import Adapted
 from moc_cli.methods.route_counts import Record
-from moc_cli.nn.mixture import Mixture, Site
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.site import Site
 from moc_cli.nn.vote import Route
 from moc_cli.recipe.methods import ControlMethod
 from moc_cli.report.progress import WorkProgress

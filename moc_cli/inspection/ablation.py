@@ -15,7 +15,8 @@ from moc_cli.data.examples import Example
 from moc_cli.inspection.record import BatchSize, Progress
 from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
-from moc_cli.nn.mixture import Mixture, Site
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.site import Site
 from moc_cli.nn.vote import Route
 from moc_cli.scoring.results import ScoringOptions
 

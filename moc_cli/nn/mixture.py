@@ -1,7 +1,6 @@
 """Every control and gate of one model, and the update that each site adds (eq. 9)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -19,6 +18,7 @@ from moc_cli.nn.control import (
 from moc_cli.nn.forward import Forward, RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
 from moc_cli.nn.routing import Routing
+from moc_cli.nn.site import Site
 from moc_cli.nn.vote import (
     JointVotes,
     Level,
@@ -38,30 +38,6 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
-
-
-@dataclass(eq=False)
-class Site:
-    """One place in the model where a control is added: its layer, its block, its pool.
-
-    `local` is its own place in its pool. `place` (1, 1) is its index on the device, and `members`
-    (N,) are those of its pool: as tensors, so that one compiled graph serves all layers. `choice`
-    and `loss` are slots: overwritten by each forward, never appended to, and detached.
-    """
-
-    index: int
-    layer: int
-    block: str
-    pool: str
-    local: int
-    place: Tensor | None = None
-    members: Tensor | None = None
-    choice: Tensor | None = None
-    loss: Tensor | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.layer}.{self.block}"
 
 
 class Mixture(nn.Module):

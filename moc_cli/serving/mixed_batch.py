@@ -15,7 +15,8 @@ from torch import Tensor
 from moc_cli.errors import MocError
 from moc_cli.nn.control import Control, StackedControls, WeightedControls
 from moc_cli.nn.forward import Forward, RouteStore
-from moc_cli.nn.mixture import Mixture, Site
+from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.site import Site
 
 Block = tuple[int, str]  # a layer's number, and "attn" or "ffn"
 

@@ -1,0 +1,29 @@
+"""A place in the model where a control is added."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Site:
+    """One place in the model where a control is added: its layer, its block, its pool.
+
+    `local` is its own place in its pool. `place` (1, 1) is its index on the device, and `members`
+    (N,) are those of its pool: as tensors, so that one compiled graph serves all layers. `choice`
+    and `loss` are slots: overwritten by each forward, never appended to, and detached.
+    """
+
+    index: int
+    layer: int
+    block: str
+    pool: str
+    local: int
+    place: Tensor | None = None
+    members: Tensor | None = None
+    choice: Tensor | None = None
+    loss: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.block}"
