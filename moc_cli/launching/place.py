@@ -8,8 +8,9 @@ from moc_cli.errors import MocError
 
 # Of each launcher: how many processes there are, which one this is, which on its machine, and how
 # many are on its machine.
+TORCHRUN = "torchrun or accelerate launch"
 VARIABLES = {
-    "torchrun or accelerate launch": ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    TORCHRUN: ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun": (
         *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
         *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -21,7 +22,7 @@ VARIABLES = {
     "mpirun of MPICH or Intel MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", ""),
 }
-USUAL = VARIABLES["torchrun or accelerate launch"]
+USUAL = VARIABLES[TORCHRUN]
 MASTER, PORT, THREADS = "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"
 USUAL_PORT = "29500"
 FIRST_HOST = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
@@ -66,7 +67,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     local_world = _number(environ, launcher, 3) or 0
     if not local_world and environ.get("SLURM_STEP_NUM_NODES") == "1":
         local_world = world
-    return Place(launcher, world, rank, local_rank, local_world)
+    return Place(_name(environ, launcher, world, rank), world, rank, local_rank, local_world)
 
 
 def known_place(environ: Mapping[str, str]) -> Place | None:
@@ -143,6 +144,14 @@ def _launcher(environ: Mapping[str, str]) -> str | None:
         if world is not None and (world > 1 or launcher != "srun"):
             return launcher
     return None
+
+
+def _name(environ: Mapping[str, str], launcher: str, world: int, rank: int) -> str:
+    """Return who has started the processes: of MPI's and srun's `take_place` made torchrun's."""
+    for name in VARIABLES if launcher == TORCHRUN else ():
+        if name != TORCHRUN and [_number(environ, name, i) for i in (0, 1)] == [world, rank]:
+            return name
+    return launcher
 
 
 def _number(environ: Mapping[str, str], launcher: str, index: int) -> int | None:

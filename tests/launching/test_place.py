@@ -58,6 +58,7 @@ def test_one_of_several_gets_the_variables_of_torchrun(
     }
     assert environ["MASTER_ADDR"] == ("10.0.0.1" if place.world == 4 else "127.0.0.1")
     assert environ["MASTER_PORT"] == "29500"
+    assert find_place(environ) == place  # with the launcher's own name
     assert int(environ["OMP_NUM_THREADS"]) >= 1
 
 
