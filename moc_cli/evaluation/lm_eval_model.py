@@ -196,7 +196,11 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
                 return [postprocess_generated_text(text, stops, None) for text in texts]
 
             return run_batches(
-                model, costs, generate, size=self.batch, on_progress=self._progress("answers")
+                self.text_model.adapted,
+                costs,
+                generate,
+                size=self.batch,
+                on_progress=self._progress("answers"),
             )
 
 

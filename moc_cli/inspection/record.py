@@ -56,15 +56,10 @@ def record(
     with evaluating(model) as device, recorder:
 
         def work(items: list[int]) -> list[None]:
-            recorder.mark()
-            try:
-                forward(trained, [prompts[item] for item in items], device)
-            except (RuntimeError, MemoryError):  # too large a batch is halved and done again
-                recorder.rewind()
-                raise
+            forward(trained, [prompts[item] for item in items], device)
             return [None] * len(items)
 
-        run_batches(model, costs, work, size=batch_size, on_progress=on_progress)
+        run_batches(trained.adapted, costs, work, size=batch_size, on_progress=on_progress)
     return recorder.record()
 
 

@@ -232,4 +232,4 @@ def _generate(
             decoded = tokenizer.batch_decode(own, skip_special_tokens=True)
             return [str(text).strip() for text in decoded]
 
-        return run_batches(network, costs, work, size=size, on_progress=on_progress)
+        return run_batches(model.adapted, costs, work, size=size, on_progress=on_progress)

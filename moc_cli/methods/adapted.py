@@ -198,6 +198,20 @@ class Adapted:
         """Something to enter that adds up what the gates decide; None where there is no gate."""
         return self._placed.recorder(detailed=detailed)
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Within it recorders count nothing if it ends by an error."""
+        watchers = getattr(getattr(self._placed, "mixture", None), "watchers", ())
+        recorders = [watcher for watcher in watchers if isinstance(watcher, Recorder)]
+        for recorder in recorders:
+            recorder.mark()
+        try:
+            yield
+        except Exception:
+            for recorder in recorders:
+                recorder.rewind()
+            raise
+
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it the tokens of mask (B, T) vote instead of the attention mask's."""
         return self._placed.voting(mask)

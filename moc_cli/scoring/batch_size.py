@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from moc_cli import processes
 from moc_cli.errors import MocError
+from moc_cli.methods import Adapted
 from moc_cli.report.output import say
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class RowCost:
 
 
 def run_batches(
-    model: PreTrainedModel,
+    adapted: Adapted,
     costs: Sequence[RowCost],
     work: Callable[[list[int]], list[T]],
     *,
@@ -60,8 +61,8 @@ def run_batches(
     """Do `work` on item numbers, in batches of similar length; return its results by item.
 
     The longest items come first, where memory peaks. A batch that does not fit in memory is halved
-    and done again, and so are all after it: a message says so, and `size` counts. Raises MocError
-    where a single row does not fit.
+    and done again, and so are all after it: a message says so, and `size` counts. Recorders forget
+    what they saw of it. Raises MocError where a single row does not fit.
 
     Joint: of several processes each works on its share of the batches, all get all results, and an
     error of one ends all. They call `on_progress` together, after each has done one batch.
@@ -70,7 +71,7 @@ def run_batches(
     order = sorted(range(len(costs)), key=lambda item: (-costs[item].tokens, item))
     if not order:
         return []
-    group = processes.current()
+    group, model = processes.current(), adapted.model
     size.used = min(group.gather(_first_size(model, costs[order[0]], size.option)))
     batches = [order[first : first + size.used] for first in range(0, len(order), size.used)]
     # Each forward of a model whose weights are split over the processes needs them all: every one
@@ -79,9 +80,14 @@ def run_batches(
     share = batches if alike else group.share(batches)
     own = _Share(costs, [item for batch in share for item in batch], size.used)
     results: dict[int, T] = {}
+
+    def attempt(items: list[int]) -> list[T]:
+        with adapted.attempt():
+            return work(items)
+
     with processes.alike() if alike else nullcontext():
         while len(results) < len(order):
-            done = group.collect(lambda: own.next_batch(work))
+            done = group.collect(lambda: own.next_batch(attempt))
             for rank, part in enumerate(done[:1] if alike else done):
                 results |= part.values
                 size.halved += len(part.halvings)

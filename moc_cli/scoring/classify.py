@@ -73,7 +73,7 @@ def classify(
             logits = network(**{name: value.to(device) for name, value in batch.items()}).logits
             return list(logits.float().tolist())
 
-        outputs = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
+        outputs = run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
     pairs = zip(examples, outputs, strict=True)
     return [_prediction(example, row, names) for example, row in pairs]
 

@@ -76,7 +76,7 @@ def generate(
             written = network.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
             return list(tokenizer.batch_decode(written, skip_special_tokens=True))
 
-        texts = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
+        texts = run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
     return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
 
 

@@ -97,7 +97,7 @@ def likelihoods(
         def score(items: list[int]) -> list[list[Likelihood]]:
             return _score(model.adapted, head, [queries[item] for item in items], pad_id, device)
 
-        scores = run_batches(network, costs, score, size=batch_size, on_progress=on_progress)
+        scores = run_batches(model.adapted, costs, score, size=batch_size, on_progress=on_progress)
     check_finite([score.log_prob for row in scores for score in row])
     return scores
 

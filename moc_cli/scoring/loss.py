@@ -92,7 +92,7 @@ def lm_loss(
             counts = owners.bincount(minlength=len(rows))
             return list(zip(losses.tolist(), counts.tolist(), strict=True))
 
-        losses = run_batches(network, costs, work, size=batch_size, on_progress=on_progress)
+        losses = run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     if tokens == 0:
         raise DataError(

@@ -1,14 +1,12 @@
 """Batches that fit: the first size is an estimate, and what does not fit is halved and told."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from support.models import make_tiny_model
 from support.questions import MIXED, PAIRS, adapted
-from transformers import PreTrainedModel
+from support.short_memory import FULL, room_for
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moc_cli.data.encode import encode_texts
@@ -23,39 +21,6 @@ from moc_cli.scoring.likelihood import Query
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import query_of, rank
 from moc_cli.scoring.results import ScoringOptions
-
-FULL: dict[str, Callable[[], BaseException]] = {
-    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": lambda: RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: "
-        "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
-    ),
-    "python": MemoryError,
-}
-
-
-@contextmanager
-def room_for(
-    model: PreTrainedModel, rows: int, error: Callable[[], BaseException] = FULL["gpu"]
-) -> Iterator[list[int]]:
-    """A model whose second layer finds no memory for more than `rows` rows; yields the sizes tried.
-
-    It fails in the middle of a forward, after the first layer's sites have read and written.
-    """
-    tried: list[int] = []
-    layers = model.model.layers if hasattr(model, "model") else model.bert.encoder.layer
-
-    def check(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        tried.append(len(hidden))
-        if len(hidden) > rows:
-            raise error()
-
-    handle = layers[1].register_forward_pre_hook(check, with_kwargs=True)
-    try:
-        yield tried
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("kind", FULL)
@@ -117,6 +82,17 @@ def test_losses_and_classes_are_halved_too(
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
+def test_what_did_not_fit_is_not_counted(byte_tokenizer: Tokenizer) -> None:
+    """The first layer's sites had decided when memory ran out in the second one."""
+    found = adapted(make_tiny_model("llama"))
+    counts = []
+    for rows in (99, 3):
+        with room_for(found.model, rows), found.recorder(detailed=False) as recorder:
+            rank(TextModel(found, byte_tokenizer), MIXED, batch_size=8)
+        counts.append(recorder.record().choices())
+    assert counts[0] == counts[1]
+
+
 def test_a_row_that_never_fits_is_a_sentence(byte_tokenizer: Tokenizer) -> None:
     found = bare(make_tiny_model("llama"))
     with (
@@ -135,7 +111,7 @@ def test_other_errors_pass_through(byte_tokenizer: Tokenizer) -> None:
 
 def test_the_failed_batch_is_let_go() -> None:
     """A batch's tensors are gone before the next one is tried: the error holds none of them."""
-    model = make_tiny_model("llama")
+    model = bare(make_tiny_model("llama"))
     alive: list[object] = []
 
     class Tensors:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,7 +233,9 @@ def test_positions_begin_with_the_first_token_of_a_row(
         assert positions[mask].tolist() == list(range(int(mask.sum())))
 
 
-def test_only_prompt_tokens_vote(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
+def test_only_prompt_tokens_vote(
+    byte_tokenizer: Tokenizer, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     masks: list[Tensor] = []
 
     @contextmanager
@@ -243,8 +244,9 @@ def test_only_prompt_tokens_vote(byte_tokenizer: Tokenizer, tiny_model: MakeMode
         yield
 
     encoded = encode_texts(MIXED[:3], byte_tokenizer, max_length=500)
-    spy = SimpleNamespace(model=tiny_model("llama"), voting=voting)
-    lm_loss(TextModel(spy, byte_tokenizer), encoded, batch_size=3)
+    model = bare(tiny_model("llama"))
+    monkeypatch.setattr(model, "voting", voting)
+    lm_loss(TextModel(model, byte_tokenizer), encoded, batch_size=3)
     (mask,) = masks
     order = sorted(range(3), key=lambda item: -encoded.lengths[item])
     width = max(encoded.lengths)

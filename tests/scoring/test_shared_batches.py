@@ -11,13 +11,14 @@ import torch
 from support.group import alone, run_together
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from support.questions import MIXED, PAIRS, adapted, question
+from support.short_memory import room_for
 from torch.distributed.fsdp import fully_shard
 
 from moc_cli.data.encode import encode_texts
 from moc_cli.data.examples import InstructionExample, PairExample
 from moc_cli.errors import MocError
 from moc_cli.kinds import Choice, Pairs, Writing
-from moc_cli.methods import TextModel
+from moc_cli.methods import TextModel, bare
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.scoring import batch_size as sizing
 from moc_cli.scoring.batch_size import BatchSize, RowCost, row_bytes, run_batches
@@ -44,9 +45,9 @@ def scores() -> dict[str, Score]:
     classifier = TextModel(adapted(make_tiny_model("bert", num_labels=2, **bert)), pairs)
     rater = TextModel(adapted(make_tiny_model("bert", num_labels=1, **bert)), pairs)
 
-    def evaluation(model: TextModel, kind: Any, rows: list, protocol: Any) -> Score:
+    def evaluation(model: TextModel, kind: Any, rows: list, protocol: Any, size: int = 2) -> Score:
         def score() -> Any:
-            done = kind.score(model, rows, ScoringOptions(2, 64, protocol))
+            done = kind.score(model, rows, ScoringOptions(size, 64, protocol))
             return done.items, done.metrics, done.batch
 
         return score
@@ -54,13 +55,13 @@ def scores() -> dict[str, Score]:
     encoded = encode_texts(MIXED, bytes_, max_length=64)
     return {
         "rank": evaluation(language, Choice(), QUESTIONS, "rank"),
-        "generate": evaluation(language, Choice(), QUESTIONS[:3], "generate"),
+        "generate": evaluation(language, Choice(), QUESTIONS[:2], "generate", 1),
         "classify": evaluation(classifier, Pairs(("accuracy",), 2), PAIRS, "classify"),
         "regression": evaluation(rater, Pairs(("pearson",), 1), RATED, "classify"),
         "written": evaluation(language, Writing("instruction"), WRITTEN, "texts"),
         "loss": lambda: lm_loss(language, encoded, batch_size=3),
         "fewer batches than processes": lambda: rank(language, MIXED[:2], batch_size=8),
-        "no items": lambda: run_batches(language.adapted.model, [], lambda items: items, size=2),
+        "no items": lambda: run_batches(language.adapted, [], lambda items: items, size=2),
     }
 
 
@@ -74,22 +75,26 @@ def score_what_one_scores(group: Processes, names: Collection[str] = ()) -> None
         assert score() == expected, name
 
 
-def count_what_one_counts() -> None:
+def count_what_one_counts(group: Processes) -> None:
+    """Also where the last process has to halve its batches."""
     model = TextModel(adapted(make_tiny_model("llama")), make_byte_tokenizer())
     records = []
-    for around in (alone(), nullcontext()):
+    encoded = encode_texts(MIXED, model.tokenizer, max_length=64)
+    rows = 1 if group.rank == group.world - 1 else 2
+    short = room_for(model.adapted.model, rows)
+    for around in (alone(), nullcontext(), short):
         with around, model.adapted.recorder() as recorder:
-            rank(model, MIXED, batch_size=2)
+            lm_loss(model, encoded, batch_size=2)
             records.append(recorder.record())
-    one, several = records
-    assert one.choices() == several.choices()
+    one, several, halved = records
+    assert one.choices() == several.choices() == halved.choices()
     for a, b in zip(one.sums.arrays, several.sums.arrays, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # added up in another order
 
 
 def take_the_smallest_size(group: Processes) -> None:
     """Each finds other free memory, which all share, and all must cut the same batches."""
-    model, seen = make_tiny_model("llama"), []
+    model, seen = bare(make_tiny_model("llama")), []
     cost = RowCost(3)
 
     def work(items: list[int]) -> list[int]:
@@ -99,7 +104,7 @@ def take_the_smallest_size(group: Processes) -> None:
     size = BatchSize()
     with pytest.MonkeyPatch.context() as patch:
         rows = 2 * group.world * (5 - group.rank)  # the half of it is used
-        patch.setattr(sizing, "free_bytes", lambda device: rows * row_bytes(model, cost) + 1)
+        patch.setattr(sizing, "free_bytes", lambda device: rows * row_bytes(model.model, cost) + 1)
         assert run_batches(model, [cost] * 24, work, size=size) == list(range(24))
     smallest = 6 - group.world
     assert (size.used, set(seen)) == (smallest, {smallest})
@@ -107,7 +112,7 @@ def take_the_smallest_size(group: Processes) -> None:
 
 def halve_on_one(group: Processes) -> None:
     """The last process has less memory; the others keep their batches."""
-    model, seen, progress = make_tiny_model("llama"), [], []
+    model, seen, progress = bare(make_tiny_model("llama")), [], []
     last = group.rank == group.world - 1
 
     def work(items: list[int]) -> list[int]:
@@ -143,7 +148,7 @@ def fail_on_one(group: Processes) -> None:
         return items
 
     with pytest.raises(MocError, match=f"process {last} on .*: one row of 3 tokens") as caught:
-        run_batches(make_tiny_model("llama"), [RowCost(3)] * 12, work, size=2)
+        run_batches(bare(make_tiny_model("llama")), [RowCost(3)] * 12, work, size=2)
     assert isinstance(caught.value, Elsewhere) == (not group.main)
 
 
@@ -163,7 +168,7 @@ def stop_by_a_signal_to_one(group: Processes) -> None:
 
         with pytest.raises(Interrupted, match="SIGTERM"):
             run_batches(
-                make_tiny_model("llama"), [RowCost(3)] * 99, work, size=2, on_progress=observe
+                bare(make_tiny_model("llama")), [RowCost(3)] * 99, work, size=2, on_progress=observe
             )
     assert done == [2 * group.world, 4 * group.world]
 
@@ -185,7 +190,7 @@ def score_with_split_weights(group: Processes) -> None:
 
 def all_of_it(group: Processes) -> None:
     score_what_one_scores(group)
-    count_what_one_counts()
+    count_what_one_counts(group)
     take_the_smallest_size(group)
     halve_on_one(group)
     fail_on_one(group)
