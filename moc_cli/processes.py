@@ -163,6 +163,19 @@ class Processes:
         return values[0]
 
     @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Within it processes may meet in the middle of a model: raises LostProcess as joint calls
+        do.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_a_meeting(error):
+                raise
+            with self._joint():
+                raise
+
+    @contextmanager
     def _joint(self) -> Iterator[None]:
         try:
             yield
@@ -185,6 +198,15 @@ def host_name() -> str:
     import socket  # imported late: it takes a tenth of a short command
 
     return socket.gethostname()
+
+
+def _is_of_a_meeting(error: RuntimeError) -> bool:
+    """Whether torch raised it where processes wait for each other."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    module: str = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+    return module.startswith("torch.distributed.")
 
 
 _current = Processes()

@@ -65,8 +65,16 @@ def collected_work(group: Processes) -> None:
     assert isinstance(caught.value, Elsewhere) == (not group.main)
 
 
+def no_meeting(group: Processes) -> None:
+    with pytest.raises(RuntimeError, match="^not of torch$") as caught, group.meeting():
+        raise RuntimeError("not of torch")
+    assert not isinstance(caught.value, LostProcess)
+
+
 def one_leaves(group: Processes) -> None:
     if group.main:
+        with pytest.raises(LostProcess, match="waited for another one"), group.meeting():
+            torch.distributed.all_reduce(torch.ones(1))
         with pytest.raises(LostProcess, match="process 0 of 2 on .* waited for another one"):
             group.gather(1)
 

@@ -85,7 +85,7 @@ def run_batches(
         with adapted.attempt():
             return work(items)
 
-    with processes.alike() if alike else nullcontext():
+    with group.meeting(), processes.alike() if alike else nullcontext():
         while len(results) < len(order):
             done = group.collect(lambda: own.next_batch(attempt))
             for rank, part in enumerate(done[:1] if alike else done):

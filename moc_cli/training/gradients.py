@@ -88,7 +88,8 @@ class Gradients:
         targets = max(1, sum(loss.count_targets(batch["labels"], kind) for batch in batches))
         self._adapted.set_loss_scale(1.0 / self._votes(len(batches)))
         losses = torch.zeros(len(batches), device=device)
-        fits = self._add(batches, losses, targets, place, after_forward)
+        with self._processes.meeting():
+            fits = self._add(batches, losses, targets, place, after_forward)
         flags = [not fits, *(signal == number for number in SIGNALS)]
         sums = self._bucket.sum(losses, flags)
         limit = self._settings.max_grad_norm or math.inf

@@ -29,13 +29,10 @@ from moc_cli.training.usage import Usage
 CPU = torch.device("cpu")
 FOUR_BITS = "4 bits"
 MOC = MocMethod(rank=4, top_k=2, gate={"projection_dim": 8})
-LOW_RANK: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0}
 CASES: list[tuple[str, Any, str]] = [
     ("llama", MOC, "none"),
-    ("llama", MOC, "selective"),
     ("llama", ControlMethod(rank=4), "full"),
-    ("llama", LoraMethod(**LOW_RANK), "none"),
-    ("llama", LoraMethod(**LOW_RANK, init="pissa"), "none"),
+    ("llama", LoraMethod(rank=4, alpha=8, dropout=0.0, init="pissa"), "none"),
     ("gemma3", MOC, "none"),  # layers deeper in the model
     ("roberta", MOC, "none"),
     *([(FOUR_BITS, MOC, "none")] if has_bitsandbytes() else []),
