@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install quickstart test check weights clean
+.PHONY: help install quickstart test check pytest weights clean
 
 help:
 	@echo "make quickstart  install into .venv and fine-tune the built-in model (about a minute on a CPU)"
@@ -36,7 +36,11 @@ check: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
+# Style and types beside the tests: they use a core that would stand still.
+test: .venv/tested
+	$(MAKE) --no-print-directory --jobs 2 check pytest
+
+pytest: .venv/tested
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 clean:

@@ -19,6 +19,7 @@ from moc_cli.cli import run
 from moc_cli.data.suites import load_examples
 from moc_cli.inspection.ablation import ablate, local_at, row_losses
 from moc_cli.inspection.distances import distances
+from moc_cli.inspection.figures import FIGURES
 from moc_cli.inspection.statistics import control_norm
 from moc_cli.inspection.warnings import find_warnings
 from moc_cli.load_run import open_run
@@ -83,8 +84,11 @@ def undrawn(monkeypatch, request) -> None:
 
 
 @pytest.fixture
-def drawn() -> None:
-    """The test that asks for this draws the pictures."""
+def drawn(monkeypatch) -> None:
+    """The test that asks for this draws a picture; each takes a second."""
+    few = {"routing-map": FIGURES["routing-map"]}
+    for module in ("figures", "results"):
+        monkeypatch.setattr(f"moc_cli.inspection.{module}.FIGURES", few)
 
 
 def inspect(capsys, *arguments: object) -> dict:

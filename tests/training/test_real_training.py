@@ -58,25 +58,25 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
             "data.path": str(data),
             "data.tasks": ["boolq"],
             "data.train_on_inputs": True,
-            "data.max_train_samples": 12,
+            "data.max_train_samples": 6,
             "train.max_steps": 6,
-            "train.per_device_train_batch_size": 2,
+            "train.per_device_train_batch_size": 1,
             "train.warmup_steps": 1,
             "train.learning_rate": 3e-3,
             "eval.before": False,
-            "eval.max_samples": 4,
+            "eval.max_samples": 1,
             "output.save_strategy": "no",
             "output.logging_steps": 1,
         },
     )
     adapted = reload(folder, weights, "causal")
     tokenizer = load_tokenizer(str(weights))
-    rows = load_examples("commonsense", "boolq", "test", path=data)[:6]
+    rows = load_examples("commonsense", "boolq", "test", path=data)[:3]
     encoded = encode_texts(rows, tokenizer, max_length=256, train_on_inputs=True)
     trained = lm_loss(TextModel(adapted, tokenizer), encoded, batch_size=8).loss
     with adapted.disabled():
         untrained = lm_loss(TextModel(adapted, tokenizer), encoded, batch_size=8).loss
-    # Seen: 4.07 without, 1.73 with the controls.
+    # Seen: 4.16 without, 1.71 with the controls.
     print(f"held-out loss {untrained:.3f} -> {trained:.3f}")
     assert trained < untrained - 1.0
 
@@ -91,8 +91,8 @@ def test_minilm_learns_from_sst2(tmp_path, real_weights, real_data):
             "data.path": str(data),
             "data.tasks": ["sst2"],
             "data.max_train_samples": 800,
-            "train.max_steps": 50,
-            "train.learning_rate": 4e-3,
+            "train.max_steps": 40,
+            "train.learning_rate": 5e-3,
             "eval.eval_strategy": "no",
             "eval.before": False,
             "eval.max_samples": 8,
@@ -101,7 +101,7 @@ def test_minilm_learns_from_sst2(tmp_path, real_weights, real_data):
     )
     adapted = reload(folder, weights, "classification", num_labels=2)
     tokenizer = load_tokenizer(str(weights))
-    rows = load_examples("glue", "sst2", "validation", path=data)[:200]
+    rows = load_examples("glue", "sst2", "validation", path=data)[:120]
     model = TextModel(adapted, tokenizer)
     trained = pair_loss(classify(model, rows, batch_size=32, max_length=128))
     with adapted.disabled():
