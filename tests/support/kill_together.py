@@ -6,8 +6,9 @@ As kill_trials.py, whose recipe is trained here by two processes: each trial sta
 which starts both, and sends SIGKILL to one of the three at a moment drawn from the time that the
 untouched run took. The others must be gone soon, and the exit code must say what happened. Then
 `--resume auto` goes on in two processes, and everything that is not a measurement must be equal to
-the untouched run; or in one, with as many rows a step and method control, and the controls must be
-equal to rounding.
+the untouched run; or in one, with as many rows a step, and the controls must be equal to rounding.
+What one process goes on with has neither gate nor dropout: a choice may hang on the last bit of a
+sum, and one process draws its dropout in another order.
 """
 
 import argparse
@@ -34,7 +35,6 @@ from support.kill_trials import (
 
 TOGETHER = ("--set", "launch.num_processes=2")
 ALONE = ("--set", "launch.num_processes=1", "--set", "train.gradient_accumulation_steps=4")
-# Trained where one process goes on: a gate's choice may hang on the last bit of a sum.
 WITHOUT_GATE = ("--set", "method=control", "--set", "method.rank=4")
 ROUNDING = 1e-4  # of a control's weight, after AdamW has divided small gradients by each other
 SOON = 30.0  # seconds
@@ -120,10 +120,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        model = make_model(folder / "model")
+        models = make_model(folder / "model"), make_model(folder / "without-dropout", dropout=0.0)
         references = folder / "untouched", folder / "untouched-control"
         span = min(
-            untouched(references[alone], model, options.steps, *(WITHOUT_GATE if alone else ()))
+            untouched(
+                references[alone], models[alone], options.steps, *(WITHOUT_GATE if alone else ())
+            )
             for alone in (False, True)
         )
         print(f"untouched: {span:.1f} s to be killed in", flush=True)
@@ -134,7 +136,7 @@ def main() -> int:
             seconds = generator.uniform(0, span)
             place = folder / f"trial-{number:03d}"
             trial = kill_and_resume(
-                place, references[alone], model, options.steps, seconds, victim, alone
+                place, references[alone], models[alone], options.steps, seconds, victim, alone
             )
             number += 1
             hits += trial.hit
