@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -184,13 +185,18 @@ class Processes:
 
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = str(error).strip().partition("\n")[0]
             raise LostProcess(
-                f"process {self.rank} of {self.world} on {host_name()} waited for another "
-                f"one, which has ended or did not answer for {self.seconds:g} s ({reason})",
+                f"process {self.rank} of {self.world} on {host_name()} waited for another one, "
+                f"which has ended or did not answer for {self.seconds:g} s ({_reason(error)})",
                 "look for the first error among all processes; a longer wait: "
                 "--set launch.ddp_timeout=SECONDS",
             ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the first sentence, without the line of the backend's own code."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]
 
 
 def host_name() -> str:
@@ -231,14 +237,23 @@ def alike() -> Iterator[None]:
 def join(*, cpu: bool, seconds: float) -> Processes:
     """Connect this process with the others that a launcher has started, if there are any.
 
-    Raises LostProcess where they do not come within `seconds`.
+    Raises LostProcess where they do not meet within `seconds`.
     """
     global _current
     if launched() > 1:
         from accelerate import PartialState
 
-        with Processes(seconds=seconds)._joint():
+        try:
             state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+        except RuntimeError as error:  # each backend has its own words for it
+            rank, place = os.environ.get("RANK"), os.environ.get("MASTER_ADDR")
+            raise LostProcess(
+                f"process {rank} of {launched()} on {host_name()} did not meet the others within "
+                f"{seconds:g} s at {place}, port {os.environ.get('MASTER_PORT')} "
+                f"({_reason(error)})",
+                "process 0 must run at MASTER_ADDR; another port: export MASTER_PORT=NUMBER; a "
+                "longer wait: --set launch.ddp_timeout=SECONDS",
+            ) from error
         _current = Processes(state.process_index, state.num_processes, seconds)
     return _current
 

@@ -1,10 +1,12 @@
 """What processes do together; alone every joint call does what its name says, without a wait."""
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
-from support.group import run_together
+from accelerate import PartialState
+from support.group import as_launched, run_together
 
 from moc_cli import processes
 from moc_cli.errors import MocError
@@ -88,6 +90,17 @@ def all_of_it(group: Processes, folder: Path) -> None:
 
 def test_two_processes_work_together(tmp_path):
     run_together(all_of_it, 2, tmp_path)
+
+
+def test_processes_that_do_not_meet_are_told_where(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in as_launched(0, 2, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(LostProcess, match=r"^process 0 of 2 on .* did not meet .*127\.0\.0\.1"):
+            processes.join(cpu=True, seconds=1)
+    PartialState._reset_state()
 
 
 def test_a_process_alone_waits_for_nobody():
