@@ -60,11 +60,14 @@ def _sdpa_by_row(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa for each packed row, (1, heads, T, d) -> (1, T, heads, d)."""
-    lengths = kwargs.pop(_LENGTHS, None)
-    if lengths is None:
+    """transformers' sdpa for each packed row, (1, heads, T, d) -> (1, T, heads, d).
+
+    Compiled, it attends by transformers' mask of all rows: one graph for rows of any lengths.
+    """
+    if torch.compiler.is_compiling() or _LENGTHS not in kwargs:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
+    lengths = kwargs.pop(_LENGTHS)
     outputs, first = [], 0
     parts = (states.split(lengths, dim=2) for states in (query, key, value))
     for q, k, v in zip(*parts, strict=True):

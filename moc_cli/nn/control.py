@@ -86,7 +86,7 @@ class ControlPool:
             weights = equals if shares is None else self._weighed(shares)
         groups = x.reshape(len(index), -1, x.shape[-1])  # (V, S, d)
         update, sums = low_rank(groups, index, weights, self._rows, self._sums)
-        if (self._open or torch.compiler.is_compiling()) and sums.requires_grad:
+        if (torch.compiler.is_compiling() or self._open) and sums.requires_grad:
             self._sums = sums
         return update.view(x.shape)
 

@@ -97,6 +97,10 @@ class Forward:
     prepared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
     voters: Voters | None = field(default=None, repr=False)
     reentrant: bool = False
+    _whole: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._whole = self.shape is not None  # by itself, so that no graph depends on the shape
 
     @property
     def shared(self) -> bool:
@@ -105,7 +109,7 @@ class Forward:
         Not with reentrant activation checkpointing: it runs a layer without gradients first, and
         then with gradients by itself.
         """
-        return self.shape is not None and not (self.reentrant and torch.is_grad_enabled())
+        return self._whole and not (self.reentrant and torch.is_grad_enabled())
 
     def voters_of(
         self, shape: Sequence[int], level: Level, device: torch.device, dtype: torch.dtype

@@ -164,15 +164,6 @@ def _train(recipe: Sections) -> Iterator[BrokenRule]:
         )
         yield BrokenRule(key, message, ("train.gradient_checkpointing",))
 
-    if train.torch_compile and train.activation_checkpointing != "none":
-        message = (
-            f"found {train.activation_checkpointing!r}; allowed with train.torch_compile: none, as "
-            "a compiled layer chooses by itself what it keeps"
-        )
-        yield BrokenRule("train.activation_checkpointing", message, ("train.torch_compile",))
-    if train.torch_compile and train.packing:
-        message = "found with train.torch_compile, which would compile every packed row anew"
-        yield BrokenRule("train.packing", message, ("train.torch_compile",))
     if train.torch_compile and recipe.method.name == "molex":
         message = "molex runs a second layer inside a layer; leave it out, or choose moc"
         yield BrokenRule("train.torch_compile", message, ("method.name",))

@@ -107,12 +107,13 @@ def _is_cheap(args: tuple[Any, ...]) -> bool:
     return bool(8 * inner <= columns)
 
 
+SELECTIVE = partial(
+    checkpoint,
+    use_reentrant=False,
+    context_fn=partial(create_selective_checkpoint_contexts, _keep),
+)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "selective": partial(
-        checkpoint,
-        use_reentrant=False,
-        context_fn=partial(create_selective_checkpoint_contexts, _keep),
-    ),
+    "selective": SELECTIVE,
     "full": partial(checkpoint, use_reentrant=False),
     "offload": _offloading,
 }

@@ -144,7 +144,7 @@ def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planne
     ("change", "number"),
     [
         ("train.gradient_checkpointing=true", 16),
-        ("train.torch_compile=true", 4),
+        ("train.torch_compile=true", 16),
         ("model.load_in_8bit=true", 8),
         ("model={model_name_or_path: DEEP, load_in_4bit: true, bnb_4bit_quant_type: fp4}", 8),
     ],
