@@ -63,7 +63,7 @@ class Phases:
         self._phase = "optimizer"
         base = loop.adapted.model.base_model
         self._handles = [
-            base.register_forward_pre_hook(self._entering("forward")),
+            base.register_forward_pre_hook(self._entering("forward"), prepend=True),
             base.register_forward_hook(self._after_forward),
             loop.optimizer.register_step_pre_hook(self._entering("optimizer")),
         ]
