@@ -11,7 +11,7 @@ from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.footprint import Footprint, footprint, quantized, unquantized
 from moc_cli.planning.links import LINKS
-from moc_cli.planning.shared import in_one_of, launch_of, traffic_of
+from moc_cli.planning.shared import in_one_of, launch_of, traffic_of, votes_of
 from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
@@ -98,6 +98,7 @@ class Planner:
             return plan
         micro_batches = recipe.train.gradient_accumulation_steps
         traffic = traffic_of(alone, shape, micro_batches, launch)
+        traffic += votes_of(recipe, shape, launch)
         return replace(
             plan,
             processes=launch.processes,

@@ -9,7 +9,10 @@ from moc_cli.models.fingerprint import in_a_layer
 from moc_cli.planning.footprint import Footprint
 from moc_cli.planning.links import FLOAT, Traffic, all_gather, all_reduce
 from moc_cli.processes import current
+from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
+from moc_cli.training import build
+from moc_cli.training.recompute import recompute_mode
 
 # Layers whose weights fsdp2 holds whole at a time: the one in use, the next one on its way, and
 # what the last one came in.
@@ -66,6 +69,23 @@ def traffic_of(
         gathered = all_gather(layer, launch.processes)
         traffic += gathered.times(layers * GATHERINGS * micro_batches)
     return traffic
+
+
+def votes_of(recipe: Recipe, model: PreTrainedModel, launch: Launch) -> Traffic:
+    """Return what each process sends in a step so that all vote together (method.routing.sync).
+
+    A site joins its controls' mean probabilities and picks, and the number of voters; their
+    gradients travel too, and what layers that are computed anew vote again.
+    """
+    method, votes = recipe.method, Traffic(0, 0)
+    if launch.processes == 1 or not (isinstance(method, MocMethod) and method.routing.sync):
+        return votes
+    mixture = build.place_in_shapes(recipe, model).mixture
+    pools = [] if mixture is None else [site.pool for site in mixture.sites]
+    for pool in pools:
+        votes += all_reduce(FLOAT * (2 * pools.count(pool) + 1), launch.processes)
+    passes = 2 if recompute_mode(recipe) == "none" else 3
+    return votes.times(passes * recipe.train.gradient_accumulation_steps)
 
 
 def _bytes_in_layers(alone: Footprint, model: PreTrainedModel) -> int:

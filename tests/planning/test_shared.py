@@ -14,9 +14,10 @@ from moc_cli.planning.batches import Rows
 from moc_cli.planning.footprint import Footprint
 from moc_cli.planning.links import LINKS, Link, all_gather, all_reduce
 from moc_cli.planning.plans import Planner
-from moc_cli.planning.shared import Launch, in_one_of, launch_of, traffic_of
+from moc_cli.planning.shared import Launch, in_one_of, launch_of, traffic_of, votes_of
 from moc_cli.processes import Processes
 from moc_cli.recipe.load import load_recipe
+from moc_cli.training import build
 
 LAYERS = 10
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -80,6 +81,16 @@ def test_what_each_process_sends(model: Any) -> None:
     assert shared.seconds(Link("a", 1e3, 0.5)) == pytest.approx(
         0.5 * shared.calls + shared.sent / 750
     )
+
+
+def test_a_joint_vote_sends_what_a_site_joins() -> None:
+    changes = ["launch.num_processes=4", "train.gradient_accumulation_steps=3"]
+    for sync, mode, passes in (("false", "none", 0), ("true", "none", 2), ("true", "full", 3)):
+        more = [f"method.routing.sync={sync}", f"train.activation_checkpointing={mode}"]
+        own = load_recipe("quickstart", [*changes, *more])
+        sent = votes_of(own, build.base_shape(own), launch_of(own))
+        assert sent.calls == 3 * passes * 8  # sites, each with the 8 controls of the shared pool
+        assert sent.sent == sent.calls * 4 * (2 * 8 + 1) * 3 // 2
 
 
 def test_a_plan_of_several_processes() -> None:
