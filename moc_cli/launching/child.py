@@ -18,7 +18,7 @@ from moc_cli.signals import stop_number
 PARENT = "MOC_PARENT"
 # A process that fails waits so many seconds for the launcher to end it, as it does when another
 # one has failed first: that one's error is then the reason, and is told already.
-PATIENCE = 3.0
+PATIENCE = 5.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
