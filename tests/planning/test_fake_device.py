@@ -56,7 +56,7 @@ def syncs_in(measured: Measured, part: str) -> int:
 def test_host_syncs_of_a_step(method: str) -> None:
     """One: the loop's own. Neither the vote nor the padding's mask waits for anything."""
     syncs = step(method, 2).fake.syncs
-    assert syncs.total() == syncs_in(step(method, 2), "training/loop.py") == 1, syncs
+    assert syncs.total() == syncs_in(step(method, 2), "training/gradients.py") == 1, syncs
 
 
 def test_kernels_of_a_layer_against_control() -> None:
