@@ -18,7 +18,7 @@ from safetensors.torch import save
 from moc_cli.data.examples import row_hashes
 from moc_cli.errors import FileError, MocError
 from moc_cli.methods import Counts
-from moc_cli.processes import Processes
+from moc_cli.processes import LostProcess, Processes
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
@@ -257,7 +257,7 @@ class Session:
         for name in job.splits.tests:
             try:
                 scores |= self.score(job, "after", "training is done and kept", [name])
-            except (Interrupted, FileError):
+            except (Interrupted, FileError, LostProcess):
                 raise
             except MocError as error:
                 unscored[name] = error
