@@ -123,7 +123,8 @@ def check_recipe(
             changes.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
     hint = "resume with the old values, or start another run: --output-dir OTHER"
     if old_world != world and then == now:
-        changes.append(f"processes: {old_world} -> {world}; {now} rows a step as before")
+        dropout = "; dropout draws other masks" if 1 in processes else ""
+        changes.append(f"processes: {old_world} -> {world}; {now} rows a step as before{dropout}")
     elif old_world != world:
         refused.append(f"rows a step ({then} in {old_world} processes then, {now} in {world} now)")
         size, steps = BATCH_KEYS

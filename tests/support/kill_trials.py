@@ -1,6 +1,6 @@
 """Kill `moc train` at random times, resume it, and compare with a run that was left alone.
 
-    python tests/support/kill_trials.py --trials 20 [--folder DIR] [--seed 0]
+    PYTHONPATH=tests:. python -m support.kill_trials --trials 20 [--folder DIR] [--seed 0]
 
 Each trial starts the same recipe in a new folder and sends SIGKILL at a moment drawn uniformly from
 the time that the untouched run spent between opening its folder and its end: steps, evaluations,
@@ -16,7 +16,6 @@ starts the program itself.
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,6 +28,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from support.processes import CLEAN
 
 import moc_cli
 from moc_cli.cli import run
@@ -47,10 +48,6 @@ eval: {{per_device_eval_batch_size: 16, eval_strategy: steps, eval_steps: 7, max
 output: {{output_dir: {folder}, save_strategy: steps, save_steps: 1, logging_steps: 2}}
 launch: {{device: cpu, num_threads: 1}}
 """
-PRELOADED = [
-    *("moc_cli.training.session", "torch._dynamo", "torch.distributed.tensor"),
-    "transformers.models.llama.modeling_llama",
-]
 PARTS = ("trainables", "optimizer", "rng")
 
 
@@ -76,10 +73,8 @@ def make_model(folder: Path, dropout: float = 0.1) -> Path:
 
 def start(recipe: Path, *options: str) -> BaseProcess:
     """Start `moc train` in a new process, its remarks in a file beside the recipe."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = context.Process(target=_train, args=(recipe, options))
+    process = CLEAN.Process(target=_train, args=(recipe, options))
     process.start()
     return process
 

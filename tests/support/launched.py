@@ -13,7 +13,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from support.kill_trials import PRELOADED
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
     SubprocessHandler,
 )
@@ -25,7 +24,10 @@ SECONDS = 120.0
 
 
 # What a training imports: a copy of this process finds it there.
-for name in (*PRELOADED, "accelerate.commands.launch"):
+for name in (
+    *("moc_cli.training.session", "torch._dynamo", "torch.distributed.tensor"),
+    *("transformers.models.llama.modeling_llama", "accelerate.commands.launch"),
+):
     import_module(name)
 
 

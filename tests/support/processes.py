@@ -17,7 +17,8 @@ from unittest import mock
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(
     ["torch", "transformers", "transformers.modeling_utils", "transformers.generation"]
-    + ["safetensors.torch"]
+    + ["transformers.models.llama.modeling_llama", "safetensors.torch", "accelerate"]
+    + ["torch._dynamo", "torch.distributed.tensor"]
 )
 
 
@@ -39,6 +40,7 @@ def run_program(program: str, *arguments: str, env: dict[str, str] | None = None
 def _run_program(
     program: str, arguments: list[str], env: dict[str, str], folder: str, streams: list[str]
 ) -> None:
+    assert "moc_cli" not in sys.modules, "the process is not clean"
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()

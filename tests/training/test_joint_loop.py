@@ -201,7 +201,10 @@ def test_other_processes_go_on_with_as_many_rows_a_step() -> None:
         return {"train": train, "seed": 1}
 
     assert check_recipe(recipe(4), recipe(1), (1, 4)) == [
-        "processes: 1 -> 4; 32 rows a step as before"
+        "processes: 1 -> 4; 32 rows a step as before; dropout draws other masks"
+    ]
+    assert check_recipe(recipe(2), recipe(1), (2, 4)) == [
+        "processes: 2 -> 4; 32 rows a step as before"
     ]
     assert check_recipe(recipe(4), recipe(4), (2, 2)) == []
     with pytest.raises(

@@ -1,6 +1,6 @@
 """A run that is killed or interrupted ends as the one that was left alone: the short form.
 
-`python tests/support/kill_trials.py` is the long one, at random moments.
+`PYTHONPATH=tests:. python -m support.kill_trials` is the long one, at random moments.
 """
 
 import signal
