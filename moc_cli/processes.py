@@ -241,8 +241,11 @@ def join(*, cpu: bool, seconds: float) -> Processes:
     """
     global _current
     if launched() > 1:
-        from accelerate import PartialState
+        from accelerate.state import AcceleratorState, PartialState
+        from torch import distributed
 
+        if not distributed.is_initialized():  # what accelerate found when this was alone
+            AcceleratorState._reset_state(reset_partial_state=True)
         try:
             state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
         except RuntimeError as error:  # each backend has its own words for it
@@ -262,11 +265,11 @@ def leave() -> None:
     """Be alone again, at the end of a command."""
     global _current
     if _current.world > 1:
-        from accelerate import PartialState
+        from accelerate.state import AcceleratorState
         from torch import distributed
 
         distributed.destroy_process_group()
-        PartialState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
     _current = Processes()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from support.group import as_launched, run_together
 
 from moc_cli import processes
@@ -90,6 +90,11 @@ def all_of_it(group: Processes, folder: Path) -> None:
 
 def test_two_processes_work_together(tmp_path):
     run_together(all_of_it, 2, tmp_path)
+
+
+def test_who_was_alone_before_joins_the_others(tmp_path):
+    Accelerator(cpu=True)
+    run_together(joint_calls, 2, tmp_path)
 
 
 def test_processes_that_do_not_meet_are_told_where(monkeypatch):

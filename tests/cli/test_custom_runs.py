@@ -255,6 +255,9 @@ class Recorded:
     def __init__(self, adapted) -> None:
         self.adapted, self.model, self.masks = adapted, adapted.model, []
 
+    def attempt(self):
+        return self.adapted.attempt()
+
     def voting(self, mask):
         self.masks.append(mask.clone())
         return self.adapted.voting(mask)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from moc_cli import processes
@@ -37,7 +36,6 @@ def as_launched(rank: int, world: int, port: int) -> dict[str, str]:
 
 def _one(rank: int, work: Callable[..., Any], world: int, port: int, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent had
     gc.freeze()  # a collection would look through all that the parent has made
     os.environ |= as_launched(rank, world, port)
     try:
