@@ -78,10 +78,6 @@ class Processes:
         """An error that all processes meet, to be raised: only the first one tells it."""
         return error if self.main else Elsewhere(error.message, error.hint)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in one of the processes; joint."""
-        return any(self.gather(flag))
-
     def on_main(self, work: Callable[[], T]) -> T:
         """Let the first process alone do the work; all get its result, or its error. Joint."""
         if self.world == 1:

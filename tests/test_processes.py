@@ -22,8 +22,6 @@ def joint_calls(group: Processes, folder: Path) -> None:
     group.sum(values)
     assert values.tolist() == [2.0, 1.0]
     assert group.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-    assert group.any(rank == 1)
-    assert not group.any(False)
     assert group.on_main(lambda: f"by {rank}") == "by 0"
     with group.main_first():
         if group.main:
@@ -118,6 +116,5 @@ def test_a_process_alone_waits_for_nobody():
     assert alone.share([1, 2]) == [1, 2]
     assert alone.gather("a") == ["a"]
     assert alone.on_main(lambda: 3) == 3
-    assert not alone.any(False)
     with pytest.raises(MocError, match="^no such file$"):
         fail(alone, 0)

@@ -217,19 +217,6 @@ class Adapted:
         return self._placed.voting(mask)
 
     @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """Within it recorders see nothing."""
-        mixture = getattr(self._placed, "mixture", None)
-        if mixture is None:
-            yield
-            return
-        watchers, mixture.watchers = mixture.watchers, []
-        try:
-            yield
-        finally:
-            mixture.watchers = watchers
-
-    @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it the method adds nothing; fresh modules stay as trained."""
         with self._placed.disabled():

@@ -43,11 +43,6 @@ class VotesOfProcesses:
         """How many processes vote."""
         return self._processes.world
 
-    @property
-    def main(self) -> bool:
-        """Whether this is the first of them."""
-        return self._processes.main
-
     def join(self, ballot: Ballot, picks: Tensor | None) -> tuple[Ballot, Tensor | None]:
         """The ballot (V = 1) of all, and the shares (N,) of their tokens' own picks; joint.
 

@@ -271,8 +271,7 @@ class Mixture(nn.Module):
             loss = balance_loss(voters.mean_of_all(mean), share, size - routing.exclude_local)
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
-        if joint is None or joint.main:  # one decision, shown once
-            self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
+        self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
         if self.reroute is not None:
             route = self.reroute(site, route)
         site.choice = route.ids

@@ -202,12 +202,10 @@ def poll(p: Tensor, voters: Voters, k: int, vote: str, mean: Tensor | None = Non
 
 
 class JointVotes(Protocol):
-    """What makes the votes of `world` processes one; `main` is true in the first one."""
+    """What makes the votes of `world` processes one."""
 
     @property
     def world(self) -> int: ...
-    @property
-    def main(self) -> bool: ...
     def join(self, ballot: Ballot, picks: Tensor | None) -> tuple[Ballot, Tensor | None]:
         """The ballot of all, and the shares (N,) of their tokens' own picks, given those of one."""
 

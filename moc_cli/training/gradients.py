@@ -141,7 +141,7 @@ class Gradients:
         """Take part in a joint forward with a micro-batch that counts for nothing."""
         shape = batch["input_ids"].shape
         nobody = torch.zeros(shape, dtype=torch.bool, device=self._accelerator.device)
-        with self._adapted.voting(nobody), self._adapted.unwatched():
+        with self._adapted.voting(nobody):
             self._accelerator.backward(self.loss(batch, targets) * 0.0)
 
     def _lost(self) -> MocError:

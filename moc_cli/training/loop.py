@@ -168,7 +168,7 @@ class Loop:
             batches,
             (self.counters.epoch, first),
             signal=self.interrupt.own,
-            after_forward=self.usage.count,
+            after_forward=self.count_choices,
             meanwhile=lambda: self.windows.ahead(self.plan[first + n : first + 2 * n]),
         )
         self.grad_norm = total.norm
@@ -189,6 +189,11 @@ class Loop:
         self.count(window, batches, value)
         self.counters.seconds += time.perf_counter() - started
         return self.report(value)
+
+    def count_choices(self) -> None:
+        """Count what the last forward chose: what processes choose together, in the first alone."""
+        if self.processes.main or not self.settings.routing_sync:
+            self.usage.count()
 
     def keep(self, random_state: dict[str, Tensor]) -> None:
         """Write a checkpoint of the state before a step that was not taken."""

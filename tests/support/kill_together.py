@@ -11,7 +11,6 @@ What one process goes on with has neither gate nor dropout: a choice may hang on
 sum, and one process draws its dropout in another order.
 """
 
-import argparse
 import random
 import signal
 import sys
@@ -28,6 +27,7 @@ from support.kill_trials import (
     fingerprint,
     finish,
     make_model,
+    read_options,
     start,
     wait_for,
     write_recipe,
@@ -109,14 +109,7 @@ def distance(run: Path, other: Path) -> float:
 
 def main() -> int:
     """Run the trials, print a line for each, and return 1 if any is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="keep the runs here")
-    options = parser.parse_args()
+    options = read_options(__doc__, trials=12)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -168,16 +168,21 @@ def kill_and_resume(
     )
 
 
-def main() -> int:
-    """Run the trials, print a line for each, and return 1 if any differs."""
+def read_options(description: str | None, trials: int) -> argparse.Namespace:
+    """The options of a script of trials."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=trials)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the trials, print a line for each, and return 1 if any differs."""
+    options = read_options(__doc__, trials=20)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ SETTINGS = Settings(
     learning_rate=0.02,
     max_steps=STEPS,
     gradient_accumulation_steps=4,
-    logging_steps=1,
+    logging_steps=2,
     save_strategy="steps",
     save_steps=1,
 )
@@ -113,11 +113,16 @@ def same_lines(folder: Path, other: Path, leave_out: frozenset[str] = frozenset(
         return value == wanted
 
     mine, theirs = lines(folder), lines(other)
-    assert len(mine) == STEPS
+    assert [line["step"] for line in mine] == [2, 4, STEPS]
     return all(
         a.keys() == b.keys() and all(close(key, a[key], b[key]) for key in a.keys() - leave_out)
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+def choices(folder: Path) -> Any:
+    """The choices since the last line, of a checkpoint between two lines."""
+    return read_checkpoint(folder / "checkpoints" / "step-000003").counters.choices
 
 
 def joint(group: Processes, folder: Path) -> None:
@@ -181,11 +186,13 @@ def test_several_processes_train_what_one_does(tmp_path: Path) -> None:
             alone, together = (tmp_path / f"{method} {n}" for n in (1, world))
             assert farthest(alone, together) < 5e-6, method
             assert same_lines(alone, together), method
+            assert choices(alone) == choices(together), method
         assert farthest(tmp_path / "moc 1", tmp_path / f"on {world}") < 5e-6
         # Those that vote together are one batch.
         train("sync", tmp_path / f"sync as {world}", 1, joined=world)
         alone, together = tmp_path / f"sync as {world}", tmp_path / f"sync {world}"
         assert farthest(alone, together) < 5e-6
+        assert choices(alone) == choices(together)
         assert same_lines(alone, together, leave_out=frozenset({"epoch"}))  # of other micro-batches
     # Dropout of several processes is that of each micro-batch.
     assert farthest(tmp_path / "lora, dropout 2", tmp_path / "lora, dropout 4") < 5e-6
