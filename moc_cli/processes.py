@@ -30,7 +30,13 @@ class Elsewhere(MocError):
 
 
 class LostProcess(MocError):
-    """Another process has ended, or has not answered in time."""
+    """Another process has ended, or has not answered in time.
+
+    `stopped_by` is the signal that asked this process to stop before it noticed, if one did: a
+    launcher that has seen the loss first ends the others so.
+    """
+
+    stopped_by: int | None = None
 
 
 @dataclass(frozen=True)

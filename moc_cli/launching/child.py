@@ -46,21 +46,32 @@ def run_as_one(
     alone has met. `explain` returns what the user reads of an error; None for a bug.
     """
     stop_with_parent()
-    error = None
     try:
-        code = call()
+        return _run(place, call, explain)
     except KeyboardInterrupt as stop:
         _end_by_signal(stop_number(stop))
         raise
+
+
+def _run(
+    place: Place, call: Callable[[], int], explain: Callable[[Exception], MocError | None]
+) -> int:
+    error = None
+    try:
+        code = call()
     except Exception as caught:
         if place.rank == 0:
             # Where another one was lost on this machine, the `moc` that has started both tells it.
-            if isinstance(caught, LostProcess) and started_by_moc() and _ended_meanwhile():
-                return 2
+            if isinstance(caught, LostProcess) and started_by_moc():
+                if caught.stopped_by is not None:
+                    _end_by_signal(caught.stopped_by)
+                time.sleep(PATIENCE)
             raise
         error, code = caught, 1 if explain(caught) is None else 2
-    if code and place.rank > 0 and not _ended_meanwhile() and error is not None:
-        _tell(place, error, explain(error))
+    if code and place.rank > 0:
+        time.sleep(PATIENCE)
+        if error is not None:
+            _tell(place, error, explain(error))
     return code
 
 
@@ -72,16 +83,6 @@ def _end_by_signal(number: int) -> None:
     if started_by_moc():
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-
-
-def _ended_meanwhile() -> bool:
-    """Wait for the launcher to end this process; return whether it does."""
-    try:
-        time.sleep(PATIENCE)
-    except KeyboardInterrupt as stop:
-        _end_by_signal(stop_number(stop))
-        return True
-    return False
 
 
 def _tell(place: Place, error: Exception, explained: MocError | None) -> None:

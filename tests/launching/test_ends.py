@@ -1,14 +1,19 @@
 """How several processes end: one exit code, and one sentence by the one that knows why."""
 
+import os
 import signal
 import socket
+from typing import NoReturn
 
 import pytest
 
 from moc_cli.cli import run
 from moc_cli.launching import child
+from moc_cli.launching.place import Place
 from moc_cli.launching.plan import Plan
 from moc_cli.launching.start import Ended, explain_ends
+from moc_cli.processes import LostProcess
+from moc_cli.signals import Stopped
 
 HOST = socket.gethostname()
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -95,3 +100,35 @@ def test_one_process_speaks(
     said = capfd.readouterr()
     assert (out in said.out) if out else not said.out
     assert (error in said.err) if error else not said.err
+
+
+class EndedBy(BaseException):
+    """Stands for the end of this process by a signal."""
+
+
+@pytest.mark.parametrize("noticed", ["before the signal", "after the signal"])
+def test_who_is_ended_because_another_was_lost_says_nothing(
+    noticed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ends it; the `moc` that has started both tells why."""
+
+    def end(process: int, number: int) -> NoReturn:
+        assert (process, number) == (os.getpid(), TERM)
+        raise EndedBy
+
+    def wait(seconds: float) -> NoReturn:
+        assert noticed == "before the signal"
+        raise Stopped(TERM)
+
+    def lost() -> NoReturn:
+        error = LostProcess("lost")
+        error.stopped_by = None if noticed == "before the signal" else TERM
+        raise error
+
+    monkeypatch.setenv(child.PARENT, str(os.getppid()))
+    monkeypatch.setattr(child, "stop_with_parent", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("os.kill", end)
+    monkeypatch.setattr("time.sleep", wait)
+    with pytest.raises(EndedBy):
+        child.run_as_one(Place("moc", 2, 0, 0), lost, lambda _: None)
