@@ -13,7 +13,6 @@ from moc_cli.data.prompts import template_hash
 from moc_cli.data.suites import check_task, load_examples, scored_names
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:
     """Read a benchmark; limits on validation and test rows count by task.
 
     A suite without a validation split holds `held_out` of its tasks' joint training rows out; GLUE
-    tasks are watched and scored on their validation split.
+    tasks are watched and scored on their validation split, unless `eval_split` is held_out.
     """
 
     def load(task: str, split: str) -> list[Example]:
@@ -166,7 +165,7 @@ def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:
 
     train = [row for task in data.tasks for row in load(task, "train")]
     validation: list[Example] = []
-    if all(TASKS[data.suite][task].has_validation for task in data.tasks):
+    if not data.holds_out:
         for task in data.tasks:
             validation += draw(load(task, "validation"), data.max_eval_samples)
     elif data.held_out:

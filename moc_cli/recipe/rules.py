@@ -210,8 +210,10 @@ def _eval(recipe: Sections) -> Iterator[BrokenRule]:
         )
         yield BrokenRule("eval.early_stopping_patience", message, (strategy,))
     tasks = [TASKS[data.suite][name] for name in data.tasks if name in TASKS[data.suite]]
-    without = [task for task in tasks if not any("validation" in split for split in task.splits)]
-    if scoring.eval_strategy != "no" and without and data.held_out == 0:
+    if data.suite == "custom" and data.eval_split == "held_out":
+        message = "is for benchmarks; a custom dataset names its rows: data.validation, data.splits"
+        yield BrokenRule("data.eval_split", message, ("data.suite",))
+    elif scoring.eval_strategy != "no" and tasks and data.holds_out and data.held_out == 0:
         message = (
             "evaluation during training needs held-out rows, found 0; give some or set "
             "eval.eval_strategy to no"

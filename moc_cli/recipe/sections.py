@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.recipe.methods import MethodSection
 from moc_cli.recipe.model import ModelSection
-from moc_cli.recipe.tasks import CUSTOM_TASK, Frame, prompt_frame
+from moc_cli.recipe.tasks import CUSTOM_TASK, TASKS, Frame, prompt_frame
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
@@ -168,6 +168,17 @@ class DataSection(Section):
         description="training rows, or a share of them, held out for validation where the data "
         "has no validation split (commonsense, custom)",
     )
+    eval_split: Literal["validation", "held_out"] = Field(
+        default="validation",
+        description="rows for evaluation during training; validation: the data's own, which are "
+        "the scored ones in GLUE; held_out: always training rows (held_out)",
+    )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a benchmark's training rows are held out for evaluation during training."""
+        tasks = [TASKS[self.suite][name] for name in self.tasks if name in TASKS[self.suite]]
+        return self.eval_split == "held_out" or not all(task.has_validation for task in tasks)
 
     @property
     def frame(self) -> Frame | None:

@@ -20,7 +20,6 @@ from moc_cli.models.head import Head
 from moc_cli.models.tokens import match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.results import ScoringOptions
 
 # Why rows are left out, after "3 with ".
@@ -169,12 +168,11 @@ def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
     if not splits.validation:
         return []
     if recipe.eval.eval_strategy == "no":
-        data, tasks = recipe.data, TASKS[recipe.data.suite]
-        if not tasks or all(tasks[name].has_validation for name in data.tasks):
+        if recipe.data.suite == "custom" or not recipe.data.holds_out:
             return []
         return [
-            f"training rows are held out (data.held_out: {data.held_out}), and nothing watches "
-            "them: eval.eval_strategy is no; --set data.held_out=0 trains on them too"
+            f"training rows are held out (data.held_out: {recipe.data.held_out}), and nothing "
+            "watches them: eval.eval_strategy is no; --set data.held_out=0 trains on them too"
         ]
     scored = {example for examples in splits.tests.values() for example in examples}
     text = f"{len(splits.validation):,} rows are watched and pick the best step"

@@ -31,6 +31,7 @@ TRAINING = {
     "data.train_on_inputs": True,
     # ours, as the protocol has no rows to watch
     "data.held_out": 120,
+    "data.eval_split": "validation",
     # Hugging Face's TrainingArguments
     "train.adam_beta1": 0.9,
     "train.adam_beta2": 0.999,

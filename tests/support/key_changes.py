@@ -225,6 +225,9 @@ OTHERS = {
     "data.max_train_samples": Change(5, lambda run: len(run.splits.train)),
     "data.max_eval_samples": Change(2, lambda run: len(run.splits.validation)),
     "data.held_out": Change(7, lambda run: len(run.splits.validation)),
+    "data.eval_split": Change(
+        "held_out", _rows("validation"), base="pairs", also={"data.held_out": 7}
+    ),
     "train.num_train_epochs": Change(2, lambda run: run.loop.outcome.counters.epoch),
     "train.max_steps": Change(4, lambda run: run.loop.outcome.counters.step),
     "train.per_device_train_batch_size": Change(5, lambda run: max(map(len, _order(run)))),
