@@ -139,6 +139,10 @@ class Adapted:
         """Whether this has the gate's learning rate: gates, and the learned weight of `molex`."""
         return name.startswith(("gates.", "weight_logits"))
 
+    def is_up_projection(self, name: str) -> bool:
+        """Whether this is the B of a control or of a low-rank update B A."""
+        return name.endswith((".B", ".lora_B.weight"))
+
     def state(self) -> dict[str, Tensor]:
         """A copy of every trained parameter on the CPU."""
         return {

@@ -268,8 +268,7 @@ def fresh_modules(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
 def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
-    data = recipe.data
-    method = recipe.method
+    data, method = recipe.data, recipe.method
     gate = method.gate if isinstance(method, MocMethod | MolexMethod) else None
     main, *_ = watched_metrics(data.suite, data.tasks[0], data.format)
     metric = scoring.metric_for_best_model or main
@@ -285,6 +284,7 @@ def make_settings(recipe: Recipe) -> Settings:
         group_by_length=train.group_by_length,
         optim=train.optim,
         learning_rate=train.learning_rate,
+        loraplus_lr_ratio=train.loraplus_lr_ratio,
         gate_learning_rate=gate.learning_rate if gate else None,
         weight_decay=train.weight_decay,
         betas=(train.adam_beta1, train.adam_beta2),

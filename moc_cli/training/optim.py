@@ -5,7 +5,7 @@ numbers; bitsandbytes keeps those of parameters with fewer than 4,096 numbers in
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,37 +30,46 @@ def make_optimizer(adapted: Adapted, settings: Settings) -> torch.optim.Optimize
     return build_optimizer(
         named,
         {name for name in named if adapted.no_decay(name)},
-        {name for name in named if adapted.in_gate(name)},
+        _own_rates(adapted, named, settings),
         kind=settings.optim,
         learning_rate=settings.learning_rate,
-        gate_learning_rate=settings.gate_learning_rate,
         weight_decay=settings.weight_decay,
         betas=settings.betas,
         epsilon=settings.epsilon,
     )
 
 
+def _own_rates(adapted: Adapted, names: Iterable[str], settings: Settings) -> dict[str, float]:
+    """Return the peak rates that are others than `train.learning_rate`, by parameter."""
+    up = settings.loraplus_lr_ratio  # LoRA+, arXiv 2402.12354
+    gate, rates = settings.gate_learning_rate, {}
+    for name in names:
+        if gate is not None and adapted.in_gate(name):
+            rates[name] = gate
+        elif up is not None and adapted.is_up_projection(name):
+            rates[name] = up * settings.learning_rate
+    return rates
+
+
 def build_optimizer(
     named: dict[str, Parameter],
     no_decay: set[str],
-    gate: Collection[str] = (),
+    own_rates: Mapping[str, float] | None = None,
     *,
     kind: str = "adamw",
     learning_rate: float,
-    gate_learning_rate: float | None = None,
     weight_decay: float,
     betas: tuple[float, float],
     epsilon: float,
 ) -> torch.optim.Optimizer:
     """Return AdamW of a kind of `train.optim`; names in `no_decay` take no weight decay.
 
-    Names in `gate` have `gate_learning_rate`, if there is one. A group's `initial_lr` is its peak
-    rate, as torch's schedulers call it.
+    Names in `own_rates` have that rate instead of `learning_rate`. A group's `initial_lr` is its
+    peak rate, as torch's schedulers call it.
     """
     members: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in named.items():
-        own_rate = gate_learning_rate if name in gate else None
-        rate = learning_rate if own_rate is None else own_rate
+        rate = (own_rates or {}).get(name, learning_rate)
         decay = 0.0 if name in no_decay else weight_decay
         members.setdefault((rate, decay), []).append(parameter)
     groups = [

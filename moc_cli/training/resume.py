@@ -41,6 +41,7 @@ CHANGEABLE = {
     "train.num_train_epochs": "the rate follows the new number of steps",
     "train.max_steps": "the rate follows the new number of steps",
     "train.learning_rate": "from this step on",
+    "train.loraplus_lr_ratio": "from this step on",
     "method.gate.learning_rate": "from this step on",
     "train.max_grad_norm": "from this step on",
     "train.activation_checkpointing": "",

@@ -23,6 +23,7 @@ LORA = {"method.rank": 32, "method.alpha": 64, "method.dropout": 0.05}
 TRAINING = {
     # Table 5 of the paper
     "train.learning_rate": 3e-4,
+    "train.loraplus_lr_ratio": None,
     "train.weight_decay": 0.01,
     "train.num_train_epochs": 3.0,
     "train.per_device_train_batch_size": 16,

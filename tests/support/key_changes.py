@@ -226,7 +226,7 @@ OTHERS = {
     "data.max_eval_samples": Change(2, lambda run: len(run.splits.validation)),
     "data.held_out": Change(7, lambda run: len(run.splits.validation)),
     "data.eval_split": Change(
-        "held_out", _rows("validation"), base="pairs", also={"data.held_out": 7}
+        "held_out", _rows("validation"), 7, "pairs", also={"data.held_out": 7}
     ),
     "train.num_train_epochs": Change(2, lambda run: run.loop.outcome.counters.epoch),
     "train.max_steps": Change(4, lambda run: run.loop.outcome.counters.step),
@@ -234,6 +234,9 @@ OTHERS = {
     "train.gradient_accumulation_steps": Change(2, lambda run: 1 / run.loop.scales[0]),
     "train.optim": Change("adamw_8bit", lambda run: run.loop.optimizer_name, "AdamW8bit"),
     "train.learning_rate": Change(0.002, lambda run: run.loop.losses[0]["lr"], also=STEPS),
+    "train.loraplus_lr_ratio": Change(
+        8.0, lambda run: run.loop.optimizer["lr"] / run.recipe.train.learning_rate
+    ),
     "train.weight_decay": Change(0.3, _of_optimizer("weight_decay")),
     "train.adam_beta1": Change(0.7, lambda run: run.loop.optimizer["betas"][0]),
     "train.adam_beta2": Change(0.8, lambda run: run.loop.optimizer["betas"][1]),
