@@ -20,22 +20,40 @@ from moc_cli.training.loop_types import total_steps
 class Work:
     """What a training does: its `largest` micro-batch, and how many of that size its micro-batches
     come to, by their slots for tokens; None where neither rows nor train.max_steps tell it.
+
+    The longest row that is trained on or scored has `scored_tokens` tokens.
     """
 
     largest: Batch
     kind: LossKind
     times: float | None
+    scored_tokens: int
 
 
 class Rows:
     """The rows of a recipe; without them every micro-batch is full, with rows of data.max_length
-    tokens.
+    tokens. `longest` are the tokens of the longest prompt that is scored.
     """
 
     def __init__(
-        self, encoded: Encoded | None, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        encoded: Encoded | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        longest: int = 0,
     ) -> None:
-        self._encoded, self._tokenizer = encoded, tokenizer
+        self._encoded, self._tokenizer, self.longest = encoded, tokenizer, longest
+
+    @classmethod
+    def of(
+        cls, rows: build.TrainingRows, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> "Rows":
+        """Those that a training has read. Of each task the text with most letters is measured."""
+        kind, tests = rows.kind, rows.splits.tests.values()
+        texts = [max(examples, key=lambda e: len(kind.prompt(e))) for examples in tests if examples]
+        prompts = kind.voters(texts, tokenizer, max_length) if texts else []
+        return cls(
+            rows.encoded, tokenizer, max((len(row["input_ids"]) for row in prompts), default=0)
+        )
 
     def work(self, recipe: Recipe, processes: int = 1) -> Work:
         """Return what the training of a recipe does on these rows, in each of its processes."""
@@ -43,8 +61,9 @@ class Rows:
         rows = settings.per_device_train_batch_size
         if self._encoded is None or self._tokenizer is None:
             micro_batches = settings.max_steps * settings.gradient_accumulation_steps
-            batch = full_batch(rows, recipe.data.max_length, kind.loss, recipe.train.packing)
-            return Work(batch, kind.loss, micro_batches if micro_batches > 0 else None)
+            longest = recipe.data.max_length
+            batch = full_batch(rows, longest, kind.loss, recipe.train.packing)
+            return Work(batch, kind.loss, micro_batches if micro_batches > 0 else None, longest)
         data = build.make_data(recipe, kind, self._encoded, self._tokenizer)
         lengths, epoch = self._encoded.lengths, data.batches.epoch(0)
         slots = [_slots([lengths[row] for row in rows], recipe.train.packing) for rows in epoch]
@@ -52,7 +71,8 @@ class Rows:
         steps = total_steps(replace(settings, processes=processes), data.batches)
         micro_batches = steps * settings.gradient_accumulation_steps
         mean = sum(slots) / len(slots) / slots[largest]
-        return Work(data.collate(epoch[largest]), kind.loss, micro_batches * mean)
+        scored = max(self.longest, *lengths)
+        return Work(data.collate(epoch[largest]), kind.loss, micro_batches * mean, scored)
 
 
 def read_rows(recipe: Recipe, model: PreTrainedModel) -> tuple[Rows, str | None]:
@@ -61,7 +81,7 @@ def read_rows(recipe: Recipe, model: PreTrainedModel) -> tuple[Rows, str | None]
         rows, tokenizer = encode_within_reach(recipe, None, model)
     except OutOfReach as away:
         return Rows(None), str(away)
-    return Rows(rows.encoded, tokenizer), None
+    return Rows.of(rows, tokenizer, recipe.data.max_length), None
 
 
 def _slots(lengths: list[int], packing: bool) -> int:

@@ -61,7 +61,8 @@ class Forecast:
             self._say(labelled("plan", "activation_checkpointing: auto is none on the CPU"))
             return _with_mode(recipe, "none"), None
         free = free_bytes(device)
-        planner = Planner(Card("free", free + CONTEXT), Rows(rows.encoded, tokenizer))
+        known = Rows.of(rows, tokenizer, recipe.data.max_length)
+        planner = Planner(Card("free", free + CONTEXT), known)
         chosen = fitting_mode(recipe, planner)
         plan = planner.plan(chosen, whole=True)
         mode = plan.activation_checkpointing

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from moc_cli.data.batches import LossKind
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
 from moc_cli.models.fingerprint import in_a_layer
 from moc_cli.models.packing import attend_by_row
 from moc_cli.models.quantization import linear_weights
+from moc_cli.planning.batches import Work
 from moc_cli.planning.cards import Card
+from moc_cli.planning.evaluation import scoring_of
 from moc_cli.planning.fake_device import META
-from moc_cli.planning.replay import Batch, Measured, replay
+from moc_cli.planning.replay import Measured, replay
 from moc_cli.planning.time import REACHED_BYTES, seconds_of
 from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.schema import Recipe
@@ -49,41 +50,40 @@ class Footprint:
         return max(steps, key=lambda parts: sum(parts.values()))
 
 
-def footprint(
-    recipe: Recipe, batch: Batch, kind: LossKind, card: Card | None, *, whole: bool
-) -> Footprint:
-    """Return what a step on a batch takes; not `whole`: from replays with few layers.
+def footprint(recipe: Recipe, work: Work, card: Card | None, *, whole: bool) -> Footprint:
+    """Return what a training's largest micro-batch and its evaluation take; not `whole`: from
+    replays with few layers.
 
     Raises MocError where the method cannot be placed in the model.
     """
     shape = build.base_shape(recipe)
     layers = shape.config.get_text_config().num_hidden_layers
     if not whole and layers > 2 * FEW[1]:
-        few = _of_few_layers(recipe, shape, batch, kind, card)
+        few = _of_few_layers(recipe, shape, work, card)
         if few is not None:
             return _drawn_out(*few, layers)
-    return _replayed(recipe, shape, batch, kind, card)
+    return _replayed(recipe, shape, work, card)
 
 
 def _of_few_layers(
-    recipe: Recipe, shape: PreTrainedModel, batch: Batch, kind: LossKind, card: Card | None
+    recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | None
 ) -> tuple[Footprint, Footprint] | None:
     """Return the footprints with FEW layers; None for a method that cannot be placed in so few."""
     try:
-        low, high = (_replayed(recipe, _shallow(shape, depth), batch, kind, card) for depth in FEW)
+        low, high = (_replayed(recipe, _shallow(shape, depth), work, card) for depth in FEW)
     except MocError:
         return None
     return low, high
 
 
-def _replayed(
-    recipe: Recipe, shape: PreTrainedModel, batch: Batch, kind: LossKind, card: Card | None
-) -> Footprint:
+def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | None) -> Footprint:
     if recipe.train.packing:
         attend_by_row(shape)
     adapted = build.place_in_shapes(recipe, shape)
     recompute_layers(shape, recompute_mode(recipe))
-    measured = replay(adapted, batch, kind, build.make_settings(recipe))
+    scoring = scoring_of(recipe, shape, work.kind, work.scored_tokens)
+    settings = build.make_settings(recipe)
+    measured = replay(adapted, work.largest, work.kind, settings, scoring=scoring)
     phases = _with_own_optimizer(measured, adapted, recipe.train.optim)
     seconds = None if card is None else seconds_of(measured.fake.work, card)
     trained = sum(p.numel() for p in adapted.named_trainables().values())
@@ -137,7 +137,7 @@ def quantized(
     weights = [p.numel() for name, p in shape.named_parameters() if name in names]
     few, maps = _bytes_of_a_number(quantization)
     size = shape.dtype.itemsize
-    passing = {"forward", "backward"}
+    passing = {"forward", "backward", "evaluation"}
     phases = {
         phase: parts
         | {

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from moc_cli.models.quantization import of_model
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card
@@ -15,7 +13,6 @@ from moc_cli.planning.shared import in_one_of, launch_of, traffic_of, votes_of
 from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
-from moc_cli.scoring.batch_size import RowCost, row_bytes
 from moc_cli.training import build
 from moc_cli.training.recompute import recompute_mode
 
@@ -25,6 +22,7 @@ MODES = ("none", "selective", "full", "offload")  # from the fastest to the smal
 CONTEXT = 600_000_000
 FRAGMENTS = 0.02
 KEPT = ("weights", "controls", "optimizer", "buffer")  # parts that are there between steps too
+BESIDE = ("evaluation", "checkpoint_saving", "resume")  # what comes instead of a step
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Planner:
             recipe,
             changes,
             few_bits,
-            _beside(taken, _evaluation_bytes(recipe, shape)),
+            _beside(taken),
             sum(taken.parts.values()),
             (taken.seconds, work.times),
             self.card,
@@ -110,24 +108,18 @@ class Planner:
     def _footprint(self, recipe: Recipe, whole: bool) -> Footprint:
         key = recipe.model_dump_json(), whole
         if key not in self._known:
-            work = self.rows.work(recipe)
-            self._known[key] = footprint(recipe, work.largest, work.kind, self.card, whole=whole)
+            self._known[key] = footprint(recipe, self.rows.work(recipe), self.card, whole=whole)
         return self._known[key]
 
 
-def _beside(taken: Footprint, evaluation: int) -> dict[str, int]:
+def _beside(taken: Footprint) -> dict[str, int]:
     """Return the bytes of every part: those of a step at its peak; of evaluation, saving and
     resuming, each beside what is kept.
     """
     parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | taken.parts
     kept = sum(parts[name] for name in KEPT)
-    saving = sum(taken.phases["checkpoint_saving"].values()) - kept
-    resume = sum(taken.phases["resume"].values()) - kept
-    return parts | {
-        "evaluation": evaluation,
-        "checkpoint_saving": max(0, saving),
-        "resume": max(0, resume),
-    }
+    beside = {name: max(0, sum(taken.phases[name].values()) - kept) for name in BESIDE}
+    return parts | beside
 
 
 def _plan(
@@ -142,7 +134,7 @@ def _plan(
     """Return the plan; `time`: seconds of a micro-batch, and how many there are."""
     seconds, times = time
     kept = sum(parts[name] for name in KEPT)
-    others = max(parts[name] for name in ("evaluation", "checkpoint_saving", "resume"))
+    others = max(parts[name] for name in BESIDE)
     needed = max(step, kept + others)
     parts["overhead"] = CONTEXT + round(FRAGMENTS * needed)
     peak = needed + parts["overhead"]
@@ -163,18 +155,6 @@ def _plan(
         seconds=None if seconds is None or times is None else seconds * times,
         fits=None if card is None else peak <= card.memory,
     )
-
-
-def _evaluation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
-    """Estimate what evaluation takes beside what is kept, as scoring does that chooses its batches.
-
-    With eval.per_device_eval_batch_size: auto it takes as many rows as have room: one counts.
-    """
-    text = model.config.get_text_config()
-    longest = min(recipe.data.max_length, getattr(text, "max_position_embeddings", 2**31))
-    rows = recipe.eval.per_device_eval_batch_size
-    row = row_bytes(model, RowCost(longest, copies=0, logits=0))
-    return row * (1 if rows == "auto" else rows)
 
 
 def settings_beside(own: Recipe) -> list[Recipe]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moc_cli.data.batches import LossKind
 from moc_cli.methods import Adapted
+from moc_cli.planning.evaluation import Scoring, score
 from moc_cli.planning.fake_device import META, FakeDevice
 from moc_cli.planning.live_memory import LiveMemory, Now
 from moc_cli.processes import Processes
@@ -117,13 +118,20 @@ class Measured:
 
 
 def replay(
-    adapted: Adapted, batch: Batch, kind: LossKind, settings: Settings, like: str = "cuda"
+    adapted: Adapted,
+    batch: Batch,
+    kind: LossKind,
+    settings: Settings,
+    like: str = "cuda",
+    *,
+    scoring: Scoring | None = None,
 ) -> Measured:
     """Take a step on a batch, with a model on the meta device as if on `like`.
 
     The loop is the one of `moc train`, after earlier steps: the optimizer's state is there, and
     where several micro-batches make a step, so are the gradients of the one before. The optimizer
-    is AdamW, whatever the settings say. No file is written and no random state is used up.
+    is AdamW, whatever the settings say. No file is written and no random state is used up. Then a
+    batch is scored, where `scoring` says how.
     """
     once = replace(settings, gradient_accumulation_steps=1, processes=1, optim="adamw")
     loop = make_loop(adapted, batch, kind, once, META)
@@ -146,7 +154,12 @@ def replay(
             phases.enter("resume")
             memory.look()
             optim.load_optimizer_tensors(loop.optimizer, loop.named, tensors)
-    phases.remove()
+            del tensors
+            phases.remove()
+            if scoring is not None:
+                phases.enter("evaluation")
+                memory.look()
+                score(adapted, scoring)
     return Measured(memory.peaks, fake)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.models import make_byte_tokenizer
 
+from moc_cli.data.splits import Splits
 from moc_cli.errors import MocError
 from moc_cli.planning import fit
 from moc_cli.planning.batches import Rows
@@ -16,7 +17,7 @@ from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-NO_ROWS: Any = SimpleNamespace(encoded=None)
+NO_ROWS: Any = SimpleNamespace(encoded=None, kind=None, splits=Splits([], [], {}))
 
 
 def recipe(mode: str) -> Recipe:

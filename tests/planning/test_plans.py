@@ -17,9 +17,9 @@ from moc_cli.cli import run
 from moc_cli.errors import MocError
 from moc_cli.models.quantization import parts
 from moc_cli.planning import session
-from moc_cli.planning.batches import Rows, full_batch, read_rows
+from moc_cli.planning.batches import Rows, Work, full_batch, read_rows
 from moc_cli.planning.cards import CARDS, Card, card_of, find_card
-from moc_cli.planning.fake_device import Work
+from moc_cli.planning.fake_device import Work as Kernel
 from moc_cli.planning.fit import fitting_mode
 from moc_cli.planning.footprint import Footprint, footprint
 from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_beside
@@ -66,8 +66,8 @@ def recipe(folder: Path) -> MakeRecipe:
 @pytest.mark.parametrize(("method", "mode"), [("moc", "none"), ("control", "selective")])
 def test_few_layers_tell_of_many(method: str, mode: str, recipe: MakeRecipe) -> None:
     own = recipe(f"method={method}", f"train.activation_checkpointing={mode}")
-    batch, card = full_batch(8, 64, "causal"), CARDS["A100-80GB"]
-    whole, few = (footprint(own, batch, "causal", card, whole=whole) for whole in (True, False))
+    work, card = Work(full_batch(8, 64, "causal"), "causal", None, 64), CARDS["A100-80GB"]
+    whole, few = (footprint(own, work, card, whole=whole) for whole in (True, False))
     assert sum(few.parts.values()) == pytest.approx(sum(whole.parts.values()), rel=0.02)
     assert few.parts["weights"] == pytest.approx(whole.parts["weights"], rel=0.001)
     assert few.seconds == pytest.approx(whole.seconds, rel=0.05)
@@ -82,6 +82,7 @@ def test_the_batches_are_those_of_the_rows(recipe: MakeRecipe) -> None:
     assert count == 5
     assert tokens < 400, "the longest row, not data.max_length"
     micro_batches = 3 * -(-36 // 5)
+    assert work.scored_tokens >= tokens
     assert work.times is not None
     assert 0.5 * micro_batches < work.times <= micro_batches
     shared = rows.work(own, 4).times
@@ -230,7 +231,11 @@ def test_cards_are_named_or_sized() -> None:
 
 def test_time_is_that_of_operations_or_of_bytes() -> None:
     card = Card("c", 1, half=1e12, single=1e11, bandwidth=1e10)
-    product, half, moving = Work(10**12, 8, False), Work(10**12, 8, True), Work(0, 10**10, True)
+    product, half, moving = (
+        Kernel(10**12, 8, False),
+        Kernel(10**12, 8, True),
+        Kernel(0, 10**10, True),
+    )
     assert seconds_of({product: 1}, card) == pytest.approx(10 * (seconds_of({half: 1}, card) or 0))
     assert (seconds_of({moving: 2}, card) or 0) > 2
     assert seconds_of({moving: 2}, find_card("24GB")) is None
