@@ -136,7 +136,10 @@ def held(mixture: Mixture, frozen: dict[int, Frozen]) -> Iterator[None]:
 def static_method(method: Any) -> ControlMethod:
     """The `control` method that the frozen run is."""
     return ControlMethod(
-        rank=method.rank * (method.top_k + 1), sites=method.sites, placement=method.placement
+        rank=method.rank * (method.top_k + 1),
+        input_norm=method.input_norm,
+        sites=method.sites,
+        placement=method.placement,
     )
 
 

@@ -103,9 +103,10 @@ def make_mixture(
 def _routing(method: MocMethod | ControlMethod) -> Routing:
     """The recipe's section as flat numbers; Control is K = 0."""
     if isinstance(method, ControlMethod):
-        return Routing(top_k=0)
+        return Routing(top_k=0, input_norm=method.input_norm)
     return Routing(
         top_k=method.top_k,
+        input_norm=method.input_norm,
         alpha=method.alpha,
         share_gate=method.share_gate,
         gate=method.gate.kind,

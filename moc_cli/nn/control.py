@@ -44,6 +44,21 @@ class Control(nn.Module):
         return F.linear(hidden, self.B.to(x.dtype))
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    """The state itself."""
+    return x
+
+
+def rms_normed(x: Tensor) -> Tensor:
+    """x (..., d) / sqrt(mean(x²) + ε), the mean over d, in float32 or wider; ε is its precision."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, wide.shape[-1:])
+
+
+# What a control reads of a block's input; the gate reads the input itself.
+INPUT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"none": as_it_is, "rms": rms_normed}
+
+
 class ControlPool:
     """All N controls of a mixture for one forward, in the type of its products.
 

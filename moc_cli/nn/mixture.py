@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moc_cli.nn.autograd import inject, recompute
 from moc_cli.nn.control import (
+    INPUT_NORMS,
     Control,
     ControlPool,
     StackedControls,
@@ -161,15 +162,16 @@ class Mixture(nn.Module):
     def _update(self, site: Site, x: Tensor, dtype: torch.dtype) -> Tensor:
         site.choice = None
         self.current.reentrant |= self.training and not torch.is_grad_enabled()
+        read = INPUT_NORMS[self.routing.input_norm](x).to(dtype)
         stack = self._stack(site, x, dtype)
         if stack is not None:
-            return stack.update(x.to(dtype))
+            return stack.update(read)
         if not self.routing.top_k:
-            return self._products(site, x.to(dtype), None)
+            return self._products(site, read, None)
         route, loss = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
         site.loss = loss.detach() if loss is not None and self.routing.balance_weight else None
-        update = self._products(site, x.to(dtype), route)
+        update = self._products(site, read, route)
         if loss is not None:
             weight = self.routing.balance_weight
             if self.routing.balance_reduce == "mean":

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from moc_cli.nn.control import INPUT_NORMS
 from moc_cli.nn.gate import GATES
 from moc_cli.nn.vote import VOTES, Estimator, Level
 
 _KINDS: dict[str, tuple[str, ...]] = {
+    "input_norm": tuple(INPUT_NORMS),
     "gate": tuple(GATES),
     "estimator": get_args(Estimator),
     "level": get_args(Level),
@@ -19,9 +21,13 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Routing:
-    """How routes are decided and what keeps them balanced; `top_k` = 0 means no gate at all."""
+    """How routes are decided and what keeps them balanced; `top_k` = 0 means no gate at all.
+
+    `input_norm` is what all controls read, with a gate or without.
+    """
 
     top_k: int = 1
+    input_norm: str = "none"
     alpha: float = 0.95
     share_gate: bool = True
     gate: str = "cosine"

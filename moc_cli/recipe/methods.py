@@ -25,6 +25,7 @@ from moc_cli.recipe.types import (
 )
 
 Paths = str | Annotated[list[str], Field(min_length=1)]
+InputNorm = Literal["none", "rms"]
 Sites = Literal["attn", "ffn", "attn+ffn"]
 
 
@@ -122,6 +123,10 @@ class MocMethod(Section):
     name: Literal["moc"] = Field(default="moc", description="name of the method")
     rank: Positive = Field(default=64, description="rank r of each control")
     scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
+    input_norm: InputNorm = Field(
+        default="none",
+        description="what a control reads, rms: the state divided by its root mean square",
+    )
     sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
     share_gate: bool = Field(
         default=True,
@@ -146,6 +151,10 @@ class ControlMethod(Section):
     name: Literal["control"] = Field(default="control", description="name of the method")
     rank: Positive = Field(default=64, description="rank r of each control")
     scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
+    input_norm: InputNorm = Field(
+        default="none",
+        description="what a control reads, rms: the state divided by its root mean square",
+    )
     sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
     placement: Placement | None = Field(
         default=None,

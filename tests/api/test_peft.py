@@ -32,7 +32,7 @@ from moc_cli.peft import MocConfig
 
 METHODS = {
     "moc": {"name": "moc", "rank": 4, "top_k": 2, "alpha": 0.6, "gate": {"projection_dim": 8}},
-    "control": {"name": "control", "rank": 3},
+    "control": {"name": "control", "rank": 3, "input_norm": "rms"},
 }
 ROWS, NEW = 6, 5
 BEAMS = {"max_new_tokens": NEW, "num_beams": 4, "do_sample": False, "pad_token_id": 0}

@@ -81,6 +81,7 @@ MORE = [
     {"alpha": 0.5, "scale": 1.7},
     {"alpha": 1.0},
     {"alpha": 0.0, "top_k": 2},
+    *({"input_norm": "rms", "level": level} for level in ("batch", "sample", "token")),
 ]
 
 
@@ -98,6 +99,7 @@ def test_update_gradients_and_balance_equal_the_reference(case):
         routing.estimator,
         routing.exclude_local,
         routing.balance_f,
+        routing.input_norm,
     )
     x, valid = make_input()
     for site in (mixture.sites[1], mixture.sites[-1]):

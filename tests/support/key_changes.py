@@ -367,6 +367,7 @@ def _control_changes(method: str) -> dict[str, Change]:
     changes = {
         "rank": Change(6, lambda run: run.state["controls.0.attn.A"].shape[0], also=also),
         "scale": Change(0.3, lambda run: run.mixture.scale, also=also),
+        "input_norm": Change("rms", _of_routing("input_norm"), also=also),
         "sites": Change("ffn", _sites, also=also),
         "placement": Change(SWAPPED, lambda run: run.logits.tolist(), OTHER, also=also),
         "placement.layers": Change("blocks", lambda run: run.refusal, OTHER, also=placed),

@@ -21,6 +21,14 @@ class Settings:
     estimator: str = "renormalized"
     exclude_local: bool = False
     f: str = "top_k"
+    input_norm: str = "none"
+
+
+def read_by_a_control(x: Tensor, s: Settings) -> Tensor:
+    """One token's state, as a control sees it: x (d,) -> (d,)."""
+    if s.input_norm == "none":
+        return x
+    return x / (sum(value * value for value in x) / len(x)).sqrt()
 
 
 def gate_logits(x: Tensor, gate: dict[str, Tensor], kind: str) -> Tensor:
@@ -113,11 +121,12 @@ def site_update(
         line = []
         for t in range(tokens):
             A, B = controls[local]
-            total = s.alpha * (B @ (A @ x[b, t]))
+            state = read_by_a_control(x[b, t], s)
+            total = s.alpha * (B @ (A @ state))
             picks, weights = decisions[b, t]
             for k, weight in zip(picks, weights, strict=True):
                 A, B = controls[k]
-                total = total + (1 - s.alpha) * weight * (B @ (A @ x[b, t]))
+                total = total + (1 - s.alpha) * weight * (B @ (A @ state))
             line.append(s.scale * total)
         out.append(torch.stack(line))
     update = torch.stack(out)
