@@ -81,7 +81,8 @@ def method_name(run: Run) -> str:
     method = run.recipe.method.model_dump()
     parts = [method["name"], f"r{method['rank']}"]
     if method["name"] == "moc":
-        parts += [f"K{method['top_k']}", f"α{method['alpha']:g}"]
+        alpha = method["alpha"]
+        parts += [f"K{method['top_k']}", f"α{alpha if alpha == 'learned' else f'{alpha:g}'}"]
     if method.get("sites", "attn+ffn") != "attn+ffn":
         parts.append(method["sites"])
     return " ".join(parts)

@@ -52,6 +52,7 @@ def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
     yield "numbers of steps", _result("steps"), "the runs have not learned for the same time"
     for key in SETTINGS:
         yield f"train.{key}", _setting(key), ""
+    yield "train.loraplus_lr_ratio", lambda run: run.recipe.train.loraplus_lr_ratio or 1.0, ""
     yield "seeds", lambda run: run.recipe.seed, "order and initialisation differ"
     yield "protocols", _scored_under(label, "protocol"), "the scores are not comparable"
     not_same_rows = "the scores are not of the same rows"

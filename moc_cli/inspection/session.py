@@ -28,7 +28,7 @@ from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training.accelerator import join_launched
 
 FORMAT = 1
-KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|modules\.")
+KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|alpha\.|modules\.")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Inspection:
             "level": level,
             **statistics.matrices(records.total),
             "tasks": {name: statistics.matrices(record) for name, record in records.tasks.items()},
-            "per_site": statistics.per_site(records.total, level),
+            "per_site": statistics.per_site(records.total, level, mixture.alpha),
             "per_control": statistics.per_control(records.total, mixture, method.scale),
             "summary": statistics.summary(records.total, mixture),
             "history": self.history,

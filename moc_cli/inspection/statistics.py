@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moc_cli.methods.route_counts import Record
-from moc_cli.nn.control import Control
+from moc_cli.nn.control import Control, LearnedAlpha
 from moc_cli.nn.mixture import Mixture
 
 Matrix = list[list[float]]
@@ -54,9 +54,12 @@ def sites(mixture: Mixture) -> list[dict[str, Any]]:
     ]
 
 
-def per_site(record: Record, level: str) -> list[dict[str, Any]]:
-    """Return each site's numbers; `one_token` is null where every token decides for itself."""
+def per_site(record: Record, level: str, alpha: LearnedAlpha | None = None) -> list[dict[str, Any]]:
+    """Return each site's numbers; `one_token` is null where every token decides for itself, and
+    `alpha` is there where it is learned.
+    """
     layout, sums, rows = record.layout, record.sums, []
+    weights = [] if alpha is None else alpha.logits.detach().sigmoid().tolist()
     for site, name in enumerate(layout.names):
         members, counts = layout.members(site), record.counts(site)
         decisions, seen = max(record.decisions(site), 1), max(sums.rows[site].item(), 1)
@@ -75,6 +78,7 @@ def per_site(record: Record, level: str) -> list[dict[str, Any]]:
                 "relative_size": sums.relative_size[site].item() / seen,
                 "top": layout.names[members[int(counts.argmax())]],
             }
+            | ({"alpha": weights[site]} if weights else {})
         )
     return rows
 

@@ -46,7 +46,7 @@ def _pools(routing: Mapping[str, Any]) -> list[str]:
 
 
 def _untrained(method: MocMethod) -> GateWarning | None:
-    by_task = method.alpha < 1 and not (
+    by_task = method.alpha != 1 and not (
         method.top_k == 1 and method.gate.estimator == "renormalized"
     )
     if method.balance.weight or by_task:

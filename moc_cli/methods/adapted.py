@@ -136,8 +136,8 @@ class Adapted:
         return name.startswith("gates.") or name in self._vectors
 
     def in_gate(self, name: str) -> bool:
-        """Whether this has the gate's learning rate: gates, and the learned weight of `molex`."""
-        return name.startswith(("gates.", "weight_logits"))
+        """Whether this has the gate's learning rate: gates, and learned weights of paths."""
+        return name.startswith(("gates.", "alpha.", "weight_logits"))
 
     def is_up_projection(self, name: str) -> bool:
         """Whether this is the B of a control or of a low-rank update B A."""

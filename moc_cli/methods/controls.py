@@ -107,7 +107,8 @@ def _routing(method: MocMethod | ControlMethod) -> Routing:
     return Routing(
         top_k=method.top_k,
         input_norm=method.input_norm,
-        alpha=method.alpha,
+        alpha=method.alpha_start if method.alpha == "learned" else method.alpha,
+        learn_alpha=method.alpha == "learned",
         share_gate=method.share_gate,
         gate=method.gate.kind,
         projection_dim=method.gate.projection_dim,

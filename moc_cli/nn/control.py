@@ -44,6 +44,28 @@ class Control(nn.Module):
         return F.linear(hidden, self.B.to(x.dtype))
 
 
+class LearnedAlpha(nn.Module):
+    """α of each site as sigmoid(a): always between 0 and 1, and `start` at first.
+
+    Learned: the logits a (sites,), in float32.
+    """
+
+    def __init__(self, sites: int, start: float, device: str = "cpu") -> None:
+        super().__init__()
+        self.start = start
+        self.logits = nn.Parameter(torch.empty(sites, dtype=torch.float32, device=device))
+        if device != "meta":
+            self.reset()
+
+    def reset(self) -> None:
+        """Set the start values."""
+        nn.init.constant_(self.logits, math.log(self.start / (1 - self.start)))
+
+    def forward(self, place: Tensor) -> Tensor:
+        """The number of a site, as a tensor -> its α, in the same shape."""
+        return self.logits[place].sigmoid()
+
+
 def as_it_is(x: Tensor) -> Tensor:
     """The state itself."""
     return x
@@ -80,33 +102,41 @@ class ControlPool:
         self._sources = [matrix for control in controls for matrix in (control.A, control.B)]
         self._versions = [matrix._version for matrix in self._sources]
         self._alone = None if scale == 1 else self._sums.new_full((1, 1), scale)
-        self._of_equals = self._weighed(self._sums.new_ones(1, routed))
+        self._of_equals = weigh(self._sums.new_ones(1, routed), alpha, scale)
 
     def outdated(self) -> bool:
         """Whether a control was changed since: a site called outside any forward would see that."""
         return self._versions != [matrix._version for matrix in self._sources]
 
     def update(
-        self, x: Tensor, local: Tensor, ids: Tensor | None = None, shares: Tensor | None = None
+        self,
+        x: Tensor,
+        local: Tensor,
+        ids: Tensor | None = None,
+        shares: Tensor | None = None,
+        alpha: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, d) -> the added part of eq. 9, the same shape and type.
 
         `local` (1, 1) and `ids` (V, K) name the local and the routed controls among all, `shares`
-        (V, K) are π, None for 1; V is 1 or B. Without `ids` the local control acts alone.
+        (V, K) are π, None for 1; V is 1 or B. Without `ids` the local control acts alone. `alpha`
+        (1, 1) is that of the site, None where all have the same.
         """
         index, weights = local, self._alone
         if ids is not None:
             index = torch.cat([index.expand(len(ids), 1), ids], dim=1)
-            equals = self._of_equals.expand(len(ids), -1)
-            weights = equals if shares is None else self._weighed(shares)
+            if alpha is not None:
+                ones = self._of_equals.new_ones(()).expand(ids.shape)
+                weights = weigh(ones if shares is None else shares, alpha, self._scale)
+            elif shares is not None:
+                weights = weigh(shares, self._alpha, self._scale)
+            else:
+                weights = self._of_equals.expand(len(ids), -1)
         groups = x.reshape(len(index), -1, x.shape[-1])  # (V, S, d)
         update, sums = low_rank(groups, index, weights, self._rows, self._sums)
         if (torch.compiler.is_compiling() or self._open) and sums.requires_grad:
             self._sums = sums
         return update.view(x.shape)
-
-    def _weighed(self, shares: Tensor) -> Tensor:
-        return weigh(shares, self._alpha, self._scale)
 
     def close(self) -> None:
         """End the forward: a recomputation may follow, and its graph must not be kept here.
@@ -180,7 +210,7 @@ def combine(
     local: Control,
     member: Callable[[int], Control],
     route: Route | None,
-    alpha: float,
+    alpha: float | Tensor,
     scale: float,
 ) -> WeightedControls:
     """scale · (α·g_t + (1−α)·Σ_k π_k·g_k), the added part of eq. 9; without a route scale · g_t.
@@ -198,6 +228,9 @@ def combine(
     return WeightedControls([local, *map(member, used)], weigh(shares, alpha, scale))
 
 
-def weigh(shares: Tensor, alpha: float, scale: float) -> Tensor:
-    """scale · (α, (1−α)·π) (V, 1 + K): the weights of eq. 9, of shares π (V, K)."""
+def weigh(shares: Tensor, alpha: float | Tensor, scale: float) -> Tensor:
+    """scale · (α, (1−α)·π) (V, 1 + K): the weights of eq. 9; shares π (V, K), α or (1, 1)."""
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(shares.device)
+        return scale * torch.cat([alpha.expand(len(shares), 1), (1 - alpha) * shares], dim=1)
     return F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)

@@ -12,6 +12,7 @@ from moc_cli.nn.control import (
     INPUT_NORMS,
     Control,
     ControlPool,
+    LearnedAlpha,
     StackedControls,
     WeightedControls,
     combine,
@@ -44,8 +45,9 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 class Mixture(nn.Module):
     """x_{t+1} = x_t + f_t(x_t) + α·g_t(x_t) + (1−α)·Σ_{k∈S_K} π_k·g_k(x_t)  (eq. 9).
 
-    Learned: one control a site and one gate a pool. Its state dict is the adapter file's:
-    `controls.<layer>.<attn|ffn>.{A,B}`, `gates.<shared|attn|ffn>.*`. With `top_k` = 0 it is
+    Learned: one control a site and one gate a pool, and α if asked for. Its state dict is the
+    adapter file's: `controls.<layer>.<attn|ffn>.{A,B}`, `gates.<shared|attn|ffn>.*`,
+    `alpha.logits`. With `top_k` = 0 it is
     Parallel Control: weight 1 instead of α, no gate, no balance loss.
     """
 
@@ -84,6 +86,9 @@ class Mixture(nn.Module):
                 self.sites.append(Site(len(self.sites), layer, block, name, len(pool)))
                 pool.append(self.sites[-1].index)
         self.gates = nn.ModuleDict()
+        self.alpha: LearnedAlpha | None = None
+        if routing.top_k and routing.learn_alpha:
+            self.alpha = LearnedAlpha(len(self.sites), routing.alpha, device)
         if routing.top_k:
             make_gate = GATES[routing.gate]
             for name, pool in self.pools.items():
@@ -190,9 +195,10 @@ class Mixture(nn.Module):
         if route is None:
             return pool.update(x, place)
         ids = route.ids if len(self.pools) == 1 else members[route.ids]
+        alpha = None if self.alpha is None else self.alpha(place)
         if self.routing.constant_weights and self.reroute is None:
-            return pool.update(x, place, ids)
-        return pool.update(x, place, ids, route.weights)
+            return pool.update(x, place, ids, None, alpha)
+        return pool.update(x, place, ids, route.weights, alpha)
 
     def _pool(self, dtype: torch.dtype) -> ControlPool:
         """The stacked controls of this forward."""
@@ -210,7 +216,11 @@ class Mixture(nn.Module):
     def combine(self, site: Site, route: Route | None) -> WeightedControls:
         """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
         pool, own = self.pools[site.pool], self.control(site.index)
-        return combine(own, lambda k: self.control(pool[k]), route, self.routing.alpha, self.scale)
+        alpha: float | Tensor = self.routing.alpha
+        if self.alpha is not None:
+            self._place_sites(own.A.device)
+            alpha = self.alpha(cast(Tensor, site.place))
+        return combine(own, lambda k: self.control(pool[k]), route, alpha, self.scale)
 
     def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.

@@ -29,6 +29,7 @@ class Routing:
     top_k: int = 1
     input_norm: str = "none"
     alpha: float = 0.95
+    learn_alpha: bool = False  # each site has its own, which is `alpha` at first
     share_gate: bool = True
     gate: str = "cosine"
     projection_dim: int = 256

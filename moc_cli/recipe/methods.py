@@ -26,6 +26,7 @@ from moc_cli.recipe.types import (
 
 Paths = str | Annotated[list[str], Field(min_length=1)]
 InputNorm = Literal["none", "rms"]
+Alpha = Share | Literal["learned"]
 Sites = Literal["attn", "ffn", "attn+ffn"]
 
 
@@ -65,7 +66,8 @@ class _Gate(Section):
     projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
     learning_rate: AboveZero | None = Field(
         default=None,
-        description="peak learning rate of the gate, and of a learned weight, in moc train; "
+        description="peak learning rate of the gate, and of a learned weight or alpha, in moc "
+        "train; "
         "null: train.learning_rate",
     )
 
@@ -132,9 +134,12 @@ class MocMethod(Section):
         default=True,
         description="true: one gate and one pool for both sites; false: one for each site",
     )
-    alpha: Share = Field(
-        default=0.95, description="weight of the local control; the routed controls get 1 - alpha"
+    alpha: Alpha = Field(
+        default=0.95,
+        description="weight of the local control, or learned, one for each site; the routed "
+        "controls get 1 - alpha",
     )
+    alpha_start: OpenShare = Field(default=0.95, description="first value of a learned alpha")
     top_k: Count = Field(default=1, description="number K of routed controls; 0: method control")
     gate: Gate = section("how controls are scored")
     routing: Routing = section("which tokens decide about the routed controls, and how")

@@ -159,7 +159,8 @@ def site_rows(routing: Routing) -> Rows:
     """Return the numbers of every site, in their order."""
     names = [site["name"] for site in routing["sites"]]
     head = ["site", "top", "share %", "local %", "effective", "entropy", "lead"]
-    return [*head, "one token %", "size %"], [
+    learned = ["alpha"] if "alpha" in routing["per_site"][0] else []
+    return [*head, "one token %", "size %", *learned], [
         [
             row["name"],
             row["top"],
@@ -170,6 +171,7 @@ def site_rows(routing: Routing) -> Rows:
             decimal(row["margin"], 4),
             hundredths(row["one_token"]),
             hundredths(row["relative_size"]),
+            *(decimal(row[key], 4) for key in learned),
         ]
         for row, shares in zip(routing["per_site"], routing["share"], strict=True)
     ]

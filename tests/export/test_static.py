@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ffn": {"sites": "ffn"},
     "running": {"routing": {"decode": "running"}},
     "token": {"routing": {"level": "token"}},
-    "rms": {"input_norm": "rms"},
+    "options": {"input_norm": "rms", "alpha": "learned"},
 }
 
 

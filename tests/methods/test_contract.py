@@ -19,7 +19,9 @@ _LOW_RANK = {"rank": RANK, "alpha": 8, "dropout": 0.0}
 METHODS = {
     "moc": MocMethod(rank=RANK, gate={"projection_dim": GATE}),
     "moc-linear": MocMethod(rank=RANK, top_k=2, share_gate=False, gate={"kind": "linear"}),
-    "moc-options": MocMethod(rank=RANK, gate={"projection_dim": GATE}, input_norm="rms"),
+    "moc-options": MocMethod(
+        rank=RANK, gate={"projection_dim": GATE}, input_norm="rms", alpha="learned"
+    ),
     "control": ControlMethod(rank=RANK),
     "lora": LoraMethod(**_LOW_RANK),
     "dora": DoraMethod(**_LOW_RANK),
@@ -115,7 +117,12 @@ def test_the_number_of_parameters_is_its_formula(method, family):
     controls = 2 * layers * 2 * RANK * WIDTH
     if method in ("moc", "moc-linear", "moc-options", "control"):
         cosine, linear = GATE * WIDTH + 2 * layers * GATE + 1, 2 * layers * WIDTH
-        gates = {"moc": cosine, "moc-options": cosine, "moc-linear": linear, "control": 0}
+        gates = {
+            "moc": cosine,
+            "moc-options": cosine + 2 * layers,
+            "moc-linear": linear,
+            "control": 0,
+        }
         expected = controls + gates[method]
     else:
         targets = [n.removeprefix("base_model.model.") for n in adapted.named_trainables()]

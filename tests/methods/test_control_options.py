@@ -8,11 +8,12 @@ from moc_cli.methods import Adapted, attach
 from moc_cli.nn.control import INPUT_NORMS
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
-OPTIONS = {"rms": {"input_norm": "rms"}}
+OPTIONS = {"rms": {"input_norm": "rms"}, "learned alpha": {"alpha": "learned"}}
 
 
 def make(family: str, dtype: torch.dtype = torch.float64, **options) -> Adapted:
-    method = MocMethod(rank=4, alpha=0.6, gate={"projection_dim": 8}, **options)
+    fields = {"rank": 4, "alpha": 0.6, "gate": {"projection_dim": 8}} | options
+    method = MocMethod.model_validate(fields)
     adapted = attach(make_tiny(family, dtype=dtype), method, new_modules=(), seed=1)
     train_controls(adapted.named_trainables())
     adapted.model.eval().generation_config.eos_token_id = None
@@ -54,3 +55,28 @@ def test_a_control_of_normed_states_does_not_grow_with_them() -> None:
     size = x.square().mean(-1, keepdim=True).sqrt()
     assert torch.allclose(ours, x @ control.A.T @ control.B.T / size, atol=1e-12)
     assert torch.allclose(ours, large, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_learned_alpha_begins_as_the_fixed_one(top_k: int) -> None:
+    method = {"rank": 4, "top_k": top_k, "gate": {"projection_dim": 8}}
+    answers = []
+    for alpha in ({"alpha": 0.7}, {"alpha": "learned", "alpha_start": 0.7}):
+        section = MocMethod.model_validate(method | alpha)
+        adapted = attach(make_tiny("llama"), section, new_modules=(), seed=1)
+        controls = {n: p for n, p in adapted.named_trainables().items() if n.endswith(".B")}
+        train_controls(controls)
+        with torch.no_grad():
+            answers.append(adapted.model(**make_batch(4, "left")).logits)
+    assert torch.allclose(*answers, atol=1e-5)
+    named = adapted.named_trainables()
+    own = named["alpha.logits"]
+    assert own.shape == (4,)
+    assert adapted.no_decay("alpha.logits")
+    assert adapted.in_gate("alpha.logits")
+
+
+def test_without_routes_no_alpha_is_learned() -> None:
+    section = MocMethod(rank=4, top_k=0, alpha="learned")
+    named = attach(make_tiny("llama"), section, new_modules=(), seed=1).named_trainables()
+    assert {name.split(".")[0] for name in named} == {"controls"}

@@ -20,7 +20,10 @@ SETS = {
     "law": ("moc", {"rank": 4, "top_k": 1, "alpha": 0.6, "gate": GATE}),
     "code": ("moc", {"rank": 3, "top_k": 2, "alpha": 0.5, "share_gate": False, "gate": GATE}),
     "math": ("control", {"rank": 2}),
-    "news": ("moc", {"rank": 4, "sites": "ffn", "gate": {"kind": "linear"}, "scale": 2.0}),
+    "news": (
+        "moc",
+        {"rank": 4, "sites": "ffn", "gate": {"kind": "linear"}, "scale": 2.0, "alpha": "learned"},
+    ),
 }
 NAMES = [name for name in [*SETS, None] for _ in range(4)][:ROWS]
 

@@ -421,8 +421,19 @@ def _moc_changes() -> dict[str, Change]:
         f"balance.{key}": Change(value, _of_routing(f"balance_{key}"), also=also)
         for key, value in balance.items()
     }
-    gates = Change(False, lambda run: list(run.mixture.gates), ["attn", "ffn"], also=also)
-    return changes | {"share_gate": gates} | _gate_changes("moc")
+    learned = {"method": {"name": "moc", "alpha": "learned"}}
+    return (
+        changes
+        | {
+            "share_gate": Change(
+                False, lambda run: list(run.mixture.gates), ["attn", "ffn"], also=also
+            ),
+            "alpha_start": Change(
+                0.6, lambda run: run.mixture.alpha(torch.tensor(0)).item(), also=learned
+            ),
+        }
+        | _gate_changes("moc")
+    )
 
 
 def _gate_changes(method: str) -> dict[str, Change]:
