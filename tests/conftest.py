@@ -1,6 +1,8 @@
 """What tests share: tiny random models and tokenizers, real data and real weights.
 
 Real things that are absent skip a test, with the reason; where CI is set they fail it instead.
+The process that only hands tests to others reads this file too: heavy libraries are imported where
+they are used.
 """
 
 import gc
@@ -13,17 +15,13 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
 from support.machine import ROOT, absent
-from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
-from support.processes import in_a_clean_process, in_this_process
-from support.tiny_runs import choices_run, pairs_run
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from moc_cli.recipe.catalog import find_recipe
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # A shell that starts tests in the background lets them ignore Ctrl-C, and all their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,9 +53,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
+def pytest_collection() -> None:
+    """What tests import stays: to look through it for garbage takes a fifth of the collection."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for among what tests make."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, on one thread."""
+    import numpy as np
+    import torch
+
     torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
@@ -65,26 +77,34 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def tiny_model() -> Callable[..., PreTrainedModel]:
+def tiny_model() -> Callable[..., "PreTrainedModel"]:
     """`tiny_model(family, seed=0, num_labels=None, **config)`, see `make_tiny_model`."""
+    from support.models import make_tiny_model
+
     return make_tiny_model
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """See `make_byte_tokenizer`."""
+    from support.models import make_byte_tokenizer
+
     return make_byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def pair_tokenizer() -> PreTrainedTokenizerFast:
+def pair_tokenizer() -> "PreTrainedTokenizerFast":
     """See `make_pair_tokenizer`."""
+    from support.models import make_pair_tokenizer
+
     return make_pair_tokenizer()
 
 
 @pytest.fixture
 def same_process() -> Iterator[None]:
     """See `in_this_process`."""
+    from support.processes import in_this_process
+
     with in_this_process():
         yield
 
@@ -92,6 +112,8 @@ def same_process() -> Iterator[None]:
 @pytest.fixture
 def clean_process() -> Iterator[None]:
     """See `in_a_clean_process`."""
+    from support.processes import in_a_clean_process
+
     with in_a_clean_process():
         yield
 
@@ -114,12 +136,16 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def choices(tmp_path: Path) -> list[str]:
     """See `choices_run`; all lies below `tmp_path`."""
+    from support.tiny_runs import choices_run
+
     return choices_run(tmp_path)
 
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> list[str]:
     """See `pairs_run`; all lies below `tmp_path`."""
+    from support.tiny_runs import pairs_run
+
     return pairs_run(tmp_path)
 
 
@@ -148,6 +174,8 @@ def real_weights() -> Callable[[str], Path]:
 @pytest.fixture
 def recipes_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The recipe files that are read and validated from here on."""
+    from moc_cli.recipe.catalog import find_recipe
+
     read: list[Path] = []
 
     def find(name: str | Path) -> Path:

@@ -9,7 +9,7 @@ import zlib
 from functools import partial
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from moc_cli.scoring.metrics import OF_TABLES, correlations
 
@@ -57,7 +57,7 @@ def differences(
     statistic = partial(difference, metric)
     if n == 1:  # every resample is the one item; scipy asks for two
         return np.repeat(statistic(labels[None], first[None], second[None]), resamples)
-    result = stats.bootstrap(
+    result = scipy.stats.bootstrap(
         (labels, first, second),
         statistic,
         n_resamples=resamples,

@@ -2,8 +2,9 @@
 
 import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from textwrap import fill
 
@@ -13,14 +14,13 @@ _OWN = f"{PACKAGE.name}."
 
 @dataclass
 class _Module:
-    """A module's source: its definitions and imports by name, and the names to be written."""
+    """A module's source, and its definitions and imports by name."""
 
     name: str
     title: str
     lines: list[str]
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
     imports: dict[str, tuple[str, ast.alias]] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
 
 
 def join_modules(root: str, names: Sequence[str], more: dict[str, Sequence[str]]) -> str:
@@ -30,39 +30,37 @@ def join_modules(root: str, names: Sequence[str], more: dict[str, Sequence[str]]
     `more` names what else the file imports, by library. Raises ValueError where two modules define
     the same name differently, or where a module runs statements.
     """
-    modules: dict[str, _Module] = {}
+    used: dict[str, set[str]] = {}  # the names to be written, by module
     libraries: dict[str, set[str]] = {library: set(wanted) for library, wanted in more.items()}
 
     def use(module: _Module, name: str) -> None:
-        if name in module.used or name not in module.definitions | module.imports:
+        names = used.setdefault(module.name, set())
+        if name in names or name not in module.definitions | module.imports:
             return
-        module.used.add(name)
+        names.add(name)
         if name in module.definitions:
             for other in _names_in(module.definitions[name]):
                 use(module, other)
             return
         source, alias = module.imports[name]
         if source.startswith(_OWN):
-            use(load(source), alias.name)
+            use(_read(source), alias.name)
         else:
             libraries.setdefault(source, set()).add(ast.unparse(alias))
 
-    def load(name: str) -> _Module:
-        if name not in modules:
-            modules[name] = _read(name)
-        return modules[name]
-
     for name in names:
-        use(load(root), name)
-    parts = [_write(modules[name]) for name in _in_order(root, modules)]
+        use(_read(root), name)
+    written = {name: used[name] & _read(name).definitions.keys() for name in _in_order(root, used)}
     owners: dict[str, str] = {}
-    for module in modules.values():
-        for name in module.used & module.definitions.keys():
-            if owners.setdefault(name, module.name) != module.name:
-                raise ValueError(f"'{name}' stands in {owners[name]} and in {module.name}")
+    for module, definitions in written.items():
+        for name in definitions:
+            if owners.setdefault(name, module) != module:
+                raise ValueError(f"'{name}' stands in {owners[name]} and in {module}")
+    parts = [_write(_read(module), definitions) for module, definitions in written.items()]
     return "\n\n\n".join([_imports(libraries), *parts]) + "\n"
 
 
+@cache
 def _read(name: str) -> _Module:
     path = PACKAGE.joinpath(*name.removeprefix(_OWN).split(".")).with_suffix(".py")
     text = path.read_text(encoding="utf-8")
@@ -85,6 +83,7 @@ def _read(name: str) -> _Module:
     return module
 
 
+@cache
 def _names_in(node: ast.stmt) -> set[str]:
     """The names that a definition reads, those in quoted annotations too."""
     parts = list(ast.walk(node))
@@ -92,13 +91,13 @@ def _names_in(node: ast.stmt) -> set[str]:
     return names | {str(part.value) for part in parts if isinstance(part, ast.Constant)}
 
 
-def _in_order(root: str, modules: dict[str, _Module]) -> list[str]:
-    """The modules, each after those that it imports from."""
+def _in_order(root: str, names: Collection[str]) -> list[str]:
+    """The names of the modules, each after those that it imports from."""
     order: list[str] = []
 
     def visit(name: str) -> None:
-        if name in modules and name not in order:
-            for source in sorted({source for source, _ in modules[name].imports.values()}):
+        if name in names and name not in order:
+            for source in sorted({source for source, _ in _read(name).imports.values()}):
                 visit(source)
             order.append(name)
 
@@ -106,11 +105,11 @@ def _in_order(root: str, modules: dict[str, _Module]) -> list[str]:
     return order
 
 
-def _write(module: _Module) -> str:
-    """The used definitions as they stand in the module, with the comments above them."""
+def _write(module: _Module, names: Collection[str]) -> str:
+    """These definitions as they stand in the module, with the comments above them."""
     path = module.name.removeprefix(_OWN).replace(".", "/") + ".py"
     text = fill(f"{path}: {module.title}", 98, initial_indent="# ", subsequent_indent="# ")
-    nodes = [module.definitions[name] for name in module.used & module.definitions.keys()]
+    nodes = [module.definitions[name] for name in names]
     last = 0
     for node in sorted(nodes, key=lambda node: node.lineno):
         above = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]

@@ -9,6 +9,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Self
 
 import matplotlib
@@ -111,7 +112,9 @@ class FigureFrame:
         The solver's last digits differ from call to call, so the places are rounded: else the SVG's
         identifiers, which are hashes of them, would differ too.
         """
-        self.figure.draw_without_rendering()
+        layout = self.figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(self.figure)
         self.figure.set_layout_engine("none")
         for axes in self.figure.axes:
             left, bottom, width, height = axes.get_position(original=True).bounds
@@ -126,6 +129,7 @@ class FigureFrame:
         return stream.getvalue()
 
 
+@cache
 def width_of(text: str, size: float, weight: str = "normal") -> float:
     """Return the width of a line of text in inches, for letters of `size` points."""
     font = FontProperties(family="DejaVu Sans", size=size, weight=weight)

@@ -1,6 +1,7 @@
 """Metrics of the benchmarks with their standard errors, and what a constant answer would score.
 
-A correlation of constant predictions is 0: they tell nothing about the labels.
+A correlation of constant predictions is 0: they tell nothing about the labels. sklearn and
+scipy.stats take a second to import and most runs score by accuracy: they are loaded on first use.
 """
 
 from collections import Counter
@@ -9,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import f1_score, matthews_corrcoef
+import scipy
 
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
@@ -37,11 +37,15 @@ def accuracy(labels: Labels, predictions: Labels) -> float:
 
 def f1(labels: Labels, predictions: Labels) -> float:
     """The harmonic mean of precision and recall of class 1; 0 where nothing is found."""
+    from sklearn.metrics import f1_score
+
     return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
 
 
 def matthews(labels: Labels, predictions: Labels) -> float:
     """Matthews' correlation; 0 where either side is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
     if _constant(labels) or _constant(predictions):
         return 0.0
     return float(matthews_corrcoef(labels, predictions))
@@ -65,11 +69,11 @@ def correlations(
     """
     left, right = (np.asarray(side, dtype=np.float64) for side in (labels, predictions))
     if metric == "spearman":
-        left, right = stats.rankdata(left, axis=axis), stats.rankdata(right, axis=axis)
+        left, right = scipy.stats.rankdata(left, axis=axis), scipy.stats.rankdata(right, axis=axis)
     varied = (np.ptp(left, axis=axis) > 0) & (np.ptp(right, axis=axis) > 0)
     values = np.zeros(varied.shape)
     if varied.any():
-        values[varied] = stats.pearsonr(left[varied], right[varied], axis=axis).statistic
+        values[varied] = scipy.stats.pearsonr(left[varied], right[varied], axis=axis).statistic
     return values
 
 
@@ -100,7 +104,7 @@ def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
         drawn = rng.multinomial(len(truth), cells / len(truth), size=RESAMPLES)
         tables = drawn.reshape(-1, size, size).astype(np.float64)  # (R, label, prediction)
         return Measure(value, float(np.std(OF_TABLES[metric](tables), ddof=1)))
-    resampled = stats.bootstrap(
+    resampled = scipy.stats.bootstrap(
         (truth, guess),
         partial(correlations, metric),
         n_resamples=RESAMPLES,

@@ -8,9 +8,8 @@ saves. `--resume auto` in a new process then finishes it. Everything that is not
 be equal: hashes of the controls and of all checkpoints' adapter, optimizer and random states, every
 line of metrics, the scores. The model has dropout; steps are of two micro-batches, bucketed by
 length, the last one of an epoch of one; a checkpoint is written at every step. Kills that come too
-late, because this run was faster, do not count. Every run is a new process, forked from a server
-that has imported what a run imports and done nothing else; the signal test in test_resume.py
-starts the program itself.
+late, because this run was faster, do not count. Every run is a fork of this process, which has
+imported what a run imports; the signal test in test_resume.py starts the program itself.
 """
 
 import argparse
@@ -25,13 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from support.processes import CLEAN
-
 import moc_cli
+import moc_cli.training.session  # what a run imports: a fork finds it there
 from moc_cli.cli import run
 from moc_cli.training.log import without_measured
 
@@ -74,7 +73,7 @@ def make_model(folder: Path, dropout: float = 0.1) -> Path:
 def start(recipe: Path, *options: str) -> BaseProcess:
     """Start `moc train` in a new process, its remarks in a file beside the recipe."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = CLEAN.Process(target=_train, args=(recipe, options))
+    process = get_context("fork").Process(target=_train, args=(recipe, options))
     process.start()
     return process
 

@@ -20,7 +20,7 @@ from support.kill_trials import (
     write_recipe,
 )
 
-STEPS = 17
+STEPS = 11
 
 
 @pytest.fixture(scope="module")
