@@ -32,6 +32,7 @@ FLOORS = [
     {"planning", "load_run", "launching"},
     {"peft"},
     {"evaluation", "inspection", "export", "comparison", "serving", "benchmark"},
+    {"sweep"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -11,11 +11,11 @@ from itertools import product
 from typing import Any
 
 from moc_cli.errors import MocError
-from moc_cli.recipe import reader
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import METHODS
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
+from moc_cli.recipe.sweep import as_text, parse_vary
 
 BASE = "base"
 # Keys that are the same for everything that is compared, beside the sections launch and output.
@@ -140,23 +140,10 @@ def _has(method: str, key: str) -> bool:
 
 def _values(text: str) -> tuple[str, list[str]]:
     """Return the key of a `KEY=VALUE,VALUE`, and a change of the recipe for each value."""
-    key, equals, values = text.partition("=")
-    document = reader.read_yaml(f"[{values}]")
-    key = key.strip()
-    if not equals or document.mistakes or not document.value:
-        raise MocError(
-            f"--vary {text}: expected KEY=VALUE,VALUE",
-            "for example --vary method.top_k=1,3,7",
-        )
+    key, values = parse_vary(text)
     if key in COMMON or key.startswith(("launch.", "output.")):
         raise MocError(
             f"--vary {key}: this is the same for everything that is compared",
             "give it once, with --set; methods are named by --methods",
         )
-    return key, [f"{key}={_written(value)}" for value in document.value]
-
-
-def _written(value: Any) -> str:
-    """Return a value as a text that is read back to it, without quotes where it needs none."""
-    plain = isinstance(value, str) and reader.read_yaml(value).value == value
-    return value if plain else json.dumps(value)
+    return key, [f"{key}={as_text(value)}" for value in values]

@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": ("plan", "plan"),
     "eval": ("eval", "evaluate"),
     "compare": ("compare", "compare"),
+    "sweep": ("sweep", "sweep"),
     "inspect-routing": ("inspect_routing", "inspect_routing"),
     "generate": ("generate", "generate"),
     "predict": ("predict", "predict"),

@@ -76,10 +76,10 @@ def difference(
 
     None where there are no pairs, or where items do not hold what the metric is made from.
     """
-    sides = _sides(metric, pairs) if pairs.first else None
-    if sides is None:
+    values = sides(metric, pairs) if pairs.first else None
+    if values is None:
         return None
-    labels, first, second = sides
+    labels, first, second = values
     kind = "accuracy" if metric in BY_ITEM else metric
     score = METRICS.get(kind, _perplexity)
     resampled = differences(kind, labels, first, second, rng=generator(task), resamples=resamples)
@@ -104,7 +104,7 @@ def average_difference(
     return Difference(run, "average", "", value, *ends, sum(task.items for task in tasks))
 
 
-def _sides(metric: str, pairs: Pairs) -> Sides | None:
+def sides(metric: str, pairs: Pairs) -> Sides | None:
     """Return what the bootstrap takes for this metric; None where the items do not hold it."""
     if metric in BY_ITEM:  # an answer that could not be parsed is wrong, whatever its label
         right = _column(pairs, "correct", int)

@@ -119,7 +119,7 @@ def _read(name: str, folder: RunFolder) -> Run:
         results = None
     environment = folder.path / "environment.json"
     controls = read_config(folder.controls) if folder.controls.is_dir() else {}
-    scores = _evaluations(folder)
+    scores = evaluations(folder)
     if results is not None:
         conditions = {key: results.get(key) for key in ("protocol", "train_on_inputs")}
         scores[FINAL] = Scores(FINAL, conditions, results["tasks"])
@@ -135,7 +135,7 @@ def _read(name: str, folder: RunFolder) -> Run:
     )
 
 
-def _evaluations(folder: RunFolder) -> dict[str, Scores]:
+def evaluations(folder: RunFolder) -> dict[str, Scores]:
     """Read what `moc eval` has written into the run, by the names of its folders."""
     return {
         label: Scores(label, results, results.pop("tasks"), folder.path / "eval" / label)

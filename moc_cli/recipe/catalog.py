@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moc_cli.errors import RecipeError
-from moc_cli.recipe.suggest import nearest
+from moc_cli.recipe.suggest import choices, nearest
 
+SWEEPS, RESULTS = "sweeps", "results"  # folders beside the recipes that hold none
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -27,10 +28,29 @@ def folder() -> Path:
 def entries() -> list[Entry]:
     """Return every shipped recipe, ordered by name."""
     root = folder()
+    paths = [(path, path.relative_to(root)) for path in sorted(root.rglob("*.yaml"))]
     return [
-        Entry(path.relative_to(root).with_suffix("").as_posix(), path, _summary(path))
-        for path in sorted(root.rglob("*.yaml"))
+        Entry(name.with_suffix("").as_posix(), path, _summary(path))
+        for path, name in paths
+        if name.parts[0] not in (SWEEPS, RESULTS)
     ]
+
+
+def find_sweep(name: str) -> Path:
+    """Return the file that a path or the name of a shipped sweep stands for.
+
+    Raises RecipeError with the nearest name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    sweeps = {path.stem: path for path in sorted((folder() / SWEEPS).glob("*.yaml"))}
+    plain = _plain(name).removeprefix(f"{SWEEPS}/")
+    if plain in sweeps:
+        return sweeps[plain]
+    raise RecipeError(
+        f"{name}: no such file, and no shipped sweep of that name{choices(plain, sweeps)}"
+    )
 
 
 def shipped(name: str) -> Entry:

@@ -176,8 +176,11 @@ def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
         ]
     scored = {example for examples in splits.tests.values() for example in examples}
     text = f"{len(splits.validation):,} rows are watched and pick the best step"
-    if scored & set(splits.validation):
+    both = sum(example in scored for example in splits.validation)
+    if both == len(splits.validation):
         text += "; the scored rows are the same ones, so their score is a little too good"
+    elif both:
+        text += f"; {both:,} of them are also scored"
     return [text]
 
 

@@ -23,6 +23,13 @@ def make_results(
         "average": average(list(after.values())) if after else None,
         "protocol": job.scoring.protocol,
         "train_on_inputs": job.recipe.data.train_on_inputs,
+        "validation": None
+        if counters.best_value is None
+        else {
+            "metric": job.settings.metric,
+            "value": counters.best_value,
+            "step": counters.best_step,
+        },
         "stopped": outcome.stopped,
         "steps": counters.step,
         "epochs": outcome.epochs,

@@ -26,6 +26,7 @@ History = list[dict[str, Any]]  # of environment.json
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
 
 # Key or section -> what the user is warned of when it changed; "" where no warning is needed.
+FROM_HERE, FOLLOWS = "from this step on", "the rate follows the new number of steps"
 CHANGEABLE = {
     "output": "",
     "launch.num_processes": "",
@@ -38,21 +39,21 @@ CHANGEABLE = {
     "model.model_name_or_path": "the same weights in another place",
     "model.tokenizer_name": "the same vocabulary in another place",
     "data.path": "",
-    "train.num_train_epochs": "the rate follows the new number of steps",
-    "train.max_steps": "the rate follows the new number of steps",
-    "train.learning_rate": "from this step on",
-    "train.loraplus_lr_ratio": "from this step on",
-    "method.gate.learning_rate": "from this step on",
-    "train.max_grad_norm": "from this step on",
+    "train.num_train_epochs": FOLLOWS,
+    "train.max_steps": FOLLOWS,
+    "train.learning_rate": FROM_HERE,
+    "train.loraplus_lr_ratio": FROM_HERE,
+    "method.gate.learning_rate": FROM_HERE,
+    "train.max_grad_norm": FROM_HERE,
     "train.activation_checkpointing": "",
     "train.gradient_checkpointing": "",
     "train.tf32": "results may differ in their last bits",
     "train.torch_compile": "results may differ in their last bits",
     "train.packing": "results may differ in their last bits",
     "eval.per_device_eval_batch_size": "",
-    "eval.eval_strategy": "from this step on",
-    "eval.eval_steps": "from this step on",
-    "eval.early_stopping_patience": "from this step on",
+    "eval.eval_strategy": FROM_HERE,
+    "eval.eval_steps": FROM_HERE,
+    "eval.early_stopping_patience": FROM_HERE,
     "eval.before": "",
 }
 SAME_OPTIMIZERS = {"adamw", "adamw_fused"}  # one state, on a GPU and where there is none
@@ -136,6 +137,13 @@ def check_recipe(
         recipe = "the recipe is not the one this run was started with"
         raise RunError(f"{recipe}: {', '.join(refused)}", hint)
     return changes
+
+
+def changed_in_use(saved: dict[str, Any], wanted: dict[str, Any]) -> set[str]:
+    """Return the keys that a resume may change, and with which another run is trained."""
+    before, after = _flat(saved), _flat(wanted)
+    in_use = {key for key, rule in CHANGEABLE.items() if rule in (FROM_HERE, FOLLOWS)}
+    return {key for key in in_use if before.get(key) != after.get(key)}
 
 
 def keep_place(

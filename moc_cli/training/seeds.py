@@ -18,7 +18,6 @@ from typing import Any
 
 from moc_cli.errors import MocError, RunError
 from moc_cli.files import write_json_atomic
-from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.tasks import kind_of
 from moc_cli.results import LOWER_IS_BETTER
@@ -26,14 +25,13 @@ from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
 from moc_cli.training.accelerator import join_launched
 from moc_cli.training.build import read_rows
+from moc_cli.training.finished import is_finished
 from moc_cli.training.interrupt import Interrupted
 from moc_cli.training.job import Forecast
-from moc_cli.training.resume import check_recipe
 from moc_cli.training.session import Session
 
 LAST_SEED = 2**32 - 1
 SUMMARY = "seeds.json"
-LENGTH = ("max_steps", "num_train_epochs")
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def train_seeds(
     summary: dict[str, Any] = {}
     for run in seeds:
         try:
-            if resume and on_main(partial(_is_finished, run)):
+            if resume and on_main(partial(is_finished, run.recipe, run.folder)):
                 say(f"seed {run.seed}: finished before, in {run.folder.path}")
             else:
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
@@ -200,23 +198,6 @@ def _spread(values: Sequence[float], before: float | None) -> dict[str, float | 
     }
 
 
-def _is_finished(run: Seeded) -> bool:
-    """Whether the seed's run is done as this recipe has it; a longer one is to be continued."""
-    folder = run.folder
-    if not (folder.path / "results.json").is_file():
-        return False
-    results = folder.read_results()
-    if results.get("status") != "finished" or results.get("unscored"):
-        return False
-    saved = load_recipe(folder.recipe_file).model_dump(mode="json")
-    wanted = run.recipe.model_dump(mode="json")
-    for key, value in wanted["data"].items():
-        if value is None:  # read from the rows of a custom dataset
-            wanted["data"][key] = saved["data"][key]
-    check_recipe(saved, wanted)
-    return all(saved["train"][key] == wanted["train"][key] for key in LENGTH)
-
-
 def _check_rows(recipe: Recipe) -> None:
     """Refuse a custom dataset without rows to score; other suites always have some."""
     if recipe.data.suite == "custom" and not read_rows(recipe)[1].tests:
@@ -243,4 +224,4 @@ def _check_folders(
     if resume:
         for run in seeds:
             if run.folder.recipe_file.is_file():
-                _is_finished(run)  # raises RunError where the recipe became another one
+                is_finished(run.recipe, run.folder)  # raises for another recipe

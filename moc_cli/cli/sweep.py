@@ -1,0 +1,168 @@
+"""`moc sweep SWEEP`: train every combination of values, and compare the scores."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moc_cli.cli.options import JsonOption, SetOption, program
+
+if TYPE_CHECKING:
+    from moc_cli.recipe.sweep import Sweep
+    from moc_cli.sweep.execute import Execution
+
+SUMMARY = "sweep.json"
+
+
+def sweep(
+    sweep: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="A sweep file, or the name of a sweep that comes with the program; with --vary "
+            "a recipe.",
+        ),
+    ],
+    set_: SetOption = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B", help="Values to try of a key of the recipe; may be repeated."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="N,M", help="Seeds of every combination; default: the sweep's."),
+    ] = None,
+    jobs: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N",
+            help="Runs at the same time, each on a GPU of its own; auto: one for each GPU.",
+        ),
+    ] = "auto",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the run folders; default: the sweep's."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every recipe, and list the runs.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train every combination of values that a sweep names, and compare the scores.
+
+    Each run is a `moc train`. Finished runs are not repeated, so that the same command goes on
+    where it was stopped.
+    """
+    from moc_cli.files import check_folder, write_json_atomic
+    from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.sweep.plan import make_plan
+
+    wanted = _sweep(sweep, vary or [], seeds, output_dir)
+    plan = make_plan(wanted, set_ or [])
+    count, gpus = _count_jobs(jobs)
+    check_folder(Path(wanted.output_dir))
+    from moc_cli.sweep.execute import Execution, check_folders
+    from moc_cli.sweep.summary import summarize
+
+    finished = check_folders(plan)
+    if dry_run:
+        from moc_cli.report.sweep_tables import plan_table
+
+        states = [(run.name, "finished" if run.name in finished else "") for run in plan.runs]
+        if json:
+            print_json({"runs": [{"name": n, "finished": bool(s)} for n, s in states]})
+        else:
+            print_table(plan_table(states))
+            say(f"{plan.total()} runs are needed, {count} at the same time")
+        return
+    again = _again(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
+    execution = Execution(plan, count, gpus, say, finished)
+    try:
+        _run(execution, again)
+    finally:
+        summary = summarize(plan, execution.finished) | {"failed": execution.failed}
+        path = Path(wanted.results_dir or wanted.output_dir) / SUMMARY
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, summary)
+    if json:
+        print_json(summary)
+    else:
+        from moc_cli.report.sweep_tables import sweep_tables
+
+        print_table(*sweep_tables(summary))
+        say(f"Written: {path}")
+    if execution.failed:
+        say(f"{len(execution.failed)} runs failed; when the cause is mended: {again}")
+        raise typer.Exit(2)
+
+
+def _run(execution: "Execution", again: str) -> None:
+    """Train what is not finished, under a progress bar."""
+    from moc_cli.report.progress import WorkProgress
+
+    total, before = execution.plan.total(), len(execution.finished)
+    if before:
+        execution.say(f"{before} of {total} runs are finished from before")
+    with WorkProgress("runs", total - before, every=total) as bar:
+        execution.run_all(lambda done: bar.observe(done - before), again)
+
+
+def _sweep(name: str, vary: list[str], seeds: str | None, output_dir: Path | None) -> "Sweep":
+    """Return the sweep of a file, or of a recipe with `--vary`."""
+    from moc_cli.errors import MocError
+    from moc_cli.recipe.sweep import Sweep, parse_vary, read_sweep, setting_of
+
+    if vary:
+        groups = {}
+        for text in vary:
+            key, values = parse_vary(text)
+            if key in groups:
+                raise MocError(f"--vary {key} is given twice", "give all its values at once")
+            groups[key] = [setting_of(key, value) for value in values]
+        stem = Path(name).stem
+        wanted = Sweep(stem, name, groups=groups, output_dir=f"runs/sweeps/{stem}")
+    else:
+        wanted = read_sweep(name)
+    if seeds is not None:
+        texts = [text.strip() for text in seeds.split(",")]
+        if not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
+            raise MocError(f"--seeds {seeds}: expected whole numbers, each once", "as --seeds 0,1")
+        wanted = replace(wanted, seeds=tuple(map(int, texts)))
+    if output_dir is not None:
+        wanted = replace(wanted, output_dir=str(output_dir))
+    return wanted
+
+
+def _count_jobs(text: str) -> tuple[int, int]:
+    """Return how many runs are trained at the same time, and how many GPUs there are."""
+    from moc_cli.errors import MocError
+
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise MocError(f"--jobs: found {text!r}; allowed: auto or a whole number")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return (max(1, gpus) if text == "auto" else int(text)), gpus
+
+
+def _again(
+    sweep: str,
+    changes: list[str],
+    vary: list[str],
+    seeds: str | None,
+    jobs: str,
+    output_dir: Path | None,
+) -> str:
+    """Return the command that goes on."""
+    words = [program(), "sweep", sweep]
+    for option, texts in (("--set", changes), ("--vary", vary)):
+        for text in texts:
+            words += [option, text]
+    for option, value in (("--seeds", seeds), ("--jobs", jobs), ("--output-dir", output_dir)):
+        if value not in (None, "auto"):
+            words += [option, str(value)]
+    return shlex.join(words)

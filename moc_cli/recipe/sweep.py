@@ -1,0 +1,225 @@
+"""A sweep: a recipe, and the values in which its runs differ.
+
+recipe: glue/minilm/moc          # a file, or a recipe that comes with the program
+set: {eval.before: false}        # in every run
+vary:                            # one run for each combination
+  data.tasks: [mrpc, rte]        # a key and its values,
+  method:                        # or values by name, each a set of keys
+    control: {method: control, method.rank: 16}
+    moc: {method.rank: 13}
+  train.learning_rate: [3.0e-4, 1.0e-3]
+seeds: [0, 1, 2]                 # default: the recipe's
+choose: train.learning_rate      # tried on the first seed; the others take the best value
+reference: control               # what the other values of its group are compared with
+eval: [""]                       # options of a `moc eval` after each training
+output_dir: runs/sweeps/glue     # default: runs/sweeps/<name>
+results_dir: results/glue        # where the small files of finished runs are copied
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import MocError, Problem, RecipeError
+from moc_cli.recipe import reader
+from moc_cli.recipe.catalog import find_sweep, shown
+from moc_cli.recipe.suggest import choices
+
+KEYS = (
+    *("recipe", "set", "vary", "seeds", "choose", "reference", "eval", "output_dir", "results_dir"),
+)
+LAST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a group that varies: its name, and its changes as `--set` takes them."""
+
+    group: str
+    name: str
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep trains: every combination of one setting of each of the `groups`.
+
+    `chosen_group` is tried on the first seed alone. `evaluations` are options of `moc eval`, as
+    texts. `seeds` is empty where the recipe's own seed is the only one.
+    """
+
+    name: str
+    recipe: str
+    common: tuple[str, ...] = ()
+    groups: Mapping[str, Sequence[Setting]] = ()  # type: ignore[assignment]
+    seeds: tuple[int, ...] = ()
+    chosen_group: str | None = None
+    reference: str | None = None
+    evaluations: tuple[str, ...] = ()
+    output_dir: str = ""
+    results_dir: str | None = None
+
+    @property
+    def cells(self) -> list[tuple[Setting, ...]]:
+        """All combinations of the groups but the chosen one."""
+        groups = [group for name, group in self.groups.items() if name != self.chosen_group]
+        return list(product(*groups))
+
+    @property
+    def candidates(self) -> Sequence[Setting | None]:
+        """What is tried on the first seed; [None] where nothing is chosen."""
+        return [None] if self.chosen_group is None else self.groups[self.chosen_group]
+
+    def row(self, cell: Sequence[Setting]) -> str:
+        """Name a cell by its groups but the one whose values stand side by side."""
+        return " ".join(one.name for one in cell if one.group != self.compared_group)
+
+    @property
+    def compared_group(self) -> str:
+        """The group whose values stand side by side: the reference's, or the last one."""
+        names = [name for name in self.groups if name != self.chosen_group]
+        for name in names:
+            if any(setting.name == self.reference for setting in self.groups[name]):
+                return name
+        return names[-1]
+
+
+def read_sweep(name: str) -> Sweep:
+    """Return the sweep of a file, or one that comes with the program.
+
+    Raises RecipeError with one line per mistake.
+    """
+    path = find_sweep(name)
+    place = shown(path)
+    try:
+        document = reader.read_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{place}: cannot be read: {error}") from error
+    problems = [
+        Problem(f"{place}:{line}", ".".join(written), message)
+        for line, written, message in document.mistakes
+    ]
+    if not problems:
+        sweep, mistakes = _parse(path, document.value)
+        for at, message in mistakes:
+            line = document.lines.get(at) or document.lines.get(at[:1], 1)
+            problems.append(Problem(f"{place}:{line}", ".".join(at), message))
+    if problems:
+        raise RecipeError("\n".join(map(str, problems)), problems=tuple(problems))
+    return sweep
+
+
+def setting_of(group: str, value: Any) -> Setting:
+    """Return the setting of a key and one of its values, named by the value."""
+    text = as_text(value)
+    return Setting(group, text, (f"{group}={text}",))
+
+
+def as_text(value: Any) -> str:
+    """Return a value as a text that `--set` reads back to it, without quotes where it can."""
+    plain = isinstance(value, str) and reader.read_yaml(value).value == value
+    return value if plain else json.dumps(value)
+
+
+def parse_vary(text: str) -> tuple[str, list[Any]]:
+    """Return the key and the values of `KEY=VALUE,VALUE`; MocError where it is something else."""
+    key, equals, values = text.partition("=")
+    document = reader.read_yaml(f"[{values}]")
+    if not equals or not key.strip() or document.mistakes or not document.value:
+        raise MocError(
+            f"--vary {text}: expected KEY=VALUE,VALUE",
+            "for example --vary method.top_k=1,3,7",
+        )
+    return key.strip(), document.value
+
+
+Mistakes = Iterator[tuple[reader.Path, str]]
+
+
+def _parse(path: Path, value: Any) -> tuple[Sweep, list[tuple[reader.Path, str]]]:
+    """Return the sweep, and what is wrong with it; it is only good where nothing is."""
+    empty = Sweep(path.stem, "")
+    if not isinstance(value, dict):
+        return empty, [((), f"a sweep is a set of keys: {', '.join(KEYS)}")]
+    mistakes = list(_check(value))
+    if mistakes:
+        return empty, mistakes
+    groups = {group: list(_settings(group, given)) for group, given in value["vary"].items()}
+    return Sweep(
+        name=path.stem,
+        recipe=value["recipe"],
+        common=tuple(f"{key}={as_text(one)}" for key, one in (value.get("set") or {}).items()),
+        groups=groups,
+        seeds=tuple(value.get("seeds") or ()),
+        chosen_group=value.get("choose"),
+        reference=value.get("reference"),
+        evaluations=tuple(value.get("eval") or ()),
+        output_dir=value.get("output_dir") or f"runs/sweeps/{path.stem}",
+        results_dir=value.get("results_dir"),
+    ), []
+
+
+def _settings(group: str, given: list[Any] | dict[str, Any]) -> Iterator[Setting]:
+    if isinstance(given, list):
+        yield from (setting_of(group, value) for value in given)
+        return
+    for name, changes in given.items():
+        texts = tuple(f"{key}={as_text(value)}" for key, value in (changes or {}).items())
+        yield Setting(group, name, texts)
+
+
+def _check(value: dict[str, Any]) -> Mistakes:
+    for key in value:
+        if key not in KEYS:
+            yield (key,), f"unknown key{choices(key, KEYS)}"
+    if not isinstance(value.get("recipe"), str):
+        yield ("recipe",), "missing; allowed: a recipe file, or the name of a shipped recipe"
+    if not isinstance(value.get("set") or {}, dict):
+        yield ("set",), "allowed: keys of the recipe with a value each"
+    yield from _check_vary(value.get("vary"))
+    seeds = value.get("seeds") or []
+    if not isinstance(seeds, list) or not all(_is_seed(seed) for seed in seeds):
+        yield ("seeds",), f"allowed: a list of whole numbers from 0 to {LAST_SEED}"
+    elif len(set(seeds)) < len(seeds):
+        yield ("seeds",), "each seed once"
+    groups = value["vary"] if isinstance(value.get("vary"), dict) else {}
+    if "choose" in value and value["choose"] not in groups:
+        yield ("choose",), f"allowed is one of vary{choices(str(value['choose']), groups)}"
+    if "reference" in value:
+        names = [name for given in groups.values() if given for name in _names(given)]
+        if names.count(str(value["reference"])) != 1:
+            yield ("reference",), f"allowed is one value{choices(str(value['reference']), names)}"
+    evaluations = value.get("eval") or []
+    if not isinstance(evaluations, list) or not all(isinstance(e, str) for e in evaluations):
+        yield ("eval",), 'allowed: a list of options of moc eval, as ["--limit 200"]; [""] for none'
+    for key in ("output_dir", "results_dir"):
+        if not isinstance(value.get(key) or "", str):
+            yield (key,), "allowed: a folder"
+
+
+def _check_vary(given: Any) -> Mistakes:
+    if not isinstance(given, dict) or not given:
+        yield ("vary",), "missing; allowed: keys of the recipe with a list of values each"
+        return
+    for group, values in given.items():
+        at = ("vary", group)
+        if not isinstance(values, list | dict) or not values:
+            yield at, "allowed: a list of values, or names with a set of keys each"
+        elif isinstance(values, dict):
+            for name, changes in values.items():
+                if not isinstance(changes or {}, dict):
+                    yield (*at, name), "allowed: keys of the recipe with a value each"
+        names = _names(values) if isinstance(values, list | dict) else []
+        if len(set(names)) < len(names):
+            yield at, "each value once"
+
+
+def _names(given: list[Any] | dict[str, Any]) -> list[str]:
+    return [as_text(value) for value in given] if isinstance(given, list) else list(given)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LAST_SEED

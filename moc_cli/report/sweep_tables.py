@@ -1,0 +1,101 @@
+"""What `moc sweep` shows: scores of each cell over its seeds, and differences to the reference."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from moc_cli.report.numbers import MISSING, decimal, duration, percent, score_text
+from moc_cli.report.tables import FittedTable
+
+Summary = Mapping[str, Any]
+Rows = list[list[str | Text]]
+
+
+def sweep_tables(summary: Summary) -> list[FittedTable]:
+    """Show what `moc sweep --json` prints."""
+    tables = [_score_table(summary), _cost_table(summary), _difference_table(summary)]
+    return [table for table in tables if table.rows]
+
+
+def plan_table(runs: list[tuple[str, str]]) -> FittedTable:
+    """Show the names of runs, and whether each is finished."""
+    return FittedTable("Runs", ["run", ""], [[name, state] for name, state in runs])
+
+
+def _score_table(summary: Summary) -> FittedTable:
+    values = _values(summary)
+    rows: Rows = []
+    for row in summary["rows"]:
+        tasks = dict.fromkeys(task for cell in row["cells"].values() for task in cell["tasks"])
+        for task in tasks:
+            scores = [row["cells"].get(value, {}).get("tasks", {}).get(task) for value in values]
+            metric = next(score["metric"] for score in scores if score)
+            label = " ".join(dict.fromkeys(filter(None, [row["name"], task, metric])))
+            rows.append([label, *(_score(score) for score in scores)])
+    if average := summary["average"]:
+        medians = [average["values"].get(value, {}).get("median") for value in values]
+        if len(rows) > 1:
+            texts = [score_text("", median) for median in medians]
+            rows.append([Text(cell, "bold") for cell in ("average", *texts)])
+    title = "Scores: median over seeds (lowest to highest)"
+    return FittedTable(title, ["", *values], rows)
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return MISSING
+    metric, values = score["metric"], score["values"]
+    text = score_text(metric, score["median"])
+    if len(values) == 1:
+        return text
+    ends = " to ".join(score_text(metric, end) for end in (min(values), max(values)))
+    return f"{text} ({ends})"
+
+
+def _cost_table(summary: Summary) -> FittedTable:
+    chosen = summary["chosen"]
+    head = ["", summary["compared"], "seeds", "trained", "training time"]
+    if chosen:
+        head.append(chosen.rpartition(".")[2])
+    rows: Rows = []
+    for row in summary["rows"]:
+        for value, cell in row["cells"].items():
+            seeds = ", ".join(map(str, cell["seeds"]))
+            line = [row["name"], value, seeds, decimal(cell["trained"], 0)]
+            line.append(duration(cell["seconds"]))
+            rows.append([*line, *([cell["chosen"] or MISSING] if chosen else [])])
+    return FittedTable("Runs that count", head, rows)
+
+
+def _difference_table(summary: Summary) -> FittedTable:
+    """Differences of means; bold where the interval does not contain 0."""
+    rows: Rows = []
+    for row in summary["rows"]:
+        for value, tasks in row["differences"].items():
+            for task, entry in tasks.items():
+                label = " ".join(dict.fromkeys(filter(None, [row["name"], task])))
+                seeds = " and ".join(map(str, reversed(entry["seeds"])))
+                rows.append([value, label, *_ends(entry, entry["mean"]), seeds])
+    for value, entry in summary["average"].get("values", {}).items():
+        if "difference" in entry and len(summary["average"]["rows"]) > 1:
+            rows.append([value, "average", *_ends(entry, entry["difference"]), ""])
+    interval = f"{percent(summary['confidence'], 0)} interval"
+    title = f"Difference to {summary['reference']}, of means over seeds"
+    return FittedTable(title, ["", "", "difference", interval, "seeds"], rows)
+
+
+def _ends(entry: Mapping[str, Any], mean: float) -> tuple[Text, str]:
+    low, high = entry["low"], entry["high"]
+    clear = low is not None and not low <= 0 <= high
+    text = Text(_signed(mean), "bold" if clear else "")
+    return text, MISSING if low is None else f"{_signed(low)} to {_signed(high)}"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _values(summary: Summary) -> list[str]:
+    """Return the values that are compared, in their order."""
+    return list(dict.fromkeys(value for row in summary["rows"] for value in row["cells"]))

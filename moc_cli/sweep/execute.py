@@ -1,0 +1,220 @@
+"""Training the runs of a sweep: each is a `moc train` of its own, several side by side."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from moc_cli.errors import MocError
+from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from moc_cli.recipe.load import dump
+from moc_cli.recipe.sweep import Sweep
+from moc_cli.signals import stop_number
+from moc_cli.sweep.plan import Plan, PlannedRun
+
+POLL = 0.2  # seconds between two looks at the processes
+SAMPLES = "samples.jsonl"
+
+
+class Stopped(MocError):
+    """The sweep was asked to stop; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, message: str, hint: str, number: int) -> None:
+        super().__init__(message, hint)
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Job:
+    """A run that is at work: its commands in turn, the one that runs now, and its log."""
+
+    run: PlannedRun
+    commands: list[list[str]]
+    environment: Mapping[str, str]
+    slot: int
+    log: IO[str]
+    process: subprocess.Popen[str] | None = None
+    code: int = 0
+
+    def is_done(self) -> bool:
+        """Start the next command where one has ended; whether all have, or one has failed."""
+        if self.process is not None:
+            code = self.process.poll()
+            if code is None:
+                return False
+            self.code = code
+        if self.code or not self.commands:
+            self.log.close()
+            return True
+        self.process = subprocess.Popen(
+            self.commands.pop(0),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self.environment},
+            text=True,
+        )
+        return False
+
+
+@dataclass
+class Execution:
+    """The state of a sweep: names of runs that are finished, and why others failed."""
+
+    plan: Plan
+    jobs: int
+    gpus: int
+    say: Callable[[str], None]
+    finished: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def run_all(self, observe: Callable[[int], None], again: str) -> None:
+        """Train what is not finished; `observe` takes the number of finished runs.
+
+        A run that fails is told, and the others go on. Raises Stopped after a signal, when the
+        runs at work have ended; `again` is the command that goes on.
+        """
+        working: list[Job] = []
+        try:
+            while True:
+                self._collect(working, observe)
+                for run in self._startable(working):
+                    slot = min(set(range(self.jobs)) - {job.slot for job in working})
+                    working.append(self._start(run, slot))
+                if not working:
+                    return
+                time.sleep(POLL)
+        except KeyboardInterrupt as stop:
+            number = stop_number(stop)
+            with _deaf():
+                for job in working:
+                    if job.process is not None and job.process.poll() is None:
+                        job.process.send_signal(signal.SIGTERM)
+                for job in working:
+                    if job.process is not None:
+                        job.process.wait()
+            raise Stopped(
+                f"stopped; {len(self.finished)} of {self.plan.total()} runs are finished",
+                f"continue with: {again}",
+                number,
+            ) from None
+
+    def _collect(self, working: list[Job], observe: Callable[[int], None]) -> None:
+        for job in [job for job in working if job.is_done()]:
+            working.remove(job)
+            if job.code:
+                self.failed[job.run.name] = _last_words(Path(job.log.name))
+                self.say(f"{job.run.name}: failed: {self.failed[job.run.name]}")
+                continue
+            keep_small_files(job.run)
+            self.finished.add(job.run.name)
+            self.say(f"{job.run.name}: {_scores(job.run)}")
+            observe(len(self.finished))
+
+    def _startable(self, working: list[Job]) -> Iterator[PlannedRun]:
+        busy = {job.run.name for job in working}
+        ready = self.plan.next_runs(self.finished, {*self.failed})
+        for run in ready:
+            if len(working) >= self.jobs:
+                return
+            if run.name not in busy:
+                yield run
+
+    def _start(self, run: PlannedRun, slot: int) -> Job:
+        path = Path(self.plan.sweep.output_dir) / "logs" / (run.name.replace("/", "--") + ".log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", encoding="utf-8")
+        return Job(run, commands(self.plan.sweep, run), self._share(slot), slot, log)
+
+    def _share(self, slot: int) -> dict[str, str]:
+        """Return the environment that gives a run its own GPU, or its share of the processors."""
+        if self.gpus:
+            listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            devices = listed.split(",") if listed else [str(index) for index in range(self.gpus)]
+            return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
+        if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+
+
+def commands(sweep: Sweep, run: PlannedRun) -> list[list[str]]:
+    """Return the commands that a run needs: `moc train`, and each `moc eval`."""
+    moc = [sys.executable, "-m", "moc_cli"]
+    train = [*moc, "train", sweep.recipe]
+    for change in run.changes:
+        train += ["--set", change]
+    train += ["--output-dir", str(run.folder.path)]
+    if run.folder.recipe_file.is_file():
+        train += ["--resume", "auto"]
+    folder = str(run.folder.path)
+    return [
+        train,
+        *([*moc, "eval", folder, *shlex.split(options)] for options in sweep.evaluations),
+    ]
+
+
+def keep_small_files(run: PlannedRun) -> None:
+    """Copy a finished run's recipe, results and evaluations to the folder of results.
+
+    The recipe is as the sweep has it, so that it names no place of this machine.
+    """
+    if run.results.path == run.folder.path:
+        return
+    target = run.results.path
+    for label, evaluation in run.folder.read_evaluations().items():
+        folder = target / "eval" / label
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = (run.folder.path / "eval" / label / SAMPLES).read_bytes()
+        write_bytes_atomic(folder / SAMPLES, samples)
+        names = {"run": run.name, "model": run.recipe.model.model_name_or_path}
+        write_json_atomic(folder / "results.json", evaluation | names)
+    target.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(target / "recipe.yaml", dump(run.recipe))
+    write_json_atomic(target / "results.json", run.folder.read_results())
+
+
+def _scores(run: PlannedRun) -> str:
+    results = run.results.read_results()
+    parts = []
+    for task, entry in results["tasks"].items():
+        value = entry["metrics"][entry["metric"]]["value"]
+        parts.append(f"{task} {entry['metric']} {value:.4f}")
+    return f"{', '.join(parts)}, {results['seconds']:.0f} s of training"
+
+
+def _last_words(log: Path) -> str:
+    """Return the line of a log that says what went wrong, or its last one."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line for line in lines if line.startswith("Error: ")]
+    return f"{(said or lines or ['no word'])[-1].removeprefix('Error: ')} (see {log})"
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Within it a second Ctrl-C does not cut off the waiting for runs that end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_folders(plan: Plan) -> set[str]:
+    """Return the names of finished runs; MocError where folders hold runs of other recipes."""
+    finished, wrong = set(), []
+    for run in plan.runs:
+        try:
+            if run.is_finished(len(plan.sweep.evaluations)):
+                finished.add(run.name)
+        except MocError as error:
+            wrong.append(error.message)
+    if wrong:
+        raise MocError("\n".join(wrong), "take another folder: --output-dir OTHER")
+    return finished

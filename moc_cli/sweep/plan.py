@@ -1,0 +1,192 @@
+"""The runs of a sweep: their recipes, their folders, and which of them are done."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moc_cli.errors import MocError, RunError
+from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.sweep import Setting, Sweep
+from moc_cli.results import LOWER_IS_BETTER
+from moc_cli.runs import RunFolder
+
+Cell = tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep. `recipe` is as the sweep has it, with no `--set` of the command line.
+
+    `changes` are what `moc train` is called with, but for the run folder; `results` is the folder
+    that keeps its small files, the run folder itself where the sweep names no other.
+    """
+
+    name: str
+    cell: Cell
+    candidate: Setting | None
+    seed: int
+    recipe: Recipe
+    changes: tuple[str, ...]
+    folder: RunFolder
+    results: RunFolder
+
+    def is_finished(self, evaluations: int) -> bool:
+        """Whether the run is trained and has so many evaluations.
+
+        Raises RunError where its folder holds another one.
+        """
+        from moc_cli.training.finished import is_finished
+
+        scored = [*self.results.path.glob("eval/*/results.json")]
+        return is_finished(self.recipe, self.results) and len(scored) >= evaluations
+
+    def validation(self) -> tuple[str, float]:
+        """Return the metric that chose the run's step, and its best value during training."""
+        validation = self.results.read_results().get("validation")
+        if validation is None:
+            raise RunError(f"{self.results.path} holds no value of its validation rows")
+        return str(validation["metric"]), float(validation["value"])
+
+
+@dataclass
+class Plan:
+    """All runs that a sweep may need; `choices` grows as searches are done."""
+
+    sweep: Sweep
+    runs: list[PlannedRun]
+    choices: dict[Cell, PlannedRun] = field(default_factory=dict)
+
+    def next_runs(self, finished: set[str], failed: set[str]) -> Iterator[PlannedRun]:
+        """Yield the runs that can start now, in their order.
+
+        Those of later seeds wait until all candidates of their cell are finished, and only the
+        chosen one has them. `finished` and `failed` hold names.
+        """
+        for run in self.runs:
+            if run.name in finished or run.name in failed:
+                continue
+            chosen = self.chosen(run.cell, finished)
+            if run.seed == self.first_seed or (chosen and chosen.candidate == run.candidate):
+                yield run
+
+    @property
+    def first_seed(self) -> int:
+        """The seed on which candidates are tried."""
+        return self.runs[0].seed
+
+    def tried(self, cell: Cell) -> list[PlannedRun]:
+        """The runs of a cell on the first seed."""
+        return [run for run in self.runs if run.cell == cell and run.seed == self.first_seed]
+
+    def chosen(self, cell: Cell, finished: set[str]) -> PlannedRun | None:
+        """Return the first seed's run of a cell's best candidate; None until all are finished."""
+        tried = self.tried(cell)
+        if any(run.name not in finished for run in tried):
+            return None
+        if cell not in self.choices:
+            self.choices[cell] = tried[0] if len(tried) == 1 else best_of(tried)
+        return self.choices[cell]
+
+    def counting(self, cell: Cell, finished: set[str]) -> list[PlannedRun]:
+        """Return the finished runs of a cell's chosen candidate, by seed."""
+        chosen = self.chosen(cell, finished)
+        if chosen is None:
+            return []
+        own = [run for run in self.runs if run.cell == cell and run.candidate == chosen.candidate]
+        return [run for run in own if run.name in finished]
+
+    def total(self) -> int:
+        """How many runs the sweep needs: all candidates once, and the further seeds of one."""
+        seeds = len({run.seed for run in self.runs})
+        cells = len(self.sweep.cells)
+        return cells * len(self.sweep.candidates) + cells * (seeds - 1)
+
+
+def best_of(runs: Sequence[PlannedRun]) -> PlannedRun:
+    """Return the run with the best value on its validation rows; the first one of equals."""
+    values = [run.validation() for run in runs]
+    (metric,) = {metric for metric, _ in values}
+    best = min if metric in LOWER_IS_BETTER else max
+    return runs[best(range(len(runs)), key=lambda number: values[number][1])]
+
+
+def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
+    """Return all runs of a sweep, `changes` being the `--set` of the command line.
+
+    A row of the table is trained whole before the next one is begun.
+    Raises MocError naming every mistake of every run's recipe, before anything is trained.
+    """
+    runs: list[PlannedRun] = []
+    mistakes: dict[str, str] = {}
+    combinations = [(cell, one) for cell in sweep.cells for one in sweep.candidates]
+    loaded: dict[Any, Recipe] = {}
+    for cell, candidate in combinations:
+        own = _changes(sweep, cell, candidate)
+        try:
+            loaded[cell, candidate] = load_recipe(sweep.recipe, [*own, "output.output_dir=run"])
+            load_recipe(sweep.recipe, [*own, *changes, "output.output_dir=run"])
+        except MocError as error:
+            for line in error.message.splitlines():
+                mistakes.setdefault(line, _name(cell, candidate))
+    if mistakes:
+        lines = [f"{line} (first in {name})" for line, name in mistakes.items()]
+        raise MocError("\n".join(lines), "moc train RECIPE --dry-run --set ... shows one run")
+    recipe = next(iter(loaded.values()))
+    _check_choice(sweep, recipe)
+    for seed in sweep.seeds or (recipe.seed,):
+        for cell, candidate in combinations:
+            name = f"{_name(cell, candidate)}/seed-{seed}"
+            folder = RunFolder(Path(sweep.output_dir) / name)
+            results = RunFolder(Path(sweep.results_dir or sweep.output_dir) / name)
+            runs.append(
+                PlannedRun(
+                    name=name,
+                    cell=cell,
+                    candidate=candidate,
+                    seed=seed,
+                    recipe=_with_folder(loaded[cell, candidate], seed, folder),
+                    changes=(*_changes(sweep, cell, candidate), *changes, f"seed={seed}"),
+                    folder=folder,
+                    results=results,
+                )
+            )
+    rows = list(dict.fromkeys(sweep.row(run.cell) for run in runs))
+    return Plan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
+
+
+def _changes(sweep: Sweep, cell: Cell, candidate: Setting | None) -> list[str]:
+    settings = [*cell, *([] if candidate is None else [candidate])]
+    return [*sweep.common, *(change for setting in settings for change in setting.changes)]
+
+
+def _check_choice(sweep: Sweep, recipe: Recipe) -> None:
+    if sweep.chosen_group is None:
+        return
+    if recipe.eval.eval_strategy == "no":
+        raise RunError(
+            f"'choose: {sweep.chosen_group}' takes the value with the best validation rows, and "
+            "eval.eval_strategy is no",
+            "set eval.eval_strategy to epoch or steps",
+        )
+
+
+def _with_folder(recipe: Recipe, seed: int, folder: RunFolder) -> Recipe:
+    output = recipe.output.model_copy(update={"output_dir": str(folder.path)})
+    return recipe.model_copy(update={"seed": seed, "output": output})
+
+
+def _name(cell: Cell, candidate: Setting | None) -> str:
+    """Return the path of a run below the sweep's folder, but for its seed."""
+    settings = [*cell, *([] if candidate is None else [candidate])]
+    return "/".join(_part(setting) for setting in settings)
+
+
+def _part(setting: Setting) -> str:
+    """Return a folder's name: a value alone says too little, but for a text."""
+    key = setting.group.rpartition(".")[2]
+    is_number = setting.name[:1] in "0123456789.-["
+    text = f"{key}-{setting.name}" if is_number else setting.name
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "-"

@@ -1,0 +1,213 @@
+"""The runs of a sweep side by side: each cell's scores over its seeds, and the differences to the
+reference with intervals.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moc_cli.comparison.bootstrap import CONFIDENCE, RESAMPLES, interval
+from moc_cli.comparison.pairs import pair, sides
+from moc_cli.comparison.runs import Items, evaluations, read_items
+from moc_cli.errors import RunError
+from moc_cli.results import main_score
+from moc_cli.sweep.plan import Cell, Plan, PlannedRun
+from moc_cli.sweep.resampling import resampled_scores
+
+
+@dataclass(frozen=True)
+class Column:
+    """One value of the compared group in one row of the table: the finished runs of its cell."""
+
+    cell: Cell
+    value: str
+    runs: list[PlannedRun]
+
+
+def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
+    """Return what sweep.json holds: every run, the scores of every cell, and the differences.
+
+    A row is a combination of the groups that are not compared. Scores are main metrics, of the
+    training's own final scoring; intervals need the items of an evaluation (`eval` in the sweep).
+    """
+    sweep = plan.sweep
+    group = sweep.compared_group
+    rows: dict[str, list[Column]] = {}
+    for cell in sweep.cells:
+        runs = plan.counting(cell, finished)
+        value = next(setting.name for setting in cell if setting.group == group)
+        rows.setdefault(sweep.row(cell), []).append(Column(cell, value, runs))
+    table = [_row(row, columns, plan, finished) for row, columns in rows.items()]
+    return {
+        "sweep": sweep.name,
+        "recipe": sweep.recipe,
+        "set": list(sweep.common),
+        "compared": group,
+        "chosen": sweep.chosen_group,
+        "reference": sweep.reference,
+        "finished": len(finished & {run.name for run in plan.runs}),
+        "needed": plan.total(),
+        "runs": [_run(run) for run in plan.runs if run.name in finished],
+        "rows": [_plain(row) for row in table],
+        "average": _average(table, sweep.reference),
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+    }
+
+
+def _run(run: PlannedRun) -> dict[str, Any]:
+    results = run.results.read_results()
+    return {
+        "name": run.name,
+        "settings": {setting.group: setting.name for setting in run.cell},
+        "candidate": run.candidate and run.candidate.name,
+        "seed": run.seed,
+        "tasks": {task: main_score(entry)["value"] for task, entry in results["tasks"].items()},
+        "validation": results.get("validation"),
+        "trained": results["parameters"]["adapter"],
+        "seconds": results["seconds"],
+    }
+
+
+def _row(name: str, columns: Sequence[Column], plan: Plan, finished: set[str]) -> dict[str, Any]:
+    """Return a row of the table: its cells by the value that is compared, and their differences."""
+    cells = {column.value: _cell(column, plan, finished) for column in columns if column.runs}
+    reference = next((c for c in columns if c.value == plan.sweep.reference and c.runs), None)
+    differences: dict[str, Any] = {}
+    for column in columns:
+        if reference is None or column is reference or not column.runs:
+            continue
+        differences[column.value] = {
+            task: _difference(task, reference.runs, column.runs)
+            for task in cells[column.value]["tasks"]
+            if task in cells[reference.value]["tasks"]
+        }
+    return {"name": name, "cells": cells, "differences": differences}
+
+
+def _cell(column: Column, plan: Plan, finished: set[str]) -> dict[str, Any]:
+    results = [run.results.read_results() for run in column.runs]
+    chosen = plan.chosen(column.cell, finished)
+    tasks = {}
+    for task, entry in results[0]["tasks"].items():
+        values = [main_score(result["tasks"][task])["value"] for result in results]
+        tasks[task] = {
+            "metric": entry["metric"],
+            "majority": main_score(entry).get("majority"),
+            "values": values,
+            "median": statistics.median(values),
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return {
+        "tasks": tasks,
+        "seeds": [run.seed for run in column.runs],
+        "chosen": chosen.candidate.name if chosen and chosen.candidate else None,
+        "trained": results[0]["parameters"]["adapter"],
+        "seconds": statistics.median(result["seconds"] for result in results),
+    }
+
+
+def _difference(
+    task: str, reference: Sequence[PlannedRun], runs: Sequence[PlannedRun]
+) -> dict[str, Any]:
+    """Return the difference of the mean scores, with an interval over items and seeds.
+
+    `resampled` holds the resampled differences (R,); None where the items are not kept.
+    """
+    first, second = ([_value(run, task) for run in side] for side in (reference, runs))
+    metric = str(runs[0].results.read_results()["tasks"][task]["metric"])
+    difference: dict[str, Any] = {
+        "metric": metric,
+        "mean": statistics.fmean(second) - statistics.fmean(first),
+        "seeds": [len(first), len(second)],
+        "low": None,
+        "high": None,
+        "items": None,
+        "resampled": None,
+    }
+    resampled = _resampled(task, metric, reference, runs)
+    if resampled is not None:
+        values, items = resampled
+        low, high = interval(values)
+        difference |= {"low": low, "high": high, "items": items, "resampled": values}
+    return difference
+
+
+def _value(run: PlannedRun, task: str) -> float:
+    return float(main_score(run.results.read_results()["tasks"][task])["value"])
+
+
+def _resampled(
+    task: str, metric: str, reference: Sequence[PlannedRun], runs: Sequence[PlannedRun]
+) -> tuple[np.ndarray, int] | None:
+    """Return resampled differences (R,) of the mean scores, and the number of items."""
+    anchor = _items(reference[0]).get(task)
+    if not anchor:
+        return None
+    stacked: list[np.ndarray] = []
+    labels: np.ndarray | None = None
+    for run in (*reference, *runs):
+        items = _items(run).get(task)
+        pairs = pair(anchor, items or [])
+        values = sides(metric, pairs) if len(pairs.second) == len(anchor) else None
+        if values is None:
+            return None
+        labels = values[0]
+        stacked.append(values[2])
+    assert labels is not None
+    predictions = np.stack(stacked)
+    scores = resampled_scores(task, metric, labels, predictions, seeds=len(reference))
+    return scores, len(labels)
+
+
+def _items(run: PlannedRun) -> Items:
+    """Return the items of a run's evaluation with the most of them; none where there is none."""
+    scored = evaluations(run.results)
+    if not scored:
+        return {}
+    try:
+        return read_items(max(scored.values(), key=lambda scores: scores.items))
+    except RunError:
+        return {}
+
+
+def _average(table: Sequence[Mapping[str, Any]], reference: str | None) -> dict[str, Any]:
+    """Return each value's mean over rows and tasks, and its difference to the reference.
+
+    Only rows in which all values have runs count, so that all means are over the same tasks.
+    """
+    values = list(dict.fromkeys(value for row in table for value in row["cells"]))
+    whole = [row for row in table if all(value in row["cells"] for value in values)]
+    if not whole:
+        return {}
+    averages: dict[str, Any] = {"rows": [row["name"] for row in whole], "values": {}}
+    for value in values:
+        medians = [
+            task["median"] for row in whole for task in row["cells"][value]["tasks"].values()
+        ]
+        entry: dict[str, Any] = {"median": statistics.fmean(medians), "tasks": len(medians)}
+        if reference in values and value != reference:
+            parts = [part for row in whole for part in row["differences"][value].values()]
+            entry["difference"] = statistics.fmean(part["mean"] for part in parts)
+            entry["low"] = entry["high"] = None
+            if all(part["resampled"] is not None for part in parts):
+                joint = np.mean([part["resampled"] for part in parts], axis=0)
+                entry["low"], entry["high"] = interval(joint)
+        averages["values"][value] = entry
+    return averages
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the resampled values, which are for averages only."""
+    differences = {
+        value: {
+            task: {key: number for key, number in entry.items() if key != "resampled"}
+            for task, entry in tasks.items()
+        }
+        for value, tasks in row["differences"].items()
+    }
+    return {**row, "differences": differences}
