@@ -57,7 +57,7 @@ def sweep(
     Each run is a `moc train`. Finished runs are not repeated, so that the same command goes on
     where it was stopped.
     """
-    from moc_cli.files import check_folder, write_json_atomic
+    from moc_cli.files import check_folder, write_bytes_atomic, write_json_atomic
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.sweep.plan import make_plan
 
@@ -66,35 +66,40 @@ def sweep(
     count, gpus = _count_jobs(jobs)
     check_folder(Path(wanted.output_dir))
     from moc_cli.sweep.execute import Execution, check_folders
+    from moc_cli.sweep.figure import draw
     from moc_cli.sweep.summary import summarize
 
     finished = check_folders(plan)
     if dry_run:
         from moc_cli.report.sweep_tables import plan_table
 
-        states = [(run.name, "finished" if run.name in finished else "") for run in plan.runs]
+        listed = plan.listed(finished)
         if json:
-            print_json({"runs": [{"name": n, "finished": bool(s)} for n, s in states]})
+            print_json({"runs": [{"name": name, "finished": done} for name, done in listed]})
         else:
-            print_table(plan_table(states))
+            print_table(plan_table(listed))
             say(f"{plan.total()} runs are needed, {count} at the same time")
         return
     again = _again(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
+    for place in filter(None, (wanted.output_dir, wanted.results_dir)):
+        Path(place).mkdir(parents=True, exist_ok=True)
     execution = Execution(plan, count, gpus, say, finished)
     try:
         _run(execution, again)
     finally:
         summary = summarize(plan, execution.finished) | {"failed": execution.failed}
-        path = Path(wanted.results_dir or wanted.output_dir) / SUMMARY
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, summary)
+        folder = Path(wanted.results_dir or wanted.output_dir)
+        pictures = {folder / name: content for name, content in draw(summary).items()}
+        write_json_atomic(folder / SUMMARY, summary)
+        for path, content in pictures.items():
+            write_bytes_atomic(path, content)
     if json:
         print_json(summary)
     else:
         from moc_cli.report.sweep_tables import sweep_tables
 
         print_table(*sweep_tables(summary))
-        say(f"Written: {path}")
+        say(f"Written: {', '.join(map(str, [*pictures, folder / SUMMARY]))}")
     if execution.failed:
         say(f"{len(execution.failed)} runs failed; when the cause is mended: {again}")
         raise typer.Exit(2)

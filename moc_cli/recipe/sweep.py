@@ -79,12 +79,15 @@ class Sweep:
 
     @property
     def compared_group(self) -> str:
-        """The group whose values stand side by side: the reference's, or the last one."""
+        """The group whose values stand side by side: the reference's, or the last one.
+
+        Empty where there is no group but the one that is chosen from.
+        """
         names = [name for name in self.groups if name != self.chosen_group]
         for name in names:
             if any(setting.name == self.reference for setting in self.groups[name]):
                 return name
-        return names[-1]
+        return names[-1] if names else ""
 
 
 def read_sweep(name: str) -> Sweep:
@@ -186,9 +189,9 @@ def _check(value: dict[str, Any]) -> Mistakes:
     elif len(set(seeds)) < len(seeds):
         yield ("seeds",), "each seed once"
     groups = value["vary"] if isinstance(value.get("vary"), dict) else {}
-    if "choose" in value and value["choose"] not in groups:
+    if value.get("choose") is not None and value["choose"] not in groups:
         yield ("choose",), f"allowed is one of vary{choices(str(value['choose']), groups)}"
-    if "reference" in value:
+    if value.get("reference") is not None:
         names = [name for given in groups.values() if given for name in _names(given)]
         if names.count(str(value["reference"])) != 1:
             yield ("reference",), f"allowed is one value{choices(str(value['reference']), names)}"

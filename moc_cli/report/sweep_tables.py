@@ -18,9 +18,10 @@ def sweep_tables(summary: Summary) -> list[FittedTable]:
     return [table for table in tables if table.rows]
 
 
-def plan_table(runs: list[tuple[str, str]]) -> FittedTable:
+def plan_table(runs: list[tuple[str, bool]]) -> FittedTable:
     """Show the names of runs, and whether each is finished."""
-    return FittedTable("Runs", ["run", ""], [[name, state] for name, state in runs])
+    rows: Rows = [[name, "finished" if finished else ""] for name, finished in runs]
+    return FittedTable("Runs", ["run", ""], rows)
 
 
 def _score_table(summary: Summary) -> FittedTable:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from moc_cli.errors import MocError
 from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atomic
@@ -29,6 +29,20 @@ class Stopped(MocError):
     def __init__(self, message: str, hint: str, number: int) -> None:
         super().__init__(message, hint)
         self.exit_code = 128 + number
+
+
+def start(
+    command: list[str], environment: Mapping[str, str], log: IO[str]
+) -> "subprocess.Popen[str]":
+    """Start a command with changes of the environment; what it prints goes to the log."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        text=True,
+    )
 
 
 @dataclass
@@ -53,14 +67,7 @@ class Job:
         if self.code or not self.commands:
             self.log.close()
             return True
-        self.process = subprocess.Popen(
-            self.commands.pop(0),
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **self.environment},
-            text=True,
-        )
+        self.process = start(self.commands.pop(0), self.environment, self.log)
         return False
 
 
@@ -177,7 +184,17 @@ def keep_small_files(run: PlannedRun) -> None:
         write_json_atomic(folder / "results.json", evaluation | names)
     target.mkdir(parents=True, exist_ok=True)
     write_text_atomic(target / "recipe.yaml", dump(run.recipe))
-    write_json_atomic(target / "results.json", run.folder.read_results())
+    write_json_atomic(target / "environment.json", _conditions(run))
+    write_json_atomic(target / "results.json", run.folder.read_results())  # last: it is finished
+
+
+def _conditions(run: PlannedRun) -> dict[str, Any]:
+    """Return what environment.json says of machine, versions, commit, rows and weights."""
+    environment = run.folder.read_environment()
+    kept = {key: environment[key] for key in ("versions", "platform", "device", "git", "data")}
+    weights = environment["model"]["weights_sha256"]
+    name = run.recipe.model.model_name_or_path
+    return kept | {"model": {"name": name, "weights_sha256": weights}}
 
 
 def _scores(run: PlannedRun) -> str:

@@ -98,6 +98,20 @@ class Plan:
         own = [run for run in self.runs if run.cell == cell and run.candidate == chosen.candidate]
         return [run for run in own if run.name in finished]
 
+    def listed(self, finished: set[str]) -> list[tuple[str, bool]]:
+        """Return every run that is needed, in order, and whether it is finished.
+
+        A run of a later seed whose candidate is not chosen yet has `*` in its place.
+        """
+        names: dict[str, bool] = {}
+        for run in self.runs:
+            chosen = self.chosen(run.cell, finished)
+            if run.seed == self.first_seed or (chosen and chosen.candidate == run.candidate):
+                names[run.name] = run.name in finished
+            elif chosen is None:
+                names[f"{_name(run.cell, None)}/*/seed-{run.seed}"] = False
+        return list(names.items())
+
     def total(self) -> int:
         """How many runs the sweep needs: all candidates once, and the further seeds of one."""
         seeds = len({run.seed for run in self.runs})

@@ -17,6 +17,8 @@ from moc_cli.results import main_score
 from moc_cli.sweep.plan import Cell, Plan, PlannedRun
 from moc_cli.sweep.resampling import resampled_scores
 
+VERSIONS = ("python", "torch", "transformers")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -38,7 +40,7 @@ def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
     rows: dict[str, list[Column]] = {}
     for cell in sweep.cells:
         runs = plan.counting(cell, finished)
-        value = next(setting.name for setting in cell if setting.group == group)
+        value = next((one.name for one in cell if one.group == group), sweep.name)
         rows.setdefault(sweep.row(cell), []).append(Column(cell, value, runs))
     table = [_row(row, columns, plan, finished) for row, columns in rows.items()]
     return {
@@ -50,12 +52,26 @@ def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
         "reference": sweep.reference,
         "finished": len(finished & {run.name for run in plan.runs}),
         "needed": plan.total(),
+        "conditions": _conditions([run for run in plan.runs if run.name in finished]),
         "runs": [_run(run) for run in plan.runs if run.name in finished],
         "rows": [_plain(row) for row in table],
         "average": _average(table, sweep.reference),
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
     }
+
+
+def _conditions(runs: Sequence[PlannedRun]) -> dict[str, list[str]]:
+    """Return on what the runs were trained: every device, version and commit among them."""
+    seen: dict[str, dict[str, None]] = {"device": {}, "commit": {}, "versions": {}}
+    for run in runs:
+        environment = run.results.read_environment()
+        device, git = environment["device"], environment.get("git") or {}
+        seen["device"][device.get("name") or device["kind"]] = None
+        seen["commit"][f"{git.get('commit')}{' (changed)' if git.get('dirty') else ''}"] = None
+        versions = environment["versions"]
+        seen["versions"][", ".join(f"{name} {versions[name]}" for name in VERSIONS)] = None
+    return {key: list(values) for key, values in seen.items()}
 
 
 def _run(run: PlannedRun) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 import yaml
-from support.machine import ROOT
 
 from moc_cli.errors import RecipeError
+from moc_cli.recipe.catalog import entries
 from moc_cli.recipe.load import dump, load_recipe
 from moc_cli.recipe.methods import METHODS, Placement
 from moc_cli.recipe.reader import parse_scalar, read_yaml
@@ -177,7 +177,7 @@ def test_mutated_recipes_never_give_a_traceback(here: Path) -> None:
     """540 files with lines lost, doubled, moved, indented or given other values."""
     random = Random(1)
     values = ("0", "-1", "true", "", "[]", "[a, b]", "{a: 1}", ".inf", "no", "custom", "!t y")
-    files = sorted((ROOT / "recipes").rglob("*.yaml"))
+    files = [entry.path for entry in entries()]
     texts = [GOOD, GOOD, PER_TASK, PER_TASK, *(path.read_text("utf-8") for path in files)]
     for _ in range(540):
         text = random.choice(texts).splitlines()

@@ -15,8 +15,12 @@ from moc_cli.recipe import catalog
 from moc_cli.recipe.load import dump, load_recipe
 from moc_cli.recipe.methods import METHODS
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.sweep import read_sweep
+from moc_cli.sweep.plan import make_plan
 
-FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
+RESULTS = sorted((ROOT / "recipes" / "results").rglob("*.yaml"))
+FILES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*SWEEPS} - {*RESULTS})
 ORDER = ["seed", "model", "method", "data", "train", "per_task", "eval", "output", "launch"]
 NAMES = [path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in FILES]
 
@@ -39,6 +43,14 @@ def test_shipped_recipe_is_valid_and_explained(path: Path) -> None:
     assert not re.search(r"#.*[0-9] (steps|epochs)", text)  # the keys say it, and stay true
     assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
     assert name == "quickstart" or name.rsplit("/", 1)[-1] == recipe.method.name
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_sweep_is_valid(path: Path) -> None:
+    assert f"#   moc sweep {path.stem}" in path.read_text(encoding="utf-8")
+    plan = make_plan(read_sweep(path.stem), [])
+    names = [run.name for run in plan.runs]
+    assert len(set(names)) == len(names) >= plan.total() > 1
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -125,7 +137,10 @@ def test_a_name_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_recipes_are_found_inside_a_wheel(tmp_path: Path) -> None:
     """In a wheel they lie in moc_cli/_recipes, as pyproject.toml says."""
-    assert '"recipes" = "moc_cli/_recipes"' in (ROOT / "pyproject.toml").read_text()
+    wheel = (ROOT / "pyproject.toml").read_text()
+    for path in (*FILES, *SWEEPS):
+        part = path.relative_to(ROOT / "recipes").parts[0]
+        assert f'"recipes/{part}" = "moc_cli/_recipes/{part}"' in wheel
     package = tmp_path / "moc_cli"
     shutil.copytree(ROOT / "moc_cli" / "recipe", package / "recipe")
     shutil.copytree(ROOT / "recipes", package / "_recipes")

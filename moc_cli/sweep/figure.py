@@ -1,0 +1,94 @@
+"""A sweep as one figure, PNG and SVG: each task's differences to the reference, or its scores."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from moc_cli.report.figure_style import COLOURS, FigureFrame, figure_style, fitted
+
+PICTURES = ("sweep.png", "sweep.svg")
+Summary = Mapping[str, Any]
+Point = tuple[float, float | None, float | None]  # hundredths: the value, and its two ends
+
+
+def draw(summary: Summary) -> dict[str, bytes]:
+    """Return the pictures by their names, from what `moc sweep --json` prints; none without runs.
+
+    With a reference: differences of means with intervals over items and seeds. Without: medians
+    with the lowest and the highest seed.
+    """
+    lines = _differences(summary) if summary["reference"] else _scores(summary)
+    if not lines:
+        return {}
+    values = list(dict.fromkeys(value for points in lines.values() for value in points))
+    reference = summary["reference"]
+    note = (
+        f"mean over seeds minus that of {reference}; intervals: {summary['confidence']:.0%}, "
+        "bootstrap over items and seeds"
+        if reference
+        else "median over seeds; lines: from the lowest to the highest seed"
+    )
+    with figure_style():
+        height = 0.6 + len(lines) * (0.12 + 0.13 * len(values))
+        frame = FigureFrame(f"Sweep {summary['sweep']}", note, "", height=height)
+        axes = frame.figure.add_subplot()
+        for number, value in enumerate(values):
+            _draw_value(axes, lines, value, number, len(values))
+        if reference:
+            axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(lines)), [fitted(name, 2.0, 7) for name in lines])
+        axes.invert_yaxis()
+        axes.set_xlabel("difference, hundredths" if reference else "score, hundredths")
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        frame.settle()
+        png, svg = PICTURES
+        return {png: frame.save("png"), svg: frame.save("svg")}
+
+
+def _draw_value(
+    axes: Axes, lines: Mapping[str, Mapping[str, Point]], value: str, number: int, count: int
+) -> None:
+    """One colour: a point in each line that has the value, with its interval."""
+    colour = COLOURS[number % len(COLOURS)]
+    offset = (number - (count - 1) / 2) * 0.8 / count
+    places = [place for place, points in enumerate(lines.values()) if value in points]
+    shown = [points[value] for points in lines.values() if value in points]
+    for place, (_, low, high) in zip(places, shown, strict=True):
+        if low is not None and high is not None:
+            axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1)
+    middles = [middle for middle, _, _ in shown]
+    axes.plot(middles, [place + offset for place in places], "o", color=colour, label=value, ms=4)
+
+
+def _differences(summary: Summary) -> dict[str, dict[str, Point]]:
+    lines: dict[str, dict[str, Point]] = {}
+    for row in summary["rows"]:
+        for value, tasks in row["differences"].items():
+            for task, entry in tasks.items():
+                name = " ".join(dict.fromkeys(filter(None, [row["name"], task, entry["metric"]])))
+                point = (entry["mean"], entry["low"], entry["high"])
+                lines.setdefault(name, {})[value] = _hundredths(point)
+    for value, entry in summary["average"].get("values", {}).items():
+        if "difference" in entry and len(lines) > 1:
+            point = (entry["difference"], entry["low"], entry["high"])
+            lines.setdefault("average", {})[value] = _hundredths(point)
+    return lines
+
+
+def _scores(summary: Summary) -> dict[str, dict[str, Point]]:
+    lines: dict[str, dict[str, Point]] = {}
+    for row in summary["rows"]:
+        for value, cell in row["cells"].items():
+            for task, entry in cell["tasks"].items():
+                name = " ".join(dict.fromkeys(filter(None, [row["name"], task, entry["metric"]])))
+                point = (entry["median"], min(entry["values"]), max(entry["values"]))
+                lines.setdefault(name, {})[value] = _hundredths(point)
+    return lines
+
+
+def _hundredths(point: Point) -> Point:
+    middle, low, high = point
+    return 100 * middle, None if low is None else 100 * low, None if high is None else 100 * high

@@ -1,0 +1,86 @@
+"""A sweep file: what it says, and every mistake in it at once."""
+
+from pathlib import Path
+
+import pytest
+
+from moc_cli.errors import MocError, RecipeError
+from moc_cli.recipe.sweep import parse_vary, read_sweep
+
+TEXT = """\
+recipe: quickstart
+set: {eval.before: false}
+vary:
+  data.tasks: [[a], [b]]
+  method:
+    control: {method: control, method.rank: 16}
+    moc: {}
+  train.learning_rate: [3.0e-4, 1.0e-3]
+seeds: [3, 1]
+choose: train.learning_rate
+reference: control
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_it_says_what_runs_there_are(tmp_path: Path) -> None:
+    sweep = read_sweep(write(tmp_path, TEXT))
+    assert (sweep.name, sweep.recipe, sweep.seeds) == ("grid", "quickstart", (3, 1))
+    assert sweep.common == ("eval.before=false",)
+    assert [[one.name for one in cell] for cell in sweep.cells] == [
+        ['["a"]', "control"],
+        ['["a"]', "moc"],
+        ['["b"]', "control"],
+        ['["b"]', "moc"],
+    ]
+    assert sweep.cells[0][1].changes == ("method=control", "method.rank=16")
+    assert [one and one.changes for one in sweep.candidates] == [
+        ("train.learning_rate=0.0003",),
+        ("train.learning_rate=0.001",),
+    ]
+    assert (sweep.compared_group, sweep.row(sweep.cells[0])) == ("method", '["a"]')
+    assert sweep.output_dir == "runs/sweeps/grid"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("recipe: quickstart", "recipes: quickstart", "1: recipes: unknown key; did you mean"),
+        ("[3, 1]", "[3, 3]", "9: seeds: each seed once"),
+        ("[3, 1]", "3", "9: seeds: allowed: a list of whole numbers"),
+        ("choose: train", "choose: trains", "10: choose: allowed is one of vary; did you mean"),
+        ("reference: control", "reference: controls", "11: reference: allowed is one value; did"),
+        ("moc: {}", "moc: 3", "7: vary.method.moc: allowed: keys of the recipe"),
+        ("[[a], [b]]", "[[a], [a]]", "4: vary.data.tasks: each value once"),
+        ("[[a], [b]]", "a", "4: vary.data.tasks: allowed: a list of values, or names"),
+    ],
+)
+def test_mistakes_have_their_line(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in TEXT
+    with pytest.raises(RecipeError) as error:
+        read_sweep(write(tmp_path, TEXT.replace(old, new)))
+    assert f"grid.yaml:{expected}" in error.value.message
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = "set: 3\nvary: {}\nseeds: x\neval: x\nresults_dir: 3\n"
+    with pytest.raises(RecipeError) as error:
+        read_sweep(write(tmp_path, text))
+    keys = [problem.key for problem in error.value.problems]
+    assert keys == ["recipe", "set", "vary", "seeds", "eval", "results_dir"]
+
+
+def test_a_name_that_no_sweep_has_is_told_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'glue-minilm'"):
+        read_sweep("glue-minilms")
+
+
+def test_values_of_vary() -> None:
+    assert parse_vary("method.top_k=1,3") == ("method.top_k", [1, 3])
+    with pytest.raises(MocError, match="expected KEY=VALUE,VALUE"):
+        parse_vary("method.top_k")

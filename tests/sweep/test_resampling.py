@@ -1,0 +1,58 @@
+"""The bootstrap over items and seeds against one that is written out in loops."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import matthews_corrcoef
+
+from moc_cli.comparison.bootstrap import generator
+from moc_cli.sweep.resampling import resampled_scores
+
+RESAMPLES = 40
+
+
+def naive(metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int) -> list[float]:
+    rng = generator("t")
+    rows = rng.integers(len(labels), size=(RESAMPLES, len(labels)))
+    own = [rng.integers(n, size=(n, RESAMPLES)) for n in (len(runs) - seeds, seeds)]
+
+    def score(run: np.ndarray, chosen: np.ndarray) -> float:
+        truth, guess = labels[chosen], run[chosen]
+        if metric == "accuracy":
+            return sum(t == g for t, g in zip(truth, guess, strict=True)) / len(truth)
+        if metric == "matthews":
+            return float(matthews_corrcoef(truth, guess))
+        return float(np.corrcoef(truth, guess)[0, 1])
+
+    values = []
+    for number, chosen in enumerate(rows):
+        first, second = runs[:seeds], runs[seeds:]
+        means = [
+            np.mean([score(side[run], chosen) for run in drawn[:, number]])
+            for side, drawn in ((second, own[0]), (first, own[1]))
+        ]
+        values.append(means[0] - means[1])
+    return values
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson"])
+def test_it_is_that_of_loops(metric: str) -> None:
+    rng = np.random.default_rng(1)
+    if metric == "pearson":
+        labels, runs = rng.normal(size=30), rng.normal(size=(5, 30))
+    else:
+        labels, runs = rng.integers(2, size=30), rng.integers(2, size=(5, 30))
+    values = resampled_scores("t", metric, labels, runs, seeds=2, resamples=RESAMPLES)
+    assert values == pytest.approx(naive(metric, labels, runs, seeds=2), abs=1e-12)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """Items alone would say that two runs with the same mean are the same."""
+    labels = np.ones(50, dtype=int)
+    alike = np.repeat([[1] * 25 + [0] * 25], 4, axis=0)
+    apart = np.stack([np.ones(50, int), np.zeros(50, int)] * 2)
+    spread = [
+        np.std(resampled_scores("t", "accuracy", labels, runs, seeds=2, resamples=500))
+        for runs in (alike, np.concatenate([alike[:2], apart[:2]]))
+    ]
+    assert spread[0] == 0
+    assert spread[1] > 0.2

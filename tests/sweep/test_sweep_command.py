@@ -1,0 +1,155 @@
+"""`moc sweep`: which runs are trained, what a second call finds, and what is said of the scores."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from moc_cli.cli import run
+from moc_cli.sweep import execute
+
+
+class Ended:
+    """Stands in for a process that has ended with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that a sweep starts; each is run here, at once."""
+    calls: list[list[str]] = []
+
+    def start(command: list[str], environment: dict[str, str], log: IO[str]) -> Ended:
+        assert command[:3] == [sys.executable, "-m", "moc_cli"]
+        calls.append(command[3:])
+        with redirect_stdout(log):
+            return Ended(run(command[3:]))
+
+    monkeypatch.setattr(execute, "start", start)
+    monkeypatch.setattr(execute, "POLL", 0.0)
+    return calls
+
+
+def write_sweep(folder: Path, recipe: str, **keys: Any) -> str:
+    """A sweep over two ranks and two rates, with small files kept apart."""
+    content = {
+        "recipe": recipe,
+        "set": {"train.max_steps": 1, "eval.before": False, "output.save_strategy": "no"}
+        | {"eval.eval_strategy": "steps", "eval.eval_steps": 1},
+        "vary": {
+            "size": {"r2": {"method.rank": 2}, "r4": {"method.rank": 4}},
+            "train.learning_rate": [0.001, 0.01],
+        },
+        "seeds": [0, 1],
+        "choose": "train.learning_rate",
+        "reference": "r2",
+        "eval": [""],
+        "output_dir": str(folder / "runs"),
+        "results_dir": str(folder / "kept"),
+    }
+    path = folder / "grid.yaml"
+    path.write_text(json.dumps(content | keys))
+    return str(path)
+
+
+def test_it_searches_trains_the_other_seeds_and_compares(
+    tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = write_sweep(tmp_path, choices[1])
+    assert run(["sweep", sweep, "--dry-run", "--json"]) == 0
+    listed = [one["name"] for one in json.loads(capsys.readouterr().out)["runs"]]
+    assert listed == [
+        *(f"{r}/learning_rate-{lr}/seed-0" for r in ("r2", "r4") for lr in (0.001, 0.01)),
+        *(f"{r}/*/seed-1" for r in ("r2", "r4")),
+    ]
+    assert run(["sweep", sweep, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    trained = [call for call in started if call[0] == "train"]
+    assert len(trained) == summary["needed"] == summary["finished"] == 6
+    assert [call[0] for call in started] == ["train", "eval"] * 6
+    (row,) = summary["rows"]
+    for size, cell in row["cells"].items():
+        assert cell["seeds"] == [0, 1]
+        tried = [r for r in summary["runs"] if r["settings"]["size"] == size and r["seed"] == 0]
+        best = min(tried, key=lambda one: _rank(one["validation"]))
+        assert cell["chosen"] == best["candidate"]
+        assert {r["candidate"] for r in summary["runs"] if r["seed"] == 1} <= {"0.001", "0.01"}
+    difference = row["differences"]["r4"]["ARC-Easy"]
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert (difference["items"], difference["seeds"]) == (6, [2, 2])
+    kept = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert {path.name for path in kept} == {
+        *("recipe.yaml", "results.json", "environment.json", "samples.jsonl"),
+        *("sweep.json", "sweep.png", "sweep.svg"),
+    }
+    home = str(tmp_path / "runs").encode()
+    assert not any(home in path.read_bytes() for path in kept if path.name != "recipe.yaml")
+    # The kept files are enough: nothing is trained again, and the numbers are the same.
+    started.clear()
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    assert run(["sweep", sweep, "--json"]) == 0
+    assert not started
+    assert json.loads(capsys.readouterr().out) == summary
+
+
+def _rank(validation: dict[str, Any]) -> float:
+    lower = validation["metric"] == "loss"
+    return validation["value"] if lower else -validation["value"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    tmp_path: Path,
+    choices: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here all fail: each is told with the last word of its log, and the whole ends with 2."""
+
+    def start(command: list[str], environment: dict[str, str], log: IO[str]) -> Ended:
+        log.write("device cpu\nError: no rows\nHint: give some\n")
+        return Ended(2)
+
+    monkeypatch.setattr(execute, "start", start)
+    monkeypatch.setattr(execute, "POLL", 0.0)
+    assert run(["sweep", write_sweep(tmp_path, choices[1]), "--json"]) == 2
+    said = capsys.readouterr()
+    failed = json.loads(said.out)["failed"]
+    assert len(failed) == 4
+    assert all(reason.startswith("no rows (see ") for reason in failed.values())
+    assert "4 runs failed; when the cause is mended: moc sweep" in said.err
+
+
+def test_mistakes_of_all_recipes_are_told_before_anything_is_trained(
+    tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    vary = {"size": {"a": {"method.ranks": 2}, "b": {"method.rank": 0}, "c": {"seeed": 1}}}
+    keys = {"vary": vary, "choose": "size", "reference": "a"}
+    assert run(["sweep", write_sweep(tmp_path, choices[1], **keys)]) == 2
+    said = capsys.readouterr().err
+    for part in ("did you mean 'rank'", "(first in b)", "'seed'"):
+        assert part in said
+    assert not started
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_another_recipe_is_not_touched(
+    tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search over one key alone; then the recipe becomes another one."""
+    keys = {"vary": {"train.learning_rate": [0.01]}, "seeds": [0], "eval": [], "reference": None}
+    assert run(["sweep", write_sweep(tmp_path, choices[1], **keys), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["cells"]["grid"]["chosen"] == "0.01"
+    started.clear()
+    other = {"set": {"train.max_steps": 1, "method.top_k": 3, "eval.eval_strategy": "epoch"}}
+    assert run(["sweep", write_sweep(tmp_path, choices[1], **keys | other)]) == 2
+    assert "method.top_k (1 then, 3 now)" in capsys.readouterr().err
+    assert not started
