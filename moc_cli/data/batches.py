@@ -13,6 +13,7 @@ from moc_cli.data.encode import IGNORED, Row
 from moc_cli.models.tokens import pad_token_id
 
 POOL = 50  # batches whose rows are sorted by length together
+Grouping = bool | Literal["even"]  # by length: similar ones in a batch, none, or even batches
 Side = Literal["left", "right"]
 LossKind = Literal["causal", "classification", "regression"]
 
@@ -21,12 +22,18 @@ class Batches:
     """Row numbers in batches, for every epoch anew, as a pure function of (seed, epoch).
 
     The rows are shuffled. With `group_by_length`, each pool of 50 batches of them is then sorted
-    by length and cut into batches, and all batches are shuffled. The rows that fill no batch are
-    the last, short one: drawn at random, so that no length is rarer in it than elsewhere.
+    by length and cut into batches, and all batches are shuffled; with `even` it is sorted and dealt
+    out, so that all batches have nearly as many tokens. The rows that fill no batch are the last,
+    short one: drawn at random, so that no length is rarer in it than elsewhere.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, seed: int, group_by_length: bool = True
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        group_by_length: Grouping = True,
     ) -> None:
         self.lengths = list(lengths)
         self.batch_size = batch_size
@@ -47,7 +54,9 @@ class Batches:
         if self.group_by_length:
             size = POOL * self.batch_size
             pools = [rows[first : first + size] for first in range(0, full, size)]
-            rows = [row for pool in pools for row in sorted(pool, key=self.lengths.__getitem__)]
+            arrange = _dealt_out if self.group_by_length == "even" else _in_order
+            pools = [sorted(pool, key=self.lengths.__getitem__) for pool in pools]
+            rows = [row for pool in pools for row in arrange(pool, self.batch_size)]
         batches = [
             rows[first : first + self.batch_size] for first in range(0, full, self.batch_size)
         ]
@@ -68,6 +77,20 @@ class Batches:
         """The share of an epoch's token slots that hold padding: 0 where all lengths agree."""
         slots, real = self.positions(number)
         return 1 - real / slots if slots else 0.0
+
+
+def _in_order(rows: list[int], batch_size: int) -> list[int]:
+    return rows
+
+
+def _dealt_out(rows: list[int], batch_size: int) -> list[int]:
+    """Rows sorted by length, in an order whose batches have nearly as many tokens: each batch gets
+    a row of every stretch, the long ones of one where it got the short ones of the last.
+    """
+    batches = len(rows) // batch_size
+    stretches = [rows[first : first + batches] for first in range(0, len(rows), batches)]
+    turned = [part[::-1] if number % 2 else part for number, part in enumerate(stretches)]
+    return [row for batch in zip(*turned, strict=True) for row in batch]
 
 
 def as_tensors(row: Row) -> Row:

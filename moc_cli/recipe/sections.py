@@ -250,7 +250,11 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="if true, another name of activation_checkpointing: full"
     )
-    group_by_length: bool = Field(default=True, description="rows of similar length in one batch")
+    group_by_length: bool | Literal["even"] = Field(
+        default=True,
+        description="rows of similar length in one batch; even: of all lengths, so that batches "
+        "have nearly as many tokens, for packing",
+    )
     packing: bool = Field(
         default=False,
         description="lay the rows of a micro-batch end to end instead of padding them; the same "

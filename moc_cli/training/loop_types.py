@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moc_cli.data.batches import LossKind
+from moc_cli.data.batches import Grouping, LossKind
 from moc_cli.training.checkpoint import Counters
 from moc_cli.training.memory import Memory
 
@@ -28,7 +28,7 @@ class Settings:
     routing_sync: bool = False  # the processes vote together
     activation_checkpointing: str = "none"
     torch_compile: bool = False
-    group_by_length: bool = True
+    group_by_length: Grouping = True
     optim: str = "adamw"
     learning_rate: float = 3e-4
     loraplus_lr_ratio: float | None = None  # rate of B / rate of A; None: 1

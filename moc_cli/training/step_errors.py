@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from moc_cli.data.batches import Grouping
 from moc_cli.data.packing import count_rows
 from moc_cli.errors import MocError
 from moc_cli.training.checkpoint import Counters
@@ -58,11 +59,11 @@ def not_finite(
     )
 
 
-def may_split(batch: int, group_by_length: bool) -> bool:
+def may_split(batch: int, group_by_length: Grouping) -> bool:
     """Whether a run may go on with other micro-batches of the same rows a step.
 
-    `batch`: micro-batches taken from the epoch that runs. Where rows are grouped by length, the
-    order of an epoch depends on their size.
+    `batch`: micro-batches taken from the epoch that runs. Where rows are grouped by length, or
+    dealt out by it, the order of an epoch depends on their size.
     """
     return batch == 0 or not group_by_length
 

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from plans import MIX, at_own_lengths
 
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META
@@ -28,8 +29,6 @@ from moc_cli.training import build
 
 SMALL = "commonsense/smollm2-135m/moc"
 EIGHT_OF_128 = ("data.max_length=128", "train.per_device_train_batch_size=8", "launch.device=cpu")
-COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande")
-MIX = f"data.tasks=[{', '.join(COMMONSENSE)}, ARC-Easy, ARC-Challenge, openbookqa]"
 GB = 1e9
 
 
@@ -127,9 +126,10 @@ def planned(case: Case) -> Iterator[Line]:
     plain = _plans("commonsense/llama2-7b/moc")
     for mode, limit in (("none", 33.8), ("selective", 29.0), ("full", 16.1), ("offload", 15.2)):
         yield Line(f"LLaMA2-7B bf16 16x256, planned GB, {mode}", limit, _gigabytes(plain, mode))
-    if case.data is not None:  # needs a tokenizer with no more tokens than the model
-        own = _plans("commonsense/llama2-7b/moc", *case.rows, "--set", "train.packing=true")
-        yield Line("the same, none, packed at the data's lengths", 24.0, _gigabytes(own, "none"))
+    if case.data is not None and case.tokenizer is not None:
+        *_, (packed, limit) = at_own_lengths(case.data, case.tokenizer)
+        what = "the same, none, packed at the data's lengths, even batches"
+        yield Line(what, limit or 0.0, packed.step_bytes / GB)
     wide = _plans("commonsense/llama3-8b/moc")
     yield Line("LLaMA3-8B bf16 16x256, planned GB, full", 18.5, _gigabytes(wide, "full"))
     changes = ("model.load_in_4bit=true", "train.optim=paged_adamw_8bit")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moc_cli.data.batches import Batches, collate
+from moc_cli.data.batches import Batches, Grouping, collate
 from moc_cli.data.commonsense import make_example
 from moc_cli.data.encode import IGNORED, Encoded, common_prefix, encode_pairs, encode_texts
 from moc_cli.data.examples import ChoiceExample, PairExample
@@ -179,9 +179,9 @@ def test_pairs_are_typed_labelled_and_cut(pair_tokenizer: PreTrainedTokenizerFas
 LENGTHS = [5 + number * 7919 % 246 for number in range(1003)]
 
 
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("grouped", [True, False, "even"])
 @pytest.mark.parametrize("size", [1, 7, 16, 1003, 2000])
-def test_every_row_is_in_one_batch(size: int, grouped: bool) -> None:
+def test_every_row_is_in_one_batch(size: int, grouped: Grouping) -> None:
     batches = Batches(LENGTHS, size, seed=1, group_by_length=grouped)
     plan = batches.epoch(3)
     assert sorted(row for batch in plan for row in batch) == list(range(len(LENGTHS)))
@@ -190,8 +190,8 @@ def test_every_row_is_in_one_batch(size: int, grouped: bool) -> None:
     assert len(plan[-1]) == (len(LENGTHS) % size or size)
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_epochs_are_pure_functions_of_seed_and_number(grouped: bool) -> None:
+@pytest.mark.parametrize("grouped", [True, False, "even"])
+def test_epochs_are_pure_functions_of_seed_and_number(grouped: Grouping) -> None:
     def plan(seed: int, epoch: int) -> list[list[int]]:
         return Batches(LENGTHS, 16, seed=seed, group_by_length=grouped).epoch(epoch)
 
@@ -209,6 +209,22 @@ def test_grouping_saves_padding() -> None:
     grouped = Batches(LENGTHS, 16, seed=1, group_by_length=True).padding_share(0)
     mixed = Batches(LENGTHS, 16, seed=1, group_by_length=False).padding_share(0)
     assert grouped < 0.1 < 0.3 < mixed
+
+
+def test_even_batches_have_nearly_as_many_tokens() -> None:
+    """Each pool's rows are dealt out: the largest batch is little larger than the mean one."""
+    even, mixed = (
+        [
+            sum(LENGTHS[row] for row in batch)
+            for batch in Batches(LENGTHS, 16, seed=1, group_by_length=grouping).epoch(0)[:-1]
+        ]
+        for grouping in ("even", False)
+    )
+    mean = sum(even) / len(even)
+    assert max(even) < 1.1 * mean < max(mixed)
+    odd = Batches(LENGTHS, 3, seed=1, group_by_length="even").epoch(0)
+    assert sorted(row for batch in odd for row in batch) == list(range(len(LENGTHS)))
+    assert {len(batch) for batch in odd[:-1]} == {3}
 
 
 def test_grouped_batches_come_in_no_order_of_length() -> None:
