@@ -21,7 +21,7 @@ from moc_cli.planning.time import REACHED_BYTES, seconds_of
 from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
-from moc_cli.training.recompute import recompute_layers, recompute_mode
+from moc_cli.training.recompute import prepare_layers, recompute_mode
 
 # Layers of two replays from which a deeper model's numbers follow: where kinds of layers take
 # turns, the longer one has one more of each.
@@ -80,7 +80,7 @@ def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | N
     if recipe.train.packing:
         attend_by_row(shape)
     adapted = build.place_in_shapes(recipe, shape)
-    recompute_layers(shape, recompute_mode(recipe))
+    prepare_layers(shape, recipe)
     scoring = scoring_of(recipe, shape, work.kind, work.scored_tokens)
     settings = build.make_settings(recipe)
     measured = replay(adapted, work.largest, work.kind, settings, scoring=scoring)

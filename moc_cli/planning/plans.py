@@ -16,7 +16,7 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.recompute import recompute_mode
 
-MODES = ("none", "selective", "full", "offload")  # from the fastest to the smallest
+MODES = ("none", "selective", "full", "offload")  # from the fastest on
 # Assumed, where nothing has been measured: the bytes of a CUDA context with the libraries' own,
 # and the share of the rest that the allocator holds beyond what tensors take.
 CONTEXT = 600_000_000

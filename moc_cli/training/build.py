@@ -38,7 +38,7 @@ from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
 from moc_cli.training.loop_types import Data, Settings
-from moc_cli.training.recompute import check_recompute, recompute_layers, recompute_mode
+from moc_cli.training.recompute import check_recompute, prepare_layers, recompute_mode
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def place_method(recipe: Recipe, loaded: Loaded, device: torch.device) -> Built:
     if recipe.train.packing:
         attend_by_row(loaded.model)
     adapted = attach(loaded.model, recipe.method, new_modules=modules, seed=recipe.seed)
-    recompute_layers(loaded.model, recompute_mode(recipe))
+    prepare_layers(loaded.model, recipe)
     loaded.model.to(device)  # type: ignore[arg-type]
     return Built(
         adapted,

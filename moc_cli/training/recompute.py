@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.models.lean import keep_less
 from moc_cli.recipe.schema import Recipe
 
 aten = torch.ops.aten
@@ -51,6 +52,16 @@ def check_recompute(model: PreTrainedModel, mode: str) -> None:
             f"anew, found {mode!r}",
             "use --set train.activation_checkpointing=none",
         )
+
+
+def prepare_layers(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Let a model's layers keep for the backward pass what a recipe asks for, and no more.
+
+    A compiler does the first part of that itself. Raises MocError where the model cannot do it.
+    """
+    if not recipe.train.torch_compile:
+        keep_less(model)
+    recompute_layers(model, recompute_mode(recipe))
 
 
 def recompute_layers(model: PreTrainedModel, mode: str) -> None:

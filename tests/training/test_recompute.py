@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted, attach
+from moc_cli.models.lean import keep_less
 from moc_cli.planning.fake_device import META
 from moc_cli.planning.replay import Measured, replay
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
@@ -48,6 +49,7 @@ def test_gradients_are_the_same_to_the_last_bit(method: str, family: str) -> Non
         for name, parameter in adapted.named_trainables().items():
             if name.endswith(("B", "lora_B.weight")):
                 parameter.add_(0.1)
+    keep_less(adapted.model)
     adapted.model.train()
     batch = make_batch()
     labels = torch.arange(8) % 3 if family in ENCODERS else batch["input_ids"]

@@ -1,0 +1,97 @@
+"""Norms and gated blocks that keep less: the same numbers in fewer bytes."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_tiny_model, tiny_config
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from moc_cli.models.lean import keep_less
+from moc_cli.nn.lean import gated_product, rms_norm
+from moc_cli.planning.fake_device import META, FakeDevice
+from moc_cli.planning.live_memory import LiveMemory, Now
+
+
+def frozen(family: str, **changes: Any) -> nn.Module:
+    return make_tiny_model(family, **changes).requires_grad_(False)
+
+
+def outputs_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
+    states = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    states.requires_grad_()
+    logits = model(inputs_embeds=states).logits
+    logits.float().square().mean().backward()
+    assert states.grad is not None
+    return logits.detach(), states.grad
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_outputs_are_the_same_and_gradients_to_rounding(family: str) -> None:
+    plain, lean = frozen(family), frozen(family)
+    keep_less(lean)
+    changed = [module for module in lean.modules() if "forward" in vars(module)]
+    assert changed
+    (expected, gradient), (logits, own) = map(outputs_and_gradient, (plain, lean))
+    assert torch.equal(logits, expected)
+    assert torch.allclose(own, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
+    norm = LlamaRMSNorm(32).to(dtype).requires_grad_(False)
+    norm.weight.normal_()
+    x = torch.randn(3, 5, 32, dtype=dtype, requires_grad=True)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = rms_norm(x, norm.weight, norm.variance_epsilon)
+    assert torch.equal(y, norm(x))
+    beside = [t for t in kept if t.data_ptr() not in (x.data_ptr(), norm.weight.data_ptr())]
+    assert sum(t.numel() for t in beside) == 15, "a factor for each token"
+    grad = torch.randn_like(y)
+    (own,), (expected,) = (torch.autograd.grad(out, x, grad) for out in (y, norm(x)))
+    assert torch.allclose(own, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_the_product_keeps_its_factors_alone() -> None:
+    gate, up = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    act, grad = nn.SiLU(), torch.randn(4, 8)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        product = gated_product(gate, up, act)
+    assert [t.data_ptr() for t in kept] == [gate.data_ptr(), up.data_ptr()]
+    own = torch.autograd.grad(product, (gate, up), grad)
+    expected = torch.autograd.grad(act(gate) * up, (gate, up), grad)
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def test_a_trained_norm_and_other_kinds_stay_as_they_are() -> None:
+    trained = make_tiny_model("llama")
+    keep_less(trained)
+    changed = {type(m).__name__ for m in trained.modules() if "forward" in vars(m)}
+    assert changed == {"LlamaMLP"}
+    for family in ("gpt_neox", "phi"):
+        other = frozen(family)
+        keep_less(other)
+        assert not [module for module in other.modules() if "forward" in vars(module)]
+
+
+def test_a_training_step_takes_less() -> None:
+    """In bfloat16 a quarter of what layers keep is gone, and more."""
+    peaks = []
+    for lean in (False, True):
+        with META:
+            config = tiny_config("llama", num_hidden_layers=6)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.requires_grad_(False)
+        if lean:
+            keep_less(model)
+        states = torch.empty(8, 64, model.config.hidden_size, dtype=torch.bfloat16, device=META)
+        with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
+            states.requires_grad_()
+            model.base_model(inputs_embeds=states).last_hidden_state.sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[1] < 0.8 * peaks[0]
