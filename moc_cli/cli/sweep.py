@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from moc_cli.cli.options import JsonOption, SetOption, program
 if TYPE_CHECKING:
     from moc_cli.recipe.sweep import Sweep
     from moc_cli.sweep.execute import Execution
+    from moc_cli.sweep.plan import Plan
 
 SUMMARY = "sweep.json"
 
@@ -57,52 +58,79 @@ def sweep(
     Each run is a `moc train`. Finished runs are not repeated, so that the same command goes on
     where it was stopped.
     """
-    from moc_cli.files import check_folder, write_bytes_atomic, write_json_atomic
-    from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.files import check_folder
+    from moc_cli.report.output import say
     from moc_cli.sweep.plan import make_plan
 
     wanted = _sweep(sweep, vary or [], seeds, output_dir)
     plan = make_plan(wanted, set_ or [])
     count, gpus = _count_jobs(jobs)
-    check_folder(Path(wanted.output_dir))
-    from moc_cli.sweep.execute import Execution, check_folders
-    from moc_cli.sweep.figure import draw
-    from moc_cli.sweep.summary import summarize
+    folders = [Path(place) for place in (wanted.output_dir, wanted.results_dir) if place]
+    for folder in folders:
+        check_folder(folder)
+    from moc_cli.sweep.execute import Execution, Stopped, check_folders
 
     finished = check_folders(plan)
     if dry_run:
-        from moc_cli.report.sweep_tables import plan_table
-
-        listed = plan.listed(finished)
-        if json:
-            print_json({"runs": [{"name": name, "finished": done} for name, done in listed]})
-        else:
-            print_table(plan_table(listed))
-            say(f"{plan.total()} runs are needed, {count} at the same time")
+        _list(plan, finished, count, json)
         return
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     again = _again(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
-    for place in filter(None, (wanted.output_dir, wanted.results_dir)):
-        Path(place).mkdir(parents=True, exist_ok=True)
     execution = Execution(plan, count, gpus, say, finished)
+    stopped = None
     try:
         _run(execution, again)
-    finally:
-        summary = summarize(plan, execution.finished) | {"failed": execution.failed}
-        folder = Path(wanted.results_dir or wanted.output_dir)
-        pictures = {folder / name: content for name, content in draw(summary).items()}
-        write_json_atomic(folder / SUMMARY, summary)
-        for path, content in pictures.items():
-            write_bytes_atomic(path, content)
-    if json:
-        print_json(summary)
-    else:
-        from moc_cli.report.sweep_tables import sweep_tables
-
-        print_table(*sweep_tables(summary))
-        say(f"Written: {', '.join(map(str, [*pictures, folder / SUMMARY]))}")
+    except Stopped as stop:
+        stopped = stop
+    _show(execution, folders[-1], json)
     if execution.failed:
         say(f"{len(execution.failed)} runs failed; when the cause is mended: {again}")
+    if stopped is not None:
+        say(f"{stopped.message}\n{stopped.hint}")
+        raise typer.Exit(stopped.exit_code)
+    if execution.failed:
         raise typer.Exit(2)
+
+
+def _list(plan: "Plan", finished: set[str], jobs: int, json: bool) -> None:
+    """Print which runs the sweep needs, and which of them are finished."""
+    from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.report.sweep_tables import plan_table
+
+    listed = plan.listed(finished)
+    if json:
+        print_json({"runs": [{"name": name, "finished": done} for name, done in listed]})
+        return
+    print_table(plan_table(listed))
+    say(f"{plan.total()} runs are needed, {jobs} at the same time")
+
+
+def _show(execution: "Execution", folder: Path, json: bool) -> None:
+    """Write what is known of all finished runs, and print it."""
+    from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.report.sweep_tables import sweep_tables
+    from moc_cli.sweep.summary import summarize
+
+    summary = summarize(execution.plan, execution.finished) | {"failed": execution.failed}
+    files = _write(folder, summary)
+    if json:
+        print_json(summary)
+        return
+    print_table(*sweep_tables(summary))
+    say(f"Written: {', '.join(map(str, files))}")
+
+
+def _write(folder: Path, summary: dict[str, Any]) -> list[Path]:
+    """Write the summary and its pictures; return their paths."""
+    from moc_cli.files import write_bytes_atomic, write_json_atomic
+    from moc_cli.sweep.figure import draw
+
+    pictures = {folder / name: content for name, content in draw(summary).items()}
+    write_json_atomic(folder / SUMMARY, summary)
+    for path, content in pictures.items():
+        write_bytes_atomic(path, content)
+    return [*pictures, folder / SUMMARY]
 
 
 def _run(execution: "Execution", again: str) -> None:

@@ -1,0 +1,72 @@
+"""The tables of recipes/RESULTS.md, from the small files of runs in recipes/results.
+
+Written anew by `PYTHONPATH=tests:. python -m support.results_tables`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from support.machine import ROOT
+
+from moc_cli.recipe.sweep import read_sweep
+from moc_cli.report.sweep_tables import sweep_tables
+from moc_cli.report.tables import FittedTable
+from moc_cli.sweep.execute import check_folders
+from moc_cli.sweep.plan import make_plan
+from moc_cli.sweep.summary import summarize
+
+DOCUMENT = ROOT / "recipes" / "RESULTS.md"
+BLOCK = re.compile(r"(<!-- sweep: ([\w-]+) -->\n).*?(<!-- end of sweep -->\n)", re.S)
+
+
+def tables(name: str) -> str:
+    """Return the Markdown of a shipped sweep's results: conditions, then its tables."""
+    plan = make_plan(read_sweep(name), [])
+    summary = summarize(plan, check_folders(plan))
+    return "\n".join(["", *_conditions(summary), *_markdown(summary)]) + "\n"
+
+
+def document(text: str) -> str:
+    """Return RESULTS.md with every block written anew."""
+    return BLOCK.sub(lambda block: block[1] + tables(block[2]) + block[3], text)
+
+
+def _conditions(summary: Mapping[str, Any]) -> Iterator[str]:
+    conditions = summary["conditions"]
+    yield f"- `moc sweep {summary['sweep']}`: {summary['finished']} of {summary['needed']} runs"
+    yield f"- Trained on: {'; '.join(conditions['device'])}; {'; '.join(conditions['versions'])}"
+    yield f"- Commits: {', '.join(commit[:7] for commit in conditions['commit'])}"
+    yield ""
+
+
+def _markdown(summary: Mapping[str, Any]) -> Iterator[str]:
+    for table in sweep_tables(summary):
+        yield f"**{table.title}**\n"
+        yield from _lines(table)
+        yield ""
+
+
+def _lines(table: FittedTable) -> Iterator[str]:
+    yield _line(list(table.head))
+    yield _line(["---"] * len(table.head))
+    for row in table.rows:
+        cells = []
+        for cell in row:
+            bold = not isinstance(cell, str) and "bold" in str(cell.style) and cell.plain
+            cells.append(f"**{cell}**" if bold else str(cell))
+        yield _line(cells)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def main() -> None:
+    """Write the tables into RESULTS.md."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(document(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
