@@ -34,7 +34,7 @@ def check(recipe: Recipe) -> None:
         )
     if drawn_from_the_base(recipe.method):
         raise MocError(
-            f"method.init {recipe.method.init} rewrites the base's weights, "  # type: ignore[union-attr]
+            f"method.init {recipe.method.init} rewrites the base's weights, "
             "which peft would do again, and not to the bit",
             "export with --to merged or --to controls",
         )

@@ -16,7 +16,7 @@ from moc_cli.models.families import Family, Place, find_family
 from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.routing import Routing
-from moc_cli.recipe.methods import ControlMethod, MocMethod
+from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
 
 
 class ControlsMethod:
@@ -85,6 +85,7 @@ def make_mixture(
     layers = find_layers(model, family)
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
+    _check_init(model, method)
     device = torch.device("meta") if empty else one_device(layers)
     mixture = Mixture(
         len(layers),
@@ -160,6 +161,24 @@ def _multiplier(model: PreTrainedModel, family: Family, layer: nn.Module) -> flo
                 hint=f"Add method.placement.multiplier: {name}.",
             )
     return 1.0
+
+
+def check_fresh(method: MethodConfig) -> None:
+    """Raise MocError for new controls whose start needs training rows, where there are none."""
+    if isinstance(method, MocMethod | ControlMethod) and method.init != "default":
+        raise MocError(
+            f"method.init: '{method.init}' looks at training rows, which moc train alone has",
+            "leave init out",
+        )
+
+
+def _check_init(model: PreTrainedModel, method: MocMethod | ControlMethod) -> None:
+    size = model.config.get_text_config().hidden_size
+    if method.init != "default" and method.rank > size:
+        raise MocError(
+            f"method.init: {method.init} takes {method.rank} directions (method.rank) of states "
+            f"that have only {size}"
+        )
 
 
 def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:

@@ -25,6 +25,7 @@ from moc_cli.recipe.types import (
 )
 
 Paths = str | Annotated[list[str], Field(min_length=1)]
+ControlInit = Literal["default", "pca", "gradient"]
 InputNorm = Literal["none", "rms"]
 Alpha = Share | Literal["learned"]
 Sites = Literal["attn", "ffn", "attn+ffn"]
@@ -125,6 +126,11 @@ class MocMethod(Section):
     name: Literal["moc"] = Field(default="moc", description="name of the method")
     rank: Positive = Field(default=64, description="rank r of each control")
     scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
+    init: ControlInit = Field(
+        default="default",
+        description="first A of a control, default: kaiming-uniform; pca, gradient: the leading "
+        "directions of the states that it reads, or of the loss's gradient there, over 64 rows",
+    )
     input_norm: InputNorm = Field(
         default="none",
         description="what a control reads, rms: the state divided by its root mean square",
@@ -156,6 +162,11 @@ class ControlMethod(Section):
     name: Literal["control"] = Field(default="control", description="name of the method")
     rank: Positive = Field(default=64, description="rank r of each control")
     scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
+    init: ControlInit = Field(
+        default="default",
+        description="first A of a control, default: kaiming-uniform; pca, gradient: the leading "
+        "directions of the states that it reads, or of the loss's gradient there, over 64 rows",
+    )
     input_norm: InputNorm = Field(
         default="none",
         description="what a control reads, rms: the state divided by its root mean square",

@@ -269,6 +269,8 @@ def _sharded(recipe: Sections) -> Iterator[BrokenRule]:
         and "molex runs layers that each process chooses by its own rows",
         "train.torch_compile": recipe.train.torch_compile
         and "layers whose weights come and go are not compiled",
+        "method.init": getattr(recipe.method, "init", "default") in ("pca", "gradient")
+        and "the first process alone looks at the first rows",
         "model.load_in_8bit": recipe.model.load_in_8bit and "weights in 8 bits are not split",
     }
     for key, reason in reasons.items():

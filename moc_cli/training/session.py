@@ -20,6 +20,7 @@ from moc_cli.errors import FileError, MocError
 from moc_cli.methods import Counts
 from moc_cli.processes import LostProcess, Processes
 from moc_cli.recipe.load import dump
+from moc_cli.recipe.methods import ControlMethod, MocMethod
 from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
@@ -31,6 +32,7 @@ from moc_cli.training import build
 from moc_cli.training.accelerator import join_launched, make_accelerator
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.environment import describe_environment
+from moc_cli.training.first_controls import begin_controls
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.job import Forecast, Job, Values
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
@@ -188,6 +190,8 @@ class Session:
             before = {name: evaluation.values for name, evaluation in untrained.items()}
         begun = {"format": FORMAT, "status": "running", "before": before}
         self.processes.on_main(lambda: folder.write_results(begun))
+        if job.snapshot is None:
+            self.begin_controls(job)
         outcome = self.fit(job, folder, checkpoints)
         chosen = self.keep_controls(job, folder, checkpoints, outcome)
         recorder = job.built.adapted.recorder(detailed=False)
@@ -207,6 +211,14 @@ class Session:
             )
             raise self.processes.told_by_main(error)
         return Finished(folder, results, job.built.adapted.counts(), outcome)
+
+    def begin_controls(self, job: Job) -> None:
+        """Let the first rows say where new controls begin, where the recipe asks for it."""
+        method = job.recipe.method
+        if isinstance(method, MocMethod | ControlMethod) and method.init != "default":
+            adapted, device = job.built.adapted, job.accelerator.device
+            rows = begin_controls(adapted, method, job.rows.data, device, self.processes)
+            self.say(lines.labelled("init", f"{method.init}, over {rows} training rows"))
 
     def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
         """Run the loop under a progress bar."""

@@ -8,7 +8,7 @@ from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.reference import keys
 
 UPDATE = {"method.alpha": 0.95, "method.top_k": 1, "method.scale": 1.0, "method.rank": 64}
-UPDATE |= {"method.input_norm": "none", "method.alpha_start": 0.95}
+UPDATE |= {"method.init": "default", "method.input_norm": "none", "method.alpha_start": 0.95}
 GATE = {"method.gate.kind": "cosine", "method.gate.projection_dim": 256}
 VOTE = {
     "method.routing.level": "batch",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from support.key_runs import KeyRun
 
 from moc_cli.kinds import make_kind
@@ -360,6 +361,12 @@ def _projection(run: KeyRun) -> int:
     return size
 
 
+def _first_A(run: KeyRun) -> Any:
+    assert run.finished
+    state = load_file(run.folder / "run" / "controls" / "adapter_model.safetensors")
+    return state["controls.0.attn.A"].tolist()
+
+
 def _control_changes(method: str) -> dict[str, Change]:
     """The keys of `moc` and `control`; placements are seen in the logits."""
     also = {"method": method}
@@ -367,6 +374,9 @@ def _control_changes(method: str) -> dict[str, Change]:
     changes = {
         "rank": Change(6, lambda run: run.state["controls.0.attn.A"].shape[0], also=also),
         "scale": Change(0.3, lambda run: run.mixture.scale, also=also),
+        "init": Change(
+            "pca", _first_A, OTHER, also=SHORT | {"method": {"name": method, "rank": 4}}
+        ),
         "input_norm": Change("rms", _of_routing("input_norm"), also=also),
         "sites": Change("ffn", _sites, also=also),
         "placement": Change(SWAPPED, lambda run: run.logits.tolist(), OTHER, also=also),
