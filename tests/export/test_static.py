@@ -210,6 +210,7 @@ class TestCommand:
         }
         assert set(told["facts"]["routes"]) == {"0.attn", "0.ffn", "1.attn", "1.ffn"}
 
+    @pytest.mark.usefixtures("clean_process")
     def test_standalone_is_a_whole_folder(
         self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

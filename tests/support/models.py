@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -207,30 +207,20 @@ def has_hooks(model: torch.nn.Module) -> bool:
     return False
 
 
-class _Widen(TorchFunctionMode):
-    """Every request for float32 is answered in float64."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
 @contextmanager
 def all_float64() -> Iterator[None]:
     """Within it models are built and run in float64 throughout.
 
     Models compute norms, rotations and softmax in float32 whatever their weights' type; two equal
-    formulas would then agree to 1e-7 only.
+    formulas would then agree to 1e-7 only. So what they ask for by the name of float32 is float64.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Widen():
+        with (
+            mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        ):
             yield
     finally:
         torch.set_default_dtype(before)
