@@ -16,8 +16,10 @@ from moc_cli.planning import plans
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh ?(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
-SHORT = " --set train.max_steps=4 --set eval.max_samples=16"
-FEW = " --limit 16"  # both so that the commands take seconds; nothing else is changed
+# So that the commands take seconds; nothing else is changed.
+SHORT = " --set train.max_steps=2 --set eval.max_samples=16"
+FEW = " --limit 16"
+NARROW = " --set data.max_length=16"
 
 
 def arguments(kind: str, line: str) -> list[str]:
@@ -26,6 +28,8 @@ def arguments(kind: str, line: str) -> list[str]:
         line += " --dry-run" if kind == "hub" else SHORT
     elif line.startswith(("moc eval", "moc inspect-routing")) and "--text" not in line:
         line = re.sub(r" --limit \d+|$", FEW, line, count=1)
+    elif line.startswith("moc bench"):
+        line += NARROW
     return shlex.split(line)[1:]
 
 
@@ -40,7 +44,7 @@ def test_every_command_of_the_readme_runs(
     (tmp_path / ".weights").symlink_to(weights)
     monkeypatch.chdir(tmp_path)
     few = plans.settings_beside  # each is replayed; tests/planning knows that all can be planned
-    monkeypatch.setattr("moc_cli.planning.session.settings_beside", lambda own: few(own)[:2])
+    monkeypatch.setattr("moc_cli.planning.session.settings_beside", lambda own: few(own)[:1])
     assert {kind for kind, _ in BLOCKS} == {"", "hub", "weights"}
     for kind, text in BLOCKS:
         files = "".join(re.findall(r"^cat > .*?^END$\n", text, flags=re.M | re.S))
