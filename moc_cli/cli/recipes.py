@@ -22,7 +22,7 @@ NameArgument = Annotated[
 @app.command("list")
 def list_recipes(json: JsonOption = False) -> None:
     """List the recipes that come with the program."""
-    from moc_cli.recipe.catalog import entries
+    from moc_cli.recipe.catalog import entries, shipped_sweeps
     from moc_cli.report.output import print_json, print_table
 
     recipes = entries()
@@ -32,7 +32,11 @@ def list_recipes(json: JsonOption = False) -> None:
         return
     from moc_cli.report.tables import recipe_table
 
-    print_table(recipe_table([(entry.name, entry.summary) for entry in recipes]))
+    sweeps = [(entry.name, entry.summary) for entry in shipped_sweeps()]
+    print_table(
+        recipe_table([(entry.name, entry.summary) for entry in recipes]),
+        recipe_table(sweeps, kind="sweep"),
+    )
 
 
 @app.command()

@@ -36,6 +36,12 @@ def entries() -> list[Entry]:
     ]
 
 
+def shipped_sweeps() -> list[Entry]:
+    """Return every shipped sweep, ordered by name."""
+    paths = sorted((folder() / SWEEPS).glob("*.yaml"))
+    return [Entry(path.stem, path, _summary(path)) for path in paths]
+
+
 def find_sweep(name: str) -> Path:
     """Return the file that a path or the name of a shipped sweep stands for.
 
@@ -44,7 +50,7 @@ def find_sweep(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    sweeps = {path.stem: path for path in sorted((folder() / SWEEPS).glob("*.yaml"))}
+    sweeps = {entry.name: entry.path for entry in shipped_sweeps()}
     plain = _plain(name).removeprefix(f"{SWEEPS}/")
     if plain in sweeps:
         return sweeps[plain]

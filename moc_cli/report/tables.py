@@ -191,10 +191,10 @@ def export_table(folder: str, sizes: Mapping[str, int]) -> FittedTable:
     return FittedTable(folder, ["file", "size"], rows, totals=1)
 
 
-def recipe_table(recipes: Sequence[tuple[str, str]]) -> Table:
-    """Show the shipped recipes: name and purpose."""
+def recipe_table(recipes: Sequence[tuple[str, str]], kind: str = "recipe") -> Table:
+    """Show the shipped recipes, or sweeps: name and purpose."""
     table = _table(3)
-    table.add_column("recipe", no_wrap=True)  # a name is there to be copied
+    table.add_column(kind, no_wrap=True)  # a name is there to be copied
     table.add_column("what it does", overflow="fold")
     for name, summary in recipes:
         table.add_row(Text(name), Text(summary))

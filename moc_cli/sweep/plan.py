@@ -68,9 +68,15 @@ class Plan:
         for run in self.runs:
             if run.name in finished or run.name in failed:
                 continue
-            chosen = self.chosen(run.cell, finished)
-            if run.seed == self.first_seed or (chosen and chosen.candidate == run.candidate):
+            if self.is_needed(run, finished):
                 yield run
+
+    def is_needed(self, run: PlannedRun, finished: set[str]) -> bool:
+        """Whether a run is tried, or has the chosen candidate; not if that is not known yet."""
+        if run.candidate is None or run.seed == self.first_seed:
+            return True
+        chosen = self.chosen(run.cell, finished)
+        return chosen is not None and chosen.candidate == run.candidate
 
     @property
     def first_seed(self) -> int:
@@ -92,11 +98,11 @@ class Plan:
 
     def counting(self, cell: Cell, finished: set[str]) -> list[PlannedRun]:
         """Return the finished runs of a cell's chosen candidate, by seed."""
+        own = [run for run in self.runs if run.cell == cell and run.name in finished]
         chosen = self.chosen(cell, finished)
-        if chosen is None:
-            return []
-        own = [run for run in self.runs if run.cell == cell and run.candidate == chosen.candidate]
-        return [run for run in own if run.name in finished]
+        if chosen is not None:
+            return [run for run in own if run.candidate == chosen.candidate]
+        return [run for run in own if run.candidate is None]
 
     def listed(self, finished: set[str]) -> list[tuple[str, bool]]:
         """Return every run that is needed, in order, and whether it is finished.
@@ -105,10 +111,9 @@ class Plan:
         """
         names: dict[str, bool] = {}
         for run in self.runs:
-            chosen = self.chosen(run.cell, finished)
-            if run.seed == self.first_seed or (chosen and chosen.candidate == run.candidate):
+            if self.is_needed(run, finished):
                 names[run.name] = run.name in finished
-            elif chosen is None:
+            elif self.chosen(run.cell, finished) is None:
                 names[f"{_name(run.cell, None)}/*/seed-{run.seed}"] = False
         return list(names.items())
 

