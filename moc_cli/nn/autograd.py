@@ -13,72 +13,62 @@ Coefficient = Callable[[], float | Tensor]
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
-        ctx.coefficient = coefficient
-        ctx.like = loss.new_empty(())
+    def forward(
+        ctx: Any, x: Tensor, value: Tensor, slope: Tensor, coefficient: Coefficient
+    ) -> Tensor:
+        # Not saved for the backward pass: a layer that is computed anew ends at the last of these.
+        ctx.slope, ctx.coefficient = slope, coefficient
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         coefficient = ctx.coefficient()
         if isinstance(coefficient, Tensor):
-            return grad, coefficient.to(ctx.like), None
-        return grad, torch.full_like(ctx.like, coefficient), None
+            coefficient = coefficient.to(ctx.slope)
+        return grad, ctx.slope * coefficient, None, None
 
 
-def inject(x: Tensor, loss: Tensor, coefficient: Coefficient) -> Tensor:
-    """Identity on x whose backward also sends `coefficient()` into `loss`.
+def inject(
+    x: Tensor, value: Tensor, coefficient: Coefficient, slope: Tensor | None = None
+) -> Tensor:
+    """Identity on x whose backward also sends `coefficient()` times `slope` into `value`.
 
-    It makes loss part of the objective without a module holding a tensor that carries a graph,
-    which would keep a recomputed layer alive under activation checkpointing.
+    The slope is without a graph and of value's shape; None: ones. It makes a loss with this slope
+    part of the objective without a module holding a tensor that carries a graph, which would keep a
+    recomputed layer alive under activation checkpointing.
     """
-    result: Tensor = _Inject.apply(x, loss, coefficient)  # type: ignore[no-untyped-call]
+    slope = torch.ones_like(value) if slope is None else slope
+    result: Tensor = _Inject.apply(x, value, slope.detach(), coefficient)  # type: ignore[no-untyped-call]
     return result
 
 
-Function = Callable[..., tuple[Tensor, ...]]
-
-
-class _Recompute(torch.autograd.Function):
+class _Cosine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Function, first: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.function, ctx.first = function, first
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-        outputs = function(*inputs)
-        rest = [value for value in outputs[first:] if value is not None]
-        ctx.mark_non_differentiable(*rest)
-        return outputs
+    def forward(ctx: Any, features: Tensor, keys: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp(min=1e-12)
+        ctx.save_for_backward(features, keys, length)
+        logits: Tensor = F.linear(features, keys) / length
+        return logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        reached = [n for n in range(ctx.first) if grads[n] is not None]
-        if not reached:
-            return (None,) * len(ctx.needs_input_grad)
-        needed = ctx.needs_input_grad[2:]
-        inputs = [
-            saved.detach().requires_grad_(need)
-            for saved, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad():
-            outputs = ctx.function(*inputs)
-        values, received = [outputs[n] for n in reached], [grads[n] for n in reached]
-        wanted = [value for value in inputs if value.requires_grad]
-        results = iter(torch.autograd.grad(values, wanted, received, allow_unused=True))
-        return None, None, *(next(results) if need else None for need in needed)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        features, keys, length = ctx.saved_tensors
+        along = grad / length
+        turned = along @ keys
+        stretch = (turned * features).sum(dim=-1, keepdim=True) / length.square()
+        grad_keys = along.flatten(0, -2).t() @ features.flatten(0, -2)
+        return torch.addcmul(turned, features, stretch, value=-1), grad_keys
 
 
-def recompute(function: Function, first: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`function(*inputs)`; the backward pass runs it again instead of keeping what is inside.
+def cosine(features: Tensor, keys: Tensor) -> Tensor:
+    """|e_k| cos(f, e_k) of features f (..., p) and keys e (N, p): (..., N); 0 where f is 0.
 
-    Only the `first` outputs get a gradient, and only from them the inputs do. The function must
-    read no other tensor that wants one. Second derivatives raise RuntimeError.
+    The length of f is divided out last, of N < p numbers. Kept for the backward pass: the features
+    and their lengths. Second derivatives raise RuntimeError.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(*inputs)
-    outputs: tuple[Tensor, ...] = _Recompute.apply(function, first, *inputs)  # type: ignore[no-untyped-call]
-    return outputs
+    result: Tensor = _Cosine.apply(features, keys)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Project(torch.autograd.Function):
@@ -137,10 +127,13 @@ class _LowRank(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         A, B = _chosen_rows(rows, index)
         hidden = torch.bmm(x, A.transpose(1, 2))  # (V, S, C·r)
+        weighed = _weigh(hidden, weights)
+        if not ctx.needs_input_grad[1]:
+            hidden = weighed
         ctx.save_for_backward(x, weights, hidden, rows, index)
         ctx.dtype = sums.dtype
         ctx.set_materialize_grads(False)
-        return torch.bmm(_weigh(hidden, weights), B), _empty_sums(sums)
+        return torch.bmm(weighed, B), _empty_sums(sums)
 
     @staticmethod
     @once_differentiable
@@ -153,13 +146,14 @@ class _LowRank(torch.autograd.Function):
         A, B = _chosen_rows(rows, index)
         grad_scaled = torch.bmm(grad, B.transpose(1, 2))
         grad_hidden = _weigh(grad_scaled, weights)
-        grad_weights = None
+        grad_weights, weighed = None, hidden
         if ctx.needs_input_grad[1]:
             parts = (grad_scaled * hidden).to(weights.dtype)
             grad_weights = parts.unflatten(-1, (index.shape[1], -1)).sum(dim=(1, 3))
+            weighed = _weigh(hidden, weights)
         if ctx.needs_input_grad[2]:
             grad_A = torch.bmm(grad_hidden.transpose(1, 2), x)  # (V, C·r, d)
-            grad_B = torch.bmm(_weigh(hidden, weights).transpose(1, 2), grad)
+            grad_B = torch.bmm(weighed.transpose(1, 2), grad)
             if sums is None:
                 sums = rows.new_zeros(rows.shape, dtype=ctx.dtype)
             sums = _add_chosen(sums, torch.stack([grad_A, grad_B]), index)
@@ -185,8 +179,8 @@ def low_rank(
     """Σ_c w_vc · B_c A_c x_v for x (V, S, d) in the type of `rows`, and the next running sums.
 
     `index` (V, C) names the pairs among `rows` (2, N, r, d), `weights` (V, C) weigh them; None: 1.
-    Nothing is read from the device. Kept for the backward pass: x, and A x. Second derivatives
-    raise RuntimeError.
+    Nothing is read from the device. Kept for the backward pass: x, and A x (weighed, where the
+    weights want no gradient). Second derivatives raise RuntimeError.
     """
     result: tuple[Tensor, Tensor] = _LowRank.apply(x, weights, sums, rows, index)  # type: ignore[no-untyped-call]
     return result

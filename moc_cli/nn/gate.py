@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moc_cli.nn.autograd import project
+from moc_cli.nn.autograd import cosine, project
 
 
 def _new_bias(size: int, device: str) -> nn.Parameter:
@@ -26,10 +26,7 @@ def _draw_bias(
 
 
 class Gate(nn.Module, ABC):
-    """Gives each control of a pool a logit for each token, in float32 or wider.
-
-    In two steps, so that a training step keeps only the first one's result for its backward pass.
-    """
+    """Gives each control of a pool a logit for each token, in float32 or wider, in two steps."""
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
@@ -120,10 +117,8 @@ class CosineGate(Gate):
         return (temperature * F.normalize(self.experts, dim=-1),)
 
     def logits(self, features: Tensor, *prepared: Tensor) -> Tensor:
-        """P x -> s · (P x)·e_k/|e_k| / |P x|; the length is divided out last: N < p numbers."""
-        length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-        logits: Tensor = F.linear(features, *prepared) / length.clamp(min=1e-12)
-        return logits
+        """P x -> s · (P x)·e_k/|e_k| / |P x|."""
+        return cosine(features, *prepared)
 
 
 GATES: dict[str, type[LinearGate | CosineGate]] = {"linear": LinearGate, "cosine": CosineGate}

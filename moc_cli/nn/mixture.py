@@ -1,13 +1,12 @@
 """Every control and gate of one model, and the update that each site adds (eq. 9)."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from moc_cli.nn.autograd import inject, recompute
+from moc_cli.nn.autograd import inject
 from moc_cli.nn.control import (
     INPUT_NORMS,
     Control,
@@ -22,11 +21,10 @@ from moc_cli.nn.gate import GATES, Gate, probabilities
 from moc_cli.nn.routing import Routing
 from moc_cli.nn.site import Site
 from moc_cli.nn.vote import (
+    Balance,
     JointVotes,
     Level,
     Route,
-    Voters,
-    balance_loss,
     decide,
     poll,
     shares_of,
@@ -173,16 +171,18 @@ class Mixture(nn.Module):
             return stack.update(read)
         if not self.routing.top_k:
             return self._products(site, read, None)
-        route, loss = self.route(site, x)
+        route, balance = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
-        site.loss = loss.detach() if loss is not None and self.routing.balance_weight else None
+        shown = balance is not None and self.routing.balance_weight > 0
+        site.balance = balance.detach() if balance is not None and shown else None
         update = self._products(site, read, route)
-        if loss is not None:
-            weight = self.routing.balance_weight
+        if balance is not None:
+            weight = self.routing.balance_weight * balance.size
             if self.routing.balance_reduce == "mean":
                 weight /= len(self.sites)
             weight /= 1 if self.joint is None else self.joint.world  # each adds its part
-            return inject(update, loss, self.current.scaled(weight, self.loss_scale))
+            coefficient = self.current.scaled(weight, self.loss_scale)
+            return inject(update, balance.means, coefficient, balance.slope)
         return update
 
     def _products(self, site: Site, x: Tensor, route: Route | None) -> Tensor:
@@ -244,7 +244,7 @@ class Mixture(nn.Module):
         route = store.on_host(site.index)
         store.stacks[site.index] = self.combine(site, route).stack(dtype)
 
-    def route(self, site: Site, x: Tensor) -> tuple[Route, Tensor | None]:
+    def route(self, site: Site, x: Tensor) -> tuple[Route, Balance | None]:
         """The site's route for x (B, T, d), and its balance loss while training.
 
         Training votes at `level`. Evaluation gives each row its own route (each token at level
@@ -261,10 +261,9 @@ class Mixture(nn.Module):
         if store is not None and routing.decode == "running":
             before = store.ballots.get(site.index)
         gate, k = self._gate(site), routing.top_k
-        mean, p = recompute(
-            partial(self._mean, site, voters), 1, gate.features(x), *self._prepared(site)
-        )
-        ballot = poll(p, voters, k, routing.vote, mean)
+        logits = gate.logits(gate.features(x), *self._prepared(site))
+        p = probabilities(logits, site.local if routing.exclude_local else None)
+        ballot = poll(p, voters, k, routing.vote)
         # In training there is always something to learn from, if only with weight 0: every
         # parameter has a gradient.
         balanced = self.training and (routing.balance_weight > 0 or routing.constant_weights)
@@ -272,15 +271,15 @@ class Mixture(nn.Module):
         joint = self.joint if self.training else None
         if joint is not None:
             ballot, share = joint.join(ballot, share)
-            mean = ballot.mean
+        own = ballot.mean
         if before is not None:
             ballot = before + ballot
         route = decide(ballot, k, routing.estimator)
-        loss, size = None, p.shape[-1]
+        balance, size = None, p.shape[-1]
         if share is not None:
             if routing.balance_f == "choice":
                 share = shares_of(route, size, p.dtype)
-            loss = balance_loss(voters.mean_of_all(mean), share, size - routing.exclude_local)
+            balance = voters.balance(own, share, size - routing.exclude_local)
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
         self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
@@ -292,15 +291,7 @@ class Mixture(nn.Module):
             route = earlier.replaced(forward.deciding, route)
         if store is not None and routing.decode == "frozen":
             store.routes[site.index] = route.detach()
-        return route, loss
-
-    def _mean(
-        self, site: Site, voters: Voters, features: Tensor, *prepared: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The mean probabilities (V, N) and each token's own (B, T, N), of the gate's features."""
-        local = site.local if self.routing.exclude_local else None
-        p = probabilities(self._gate(site).logits(features, *prepared), local)
-        return voters.mean(p), p
+        return route, balance
 
     def _gate(self, site: Site) -> Gate:
         return cast(Gate, self.gates[site.pool])

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moc_cli.nn.vote import Balance
+
 
 @dataclass(eq=False)
 class Site:
@@ -11,7 +13,7 @@ class Site:
 
     `local` is its own place in its pool. `place` (1, 1) is its index on the device, and `members`
     (N,) are those of its pool: as tensors, so that one compiled graph serves all layers. `choice`
-    and `loss` are slots: overwritten by each forward, never appended to, and detached.
+    and `balance` are slots: overwritten by each forward, never appended to, and detached.
     """
 
     index: int
@@ -22,7 +24,12 @@ class Site:
     place: Tensor | None = None
     members: Tensor | None = None
     choice: Tensor | None = None
-    loss: Tensor | None = None
+    balance: Balance | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The balance loss of the last forward in training; None where it has no weight."""
+        return None if self.balance is None else self.balance.value()
 
     @property
     def name(self) -> str:

@@ -175,11 +175,18 @@ class Voters:
 
     def mean(self, p: Tensor) -> Tensor:
         """The mean probabilities P̄ (V, N) of p (B, T, N)."""
-        return (p.reshape(*self.shares.shape, -1) * self.shares[..., None]).sum(dim=1)
+        if len(self.shares) == 1:  # one kernel, and in float32 whatever train.tf32 says
+            return torch.mv(p.flatten(0, 1).t(), self.shares.flatten())[None]
+        groups = p.reshape(*self.shares.shape, -1)
+        return (groups * self.shares[..., None]).sum(dim=1)
 
     def mean_of_all(self, means: Tensor) -> Tensor:
         """The mean (N,) over all real tokens, of the means of the decisions (V, N)."""
         return means[0] if len(means) == 1 else (means * self.portions).sum(dim=0)
+
+    def balance(self, means: Tensor, share: Tensor, size: int) -> "Balance":
+        """The balance loss of a site with these means (V, N); see `balance_loss`."""
+        return Balance(means, share[None] if len(means) == 1 else self.portions * share, size)
 
     def picks(self, p: Tensor, k: int) -> Tensor:
         """The share (N,) of the tokens' own picks, their k most probable, that went to each."""
@@ -234,6 +241,26 @@ def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
         if estimator == "straight_through":
             weights = weights.detach() + chosen - chosen.detach()
     return Route(ids, weights)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The balance loss of one site, size · Σ slope·mean: see `balance_loss`.
+
+    `means` (V, N) are those of the decisions, `slope` (V, N) is without a graph. The gradient needs
+    no more than these: the value is computed where somebody reads it.
+    """
+
+    means: Tensor
+    slope: Tensor
+    size: int
+
+    def value(self) -> Tensor:
+        """The loss."""
+        return self.size * (self.slope * self.means).sum()
+
+    def detach(self) -> "Balance":
+        return Balance(self.means.detach(), self.slope, self.size)
 
 
 def balance_loss(mean: Tensor, share: Tensor, size: int) -> Tensor:
