@@ -110,6 +110,10 @@ def _open(path: Path) -> RunFolder:
             f"{path} holds one run for each of several seeds",
             f"give one of them, as {path}/seed-<n>; {seeds} names the median run",
         )
+    if (path / "sweep.json").is_file():
+        raise RunError(
+            f"{path} holds the runs of a sweep", "moc sweep shows them side by side; or give two"
+        )
     return RunFolder.open(path)
 
 

@@ -54,8 +54,10 @@ def find_sweep(name: str) -> Path:
     plain = _plain(name).removeprefix(f"{SWEEPS}/")
     if plain in sweeps:
         return sweeps[plain]
+    known = plain in {entry.name for entry in entries()}
     raise RecipeError(
-        f"{name}: no such file, and no shipped sweep of that name{choices(plain, sweeps)}"
+        f"{name}: no such file, and no shipped sweep of that name{choices(plain, sweeps)}",
+        f"{plain} is a recipe: say what varies, as --vary method.top_k=0,1" if known else None,
     )
 
 

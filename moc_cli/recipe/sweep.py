@@ -127,6 +127,15 @@ def as_text(value: Any) -> str:
     return value if plain else json.dumps(value)
 
 
+def check_keys(changes: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for each change of a key that a sweep gives to each run itself."""
+    for change in dict.fromkeys(change.partition("=")[0].strip() for change in changes):
+        if change == "seed":
+            yield "seed: a sweep's seeds are given by 'seeds', or --seeds N,M"
+        elif change == "output.output_dir":
+            yield "output.output_dir: a sweep names each run's folder; --output-dir DIR for all"
+
+
 def parse_vary(text: str) -> tuple[str, list[Any]]:
     """Return the key and the values of `KEY=VALUE,VALUE`; MocError where it is something else."""
     key, equals, values = text.partition("=")

@@ -9,7 +9,7 @@ from typing import Any
 from moc_cli.errors import MocError, RunError
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.sweep import Setting, Sweep
+from moc_cli.recipe.sweep import Setting, Sweep, check_keys
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import RunFolder
 
@@ -142,11 +142,14 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
     mistakes: dict[str, str] = {}
     combinations = [(cell, one) for cell in sweep.cells for one in sweep.candidates]
     loaded: dict[Any, Recipe] = {}
+    varied = [change for cell, one in combinations for change in _varied(cell, one)]
+    if own := list(check_keys([*sweep.common, *varied, *changes])):
+        raise MocError("\n".join(own))
     for cell, candidate in combinations:
-        own = _changes(sweep, cell, candidate)
+        common, own = [*sweep.common, "output.output_dir=run"], _varied(cell, candidate)
         try:
-            loaded[cell, candidate] = load_recipe(sweep.recipe, [*own, "output.output_dir=run"])
-            load_recipe(sweep.recipe, [*own, *changes, "output.output_dir=run"])
+            loaded[cell, candidate] = load_recipe(sweep.recipe, common, own)
+            load_recipe(sweep.recipe, [*common, *own, *changes])
         except MocError as error:
             for line in error.message.splitlines():
                 mistakes.setdefault(line, _name(cell, candidate))
@@ -167,7 +170,7 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
                     candidate=candidate,
                     seed=seed,
                     recipe=_with_folder(loaded[cell, candidate], seed, folder),
-                    changes=(*_changes(sweep, cell, candidate), *changes, f"seed={seed}"),
+                    changes=(*sweep.common, *_varied(cell, candidate), *changes, f"seed={seed}"),
                     folder=folder,
                     results=results,
                 )
@@ -176,9 +179,10 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
     return Plan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
 
 
-def _changes(sweep: Sweep, cell: Cell, candidate: Setting | None) -> list[str]:
+def _varied(cell: Cell, candidate: Setting | None) -> list[str]:
+    """Return the changes of the recipe that are a run's own."""
     settings = [*cell, *([] if candidate is None else [candidate])]
-    return [*sweep.common, *(change for setting in settings for change in setting.changes)]
+    return [change for setting in settings for change in setting.changes]
 
 
 def _check_choice(sweep: Sweep, recipe: Recipe) -> None:

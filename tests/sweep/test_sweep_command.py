@@ -140,6 +140,20 @@ def test_mistakes_of_all_recipes_are_told_before_anything_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
+def test_keys_that_a_sweep_gives_itself_are_refused(
+    choices: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["sweep", choices[1], "--vary", "seed=1,2", "--set", "output.output_dir=x"]) == 2
+    said = capsys.readouterr().err
+    assert "--seeds N,M" in said
+    assert "--output-dir DIR for all" in said
+
+
+def test_a_recipe_needs_what_varies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sweep", "quickstart"]) == 2
+    assert "quickstart is a recipe: say what varies" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_recipe_is_not_touched(
     tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
