@@ -24,6 +24,9 @@ WORLD_SIZES = (
     "SLURM_STEP_NUM_TASKS",
 )
 
+# The `moc` that has started this process, as one of several or as a run of a sweep.
+PARENT = "MOC_PARENT"
+
 
 class Elsewhere(MocError):
     """An error that another process has found and prints; this one ends with it."""

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from moc_cli import __version__
 from moc_cli.errors import MocError, explain_system
-from moc_cli.processes import check_one_process, launched, leave
+from moc_cli.processes import PARENT, check_one_process, launched, leave
 
 if TYPE_CHECKING:
     from moc_cli.launching.place import Place
@@ -128,6 +128,10 @@ def _run(arguments: list[str], place: "Place | None") -> int:
     """Run one command, and tell what goes wrong."""
     try:
         if place is None:
+            if PARENT in os.environ:  # a sweep has started it
+                from moc_cli.launching.child import stop_with_parent
+
+                stop_with_parent()
             return _call(arguments)
         from moc_cli.launching.child import run_as_one
 

@@ -10,12 +10,10 @@ from contextlib import suppress
 from moc_cli import processes
 from moc_cli.errors import MocError
 from moc_cli.launching.place import Place
-from moc_cli.processes import Elsewhere, LostProcess
+from moc_cli.processes import PARENT, Elsewhere, LostProcess
 from moc_cli.report.characters import printable
 from moc_cli.signals import stop_number
 
-# The process that has started this one as one of several; it says how they have ended.
-PARENT = "MOC_PARENT"
 # A process that fails waits so many seconds for the launcher to end it, as it does when another
 # one has failed first: that one's error is then the reason, and is told already.
 PATIENCE = 5.0

@@ -11,9 +11,9 @@ import psutil
 
 from moc_cli import processes
 from moc_cli.errors import MocError
-from moc_cli.launching.child import PARENT
 from moc_cli.launching.place import THREADS, threads_of_each
 from moc_cli.launching.plan import Plan, launcher_arguments
+from moc_cli.processes import PARENT
 from moc_cli.report.output import say
 from moc_cli.signals import STOPS, Stopped, is_ignored
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from moc_cli.errors import MocError
 from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from moc_cli.processes import PARENT
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.sweep import Sweep
 from moc_cli.signals import stop_number
@@ -34,13 +35,16 @@ class Stopped(MocError):
 def start(
     command: list[str], environment: Mapping[str, str], log: IO[str]
 ) -> "subprocess.Popen[str]":
-    """Start a command with changes of the environment; what it prints goes to the log."""
+    """Start a command with changes of the environment; what it prints goes to the log.
+
+    It stops, with a checkpoint, when this process is killed.
+    """
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment, PARENT: str(os.getpid())},
         text=True,
     )
 

@@ -12,7 +12,7 @@ from moc_cli.launching import child
 from moc_cli.launching.place import Place
 from moc_cli.launching.plan import Plan
 from moc_cli.launching.start import Ended, explain_ends
-from moc_cli.processes import LostProcess
+from moc_cli.processes import PARENT, LostProcess
 from moc_cli.signals import Stopped
 
 HOST = socket.gethostname()
@@ -125,7 +125,7 @@ def test_who_is_ended_because_another_was_lost_says_nothing(
         error.stopped_by = None if noticed == "before the signal" else TERM
         raise error
 
-    monkeypatch.setenv(child.PARENT, str(os.getppid()))
+    monkeypatch.setenv(PARENT, str(os.getppid()))
     monkeypatch.setattr(child, "stop_with_parent", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("os.kill", end)

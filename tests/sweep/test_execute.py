@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,3 +84,32 @@ def test_processors_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(execute.os, "cpu_count", lambda: 8)
     execution(tmp_path, jobs=2, gpus=0).run_all(lambda done: None, "again")
     assert seen == [{"OMP_NUM_THREADS": "4"}] * 3
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
+)
+def test_a_run_stops_when_its_sweep_is_killed(tmp_path: Path) -> None:
+    """A program starts a run as a sweep does, and is killed; the run is asked to stop."""
+    run = (
+        "import signal, sys, time; from moc_cli.launching.child import stop_with_parent;"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(0)));"
+        "stop_with_parent(); print('begun', flush=True); time.sleep(60)"
+    )
+    log = tmp_path / "log"
+    program = (
+        "import sys, time; from moc_cli.sweep.execute import start;"
+        "start([sys.executable, '-c', sys.argv[1]], {}, open(sys.argv[2], 'w')); time.sleep(60)"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", program, run, str(log)])
+    wait_for(log, "begun")
+    sweep.kill()
+    sweep.wait()
+    wait_for(log, "asked")
+
+
+def wait_for(log: Path, word: str) -> None:
+    end = time.monotonic() + 60
+    while not log.is_file() or word not in log.read_text():
+        assert time.monotonic() < end, f"no '{word}'"
+        time.sleep(0.02)
