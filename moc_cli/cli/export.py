@@ -13,6 +13,7 @@ from moc_cli.cli.options import (
     RunArgument,
     TrustOption,
 )
+from moc_cli.export import FORMATS
 
 
 def export(
@@ -21,8 +22,7 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="controls (two files for load_controls), peft, standalone (a Hugging Face folder "
-            "that needs no moc), static (frozen routes), merged (lora, dora and pissa only).",
+            help=", ".join(f"{name} ({format.what})" for name, format in FORMATS.items()) + ".",
         ),
     ],
     output_dir: Annotated[

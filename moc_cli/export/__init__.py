@@ -36,10 +36,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Format:
-    """A format's module, and the types that its file may have; none: the run's own type alone."""
+    """A format's module, what it is in a few words, and the types that its file may have; none: the
+    run's own type alone. `whole`: it holds the weights of the base, which must not be quantised.
+    """
 
     module: str
+    what: str
     dtypes: tuple[Dtype, ...] = ()
+    whole: bool = False
 
     def load(self) -> ModuleType:
         """Import the module."""
@@ -47,11 +51,13 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "controls": Format("moc_cli.export.controls", DTYPES),
-    "peft": Format("moc_cli.export.peft", ("float32",)),
-    "standalone": Format("moc_cli.export.standalone"),
-    "static": Format("moc_cli.export.static", ("float32",)),
-    "merged": Format("moc_cli.export.merged", DTYPES),
+    "controls": Format("moc_cli.export.controls", "two files for load_controls", DTYPES),
+    "peft": Format("moc_cli.export.peft", "an adapter folder of peft", ("float32",)),
+    "standalone": Format(
+        "moc_cli.export.standalone", "a Hugging Face folder that needs no moc", whole=True
+    ),
+    "static": Format("moc_cli.export.static", "frozen routes", ("float32",)),
+    "merged": Format("moc_cli.export.merged", "lora, dora and pissa only", DTYPES, whole=True),
 }
 
 

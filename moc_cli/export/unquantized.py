@@ -5,7 +5,7 @@ its logits are from those of the run on the base as it was trained.
 from collections.abc import Callable
 
 from moc_cli.errors import MocError
-from moc_cli.export import parity
+from moc_cli.export import find_format, parity
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import load_config
 from moc_cli.models.quantization import stored_as
@@ -14,12 +14,10 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.report.numbers import percent
 from moc_cli.runs import BaseOptions
 
-WHOLE = ("standalone", "merged")  # formats that hold the weights of the base
-
 
 def check_stored(to: str, recipe: Recipe, base: BaseOptions) -> None:
     """Raise MocError where a format needs weights that the base's files hold quantised alone."""
-    if to not in WHOLE:
+    if not find_format(to).whole:
         return
     model = recipe.model
     moved = base.path is not None
@@ -52,7 +50,7 @@ def open_for(
     `open_with` opens the run with another recipe.
     """
     quantization = asked_for(recipe.model)
-    if to not in WHOLE or quantization is None:
+    if not find_format(to).whole or quantization is None:
         return open_with(recipe), ()
     as_trained = parity.reference(open_with(recipe))
     whole = open_with(unquantized(recipe))

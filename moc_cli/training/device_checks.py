@@ -2,6 +2,8 @@
 load.
 """
 
+from typing import get_args
+
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -9,6 +11,7 @@ from moc_cli.errors import MocError
 from moc_cli.models.quantization import has_bitsandbytes
 from moc_cli.recipe.quantization import asked_for
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.sections import TrainSection
 from moc_cli.training.compiled import compile_problems
 
 ON_GPU = {
@@ -55,11 +58,12 @@ def _model_problems(recipe: Recipe, device: torch.device) -> list[str]:
 
 
 def _optimizer_problems(recipe: Recipe, device: torch.device) -> list[str]:
-    kind = recipe.train.optim
+    kind, kinds = recipe.train.optim, get_args(TrainSection.model_fields["optim"].annotation)
     if kind in ON_GPU and device.type != "cuda":
+        allowed = ", ".join(other for other in kinds if other not in ON_GPU)
         return [
             f"train.optim: {kind} {ON_GPU[kind]}, and this runs on the {device.type}; allowed "
-            "here: adamw, adamw_8bit"
+            f"here: {allowed}"
         ]
     if kind.endswith("8bit") and not has_bitsandbytes():
         return [f"train.optim: {kind} needs bitsandbytes, which {_INSTALL}"]

@@ -273,7 +273,7 @@ def test_no_format_is_done_without_a_proof(moc, tmp_path, capsys, monkeypatch):
         (), "raise ValueError('nothing to load')", parity.reference(trained)
     )
     monkeypatch.setitem(sys.modules, "empty_format", format_)
-    monkeypatch.setitem(FORMATS, "empty", Format("empty_format"))
+    monkeypatch.setitem(FORMATS, "empty", Format("empty_format", "nothing"))
     code, said = export(capsys, moc, "--to", "empty", "--output-dir", tmp_path / "out")
     assert code == 2
     assert "nothing to load" in said["error"]
