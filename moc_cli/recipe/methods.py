@@ -120,10 +120,10 @@ class Balance(Section):
     )
 
 
-class MocMethod(Section):
-    """Mixture-of-Control: a local control at each site, plus K routed ones from a shared pool."""
+class _Controls(Section):
+    """What every method of controls has."""
 
-    name: Literal["moc"] = Field(default="moc", description="name of the method")
+    name: str
     rank: Positive = Field(default=64, description="rank r of each control")
     scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
     init: ControlInit = Field(
@@ -136,6 +136,16 @@ class MocMethod(Section):
         description="what a control reads, rms: the state divided by its root mean square",
     )
     sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
+    placement: Placement | None = Field(
+        default=None,
+        description="where controls are attached, for a model whose family is not built in",
+    )
+
+
+class MocMethod(_Controls):
+    """Mixture-of-Control: a local control at each site, plus K routed ones from a shared pool."""
+
+    name: Literal["moc"] = Field(default="moc", description="name of the method")
     share_gate: bool = Field(
         default=True,
         description="true: one gate and one pool for both sites; false: one for each site",
@@ -150,32 +160,12 @@ class MocMethod(Section):
     gate: Gate = section("how controls are scored")
     routing: Routing = section("which tokens decide about the routed controls, and how")
     balance: Balance = section("the load-balance loss")
-    placement: Placement | None = Field(
-        default=None,
-        description="where controls are attached, for a model whose family is not built in",
-    )
 
 
-class ControlMethod(Section):
+class ControlMethod(_Controls):
     """Parallel Control: a control at each site, without routing."""
 
     name: Literal["control"] = Field(default="control", description="name of the method")
-    rank: Positive = Field(default=64, description="rank r of each control")
-    scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
-    init: ControlInit = Field(
-        default="default",
-        description="first A of a control, default: kaiming-uniform; pca, gradient: the leading "
-        "directions of the states that it reads, or of the loss's gradient there, over 64 rows",
-    )
-    input_norm: InputNorm = Field(
-        default="none",
-        description="what a control reads, rms: the state divided by its root mean square",
-    )
-    sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
-    placement: Placement | None = Field(
-        default=None,
-        description="where controls are attached, for a model whose family is not built in",
-    )
 
 
 REWRITING_INITS = ("pissa", "olora")  # how the inits begin that rewrite the base's weights

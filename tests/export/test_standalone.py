@@ -360,7 +360,7 @@ class TestFolder:
                 check=True,
             )
 
-    @pytest.mark.parametrize(("key", "value"), [("vote", "median"), ("gate", "round")])
+    @pytest.mark.parametrize(("key", "value"), [("vote", "loud"), ("gate", "round")])
     def test_a_kind_that_the_file_does_not_know_is_refused(
         self, key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
