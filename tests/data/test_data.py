@@ -369,8 +369,8 @@ def test_mnli_has_two_validation_splits(tmp_path: Path) -> None:
 
 
 def test_every_task_has_splits() -> None:
-    assert len(TASKS["commonsense"]) == 8
-    assert len(TASKS["glue"]) == 9
+    assert len(TASKS["commonsense"]) >= 8
+    assert len(TASKS["glue"]) >= 9
     for suite, tasks in TASKS.items():
         for task in tasks:
             assert set(scored_names(suite, task).values()) < set(splits(suite, task))
