@@ -82,7 +82,11 @@ def method_name(run: Run) -> str:
     parts = [method["name"], f"r{method['rank']}"]
     if method["name"] == "moc":
         alpha = method["alpha"]
-        parts += [f"K{method['top_k']}", f"α{alpha if alpha == 'learned' else f'{alpha:g}'}"]
+        merged = method["gate"]["estimator"] == "merged"
+        parts += [
+            "merged" if merged else f"K{method['top_k']}",
+            f"α{alpha if alpha == 'learned' else f'{alpha:g}'}",
+        ]
     if method.get("sites", "attn+ffn") != "attn+ffn":
         parts.append(method["sites"])
     return " ".join(parts)

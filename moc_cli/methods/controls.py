@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ def make_mixture(
         raise MocError(f"method.{error}") from error
     blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
     layers = find_layers(model, family)
+    if routing.merged and routing.top_k:
+        routing = replace(routing, top_k=_members(routing, blocks, len(layers)))
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
     _check_init(model, method)
@@ -181,12 +183,18 @@ def _check_init(model: PreTrainedModel, method: MocMethod | ControlMethod) -> No
         )
 
 
+def _members(routing: Routing, blocks: tuple[str, ...], layers: int) -> int:
+    """How many controls of its pool a site can choose."""
+    return layers * (len(blocks) if routing.share_gate else 1) - routing.exclude_local
+
+
 def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:
     """Refuse what cannot work before anything is placed."""
-    pool = layers * (len(blocks) if routing.share_gate else 1)
-    allowed = pool - routing.exclude_local
+    allowed = _members(routing, blocks, layers)
     if routing.top_k > allowed:
-        why = f"{pool} controls" + (" less the local one" if routing.exclude_local else "")
+        why = f"{allowed + routing.exclude_local} controls" + (
+            " less the local one" if routing.exclude_local else ""
+        )
         raise MocError(
             f"method.top_k: {routing.top_k} routed controls of a pool of {why}; at most {allowed}"
         )

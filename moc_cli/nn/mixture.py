@@ -15,6 +15,7 @@ from moc_cli.nn.control import (
     StackedControls,
     WeightedControls,
     combine,
+    combine_merged,
 )
 from moc_cli.nn.forward import Forward, RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
@@ -187,8 +188,8 @@ class Mixture(nn.Module):
 
     def _products(self, site: Site, x: Tensor, route: Route | None) -> Tensor:
         """The update of a site's controls for x (B, T, d) in the type of the products."""
-        if route is not None and route.voters not in (1, len(x)):
-            return self.combine(site, route).update(x)  # each token has controls of its own
+        if route is not None and (self.routing.merged or route.voters not in (1, len(x))):
+            return self.combine(site, route).update(x)  # each decision has controls of its own
         pool = self._pool(x.dtype)
         self._place_sites(x.device)
         place, members = cast(Tensor, site.place), cast(Tensor, site.members)
@@ -220,6 +221,8 @@ class Mixture(nn.Module):
         if self.alpha is not None:
             self._place_sites(own.A.device)
             alpha = self.alpha(cast(Tensor, site.place))
+        if route is not None and self.routing.merged:
+            return combine_merged(own, [self.control(k) for k in pool], route, alpha, self.scale)
         return combine(own, lambda k: self.control(pool[k]), route, alpha, self.scale)
 
     def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:

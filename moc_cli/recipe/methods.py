@@ -76,9 +76,10 @@ class _Gate(Section):
 class Gate(_Gate):
     """How the gate scores the controls."""
 
-    estimator: Literal["renormalized", "straight_through", "probability"] = Field(
+    estimator: Literal["renormalized", "straight_through", "probability", "merged"] = Field(
         default="renormalized",
-        description="how the routed controls are weighted, and how the gate gets its gradient",
+        description="how the routed controls are weighted, and how the gate gets its gradient; "
+        "merged: A and B of the whole pool become one control by their probabilities",
     )
 
 

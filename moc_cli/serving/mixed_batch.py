@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from moc_cli.errors import MocError
-from moc_cli.nn.control import INPUT_NORMS, Control, StackedControls, WeightedControls
+from moc_cli.nn.control import (
+    INPUT_NORMS,
+    Control,
+    MergedControl,
+    StackedControls,
+    WeightedControls,
+)
 from moc_cli.nn.forward import Forward, RouteStore
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.site import Site
@@ -179,7 +185,7 @@ class MixedBatch:
         A row's weights are 0 for the controls of other sets.
         """
         _check_size(store, x)
-        controls: list[Control] = []
+        controls: list[Control | MergedControl] = []
         columns = []
         for group in store.groups or ():
             site = group.controls.site(block)

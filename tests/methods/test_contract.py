@@ -20,7 +20,10 @@ METHODS = {
     "moc": MocMethod(rank=RANK, gate={"projection_dim": GATE}),
     "moc-linear": MocMethod(rank=RANK, top_k=2, share_gate=False, gate={"kind": "linear"}),
     "moc-options": MocMethod(
-        rank=RANK, gate={"projection_dim": GATE}, input_norm="rms", alpha="learned"
+        rank=RANK,
+        gate={"projection_dim": GATE, "estimator": "merged"},
+        input_norm="rms",
+        alpha="learned",
     ),
     "control": ControlMethod(rank=RANK),
     "lora": LoraMethod(**_LOW_RANK),

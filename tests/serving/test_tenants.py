@@ -22,7 +22,13 @@ SETS = {
     "math": ("control", {"rank": 2}),
     "news": (
         "moc",
-        {"rank": 4, "sites": "ffn", "gate": {"kind": "linear"}, "scale": 2.0, "alpha": "learned"},
+        {
+            "rank": 4,
+            "sites": "ffn",
+            "gate": {"kind": "linear", "estimator": "merged"},
+            "scale": 2.0,
+            "alpha": "learned",
+        },
     ),
 }
 NAMES = [name for name in [*SETS, None] for _ in range(4)][:ROWS]

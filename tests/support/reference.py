@@ -124,8 +124,12 @@ def site_update(
             state = read_by_a_control(x[b, t], s)
             total = s.alpha * (B @ (A @ state))
             picks, weights = decisions[b, t]
-            for k, weight in zip(picks, weights, strict=True):
-                A, B = controls[k]
+            routed = [(controls[k], weight) for k, weight in zip(picks, weights, strict=True)]
+            if s.estimator == "merged":
+                A = sum(weight * A for (A, _), weight in routed)
+                B = sum(weight * B for (_, B), weight in routed)
+                routed = [((A, B), 1.0)]
+            for (A, B), weight in routed:
                 total = total + (1 - s.alpha) * weight * (B @ (A @ state))
             line.append(s.scale * total)
         out.append(torch.stack(line))
