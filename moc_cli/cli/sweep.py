@@ -53,7 +53,7 @@ def sweep(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train every combination of values that a sweep names, and compare the scores.
+    """Train every combination of values, some seeds each, and set the scores side by side.
 
     Each run is a `moc train`. Finished runs are not repeated, so that the same command goes on
     where it was stopped.
