@@ -70,7 +70,7 @@ def make_card(
         f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
         _what(trained, to),
         _section("How to load", _loading(trained, written)),
-        _section("Base model", _base(trained)),
+        _section("Base model", base_lines(trained)),
         _section("Inputs", _inputs(trained)),
         _section("Classes", _classes(trained)),
         _section("Method", _method(trained, results)),
@@ -115,7 +115,8 @@ def _loading(trained: LoadedRun, written: Written) -> list[str]:
     return ["```python", *start, *written.loading.splitlines(), "```"]
 
 
-def _base(trained: LoadedRun) -> list[str]:
+def base_lines(trained: LoadedRun) -> list[str]:
+    """Return what the card says of the base model."""
     model = trained.recipe.model
     lines = [f"- name: `{_shown(model.model_name_or_path)}`"]
     lines += [f"- revision: `{model.revision}`"] if model.revision else []

@@ -99,7 +99,7 @@ def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
             "identity": to_plain(snapshot.identity),
             "files": hashes,
         }
-        state["digest"] = _digest(state)
+        state["digest"] = digest_of(state)
         (folder / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
@@ -139,7 +139,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except RunError as error:
         raise RunError(f"checkpoint {path} is damaged: {error.message}") from error
     digest = state.pop("digest")
-    if digest != _digest(state):
+    if digest != digest_of(state):
         raise RunError(f"checkpoint {path} is damaged: {STATE} does not match its hash")
     if state["format"] != FORMAT:
         raise RunError(
@@ -232,7 +232,7 @@ class Checkpoints:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _digest(state: dict[str, Any]) -> str:
+def digest_of(state: dict[str, Any]) -> str:
     """Return the hash of everything in `state` but its digest."""
     content = {key: value for key, value in state.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

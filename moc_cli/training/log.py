@@ -72,11 +72,6 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def without_measured(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what two runs of the same recipe must agree on."""
-    return {key: value for key, value in record.items() if key != MEASURED}
-
-
 def require_trackers(names: Sequence[str]) -> None:
     """Raise MocError when a tracker's package is missing; nothing is imported."""
     for name in names:

@@ -29,10 +29,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from support.tiny_runs import without_measured
+
 import moc_cli
 import moc_cli.training.session  # what a run imports: a fork finds it there
 from moc_cli.cli import run
-from moc_cli.training.log import without_measured
 
 RECIPE = """
 seed: 7

@@ -8,6 +8,7 @@ from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_m
 from support.rows import choice_rows, pair_rows, write_rows
 
 from moc_cli.cli import run
+from moc_cli.training.log import MEASURED
 
 MOC = {"name": "moc", "rank": 4, "gate": {"projection_dim": 8}}
 
@@ -86,3 +87,8 @@ launch: {{device: cpu, num_threads: 1}}
 """
     )
     return ["train", str(recipe)]
+
+
+def without_measured(record: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of the same recipe must agree on, of a line of metrics.jsonl."""
+    return {key: value for key, value in record.items() if key != MEASURED}

@@ -148,7 +148,7 @@ def test_state_of_another_shape_is_damaged(tmp_path):
     for key, change in changes.items():
         state = good | change
         del state["digest"]
-        text = json.dumps(state | {"digest": checkpoint._digest(state)})
+        text = json.dumps(state | {"digest": checkpoint.digest_of(state)})
         (path / "state.json").write_text(text)
         said = []
         with pytest.raises(RunError, match="none of the 1 checkpoints"):

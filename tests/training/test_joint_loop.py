@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from support.group import run_together
 from support.models import make_tiny
+from support.tiny_runs import without_measured
 from support.toy import Plan, toy_collate
 
 from moc_cli.errors import MocError, RunError
@@ -19,7 +20,7 @@ from moc_cli.processes import Elsewhere, Processes
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 from moc_cli.training.interrupt import Interrupt, Interrupted
-from moc_cli.training.log import MetricsLog, without_measured
+from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings
 from moc_cli.training.loss import TaskLoss

@@ -167,7 +167,7 @@ def test_whole_weights_are_exported_from_the_unquantised_base(small) -> None:
     assert trained.quantization is None
     assert notes[0].startswith("Written from the unquantised base, in float32; trained on it in 4")
     assert "of the largest) of those of the run" in notes[0]
-    assert "- trained on: its weights in 4-bit nf4, doubly quantised" in card._base(trained)
+    assert "- trained on: its weights in 4-bit nf4, doubly quantised" in card.base_lines(trained)
     trained, notes = open_for("controls", recipe, lambda recipe: open_run(small, recipe=recipe))
     assert (trained.quantization, notes) == (NF4, ())
 

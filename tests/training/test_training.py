@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.processes import run_program
+from support.tiny_runs import without_measured
 from support.toy import POISON, Plan, ToyAdapted, toy_collate, toy_data, toy_fit, toy_rows
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -23,7 +24,7 @@ from moc_cli.training import memory, optim, rng
 from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, read_checkpoint
 from moc_cli.training.interrupt import Interrupt, Interrupted
-from moc_cli.training.log import MEASURED, require_trackers, without_measured
+from moc_cli.training.log import MEASURED, require_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings, StepReport, total_steps
 from moc_cli.training.loss import TaskLoss, count_targets
