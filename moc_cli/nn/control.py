@@ -170,7 +170,8 @@ class StackedControls:
 
     `A` (R, d) and `B` (d, R) are in the type of x. `weights` (V, R), in float32 or wider, are 0
     where a row does not use a control; None: they are the same for every row and multiplied into
-    `B`. All are copies: a step of training between two forwards of a generation does not show.
+    `B`. In memory B lies as its transpose: a product with few rows reads that several times faster.
+    All are copies: a step of training between two forwards of a generation does not show.
     """
 
     A: Tensor
@@ -215,12 +216,12 @@ class WeightedControls:
         A = torch.cat([control.A for control in self.controls]).to(dtype)
         pairs = list(zip(self.controls, self.weights.unbind(1), strict=True))
         if len(self.weights) == 1 or bool((self.weights == self.weights[:1]).all()):
-            B = torch.cat([weight[0] * control.B for control, weight in pairs], dim=1)
-            return StackedControls(A, B.to(dtype), None)
-        B = torch.cat([control.B for control in self.controls], dim=1)
+            rows = torch.cat([weight[0] * control.B.t() for control, weight in pairs])
+            return StackedControls(A, rows.to(dtype).t(), None)
+        rows = torch.cat([control.B.t() for control in self.controls])
         spread = [weight[:, None].expand(-1, len(control.A)) for control, weight in pairs]
         weights = torch.cat(spread, dim=1).to(A.device)  # (V, R)
-        return StackedControls(A, B.to(dtype), weights)
+        return StackedControls(A, rows.to(dtype).t(), weights)
 
 
 def combine(

@@ -14,7 +14,7 @@ from moc_cli.nn.forward import Forward, RouteStore
 from moc_cli.nn.gate import GATES
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.routing import Routing
-from moc_cli.nn.vote import VOTES, Ballot, Vote, Voters, decide, poll, top_k
+from moc_cli.nn.vote import VOTES, Ballot, Route, Vote, Voters, decide, poll, top_k
 from moc_cli.nn.watch import Decision, one_token_decides
 from moc_cli.recipe.methods import MocMethod
 
@@ -331,3 +331,15 @@ class TestVoteWhoseScoresDoNotAddUp:
                     other = decide(count(rest, None, "sample", vote), 1, "renormalized")
                     turned |= other.ids.tolist()[0] != ids
             assert mark == turned
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_generation_reads_b_along_its_memory(rows):
+    """A product of few rows with a matrix that lies the other way takes several times longer."""
+    mixture = make_mixture()
+    route = Route(torch.arange(rows)[:, None], torch.ones(rows, 1, dtype=torch.float64))
+    weighted = mixture.combine(mixture.sites[0], route)
+    stack = weighted.stack(torch.float64)
+    assert stack.B.t().is_contiguous()
+    x = torch.randn(rows, 1, stack.A.shape[1], dtype=torch.float64)
+    assert torch.allclose(stack.update(x), weighted.update(x), atol=1e-12)
