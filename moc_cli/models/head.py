@@ -12,7 +12,7 @@ from moc_cli.models.families import FAMILIES
 from moc_cli.nn.token_loss import summed_loss, token_log_probs
 
 # Logits at a time, but at least those of so many positions: fewer leave a GPU idle.
-CHUNK, LEAST = 2**24, 256
+CHUNK, LEAST = 2**23, 256
 # What a family does to the logits of its head: the value of its configuration that says how much,
 # and how. No value: nothing.
 _VALUES = {

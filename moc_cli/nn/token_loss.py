@@ -32,12 +32,15 @@ class _SummedLoss(torch.autograd.Function):
         for some, wanted in zip(places.split(rows), targets.split(rows), strict=True):
             part = states.detach()[some].requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
-                log_probs = _log_softmax(head(part))
-                loss = F.nll_loss(log_probs, wanted, reduction="sum") / divisor
-            total += loss.detach()
+                logits = head(part)
+            log_probs = _log_softmax(logits.detach())
+            total += F.nll_loss(log_probs, wanted, reduction="sum") / divisor
             if gradient is not None:
-                gradient.index_copy_(0, some, *torch.autograd.grad(loss, part))
-            del log_probs, loss  # before the next chunk's
+                slope = _slope(log_probs, wanted).to(logits.dtype)
+                (of_states,) = torch.autograd.grad(logits, part, slope)
+                gradient.index_copy_(0, some, of_states / divisor)
+                del slope
+            del logits, log_probs  # before the next chunk's
         ctx.save_for_backward(gradient)
         return total
 
@@ -78,6 +81,12 @@ def token_log_probs(
         likeliest[part] = log_probs.argmax(-1, keepdim=True) == tokens[part]
         del log_probs
     return chosen, likeliest
+
+
+def _slope(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the summed loss for the logits (n, V): p, less 1 at each target; in place."""
+    places, p = targets[:, None], log_probs.exp_()
+    return p.scatter_(1, places, p.gather(1, places) - 1)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moc_cli.nn.token_loss import summed_loss, token_log_probs
+from moc_cli.planning.live_memory import LiveMemory, Now
 
 WIDTH, WORDS = 8, 50
 
@@ -88,3 +89,12 @@ def test_no_tensor_holds_more_than_the_logits_of_a_chunk() -> None:
         summed_loss(hidden, PLACES, TARGETS, lambda h: h @ head.T, rows=2).backward()
         token_log_probs(hidden, PLACES, TARGETS[:, None], lambda h: h @ head.T, rows=2)
     assert largest.size == max(WIDTH * WORDS, 23 * WIDTH, 2 * WORDS)
+
+
+def test_two_tensors_of_logits_live_at_a_time() -> None:
+    """The logits and their log-probabilities, which become the gradient in place."""
+    states = torch.randn(8, 4, requires_grad=True)
+    head = nn.Linear(4, 4096, bias=False).requires_grad_(False)
+    with LiveMemory("cpu", lambda: Now("all", "all")) as memory:
+        summed_loss(states, torch.arange(8), torch.arange(8), head, rows=8)
+    assert memory.peak - head.weight.nbytes < 2.2 * 8 * 4096 * 4
