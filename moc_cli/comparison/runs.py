@@ -1,6 +1,8 @@
 """Runs to compare: recipe, results, evaluations and items, as far as their folders hold them."""
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,10 @@ from moc_cli.errors import RunError
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.results import main_score
-from moc_cli.run_files import Sample, read_bytes, read_lines
+from moc_cli.run_files import Sample, parse, read_bytes
 from moc_cli.runs import RunFolder
 
+PACKED = "samples.jsonl.gz"  # what a sweep keeps of samples.jsonl
 FINAL = "final"  # training's own scores; the others are called as their folders in RUN/eval
 Items = dict[str, list[dict[str, Any]]]  # lines of samples.jsonl by task
 
@@ -94,13 +97,22 @@ def read_items(scores: Scores) -> Items:
     if scores.folder is None:
         return {}
     path = scores.folder / "samples.jsonl"
-    digest = hashlib.sha256(read_bytes(path)).hexdigest()
-    if scores.conditions.get("samples_sha256") != digest:
+    packed = scores.folder / PACKED
+    content = _unpacked(packed) if packed.is_file() else read_bytes(path)
+    if scores.conditions.get("samples_sha256") != hashlib.sha256(content).hexdigest():
         raise RunError(f"{path} is not what results.json beside it was made from")
     items: Items = {}
-    for item in read_lines(path, Sample):
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        item = parse(line, Sample, f"{path}:{number}")
         items.setdefault(item["task"], []).append(item)
     return items
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(read_bytes(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
 
 
 def _open(path: Path) -> RunFolder:

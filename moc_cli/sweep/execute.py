@@ -1,5 +1,8 @@
 """Training the runs of a sweep: each is a `moc train` of its own, several side by side."""
 
+import gzip
+import hashlib
+import json
 import os
 import shlex
 import signal
@@ -12,16 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from moc_cli.comparison.runs import PACKED
 from moc_cli.errors import MocError
 from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moc_cli.processes import PARENT
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.sweep import Sweep
+from moc_cli.run_files import Sample, read_lines
 from moc_cli.signals import stop_number
 from moc_cli.sweep.plan import Plan, PlannedRun
 
 POLL = 0.2  # seconds between two looks at the processes
-SAMPLES = "samples.jsonl"
+# What is kept of an item: what names it, and what a score is made from.
+OF_ITEMS = ("task", "row", "prompt", "label", "prediction", "correct", "loss", "tokens")
 
 
 class Stopped(MocError):
@@ -182,14 +188,24 @@ def keep_small_files(run: PlannedRun) -> None:
     for label, evaluation in run.folder.read_evaluations().items():
         folder = target / "eval" / label
         folder.mkdir(parents=True, exist_ok=True)
-        samples = (run.folder.path / "eval" / label / SAMPLES).read_bytes()
-        write_bytes_atomic(folder / SAMPLES, samples)
-        names = {"run": run.name, "model": run.recipe.model.model_name_or_path}
-        write_json_atomic(folder / "results.json", evaluation | names)
+        samples = _slim(run.folder.path / "eval" / label / "samples.jsonl")
+        write_bytes_atomic(folder / PACKED, gzip.compress(samples, mtime=0))
+        facts = {"run": run.name, "model": run.recipe.model.model_name_or_path}
+        facts["samples_sha256"] = hashlib.sha256(samples).hexdigest()
+        write_json_atomic(folder / "results.json", evaluation | facts)
     target.mkdir(parents=True, exist_ok=True)
     write_text_atomic(target / "recipe.yaml", dump(run.recipe))
     write_json_atomic(target / "environment.json", _conditions(run))
     write_json_atomic(target / "results.json", run.folder.read_results())  # last: it is finished
+
+
+def _slim(samples: Path) -> bytes:
+    """Return the lines of samples.jsonl with what an interval is made from alone."""
+    lines = []
+    for item in read_lines(samples, Sample):
+        kept = {key: item[key] for key in OF_ITEMS if key in item}
+        lines.append(json.dumps(kept, ensure_ascii=False, separators=(",", ":")) + "\n")
+    return "".join(lines).encode()
 
 
 def _conditions(run: PlannedRun) -> dict[str, Any]:

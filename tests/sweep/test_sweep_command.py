@@ -87,7 +87,7 @@ def test_it_searches_trains_the_other_seeds_and_compares(
     assert (difference["items"], difference["seeds"]) == (6, [2, 2])
     kept = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert {path.name for path in kept} == {
-        *("recipe.yaml", "results.json", "environment.json", "samples.jsonl"),
+        *("recipe.yaml", "results.json", "environment.json", "samples.jsonl.gz"),
         *("sweep.json", "sweep.png", "sweep.svg"),
     }
     home = str(tmp_path / "runs").encode()
