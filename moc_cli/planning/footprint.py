@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,9 +24,10 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.recompute import prepare_layers, recompute_mode
 
-# Layers of two replays from which a deeper model's numbers follow: where kinds of layers take
-# turns, the longer one has one more of each.
-FEW = (3, 5)
+# Layers of the replays from which a deeper model's numbers follow: where kinds of layers take
+# turns, a longer one has one more of each. With a pool a third one: every site's gate keeps a
+# number for each control, so that this part grows with the square of the layers.
+FEW, FEW_WITH_POOL = (3, 5), (3, 5, 7)
 # Bytes of a number in 4 bits, with a scale for 64 of them: in 8 bits, and one of 32 bits for 256
 # scales, where those are quantised too.
 FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
@@ -58,22 +60,26 @@ def footprint(recipe: Recipe, work: Work, card: Card | None, *, whole: bool) -> 
     """
     shape = build.base_shape(recipe)
     layers = shape.config.get_text_config().num_hidden_layers
-    if not whole and layers > 2 * FEW[1]:
-        few = _of_few_layers(recipe, shape, work, card)
+    depths = FEW_WITH_POOL if recipe.method.name == "moc" else FEW
+    if not whole and layers > 2 * depths[-1]:
+        few = _of_few_layers(recipe, shape, work, card, depths)
         if few is not None:
-            return _drawn_out(*few, layers)
+            return _drawn_out(few, layers)
     return _replayed(recipe, shape, work, card)
 
 
 def _of_few_layers(
-    recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | None
-) -> tuple[Footprint, Footprint] | None:
-    """Return the footprints with FEW layers; None for a method that cannot be placed in so few."""
+    recipe: Recipe,
+    shape: PreTrainedModel,
+    work: Work,
+    card: Card | None,
+    depths: Sequence[int],
+) -> dict[int, Footprint] | None:
+    """Return the footprints by depth; None for a method that cannot be placed in so few layers."""
     try:
-        low, high = (_replayed(recipe, _shallow(shape, depth), work, card) for depth in FEW)
+        return {depth: _replayed(recipe, _shallow(shape, depth), work, card) for depth in depths}
     except MocError:
         return None
-    return low, high
 
 
 def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | None) -> Footprint:
@@ -104,24 +110,30 @@ def _shallow(shape: PreTrainedModel, layers: int) -> PreTrainedModel:
     return model
 
 
-def _drawn_out(low: Footprint, high: Footprint, layers: int) -> Footprint:
-    """Return what `layers` layers take: each part in each phase grows with every layer alike."""
-    reach = (layers - FEW[0]) / (FEW[1] - FEW[0])
+def _drawn_out(few: Mapping[int, Footprint], layers: int) -> Footprint:
+    """Return what `layers` layers take: each part in each phase follows the polynomial through its
+    values at the few depths, a line through two.
+    """
+    shares = {
+        depth: math.prod((layers - other) / (depth - other) for other in few if other != depth)
+        for depth in few
+    }
+    *others, deepest = few.values()
 
-    def grown(less: float, more: float) -> float:
-        return less + (more - less) * reach
+    def grown(value: Callable[[Footprint], float]) -> float:
+        return sum(share * value(few[depth]) for depth, share in shares.items())
+
+    def bytes_of(phase: str, part: str) -> int:
+        return max(0, round(grown(lambda one: one.phases[phase].get(part, 0))))
 
     phases = {
-        phase: {
-            part: max(0, round(grown(low.phases[phase].get(part, 0), size)))
-            for part, size in parts.items()
-        }
-        for phase, parts in high.phases.items()
-        if phase in low.phases
+        phase: {part: bytes_of(phase, part) for part in parts}
+        for phase, parts in deepest.phases.items()
+        if all(phase in other.phases for other in others)
     }
-    known = low.seconds is not None and high.seconds is not None
-    seconds = grown(low.seconds or 0, high.seconds or 0) if known else None
-    return Footprint(phases, seconds, round(grown(low.trained, high.trained)))
+    known = all(one.seconds is not None for one in few.values())
+    seconds = grown(lambda one: one.seconds or 0) if known else None
+    return Footprint(phases, seconds, round(grown(lambda one: one.trained)))
 
 
 def quantized(

@@ -30,7 +30,7 @@ from moc_cli.report.plan_table import PARTS, parts_table, plans_table, wire_tabl
 from moc_cli.training import build
 from moc_cli.training.recompute import recompute_mode
 
-LAYERS = 12
+LAYERS = 16
 MakeRecipe = Callable[..., Recipe]
 
 
@@ -68,9 +68,9 @@ def test_few_layers_tell_of_many(method: str, mode: str, recipe: MakeRecipe) -> 
     own = recipe(f"method={method}", f"train.activation_checkpointing={mode}")
     work, card = Work(full_batch(8, 64, "causal"), "causal", None, 64), CARDS["A100-80GB"]
     whole, few = (footprint(own, work, card, whole=whole) for whole in (True, False))
-    assert sum(few.parts.values()) == pytest.approx(sum(whole.parts.values()), rel=0.02)
+    assert sum(few.parts.values()) == pytest.approx(sum(whole.parts.values()), rel=0.005)
     assert few.parts["weights"] == pytest.approx(whole.parts["weights"], rel=0.001)
-    assert few.seconds == pytest.approx(whole.seconds, rel=0.05)
+    assert few.seconds == pytest.approx(whole.seconds, rel=0.01)
 
 
 def test_the_batches_are_those_of_the_rows(recipe: MakeRecipe) -> None:
