@@ -79,7 +79,7 @@ class Gate(_Gate):
     estimator: Literal["renormalized", "straight_through", "probability", "merged"] = Field(
         default="renormalized",
         description="how the routed controls are weighted, and how the gate gets its gradient; "
-        "merged: A and B of the whole pool become one control by their probabilities",
+        "merged: A and B of all controls are averaged by its probabilities",
     )
 
 
