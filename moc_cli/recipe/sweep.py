@@ -18,7 +18,7 @@ results_dir: results/glue        # where the small files of finished runs are co
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Sweep:
     name: str
     recipe: str
     common: tuple[str, ...] = ()
-    groups: Mapping[str, Sequence[Setting]] = ()  # type: ignore[assignment]
+    groups: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     chosen_group: str | None = None
     reference: str | None = None

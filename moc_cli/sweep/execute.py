@@ -136,9 +136,10 @@ class Execution:
             observe(len(self.finished))
 
     def _startable(self, working: list[Job]) -> Iterator[PlannedRun]:
+        if len(working) >= self.jobs:
+            return  # the usual case, five times a second: the plan is not looked through
         busy = {job.run.name for job in working}
-        ready = self.plan.next_runs(self.finished, {*self.failed})
-        for run in ready:
+        for run in self.plan.next_runs(self.finished, {*self.failed}):
             if len(working) >= self.jobs:
                 return
             if run.name not in busy:

@@ -1,5 +1,7 @@
 """The bootstrap over items and seeds against one that is written out in loops."""
 
+import math
+
 import numpy as np
 import pytest
 from sklearn.metrics import matthews_corrcoef
@@ -21,6 +23,8 @@ def naive(metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int) -> list
             return sum(t == g for t, g in zip(truth, guess, strict=True)) / len(truth)
         if metric == "matthews":
             return float(matthews_corrcoef(truth, guess))
+        if metric == "perplexity":  # tokens and summed losses of texts
+            return math.exp(sum(guess) / sum(truth))
         return float(np.corrcoef(truth, guess)[0, 1])
 
     values = []
@@ -34,11 +38,14 @@ def naive(metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int) -> list
     return values
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson"])
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson", "perplexity"])
 def test_it_is_that_of_loops(metric: str) -> None:
     rng = np.random.default_rng(1)
     if metric == "pearson":
         labels, runs = rng.normal(size=30), rng.normal(size=(5, 30))
+    elif metric == "perplexity":
+        labels = rng.integers(1, 9, size=30)
+        runs = labels * rng.uniform(1, 3, size=(5, 30))
     else:
         labels, runs = rng.integers(2, size=30), rng.integers(2, size=(5, 30))
     values = resampled_scores("t", metric, labels, runs, seeds=2, resamples=RESAMPLES)
