@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.machine import ROOT, absent
 
+pytest_plugins = ["support.messages"]
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

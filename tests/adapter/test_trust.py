@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from support.machine import absent
+from support.messages import refused
 from support.models import has_hooks, make_batch, make_tiny, train_controls
 from support.processes import run_program
 from transformers import PreTrainedModel
@@ -230,7 +231,7 @@ def test_every_flip_among_the_numbers_is_refused_by_the_hash(model, good, tmp_pa
         folder = tmp_path / str(seed)
         shutil.copytree(good, folder)
         flip(folder / PAYLOAD, random.Random(seed), first=8 + length)
-        with pytest.raises(MocError, match="does not match its hash"):
+        with refused(MocError, seed=f"(?<=/){seed}(?=/)"):
             load_controls(model, folder)
 
 
@@ -249,8 +250,8 @@ def test_links_out_and_what_is_no_file_are_refused(model, good, tmp_path):
                 os.mkfifo(path)
             elif make == "folder":
                 path.mkdir()
-            words = {"link": "leads out", "nothing": "does not exist", "loop": "itself|cannot be"}
-            with pytest.raises(MocError, match=words.get(make, "not a regular file")):
+            reason = {"reason": "(?<=cannot be read: ).*"} if make == "loop" else {}
+            with refused(MocError, **reason):
                 load_controls(model, folder)
 
 
@@ -280,9 +281,9 @@ def test_numbers_that_are_not_finite_are_refused(model, good, tmp_path):
         spoiled = {name: numbers.clone() for name, numbers in state.items()}
         spoiled["controls.0.attn.B"][0, 0] = value
         write(folder, config, save(spoiled))
-        with pytest.raises(MocError, match=r": controls\.0\.attn\.B holds numbers that are not"):
+        with refused(MocError):
             load_controls(model, folder)
-        with pytest.raises(MocError, match="not finite"):
+        with refused(MocError):
             Tenants(model).add("a", folder)
 
 
@@ -291,28 +292,24 @@ def test_no_pickle_is_read(model, good, tmp_path):
     shutil.copytree(good, folder)
     torch.save({}, folder / "adapter_model.bin")
     (folder / PAYLOAD).unlink()
-    with pytest.raises(MocError, match=r"adapter_model\.safetensors does not exist"):
+    with refused(MocError):
         load_controls(model, folder)
 
 
 def test_numbers_may_not_go_into_layers_or_tied_weights(model, good, tmp_path):
     config = json.loads((good / CONFIG).read_text())
     payload = (good / PAYLOAD).read_bytes()
-    for name, why in (
-        ("model", "holds the model's layers"),
-        ("model.layers", "holds the model's layers"),
-        ("nowhere", "has no module"),
-    ):
+    for name in ("model", "model.layers", "nowhere"):
         folder = tmp_path / name
         folder.mkdir()
         write(folder, config | {"modules": [name]}, payload)
-        with pytest.raises(MocError, match=why):
+        with refused(MocError):
             load_controls(model, folder)
     tied = make_tiny("llama", tie_word_embeddings=True)
     folder = tmp_path / "tied"
     folder.mkdir()
     write(folder, config | {"modules": ["lm_head"]}, payload)
-    with pytest.raises(MocError, match="shares its weights"):
+    with refused(MocError):
         load_controls(tied, folder)
 
 
@@ -330,9 +327,9 @@ def test_nested_and_repeated_json_is_told_in_a_sentence(model, good, tmp_path):
         folder = tmp_path / name
         shutil.copytree(good, folder)
         (folder / CONFIG).write_bytes(text.encode("latin-1"))
-        with pytest.raises(MocError) as caught:
+        reason = {"reason": "(?<=read as JSON: ).*"} if name in ("latin", "digits") else {}
+        with refused(MocError, **reason):
             load_controls(model, folder)
-        assert "\n" not in caught.value.message
 
 
 PEAK = """

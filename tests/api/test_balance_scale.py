@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from support.messages import refused
 from support.models import make_batch, make_tiny, train_controls
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -114,9 +115,8 @@ def test_the_trainer_may_accumulate(surface: str, tmp_path: Path) -> None:
 
 def test_a_loss_of_the_trainer_itself_is_refused_until_its_scale_is_said(tmp_path: Path) -> None:
     controls = place("moc")
-    with pytest.raises(MocError, match="the trainer computes the loss by itself") as refusal:
+    with refused(MocError):
         train(controls.model, 2, tmp_path, label_smoothing_factor=0.1)
-    assert "set_loss_scale(1 / gradient_accumulation_steps)" in str(refusal.value.hint)
     controls.set_loss_scale(0.5)
     train(controls.model, 2, tmp_path, label_smoothing_factor=0.1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support.messages import refused
 from support.models import make_batch, make_tiny, make_tiny_model, train_controls
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -21,7 +22,6 @@ from moc_cli.errors import MocError, RecipeError, RunError
 
 GATE = {"projection_dim": 8}
 LOW = {"rank": 4, "alpha": 8}
-OTHER_BASE = "other weights than the base"
 METHODS = {
     "moc": ("moc", {"rank": 4, "gate": GATE}),
     "control": ("control", {"rank": 4}),
@@ -52,7 +52,7 @@ def test_the_examples_run():
 def test_the_package_is_light_until_it_is_used():
     code = "import sys, moc_cli; assert 'attach' in dir(moc_cli); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+    with refused(AttributeError):
         moc_cli.atach  # noqa: B018
 
 
@@ -101,16 +101,13 @@ def test_disabled_is_the_base_and_detached_leaves_nothing():
 
 
 def test_wrong_options_are_all_told_at_once():
-    with pytest.raises(RecipeError) as caught:
+    with refused(RecipeError):
         attach(make_tiny("llama"), "moc", rnak=4, alpha=2)
-    assert "method.rnak" in caught.value.message
-    assert "rank" in caught.value.message
-    assert "method.alpha" in caught.value.message
-    with pytest.raises(RecipeError, match="did you mean 'moc'"):
+    with refused(RecipeError):
         attach(make_tiny("llama"), "mocc")
     model = make_tiny("llama")
     attach(model, "control", rank=2)
-    with pytest.raises(MocError, match="holds controls or adapters already"):
+    with refused(MocError):
         attach(model, "control", rank=2)
 
 
@@ -126,18 +123,18 @@ def test_another_base_is_refused(saved):
         other = make_tiny("llama")
         with torch.no_grad():
             other.get_parameter(parameter).mul_(1.02)
-        with pytest.raises(RunError, match=OTHER_BASE):
+        with refused(RunError):
             load_controls(other, saved)
         assert not hasattr(other, "moc")
     for other in (make_tiny("llama", seed=1), make_tiny("qwen3"), make_tiny("llama", vocab_size=9)):
-        with pytest.raises(RunError, match=OTHER_BASE):
+        with refused(RunError):
             load_controls(other, saved)
 
 
 def test_a_base_without_the_trained_head_is_another_base(tmp_path):
     head = {"modules": ("classifier",)}
     attach(make_tiny("bert"), "moc", rank=4, gate=GATE, **head).save(tmp_path / "head")
-    with pytest.raises(RunError, match=OTHER_BASE):
+    with refused(RunError):
         load_controls(make_tiny("llama"), tmp_path / "head")
 
 
@@ -147,7 +144,7 @@ def test_a_base_in_half_precision_is_known_again(saved, dtype):
     other = make_tiny("llama")
     with torch.no_grad():
         other.model.norm.weight.add_(0.05)
-    with pytest.raises(RunError, match=OTHER_BASE):
+    with refused(RunError):
         load_controls(other.to(dtype), saved)
 
 
@@ -163,13 +160,13 @@ def test_format_1_is_known_by_the_hash_of_its_files(saved, tmp_path):
     config |= {"format": 1, "base_weights_sha256": hash_weights(str(home))}
     (saved / CONFIG).write_text(json.dumps(config))
     model = make_tiny("llama")
-    with pytest.raises(RunError, match="cannot be checked"):
+    with refused(RunError):
         load_controls(model, saved)
     model = type(model).from_pretrained(home)
     load_controls(model, saved).detach()
     config["base_weights_sha256"] = "0" * 64
     (saved / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(RunError, match="other weights"):
+    with refused(RunError, hash="(?<=sha256 )[0-9a-f]{12}"):
         load_controls(model, saved)
 
 
@@ -194,7 +191,7 @@ def test_save_spares_folders_that_hold_other_things(saved):
     controls = attach(make_tiny("llama"), "control", rank=2)
     controls.save(saved)  # an adapter's folder is replaced
     (saved / "thesis.tex").write_text("years")
-    with pytest.raises(MocError, match="left alone"):
+    with refused(MocError):
         controls.save(saved)
 
 
@@ -271,7 +268,6 @@ def test_layers_on_several_devices_are_refused(method: str) -> None:
     """As `device_map="auto"` places them; the meta device stands for a second GPU."""
     model = make_tiny("llama")
     model.model.layers[-1].to("meta")
-    with pytest.raises(MocError, match="several devices: cpu, meta") as refusal:
+    with refused(MocError):
         attach(model, method, rank=2)
-    assert "device_map" in str(refusal.value.hint)
     assert not hasattr(model, "moc")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.messages import refused
 from support.tiny_runs import save_model
 
 from moc_cli.benchmark import machine
@@ -225,22 +226,23 @@ def test_beside_other_work_processor_time_counts() -> None:
     assert "busy for 80 %" in remark
 
 
-@pytest.mark.parametrize(
-    ("free", "used", "message"),
-    [(8, 0, "others hold 15.00 GB"), (22.9, 40, "busy for 40 %"), (22.9, 5, None)],
-)
-def test_a_busy_gpu_is_refused(
-    free: float, used: int, message: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def have_gpu(free: float, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = int(free * 1e9), int(23e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: sizes)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(machine, "_utilization", lambda device: used)
-    if message is None:
-        assert machine.check_idle(torch.device("cuda"))["gpu_percent"] == used
-    else:
-        with pytest.raises(MocError, match=message):
-            machine.check_idle(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("free", "used"), [(8, 0), (22.9, 40)])
+def test_a_busy_gpu_is_refused(free: float, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    have_gpu(free, used, monkeypatch)
+    with refused(MocError):
+        machine.check_idle(torch.device("cuda"))
+
+
+def test_an_idle_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_gpu(22.9, 5, monkeypatch)
+    assert machine.check_idle(torch.device("cuda"))["gpu_percent"] == 5
 
 
 @pytest.mark.usefixtures("undrawn")

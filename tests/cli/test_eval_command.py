@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support.messages import refused
 from support.models import make_pair_tokenizer, make_tiny_model
 
 from moc_cli.cli import run
@@ -345,7 +346,7 @@ def test_two_calls_into_one_folder_keep_the_scores_of_both(tmp_path: Path) -> No
     assert [line["task"] for line in samples(tmp_path)] == list(saved.tasks)
     other = ResultsFolder(tmp_path, conditions | {"limit": 5})
     other.add("boolq", ENTRY, [SAMPLE])
-    with pytest.raises(FileError, match="other limit than when this call began"):
+    with refused(FileError):
         first.add("siqa", ENTRY, [SAMPLE])
     assert ResultsFolder(tmp_path, conditions | {"limit": 5}).tasks == {"boolq": ENTRY}
 
@@ -362,10 +363,8 @@ def test_scores_replace_nothing_but_scores(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        with pytest.raises(MocError) as refused:
+        with refused(MocError):
             check_output(folder)
-        assert str(folder) in refused.value.message
-        assert refused.value.hint == "give another folder: --output-dir DIR"
     scores = tmp_path / "scores"
     ResultsFolder(scores, {"protocol": "rank"}).add("boolq", ENTRY, [SAMPLE])
     check_output(scores)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from support.messages import refused
 
 from moc_cli.adapter.folder import write_adapter
 from moc_cli.cli import run
@@ -312,7 +313,7 @@ def test_the_evaluation_with_the_most_items_is_taken_or_the_one_asked_for(make: 
     assert compare(runs).label == "generate"
     assert compare(runs, label="rank-limit-1").label == "rank-limit-1"
     assert compare(runs, label="final").label == "final"
-    with pytest.raises(RunError, match=r"did you mean 'generate'\?"):
+    with refused(RunError):
         compare(runs, label="generat")
 
 
@@ -403,19 +404,15 @@ def test_runs_that_cannot_be_compared(make: Make, tmp_path: Path) -> None:
     )
     (tmp_path / "seeds").mkdir()
     (tmp_path / "seeds" / "seeds.json").write_text("{}")
-    for paths, words in (
-        ([first], "one run alone"),
-        ([first, first.parent / "b" / ".." / "a"], "are the same run"),
-        ([first, tmp_path / "seeds"], "several seeds"),
-    ):
-        with pytest.raises(RunError, match=words):
+    same = first.parent / "b" / ".." / "a"
+    for paths in ([first], [first, same], [first, tmp_path / "seeds"]):
+        with refused(RunError):
             read_runs(paths)
-    with pytest.raises(RunError) as wrong:
+    with refused(RunError):
         read_runs([first, tmp_path / "nowhere", tmp_path / "neither"])
-    assert wrong.value.message.count("is not a run folder") == 2
-    with pytest.raises(RunError, match=r"glue has no task in common with a \(a: world;"):
+    with refused(RunError):
         compare(read_runs([first, second, glue]))
-    with pytest.raises(RunError, match="no run was scored on 'wrld'; did you mean 'world'"):
+    with refused(RunError):
         compare(read_runs([first, second]), tasks=["wrld"])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
+from support.messages import refused
 
 from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.custom.rows import CustomRows, read_custom, read_scored
@@ -119,9 +120,8 @@ def test_every_file_gives_the_same_rows(tmp_path):
 def test_a_field_may_hold_line_breaks_and_rows_are_named_by_their_first_line(tmp_path):
     text = 'text,label\n"two\nlines",a\nplain,b\n"more\n\nlines",b\nodd\n'
     file = write(tmp_path / "a.csv", text)
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         read(file)
-    assert caught.value.message == f"{file}, line 8: 1 fields, the header has 2"
     found = read(write(file, text.replace("odd\n", "odd,a\n")))
     assert {e.text_a for e in found.train + found.test} >= {"two\nlines", "more\n\nlines"}
 
@@ -173,7 +173,7 @@ def test_labels_as_data_frames_and_the_hub_write_them(tmp_path):
     run = section(tmp_path / "b.jsonl", labels=["false", "true"], held_out=0)
     frame = write(tmp_path / "c.csv", "text,label\na,True\n")
     assert read_scored(run, str(frame))[0].label == 1
-    with pytest.raises(DataError, match="no rows to score"):
+    with refused(DataError):
         read_scored(run)
 
 
@@ -188,7 +188,7 @@ def test_a_part_with_hidden_labels_is_left_out_and_said(tmp_path):
             f"{tmp_path / 'test.jsonl'} is left out: none of its {len(hidden)} rows has 'label'"
         ]
     write(tmp_path / "test.jsonl", lines(*pairs(-1, 0)))
-    with pytest.raises(DataError, match="'label' is -1, which is not one of the labels"):
+    with refused(DataError):
         read(tmp_path)
 
 
@@ -256,7 +256,7 @@ def test_a_run_is_scored_on_its_own_rows_or_on_those_of_another_file(tmp_path):
     other = write(tmp_path / "b.jsonl", lines(*pairs(1, 1)))
     assert [example.label for example in read_scored(data, str(other))] == [1, 1]
     write(other, lines(*pairs(1, 7)))
-    with pytest.raises(DataError, match=r"line 2: 'label' is 7, which is not one of the labels"):
+    with refused(DataError):
         read_scored(data, str(other))
 
 
@@ -272,7 +272,7 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
     other = chat(said("user", "Ho"), said("assistant", "Hi"))
     found = read(write(tmp_path / "b.jsonl", lines(GOOD_CHAT, silent, other)))
     assert found.dropped == {"train": {"an empty answer": 1}}
-    with pytest.raises(DataError, match=r"no row has anything to learn \(2 with an empty text\)"):
+    with refused(DataError):
         read(write(tmp_path / "c.csv", "text,label\n,a\n ,b\n"))
 
 
@@ -288,322 +288,144 @@ def test_fingerprints_are_of_the_content(tmp_path):
 def test_bad_rows_are_named_all_at_once_and_counted_where_they_are_many(tmp_path):
     write(tmp_path / "train.jsonl", lines(*pairs("a", 2.5, "b"), "{", *pairs(None)))
     write(tmp_path / "test.csv", "text,label\nx,a\ny\nz,q\n")
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         read(tmp_path, format="classification")
-    train, test = tmp_path / "train.jsonl", tmp_path / "test.csv"
-    assert caught.value.message.splitlines() == [
-        f"{train}, line 2: 'label' is 2.5, not a class; data.format: regression learns numbers",
-        f"{train}, line 4: not JSON: Expecting property name enclosed in double quotes at "
-        "character 2",
-        f"{train}, line 5: 'label' is empty: a row needs its label",
-        f"{test}, line 3: 1 fields, the header has 2",
-        f"""{test}, line 4: 'label' is "q", which is not one of the labels (labels: a, b)""",
-    ]
     many = [{"text": "x", "label": "a"}, *({"text": n, "label": "b"} for n in range(50))]
     file = write(tmp_path / "many.jsonl", lines(*many))
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         read(file)
-    told = caught.value.message.splitlines()
-    assert told[0] == f"{file}, line 2: 'text' is 0, not a text"
-    assert told[-1] == "... and 30 more bad rows"
-    assert len(told) == 21
     alike = [{"text": "x", "label": "a" if n % 2 else None} for n in range(100)]
-    with pytest.raises(DataError, match=r"lines 1, 3, 5, .*, 39, \.\.\. \(50 in all\): 'label' is"):
+    with refused(DataError):
         read(write(file, lines(*alike)))
 
 
-# Malformed files: name, content, and the sentence about it (F stands for the file)
+# Malformed files: name, content, and keys of the recipe
 
 Content = str | bytes | Callable[[Path], object]
-MALFORMED: dict[str, tuple[str, Content, dict, str]] = {}
+MALFORMED: dict[str, tuple[str, Content, dict]] = {}
 
 
-def malformed(case: str, name: str, content: Content, sentence: str, **keys: object) -> None:
+def malformed(case: str, name: str, content: Content, **keys: object) -> None:
     assert case not in MALFORMED
-    MALFORMED[case] = (name, content, keys, sentence)
+    MALFORMED[case] = (name, content, keys)
 
 
-malformed("empty file", "a.csv", "", "F is empty")
-malformed("only blanks", "a.jsonl", "\n \n", "F is empty")
-malformed("only a header", "a.csv", "text,label\n", "F has no rows")
-malformed("an empty array", "a.json", "[]", "F has no rows")
-malformed(
-    "another kind of file",
-    "a.docx",
-    "x",
-    "F is not one of .jsonl, .ndjson, .json, .csv, .tsv, .tab, .txt, .jsonl.gz, .ndjson.gz, "
-    ".json.gz, .csv.gz, .tsv.gz, .tab.gz, .txt.gz, .parquet, .arrow",
-)
-malformed("no JSON", "a.jsonl", lines(*pairs("a", "b"), '{"text": "x"'), "F, line 3: not JSON: "
-          "Expecting ',' delimiter at character 13")  # fmt: skip
-malformed(
-    "a number a line", "a.jsonl", lines(*pairs("a", "b"), "17"), "F, line 3: not a JSON object"
-)
-malformed(
-    "an object in .json",
-    "a.json",
-    '{"text": "a", "label": 1}',
-    "F holds no JSON array of rows, but one object with the keys 'text', 'label'",
-)
-malformed(
-    "digits without end",
-    "a.json",
-    '[\n{"text": "a"},\n{"text": ' + "9" * 5000 + "}]",
-    "F, line 3: a number of too many digits",
-)
+malformed("empty file", "a.csv", "")
+malformed("only blanks", "a.jsonl", "\n \n")
+malformed("only a header", "a.csv", "text,label\n")
+malformed("an empty array", "a.json", "[]")
+malformed("another kind of file", "a.docx", "x")
+malformed("no JSON", "a.jsonl", lines(*pairs("a", "b"), '{"text": "x"'))  # fmt: skip
+malformed("a number a line", "a.jsonl", lines(*pairs("a", "b"), "17"))
+malformed("an object in .json", "a.json", '{"text": "a", "label": 1}')
+malformed("digits without end", "a.json", '[\n{"text": "a"},\n{"text": ' + "9" * 5000 + "}]")
 malformed(
     "digits without end in a line",
     "a.jsonl",
     lines(*pairs("a", "b"), '{"text": ' + "9" * 5000 + "}"),
-    "F, line 3: a number of too many digits",
 )
-malformed("a line separator alone", "a.csv", "\u2028\n", "F has no rows")
-malformed("a text among objects", "a.json", '[{"text": "a"}, "b"]', "F, row 2: not a JSON object")
+malformed("a line separator alone", "a.csv", "\u2028\n")
+malformed("a text among objects", "a.json", '[{"text": "a"}, "b"]')
 malformed(
     "Latin-1 in JSON",
     "a.jsonl",
     lines(*pairs("a", "b")).encode() + '{"text": "é", "label": "a"}'.encode("latin-1"),
-    "F, line 3: not UTF-8 text",
 )
+malformed("Latin-1 in a CSV", "a.csv", "text,label\na,x\nb,y\ncafé,x\n".encode("latin-1"))
+malformed("UTF-16", "a.csv", "text,label\na,x\n".encode("utf-16"))
 malformed(
-    "Latin-1 in a CSV",
-    "a.csv",
-    "text,label\na,x\nb,y\ncafé,x\n".encode("latin-1"),
-    "F, line 4: 'text' is not UTF-8 text",
+    "half a character", "a.jsonl", lines(*pairs("a", "b"), '{"text": "\\ud83d", "label": "a"}')
 )
+malformed("ragged lines", "a.csv", "text,label\na,x\nb,y,z\nc\nd,y\n")
+malformed("an open quote", "a.csv", 'text,label\na,x\n"b, c,y\nc,x\n')
+malformed("a column twice", "a.csv", "text,label,text\na,x,b\n")
+malformed("a misspelt column", "a.csv", "txt,lable\na,x\n")
+malformed("an output without its instruction", "a.csv", "conversatio,promt,output\na,b,x\n")
+malformed("a column named wrongly", "a.csv", "text,stars\na,1\n", columns={"label": "star"})
+malformed("a format without its column", "a.csv", "text,lable\na,1\n", format="regression")
 malformed(
-    "UTF-16", "a.csv", "text,label\na,x\n".encode("utf-16"), "F is UTF-16 text; save it as UTF-8"
+    "a column absent in a row", "a.jsonl", lines(*pairs("a", "b"), {"text": "c", "labl": "a"})
 )
-malformed(
-    "half a character",
-    "a.jsonl",
-    lines(*pairs("a", "b"), '{"text": "\\ud83d", "label": "a"}'),
-    "F, line 3: 'text' is not UTF-8 text",
-)
-malformed(
-    "ragged lines",
-    "a.csv",
-    "text,label\na,x\nb,y,z\nc\nd,y\n",
-    "F, line 3: 3 fields, the header has 2\nF, line 4: 1 fields, the header has 2",
-)
-malformed(
-    "an open quote",
-    "a.csv",
-    'text,label\na,x\n"b, c,y\nc,x\n',
-    "F, line 3: quotes that do not match (unexpected end of data)",
-)
-malformed(
-    "a column twice",
-    "a.csv",
-    "text,label,text\na,x,b\n",
-    "F: the header names the column 'text' twice",
-)
-malformed(
-    "a misspelt column",
-    "a.csv",
-    "txt,lable\na,x\n",
-    "F: its columns ('txt', 'lable') fit no format (is it 'txt'? then data.columns.text=txt)",
-)
-malformed(
-    "an output without its instruction",
-    "a.csv",
-    "conversatio,promt,output\na,b,x\n",
-    "F: its columns ('conversatio', 'promt', 'output') fit no format (is it 'promt'? then "
-    "data.columns.instruction=promt)",
-)
-malformed(
-    "a column named wrongly",
-    "a.csv",
-    "text,stars\na,1\n",
-    "data.columns.label: F has no column 'star'; did you mean 'stars'?",
-    columns={"label": "star"},
-)
-malformed(
-    "a format without its column",
-    "a.csv",
-    "text,lable\na,1\n",
-    "F: format 'regression' needs a column 'label' or 'labels' or 'score' (is it 'lable'? then "
-    "data.columns.label=lable)",
-    format="regression",
-)
-malformed(
-    "a column absent in a row",
-    "a.jsonl",
-    lines(*pairs("a", "b"), {"text": "c", "labl": "a"}),
-    "F, line 3: no 'label'; did you mean 'labl'?",
-)
-malformed(
-    "a number for a text",
-    "a.jsonl",
-    lines(*pairs("a", "b"), {"text": 7, "label": "a"}),
-    "F, line 3: 'text' is 7, not a text",
-)
+malformed("a number for a text", "a.jsonl", lines(*pairs("a", "b"), {"text": 7, "label": "a"}))
 malformed(
     "a label of NaN",
     "a.jsonl",
     lines(*pairs(0.5, 1.5), '{"text": "x", "label": NaN}'),
-    "F, line 3: 'label' is empty: a row needs its label",
     format="regression",
 )
 malformed(
     "a label that is no number",
     "a.csv",
     "text,label\na,1.5\nb,2.5\nc,three\nd,inf\n",
-    """F, line 4: 'label' is "three", not a number\nF, line 5: 'label' is "inf", not a number""",
     format="regression",
 )
-malformed(
-    "booleans among words",
-    "a.jsonl",
-    lines(*pairs("a", "b", True)),
-    """F: 'label' holds booleans and others: "a" (line 1) and true (line 3)""",
-)
-malformed(
-    "a missing word among numbers",
-    "a.csv",
-    "text,label\na,0.0\nb,1.0\nc,NaN\n",
-    """F, line 4: 'label' is "NaN", a missing value: a row needs its label""",
-)
-malformed(
-    "preferences",
-    "a.jsonl",
-    lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
-    "F: columns 'chosen' and 'rejected' are preference rows (DPO), which are not supported",
-)
-malformed(
-    "liked answers",
-    "a.jsonl",
-    lines(GOOD_CHAT | {"label": True}),
-    "F: column 'label' says which answers are liked: these are preference rows (KTO), which are "
-    "not supported",
-)
-malformed(
-    "pictures",
-    "a.jsonl",
-    lines(GOOD_CHAT | {"images": ["a.png"]}),
-    "F: column 'images' holds what no language model here reads",
-)
-malformed(
-    "labels of two kinds",
-    "a.jsonl",
-    lines(*pairs("a", 1)),
-    "F: 'label' holds both texts and whole numbers: 'a' (line 1) and 1 (line 2)",
-)
-malformed(
-    "one class",
-    "a.csv",
-    "text,label\na,x\nb,x\n",
-    "F: 'label' is 'x' in every row; two classes are needed",
-)
-malformed(
-    "many whole numbers",
-    "a.csv",
-    "text,label\n" + "".join(f"t,{n}\n" for n in range(60)),
-    "F: column 'label' holds 60 different whole numbers, which may be classes or amounts",
-)
+malformed("booleans among words", "a.jsonl", lines(*pairs("a", "b", True)))
+malformed("a missing word among numbers", "a.csv", "text,label\na,0.0\nb,1.0\nc,NaN\n")
+malformed("preferences", "a.jsonl", lines({"prompt": "a", "chosen": "b", "rejected": "c"}))
+malformed("liked answers", "a.jsonl", lines(GOOD_CHAT | {"label": True}))
+malformed("pictures", "a.jsonl", lines(GOOD_CHAT | {"images": ["a.png"]}))
+malformed("labels of two kinds", "a.jsonl", lines(*pairs("a", 1)))
+malformed("one class", "a.csv", "text,label\na,x\nb,x\n")
+malformed("many whole numbers", "a.csv", "text,label\n" + "".join(f"t,{n}\n" for n in range(60)))
 malformed(
     "a label that is not listed",
     "a.csv",
     "text,label\na,good\nb,bad\nc,godo\n",
-    """F, line 4: 'label' is "godo", which is not one of the labels; did you mean 'good'? """
-    "(labels: bad, good)",
     labels=["bad", "good"],
 )
 malformed(
     "an unknown role",
     "a.jsonl",
     lines(GOOD_CHAT, chat(said("narrator", "Hi"), said("assistant", "b"))),
-    """F, line 2: messages[0].role is "narrator"; allowed: system, developer, user, assistant, """
-    "tool",
 )
-malformed(
-    "no assistant turn",
-    "a.jsonl",
-    lines(GOOD_CHAT, chat(said("user", "Hi"))),
-    "F, line 2: 'messages' has no message of the assistant to learn",
-)
-malformed(
-    "no list of messages",
-    "a.jsonl",
-    lines(GOOD_CHAT, {"messages": "Hi"}),
-    """F, line 2: 'messages' is "Hi", not a list of messages""",
-)
+malformed("no assistant turn", "a.jsonl", lines(GOOD_CHAT, chat(said("user", "Hi"))))
+malformed("no list of messages", "a.jsonl", lines(GOOD_CHAT, {"messages": "Hi"}))
 malformed(
     "a message without content",
     "a.jsonl",
     lines(GOOD_CHAT, chat({"role": "user", "contents": "Hi"})),
-    "F, line 2: messages[0] has no 'content'; did you mean 'contents'?",
 )
 malformed(
     "content that is a number",
     "a.jsonl",
     lines(GOOD_CHAT, chat(said("user", 7), said("assistant", "b"))),
-    "F, line 2: messages[0].content is 7, not a text",
-)
-malformed(
-    "a broken Parquet file",
-    "a.parquet",
-    b"PAR1 and then nothing",
-    "F cannot be read as Parquet: Parquet magic bytes not found in footer. Either the file is "
-    "corrupted or this is not a parquet file.",
 )
 malformed(
     "a Parquet row",
     "a.parquet",
     lambda path: save_parquet(path, [*pairs("a", "b"), {"text": "x", "label": None}]),
-    "F, row 3: 'label' is empty: a row needs its label",
 )
-malformed(
-    "a broken archive",
-    "a.jsonl.gz",
-    gzip.compress(lines(*pairs("a", "b")).encode())[:-9],
-    "F cannot be read: Compressed file ended before the end-of-stream marker was reached",
-)
-malformed(
-    "too few rows",
-    "a.jsonl",
-    lines(*pairs("a", "b", "a")),
-    "cannot hold out 9 of 3 training rows",
-    held_out=9,
-)
+malformed("a broken archive", "a.jsonl.gz", gzip.compress(lines(*pairs("a", "b")).encode())[:-9])
+malformed("too few rows", "a.jsonl", lines(*pairs("a", "b", "a")), held_out=9)
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_file_gives_its_one_sentence(case, tmp_path):
-    name, content, keys, sentence = MALFORMED[case]
+    name, content, keys = MALFORMED[case]
     file = tmp_path / name
     if callable(content):
         content(file)
     else:
         write(file, content)
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         read(file, **keys)
-    assert caught.value.message.replace(str(file), "F") == sentence
 
 
 def test_a_path_that_leads_nowhere_is_explained(tmp_path):
-    def told(path: object, **keys: object) -> str:
-        with pytest.raises(DataError) as caught:
-            read(path, **keys)
-        return f"{caught.value.message} | {caught.value.hint}".replace(str(tmp_path), "T")
-
     write(tmp_path / "reviews.csv", "text,label\na,x\nb,y\n")
-    assert told(tmp_path / "review.csv") == (
-        "data.path: no file or folder T/review.csv; did you mean 'reviews.csv'? | None"
-    )
+    with refused(DataError):
+        read(tmp_path / "review.csv")
     write(tmp_path / "notes.csv", "text,label\na,x\nb,y\n")
-    assert "no train file in T; it holds notes.csv, reviews.csv" in told(tmp_path)
+    with refused(DataError):
+        read(tmp_path)
     write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
     write(tmp_path / "train.jsonl", lines(*pairs("x", "y")))
-    assert "T/train.csv and train.jsonl are both train | keep one of them" in told(tmp_path)
+    with refused(DataError):
+        read(tmp_path)
     (tmp_path / "train.csv").unlink()
     write(tmp_path / "test.csv", "")
     write(tmp_path / "val.json", "{}")
-    assert told(tmp_path) == (
-        "T/val.json holds no JSON array of rows, but one object with the keys (none)\n"
-        "T/test.csv is empty | write an array of rows, or put it under data, rows, examples, "
-        "instances, records, items, train; a .jsonl file has one row per line"
-    )
-    away = told("nobody/nothing-at-all")
-    assert "no file or folder nobody/nothing-at-all, and it cannot be loaded from the" in away
-    assert "unset HF_HUB_OFFLINE" in away
+    with refused(DataError):
+        read(tmp_path)
+    with refused(DataError, reason="(?<=hub: ).*"):
+        read("nobody/nothing-at-all")

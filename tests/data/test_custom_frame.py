@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.messages import refused
 from support.models import make_byte_tokenizer
 
 from moc_cli.data.custom.frame import frame_hash
@@ -83,16 +84,15 @@ def test_generation_asks_in_the_frame_of_the_run():
 
 
 @pytest.mark.parametrize(
-    ("template", "row", "message"),
+    ("template", "row"),
     [
-        ("plane", ROW, "data.template: no file plane; did you mean 'plain'? allowed: alpaca, chat"),
-        ("{instrution}", ROW, "unknown placeholder {instrution}; did you mean {instruction}?\n"),
-        ("{input}", ROW, "data.template: it lacks {instruction}"),
-        ("{instruction}{input}", ROW, "line 1: the template has no place for 'system': it lacks {"),
-        ("plain", ROW | {"history": [["a", "b"]]}, "line 1: the template has no place for 'hist"),
+        ("plane", ROW),
+        ("{instrution}", ROW),
+        ("{input}", ROW),
+        ("{instruction}{input}", ROW),
+        ("plain", ROW | {"history": [["a", "b"]]}),
     ],
 )
-def test_templates_that_cannot_be_used_are_refused(tmp_path, template, row, message):
-    with pytest.raises(DataError) as caught:
+def test_templates_that_cannot_be_used_are_refused(tmp_path, template, row):
+    with refused(DataError):
         read(tmp_path, row, template)
-    assert message in caught.value.message

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.messages import refused
 from support.models import make_byte_tokenizer
 
 from moc_cli.data.custom.chat import CHATML, chat_tokens, check_chats, set_template
@@ -34,10 +35,9 @@ def read(folder: Path, row: dict, **keys: object) -> list:
     return read_custom(DataSection.model_validate(section)).train
 
 
-def refused(folder: Path, row: dict) -> str:
-    with pytest.raises(DataError) as caught:
+def refuse(folder: Path, row: dict) -> None:
+    with refused(DataError):
         read(folder, row)
-    return caught.value.message
 
 
 def learned(examples: list[ChatExample], template: str) -> list[str]:
@@ -86,17 +86,15 @@ def test_parts_null_tools_and_developers_reach_the_template(tmp_path):
     note, _ = check_chats([chat], tokenizer)
     assert note == "the chat template does not write: tool_calls, name"
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
-    assert "only text is read" in refused(tmp_path, {"messages": [picture, ANSWERED]})
+    refuse(tmp_path, {"messages": [picture, ANSWERED]})
 
 
 def test_answers_of_weight_zero_are_not_learned(tmp_path):
     turns = [ASKED, ANSWERED | {"weight": 0}, ASKED, {"role": "assistant", "content": "Yes"}]
     (chat,) = read(tmp_path, {"messages": turns})
     assert learned([chat], PLAIN) == ["Yes</s>"]
-    assert "allowed: 0, 1" in refused(tmp_path, {"messages": [ASKED, ANSWERED | {"weight": 0.5}]})
-    assert "no answer of a weight above 0" in refused(
-        tmp_path, {"messages": [ASKED, ANSWERED | {"weight": 0}]}
-    )
+    refuse(tmp_path, {"messages": [ASKED, ANSWERED | {"weight": 0.5}]})
+    refuse(tmp_path, {"messages": [ASKED, ANSWERED | {"weight": 0}]})
 
 
 def test_the_assistant_may_begin(tmp_path):
@@ -121,9 +119,8 @@ def test_system_messages_are_written_merged_or_refused(tmp_path):
     (chat,) = read(tmp_path, row)
     assert chat.messages[0] == ("system", "Be kind")
     deaf = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
-    with pytest.raises(DataError, match="the chat template leaves out the system message") as told:
+    with refused(DataError):
         learned([chat], deaf)
-    assert "data.merge_system: true" in str(told.value.hint)
     (chat,) = read(tmp_path, row, merge_system=True)
     assert chat.messages[0] == ("user", "Be kind\n\nHi")
 
@@ -131,7 +128,7 @@ def test_system_messages_are_written_merged_or_refused(tmp_path):
 @pytest.mark.parametrize("code", ["{{ 'a' + 1 }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])
 def test_whatever_a_template_raises_is_told_with_its_line(code, tmp_path):
     (chat,) = read(tmp_path, {"messages": [ASKED, ANSWERED]})
-    with pytest.raises(DataError, match=r"rows.jsonl, line 1: the chat template refuses it: "):
+    with refused(DataError):
         learned([chat], code)
 
 
@@ -142,7 +139,7 @@ def test_a_template_of_ones_own(tmp_path):
     (tmp_path / "mine.jinja").write_text(PLAIN)
     set_template(tokenizer, str(tmp_path / "mine.jinja"))
     assert tokenizer.chat_template == PLAIN
-    with pytest.raises(DataError, match="no file nowhere, and no template of this name"):
+    with refused(DataError):
         set_template(tokenizer, "nowhere")
 
 
@@ -155,7 +152,7 @@ def test_history_and_system_of_an_instruction_are_in_its_prompt(tmp_path):
         "Be kind\n\n### Instruction:\na?\n\n### Response:\nb\n\n"
         "### Instruction:\nb?\n\n### Response:\n"
     )
-    assert "not a list of [question, answer]" in refused(tmp_path, row | {"history": ["a?"]})
+    refuse(tmp_path, row | {"history": ["a?"]})
 
 
 def test_an_answer_of_which_the_template_writes_nothing_is_not_learned(tmp_path):
@@ -171,7 +168,7 @@ def test_an_answer_of_which_the_template_writes_nothing_is_not_learned(tmp_path)
         assert learned(chats, template) == ["Ho</s>"]
         notes = check_chats(chats, tokenizer)
         assert "1 answers are not learned: the chat template writes nothing of them" in notes
-    with pytest.raises(DataError, match="line 1: the chat template writes nothing of the answer"):
+    with refused(DataError):
         learned(read(tmp_path, {"messages": turns[:2]}), PLAIN)
     empty = {"role": "assistant", "content": " "}
     chats = read(tmp_path, {"messages": [ASKED, empty, *turns]}, chat_turns="last")

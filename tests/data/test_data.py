@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from support.messages import refused
 
 from moc_cli.data import commonsense
 from moc_cli.data.examples import PairExample, fingerprint, hold_out, subset
@@ -157,11 +158,11 @@ def test_raw_row_becomes_instruction_and_answer(task: str) -> None:
 def test_raw_row_of_a_wrong_label_or_column_is_refused(task: str) -> None:
     raw, _, _ = RAW[task]
     label = next(name for name in ("label", "answerKey", "answer") if name in raw)
-    with pytest.raises(DataError, match=r"x, row 2: '\w+' is"):
+    with refused(DataError):
         build_rows([raw, raw | {label: "9"}], "x", lambda row: commonsense.from_hub(task, row))
     text = next(name for name, value in raw.items() if name in commonsense_columns(task))
     missing = {name: value for name, value in raw.items() if name != text}
-    with pytest.raises(DataError, match=f"x, row 1: no '{text}'"):
+    with refused(DataError):
         build_rows([missing], "x", lambda row: commonsense.from_hub(task, row))
 
 
@@ -171,22 +172,20 @@ def commonsense_columns(task: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    "change",
     [
-        ({"answer": "maybe"}, "'answer' is 'maybe', not one of true, false"),
-        ({"output": "true"}, "'output' is not 'the correct answer is ' and the answer"),
-        ({"input": "context"}, "'input' is not empty"),
-        ({"instruction": "Is it?"}, "does not end in 'Answer format: '"),
-        ({"instruction": "Q\n\nAnswer format: yes/no"}, "not like 'true/false'"),
-        ({"instruction": 3}, "'instruction' is 3, not a text"),
+        {"answer": "maybe"},
+        {"output": "true"},
+        {"input": "context"},
+        {"instruction": "Is it?"},
+        {"instruction": "Q\n\nAnswer format: yes/no"},
+        {"instruction": 3},
     ],
 )
-def test_bad_field_is_named(tmp_path: Path, change: dict, complaint: str) -> None:
+def test_bad_field_is_named(tmp_path: Path, change: dict) -> None:
     write(tmp_path, "boolq", "train", [fields(), fields(**change)])
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         load_examples("commonsense", "boolq", "train", path=tmp_path)
-    assert "train.jsonl.gz, line 2: " in caught.value.message
-    assert complaint in caught.value.message
 
 
 def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
@@ -197,34 +196,23 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
         lines[bad] = fields(answer="true", output="true")
     lines[9] = b"\xff\xfe"
     lines[11] = [1, 2]
-    path = write(tmp_path, "boolq", "test", lines)
-    with pytest.raises(DataError) as caught:
+    write(tmp_path, "boolq", "test", lines)
+    with refused(DataError):
         load_examples("commonsense", "boolq", "test", path=tmp_path)
-    said = caught.value.message.splitlines()
-    assert said[0].startswith(f"{path}, line 2: not JSON: Expecting property name")
-    assert said[1] == f"{path}, line 4: an empty line"
-    assert said[2].startswith(f"{path}, lines 6-8, 11: 'output'")
-    assert said[3] == f"{path}, line 10: not UTF-8 text"
-    assert said[4] == f"{path}, line 12: not a JSON object"
-    assert len(said) == 5
 
 
 def test_odd_lines_of_a_benchmark_are_named_or_read(tmp_path: Path) -> None:
     odd = fields(7)
     odd["instruction"] = f"one\u2028{odd['instruction']}"
     raw = json.dumps(odd, ensure_ascii=False).encode()
-    path = write(tmp_path, "boolq", "test", [fields(), raw, fields(1)])
+    write(tmp_path, "boolq", "test", [fields(), raw, fields(1)])
     rows = load_examples("commonsense", "boolq", "test", path=tmp_path)
     assert len(rows) == 3
     assert "one\u2028" in rows[1].eval_prompt
     long, deep = b'{"answer": ' + b"9" * 5000 + b"}", b'{"answer": ' + b"[" * 100_000
     write(tmp_path, "boolq", "test", [fields(), long, deep])
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         load_examples("commonsense", "boolq", "test", path=tmp_path)
-    assert caught.value.message.splitlines() == [
-        f"{path}, line 2: a number of too many digits",
-        f"{path}, line 3: not JSON that can be read: nested too deeply",
-    ]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -237,7 +225,7 @@ def test_local_rows_are_read_in_order(tmp_path: Path, zipped: bool) -> None:
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "boolq", "train", [fields()], zipped=True)
     write(tmp_path, "boolq", "train", [fields()], zipped=False)
-    with pytest.raises(DataError, match="both exist"):
+    with refused(DataError):
         load_examples("commonsense", "boolq", "train", path=tmp_path)
 
 
@@ -245,57 +233,50 @@ def test_file_that_breaks_off_is_named(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = write(tmp_path, "boolq", "train", [fields(rng.randrange(10**9)) for _ in range(5000)])
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(DataError, match=r"train.jsonl.gz is damaged after line \d+"):
+    with refused(DataError, line=r"(?<=line )\d+"):
         load_examples("commonsense", "boolq", "train", path=tmp_path)
 
 
 def test_empty_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "boolq", "train", [])
-    with pytest.raises(DataError, match="has no rows"):
+    with refused(DataError):
         load_examples("commonsense", "boolq", "train", path=tmp_path)
 
 
 def test_wrong_folder_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder"):
+    with refused(DataError):
         load_examples("commonsense", "boolq", "train", path=tmp_path / "absent")
     write(tmp_path / "commonsense", "boolq", "train", [fields()])
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         load_examples("commonsense", "boolq", "train", path=tmp_path)
-    assert caught.value.hint == f"set data.path: {tmp_path / 'commonsense'}"
-    with pytest.raises(DataError, match=r"no test\.jsonl\.gz") as caught:
+    with refused(DataError):
         load_examples("commonsense", "boolq", "test", path=tmp_path / "commonsense")
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         load_examples("commonsense", "piqa", "test", path=tmp_path / "commonsense")
-    assert caught.value.hint == "tasks there: boolq"
 
 
 @pytest.mark.parametrize(
-    ("suite", "task", "split", "said"),
+    ("suite", "task", "split"),
     [
-        ("commonsense", "arc_easy", "train", "did you mean 'ARC-Easy'"),
-        ("glue", "mrcp", "train", "did you mean 'mrpc'"),
-        ("comonsense", "boolq", "train", "did you mean 'commonsense'"),
-        ("glue", "mrpc", "test", "its labels are hidden"),
-        ("commonsense", "piqa", "validation", "rows are held out from train"),
-        ("builtin", "world", "dev", "has no split 'dev'"),
+        ("commonsense", "arc_easy", "train"),
+        ("glue", "mrcp", "train"),
+        ("comonsense", "boolq", "train"),
+        ("glue", "mrpc", "test"),
+        ("commonsense", "piqa", "validation"),
+        ("builtin", "world", "dev"),
     ],
 )
-def test_wrong_name_is_explained(suite: str, task: str, split: str, said: str) -> None:
-    with pytest.raises(DataError) as caught:
+def test_wrong_name_is_explained(suite: str, task: str, split: str) -> None:
+    with refused(DataError):
         load_examples(suite, task, split)
-    assert said in caught.value.message
-    assert caught.value.hint
 
 
 # The hub
 
 
 def test_offline_and_absent_names_both_ways_out() -> None:
-    with pytest.raises(MocError) as caught:
+    with refused(MocError, reason="(?<=hub: ).*"):
         load_examples("commonsense", "openbookqa", "test")
-    assert "allenai/openbookqa (main), split test" in caught.value.message
-    assert "data.path" in (caught.value.hint or "")
-    assert "online" in (caught.value.hint or "")
 
 
 def test_hub_rows_come_from_the_right_sets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,24 +317,14 @@ def test_glue_row_becomes_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "label", "complaint"),
-    [
-        ("cola", 2, "'label' is 2, not one of 0 to 1"),
-        ("cola", -1, "labels are hidden"),
-        ("cola", True, "'label' is true, not a whole number"),
-        ("cola", 1.0, "'label' is 1.0, not a whole number"),
-        ("stsb", 5.1, "not a score from 0 to 5"),
-        ("stsb", "5", "'label' is '5', not a number"),
-    ],
+    ("task", "label"),
+    [("cola", 2), ("cola", -1), ("cola", True), ("cola", 1.0), ("stsb", 5.1), ("stsb", "5")],
 )
-def test_glue_label_out_of_range_is_refused(
-    tmp_path: Path, task: str, label: object, complaint: str
-) -> None:
+def test_glue_label_out_of_range_is_refused(tmp_path: Path, task: str, label: object) -> None:
     row = dict.fromkeys(TASKS["glue"][task].columns, "text")
     write(tmp_path, task, "train", [row | {"label": label}])
-    with pytest.raises(DataError) as caught:
+    with refused(DataError):
         load_examples("glue", task, "train", path=tmp_path)
-    assert complaint in caught.value.message
 
 
 def test_mnli_has_two_validation_splits(tmp_path: Path) -> None:
@@ -395,7 +366,7 @@ def test_options_must_be_different_texts() -> None:
     good = fields(candidates=["true", "false"])
     assert commonsense.from_options("world", good).candidates[0].endswith("true")
     for bad in (["true", "true"], ["true"], ["true", 3], "true"):
-        with pytest.raises(DataError, match="rows, row 1"):
+        with refused(DataError):
             build_rows(
                 [good | {"candidates": bad}],
                 "rows",
@@ -423,9 +394,9 @@ def test_held_out_rows_leave_the_rest_copies_too() -> None:
 
 
 def test_holding_out_everything_is_refused() -> None:
-    with pytest.raises(DataError, match="cannot hold out 50 of 50"):
+    with refused(DataError):
         hold_out(numbered(50), 50, seed=0)
-    with pytest.raises(DataError, match="cannot hold out 51 of 80"):
+    with refused(DataError):
         hold_out(numbered(50) + numbered(30), 51, seed=0)
 
 
@@ -525,11 +496,6 @@ def take_apart(task: str, row: dict) -> dict | None:
 
 def test_the_text_of_a_column_is_empty_for_null_and_nothing_else_is_a_text():
     assert [text_or_empty({"a": value}, "a") for value in ("x ", "", None)] == ["x ", "", ""]
-    bad = {
-        "not a text": {"a": 1},
-        "not UTF-8 text": {"a": "\ud83d"},
-        "did you mean 'ab'": {"ab": 1},
-    }
-    for message, fields in bad.items():
-        with pytest.raises(BadRow, match=message):
+    for fields in ({"a": 1}, {"a": "\ud83d"}, {"ab": 1}):
+        with refused(BadRow):
             text_or_empty(fields, "a" if "a" in fields else "abc")

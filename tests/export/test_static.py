@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.messages import refused
 from support.models import (
     DECODERS,
     make_batch,
@@ -146,7 +147,7 @@ class TestChoice:
 
     def test_no_decision_is_an_error(self) -> None:
         nothing = [[0.0] * 4] * 4
-        with pytest.raises(MocError, match="no row of the calibration"):
+        with refused(MocError):
             static.choose(make("llama", {}).mixture, recorded(nothing, nothing, 1))
 
 
@@ -236,35 +237,20 @@ class TestCommand:
 
 
 class TestRefused:
-    @pytest.mark.parametrize(
-        ("method", "words"),
-        [
-            (ControlMethod(), "a run of control has none"),
-            (MocMethod(top_k=0), "top_k is 0"),
-            (LoraMethod(), "a run of lora has none"),
-        ],
-    )
-    def test_nothing_to_freeze(self, method: Any, words: str) -> None:
-        with pytest.raises(MocError, match=words):
+    @pytest.mark.parametrize("method", [ControlMethod(), MocMethod(top_k=0), LoraMethod()])
+    def test_nothing_to_freeze(self, method: Any) -> None:
+        with refused(MocError):
             static.check(recipe(method))
 
-    @pytest.mark.parametrize(
-        ("method", "words"),
-        [
-            (LoraMethod(), "--to merged"),
-            (DoraMethod(), "--to merged"),
-            (MolexMethod(), "--to controls"),
-        ],
-    )
-    def test_standalone_holds_controls_alone(self, method: Any, words: str) -> None:
-        with pytest.raises(MocError) as refused:
+    @pytest.mark.parametrize("method", [LoraMethod(), DoraMethod(), MolexMethod()])
+    def test_standalone_holds_controls_alone(self, method: Any) -> None:
+        with refused(MocError):
             standalone.check(recipe(method))
-        assert words in str(refused.value.hint)
 
     def test_other_types(self) -> None:
         for name in ("static", "standalone", "peft"):
             check_format(name, recipe(MocMethod()), Options(dtype="float32"))
-            with pytest.raises(MocError, match="--dtype float16"):
+            with refused(MocError):
                 check_format(name, recipe(MocMethod()), Options(dtype="float16"))
 
 

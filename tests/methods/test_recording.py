@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.group import run_together, saved
+from support.messages import refused
 from support.models import make_tiny, train_controls
 
 from moc_cli import processes
@@ -355,7 +356,7 @@ def test_records_of_parts_add_up_to_that_of_the_whole():
             adapted.model(**{name: value[part] for name, value in given.items()})
             halves.append(recorder.record(reset=True))
     assert same(halves[0] + halves[1], whole)
-    with pytest.raises(ValueError, match="different sites"):
+    with refused(ValueError):
         halves[0] + record_of_another()
 
 

@@ -1,11 +1,13 @@
 """A model whose files are damaged, or do not belong together, is refused in one sentence."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.messages import refused
 from support.models import make_byte_tokenizer, make_tiny_model
 
 from moc_cli.errors import MocError
@@ -40,30 +42,30 @@ def test_a_damaged_config_is_told_by_all_that_read_it(changes, reason, tmp_path)
         lambda: load_model(name, **CAUSAL),
         lambda: load_tokenizer(name),
     ):
-        with pytest.raises(MocError, match=reason):
+        with refused(MocError, reason=f"(?<=loaded: ).*{reason}.*"):
             load()
 
 
 def test_a_config_nested_without_end_is_told(tmp_path):
     name = saved(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(MocError, match="its tokenizer cannot be loaded: RecursionError"):
+    with refused(MocError, reason="RecursionError: .*"):
         load_tokenizer(name)
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "changes", "reason"),
+    ("family", "wanted", "changes"),
     [
-        ("llama", CAUSAL, {"hidden_size": 64}, r"has shape \(\d+, 32\), its config asks for"),
-        ("llama", CAUSAL, {"num_hidden_layers": 3}, r"layers\.2\.\S+ is missing"),
-        ("llama", CAUSAL, {"num_hidden_layers": 1}, "has 2 layers, its config asks for 1"),
-        ("bert", CLASSES, {"vocab_size": 999}, "word_embeddings.weight has shape"),
-        ("bert", CLASSES, {"num_hidden_layers": 3}, r"layer\.2\.\S+ is missing"),
-        ("bert", CLASSES, {"num_hidden_layers": 1}, "has 2 layers, its config asks for 1"),
+        ("llama", CAUSAL, {"hidden_size": 64}),
+        ("llama", CAUSAL, {"num_hidden_layers": 3}),
+        ("llama", CAUSAL, {"num_hidden_layers": 1}),
+        ("bert", CLASSES, {"vocab_size": 999}),
+        ("bert", CLASSES, {"num_hidden_layers": 3}),
+        ("bert", CLASSES, {"num_hidden_layers": 1}),
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_refused(family, wanted, changes, reason, tmp_path):
-    with pytest.raises(MocError, match=f"its weights do not fit its config: .*{reason}"):
+def test_weights_that_do_not_fit_the_config_are_refused(family, wanted, changes, tmp_path):
+    with refused(MocError):
         load_model(saved(tmp_path, family, **changes), **wanted)
 
 
@@ -74,20 +76,20 @@ def test_a_classifier_may_lack_its_head_and_its_pooler(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (lambda whole: whole[:-100], "is incomplete or damaged"),
-        (lambda whole: whole[:20], "is incomplete or damaged"),
-        (lambda whole: b"", "is incomplete or damaged"),
-        (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
-    ],
-)
-def test_weights_cut_off_are_told_before_they_load(content, reason, tmp_path):
+@pytest.mark.parametrize("length", [0, 20, -100])
+def test_weights_cut_off_are_told_before_they_load(length, tmp_path):
     name, path = saved(tmp_path), tmp_path / "model.safetensors"
-    path.write_bytes(content(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:length])
     for load in (build_meta, load_model):
-        with pytest.raises(MocError, match=f"model.safetensors {reason}"):
+        with refused(MocError, reason=r"(?<=damaged \().*(?=\))"):
+            load(name, **CAUSAL)
+
+
+def test_a_pointer_of_git_lfs_is_told_before_weights_load(tmp_path):
+    name, path = saved(tmp_path), tmp_path / "model.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for load in (build_meta, load_model):
+        with refused(MocError):
             load(name, **CAUSAL)
 
 
@@ -101,10 +103,10 @@ def test_only_the_files_that_are_loaded_are_read(tmp_path):
     assert load_model(name, **CAUSAL).weights_hash == whole.weights_hash
     part = next(tmp_path.glob("model-*.safetensors"))
     part.unlink()
-    with pytest.raises(MocError, match=f"{part.name} is missing"):
+    with refused(MocError, part=re.escape(part.name)):
         load_model(name, **CAUSAL)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(MocError, match="index.json cannot be read: it lacks weight_map"):
+    with refused(MocError):
         load_model(name, **CAUSAL)
 
 
@@ -113,7 +115,7 @@ def test_pickled_weights_are_refused(tmp_path):
     weights = next(Path(name).glob("*.safetensors"))
     torch.save(load_file(weights), Path(name) / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(MocError, match="safetensors"):
+    with refused(MocError, reason="(?<=loaded: ).*safetensors.*"):
         load_model(name, **CAUSAL)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from support.messages import refused, warned
 from support.models import DECODERS, FAMILIES, make_tiny_model
 from torch import nn
 
@@ -108,7 +109,7 @@ def trained(adapted) -> list[nn.Parameter]:
 def test_a_family_that_cannot_is_refused_by_name(tmp_path) -> None:
     make_tiny_model("deberta", num_labels=2).save_pretrained(tmp_path)
     for make in (build_meta, load_model):
-        with pytest.raises(MocError, match="model_type 'deberta' changes"):
+        with refused(MocError):
             make(str(tmp_path), kind="classification", quantization=NF4)
 
 
@@ -120,7 +121,7 @@ def test_every_method_learns_over_a_quantised_base(
 ) -> None:
     model = load(llama, quantization, dtype=dtype).model
     if (method.name, quantization) == ("dora", INT8):
-        with pytest.raises(MocError, match="dora does not run over 8-bit weights"):
+        with refused(MocError):
             attach(model, method)
         return
     before = logits(model)
@@ -144,7 +145,7 @@ def test_every_method_learns_over_a_quantised_base(
 def test_an_init_that_rewrites_the_base_is_refused(llama, packed) -> None:
     method = LoraMethod(rank=4, init="pissa")
     for model in (load(llama, NF4).model, build_meta(str(packed), kind="causal")):
-        with pytest.raises(MocError, match="pissa rewrites the base's weights.* 4-bit nf4"):
+        with refused(MocError):
             attach(model, method)
 
 
@@ -194,12 +195,12 @@ def test_a_folder_in_4_bits_is_recognised(llama, packed) -> None:
 
 def test_another_quantisation_than_that_of_the_files_is_refused(packed, tmp_path) -> None:
     for make in (build_meta, load_model):
-        with pytest.raises(MocError, match=r"is stored in 4-bit nf4.*, and .* asks for 8-bit"):
+        with refused(MocError):
             make(str(packed), kind="causal", quantization=INT8)
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MocError, match="is quantised by gptq; allowed: unquantised weights"):
+    with refused(MocError):
         build_meta(str(tmp_path), kind="causal")
 
 
@@ -212,7 +213,7 @@ def test_heads_and_named_modules_stay_as_they_are(tmp_path) -> None:
     assert whole == [name, "bert.pooler.dense", "classifier"]
     attach(loaded.model, ControlMethod(rank=4), new_modules=("classifier", name))
     again = load_model(str(tmp_path), quantization=NF4, kind="classification", num_labels=2)
-    with pytest.raises(MocError, match=f"'{name}' is quantised, and such weights"):
+    with refused(MocError):
         api.attach(again.model, "control", rank=4, modules=[name])
 
 
@@ -262,10 +263,9 @@ def test_controls_load_on_the_base_in_any_form(llama, packed, tmp_path) -> None:
                 api.load_controls(other, tmp_path / then)
                 assert torch.equal(logits(other), expected), (then, now)
             else:
-                words = f"trained on a base with .*{then[:5]}.* weights, and here they are"
-                with pytest.warns(UserWarning, match=words.replace("packe", "4-bit")):
+                with warned(UserWarning):
                     api.load_controls(other, tmp_path / then)
     other = tmp_path / "other"
     make_tiny_model("llama", seed=3).save_pretrained(other)
-    with pytest.raises(MocError, match="has other weights than the base"):
+    with refused(MocError):
         api.load_controls(load(other, NF4).model, tmp_path / "4-bit")

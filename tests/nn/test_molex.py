@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from support.messages import refused
 from support.models import DECODERS, FAMILIES, all_float64, has_hooks, make_batch, make_tiny
 from support.molex import ALPHA, RANK, bare, expect, make, molex, train
 from support.published import published
@@ -296,12 +297,12 @@ def test_the_papers_shares(name, share):
 def test_what_cannot_be_placed_is_refused_before_anything_changes():
     model = make_tiny("llama")
     names = set(model.state_dict())
-    with pytest.raises(MocError, match="'q_prj' matches no linear module"):
+    with refused(MocError):
         attach(model, molex(targets=["q_prj"]))
-    with pytest.raises(MocError, match="has no layer 2, 7; its layers are 0 to 1"):
+    with refused(MocError):
         attach(model, molex(mixed_layers=[0, 7, 2]))
     model.config.model_type = "lama"
-    with pytest.raises(FamilyError, match="where the layers are, and model_type 'lama'"):
+    with refused(FamilyError, known=r"(?<=known: )[^)]+"):
         attach(model, molex())
     assert set(model.state_dict()) == names
     assert not has_hooks(model)

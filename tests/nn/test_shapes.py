@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.messages import refused
 from support.models import make_tiny
 from transformers import AutoConfig
 
@@ -75,9 +76,9 @@ def test_a_config_at_hand_comes_before_the_published_one(monkeypatch):
 
 @pytest.mark.usefixtures("unreachable")
 def test_another_revision_is_not_the_published_one():
-    with pytest.raises(MocError, match="its config cannot be loaded"):
+    with refused(MocError):
         find_shape(LLAMA2, revision="step-10")
-    with pytest.raises(MocError, match="its config cannot be loaded"):
+    with refused(MocError):
         find_shape("meta-llama/Llama-2-13b-hf")
 
 

@@ -1,6 +1,7 @@
 """The recipe for a custom dataset: its defaults, its metrics, its schema."""
 
 import pytest
+from support.messages import refused
 
 from moc_cli.errors import RecipeError
 from moc_cli.recipe.load import load_recipe
@@ -21,10 +22,9 @@ def recipe(tmp_path):
     return load
 
 
-def refused(load, data: str, *overrides: str, more: str = "") -> list[str]:
-    with pytest.raises(RecipeError) as caught:
+def refuse(load, data: str, *overrides: str, more: str = "") -> None:
+    with refused(RecipeError):
         load(data, *overrides, more=more)
-    return [f"{problem.key}: {problem.message}" for problem in caught.value.problems]
 
 
 def test_a_custom_dataset_needs_only_a_path(recipe):
@@ -52,13 +52,9 @@ def test_a_format_has_its_own_metrics(recipe):
     data = "{suite: custom, path: p, format: regression}"
     for metric in ("pearson", "spearman", "loss"):
         recipe(data, f"eval.metric_for_best_model={metric}")
-    (problem,) = refused(recipe, data, "eval.metric_for_best_model=accuracy")
-    assert problem.endswith("format 'regression' has no accuracy; allowed: pearson, spearman, loss")
+    refuse(recipe, data, "eval.metric_for_best_model=accuracy")
     recipe("{suite: custom, path: p}", "eval.metric_for_best_model=perplexity")
-    (problem,) = refused(
-        recipe, "{suite: glue, tasks: rte}", "eval.metric_for_best_model=perplexity"
-    )
-    assert "task 'rte' has no perplexity" in problem
+    refuse(recipe, "{suite: glue, tasks: rte}", "eval.metric_for_best_model=perplexity")
 
 
 def test_settings_per_task_know_the_name_of_a_custom_dataset(recipe):
@@ -66,8 +62,7 @@ def test_settings_per_task_know_the_name_of_a_custom_dataset(recipe):
     assert recipe("{suite: custom, path: p, tasks: mine}", more=more).train.max_steps == 7
     more = more.replace("mine", "custom")
     assert recipe("{suite: custom, path: p}", more=more).train.max_steps == 7
-    (problem,) = refused(recipe, "{suite: custom, path: p, tasks: mine}", more=more)
-    assert "unknown task" in problem
+    refuse(recipe, "{suite: custom, path: p, tasks: mine}", more=more)
 
 
 def test_the_schema_requires_tasks_of_benchmarks_only():
@@ -82,11 +77,9 @@ def test_the_schema_requires_tasks_of_benchmarks_only():
 
 def test_a_template_is_for_instructions_and_the_chat_template_for_it(recipe):
     start = "suite: custom, path: p, "
-    (problem,) = refused(recipe, f"{{{start}format: chat, template: plain}}")
-    assert problem.startswith("data.template: only format 'instruction' reads this key")
+    refuse(recipe, f"{{{start}format: chat, template: plain}}")
     keys = "format: instruction, chat_template: chatml, merge_system: true"
-    assert len(refused(recipe, f"{{{start}{keys}}}")) == 2
+    refuse(recipe, f"{{{start}{keys}}}")
     assert recipe(f"{{{start}{keys}, template: chat}}").data.frame == "chat"
     assert recipe(f"{{{start}format: instruction, template: plain}}").data.frame == "instruction"
-    (problem,) = refused(recipe, "{suite: glue, tasks: rte, template: plain}")
-    assert problem.startswith("data.template: only suite 'custom' reads this key")
+    refuse(recipe, "{suite: glue, tasks: rte, template: plain}")

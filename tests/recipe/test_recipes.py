@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.machine import ROOT
+from support.messages import refused
 
 from moc_cli.errors import RecipeError
 from moc_cli.recipe import catalog
@@ -131,7 +132,7 @@ def test_a_name_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
     Path("quickstart").mkdir()
     assert load_recipe("quickstart") == by_path
     Path("quickstart.yaml").write_text("seed: x\n")
-    with pytest.raises(RecipeError, match=r"quickstart\.yaml:1: seed: found 'x'"):
+    with refused(RecipeError):
         load_recipe("quickstart.yaml")  # a file of one's own comes first
 
 

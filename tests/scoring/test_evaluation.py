@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.messages import refused
 from support.questions import MIXED, PAIRS, adapted, question
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -161,7 +162,7 @@ def test_question_beyond_the_positions_is_refused(
     byte_tokenizer: Tokenizer, tiny_model: MakeModel
 ) -> None:
     found = bare(tiny_model("llama", max_position_embeddings=40))
-    with pytest.raises(DataError, match=r"has \d+ tokens, the model takes 40"):
+    with refused(DataError):
         rank(TextModel(found, byte_tokenizer), MIXED, batch_size=8)
 
 
@@ -171,7 +172,7 @@ def test_outputs_that_are_no_numbers_are_refused(
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(MocError, match="not finite"):
+    with refused(MocError):
         rank(TextModel(bare(model), byte_tokenizer), MIXED, batch_size=8)
 
 
@@ -179,7 +180,7 @@ def test_prompt_that_shares_nothing_is_refused(
     byte_tokenizer: Tokenizer, tiny_model: MakeModel
 ) -> None:
     empty = replace(question(0), eval_prompt="")
-    with pytest.raises(DataError, match="shares no token"):
+    with refused(DataError):
         rank(TextModel(bare(tiny_model("llama")), byte_tokenizer), [empty], batch_size=1)
 
 
@@ -272,7 +273,7 @@ def test_loss_does_not_depend_on_the_batch(
 def test_rows_without_labels_are_refused(byte_tokenizer: Tokenizer, tiny_model: MakeModel) -> None:
     encoded = encode_texts(MIXED, byte_tokenizer, max_length=8, train_on_inputs=False)
     assert encoded.answers_cut_off == len(MIXED)
-    with pytest.raises(DataError, match="no held-out row has a labelled token"):
+    with refused(DataError):
         lm_loss(TextModel(bare(tiny_model("llama")), byte_tokenizer), encoded, batch_size=4)
 
 
@@ -337,7 +338,7 @@ def test_tasks_are_scored_one_at_a_time(byte_tokenizer: Tokenizer, tiny_model: M
     mixed = [question(0), replace(question(1), task="piqa")]
     model = TextModel(bare(tiny_model("llama")), byte_tokenizer)
     for examples in (mixed, []):
-        with pytest.raises(DataError, match="one task is scored at a time"):
+        with refused(DataError):
             Choice().score(model, examples, ScoringOptions(4))
 
 

@@ -1,6 +1,7 @@
 """What a model takes, asked once before many rows are scored."""
 
 import pytest
+from support.messages import refused
 from support.models import make_byte_tokenizer, make_tiny
 from support.questions import MIXED
 
@@ -38,7 +39,7 @@ def test_the_last_position_and_the_last_token_are_taken():
     limits = Limits(positions=4, embeddings=10)
     limits.check([[9], [], [1, 2, 3]], "a row", new_tokens=1)
     Limits(None, 10).check([[1] * 99], "a row")
-    with pytest.raises(DataError, match="a row has 5 tokens, the model takes 4"):
+    with refused(DataError):
         limits.check([[1], [1, 2, 3]], "a row", new_tokens=2)
-    with pytest.raises(DataError, match="holds the token 10, the model has embeddings for 0 to 9"):
+    with refused(DataError):
         limits.check([[1], [10]], "a row")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.messages import refused
 from support.models import KINDS_OF_DECODERS, make_tiny, train_controls
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -156,7 +157,7 @@ def test_sets_leave_and_change_while_a_generation_runs(folders: dict) -> None:
                 tenants.add("sport", own["math"])
 
         assert torch.equal(steps(tenants.model, inputs, between=between), expected)
-    with pytest.raises(MocError, match="no control set 'law'"), tenants.rows(names):
+    with refused(MocError), tenants.rows(names):
         pass
     with tenants.rows(["code"] * ROWS):
         now = steps(tenants.model, inputs)
@@ -383,24 +384,21 @@ def test_sets_decide_by_row_although_the_model_came_in_training_mode(folders: di
 
 def test_a_batch_of_another_size_than_the_names_is_refused(folders: dict) -> None:
     tenants = serve(make("llama"), folders["llama"])
-    with tenants.rows(["law", None]), pytest.raises(MocError, match="16 rows, but .* for 2"):
+    with tenants.rows(["law", None]), refused(MocError):
         steps(tenants.model, make_batch())
 
 
 def test_sets_that_cannot_share_a_batch_are_refused(tmp_path: Path, folders: dict) -> None:
     tenants = serve(make("llama"), folders["llama"])
-    cases = {
-        "lora": ({}, "holds method 'lora'"),
-        "moc": ({"routing": {"level": "token"}, "gate": GATE, "rank": 2}, "level: token"),
-    }
-    for method, (options, message) in cases.items():
+    cases = {"lora": {}, "moc": {"routing": {"level": "token"}, "gate": GATE, "rank": 2}}
+    for method, options in cases.items():
         attach(model := make("llama"), method, **options).save(tmp_path / method)
-        with pytest.raises(MocError, match=message):
+        with refused(MocError):
             tenants.add("other", tmp_path / method)
         del model
-    with pytest.raises(MocError, match="there is a control set 'law' already"):
+    with refused(MocError):
         tenants.add("law", folders["llama"]["law"])
-    with pytest.raises(MocError, match="did you mean 'law'"):
+    with refused(MocError):
         tenants.remove("lav")
     assert tenants.names == tuple(SETS)
 
@@ -418,7 +416,7 @@ def test_sets_with_another_input_norm_share_a_batch_among_themselves(
     tenants = serve(make("llama"), sets)
     with tenants.rows(names):
         assert (steps(tenants.model, inputs) - expected).abs().max() <= bound
-    with pytest.raises(MocError, match="input_norm none, and the sets that are here rms"):
+    with refused(MocError):
         tenants.add("other", folders["llama"]["law"])
 
 

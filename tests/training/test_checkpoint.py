@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.messages import refused
 from support.processes import killed_at
 from support.toy import ToyAdapted, snapshot, toy_data, toy_fit
 
@@ -81,9 +82,9 @@ def test_optimizer_comes_back_by_name(tmp_path):
     step(named, optimizer, 2)
     step(other, second, 2)
     assert same(dict(named), dict(other))
-    with pytest.raises(MocError, match="'c.exp_avg'"):
+    with refused(MocError):
         optim.load_optimizer_tensors(second, other, {"c.exp_avg": torch.ones(2, 3)})
-    with pytest.raises(MocError, match=r"\(3, 2\)"):
+    with refused(MocError):
         optim.load_optimizer_tensors(second, other, {"a.exp_avg": torch.ones(3, 2)})
 
 
@@ -91,11 +92,12 @@ def test_optimizer_comes_back_by_name(tmp_path):
 def test_a_flipped_bit_anywhere_is_seen(tmp_path, part):
     path = Checkpoints(tmp_path).save(snapshot())
     content = (path / part).read_bytes()
+    reason = {"reason": "(?<=damaged: ).*"} if part == "state.json" else {}
     for position in range(0, len(content), max(1, len(content) // 40)):
         spoiled = bytearray(content)
         spoiled[position] ^= 1
         (path / part).write_bytes(spoiled)
-        with pytest.raises(RunError, match="step-000004.*damaged"):
+        with refused(RunError, **reason):
             read_checkpoint(path)
     (path / part).write_bytes(content)
     read_checkpoint(path)
@@ -105,11 +107,12 @@ def test_a_flipped_bit_anywhere_is_seen(tmp_path, part):
 def test_a_missing_or_cut_file_is_seen(tmp_path, part):
     path = Checkpoints(tmp_path).save(snapshot())
     content = (path / part).read_bytes()
-    (path / part).write_bytes(content[:-1] if part != "state.json" else content[:-3])
-    with pytest.raises(RunError, match="step-000004"):
+    cut, reason = (3, {"reason": "(?<=read: ).*"}) if part == "state.json" else (1, {})
+    (path / part).write_bytes(content[:-cut])
+    with refused(RunError, **reason):
         read_checkpoint(path)
     (path / part).unlink()
-    with pytest.raises(RunError, match="step-000004"):
+    with refused(RunError):
         read_checkpoint(path)
 
 
@@ -118,7 +121,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, part):
     path = Checkpoints(tmp_path).save(snapshot())
     (path / part).unlink()
     os.mkfifo(path / part)
-    with pytest.raises(RunError, match="no regular file"):
+    with refused(RunError):
         read_checkpoint(path)
 
 
@@ -151,13 +154,17 @@ def test_state_of_another_shape_is_damaged(tmp_path):
         text = json.dumps(state | {"digest": checkpoint.digest_of(state)})
         (path / "state.json").write_text(text)
         said = []
-        with pytest.raises(RunError, match="none of the 1 checkpoints"):
+        with refused(RunError):
             checkpoints.newest(said.append)
         assert f"is damaged: {path}/state.json cannot be read: {key}: " in said[0]
         assert said[0].endswith("; trying the one before")
-    for text in ("[]", "[" * 100_000, "{", '{"digest": 1}'):
+    for text in ("[" * 100_000, "{"):
         (path / "state.json").write_text(text)
-        with pytest.raises(RunError, match=r"is damaged: .*state\.json cannot be read: "):
+        with refused(RunError, reason="(?<=not JSON: ).*"):
+            read_checkpoint(path)
+    for text in ("[]", '{"digest": 1}'):
+        (path / "state.json").write_text(text)
+        with refused(RunError):
             read_checkpoint(path)
 
 
@@ -174,7 +181,7 @@ def test_newest_passes_over_the_damaged_and_says_so(tmp_path):
     assert "optimizer.safetensors" in said[0]
     for step in (2, 4):
         (checkpoints.path(step) / "state.json").unlink()
-    with pytest.raises(RunError, match="none of the 3 checkpoints"):
+    with refused(RunError):
         checkpoints.newest(said.append)
 
 
@@ -250,7 +257,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch, owner, name, ag
             calls(patch, owner, name, failing)
             if name == "fsync" and failing == needed:
                 continue  # the folder's own entry: the rename is done by then
-            with pytest.raises(FileError, match="No space left on device"):
+            with refused(FileError):
                 checkpoints.save(second)
         assert os.listdir(tmp_path / "step-000002")
         found = checkpoints.newest(pytest.fail)
@@ -263,7 +270,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch, owner, name, ag
 def test_a_full_disk_stops_training_with_the_previous_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         calls(patch, Path, "write_bytes", failing=3 + 1 + 2)  # the second file of the second save
-        with pytest.raises(FileError, match="No space left"):
+        with refused(FileError):
             toy_fit(tmp_path, ToyAdapted(), toy_data(BATCHES), SETTINGS)
     found = Checkpoints(tmp_path / "checkpoints").newest(pytest.fail)
     assert found[1].counters.step == 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import refused
 from support.models import make_tiny_model, train_controls
 from support.tiny_runs import choices_run
 from torch import Tensor
@@ -138,7 +139,7 @@ def test_what_is_needed_is_said_before_weights_load(monkeypatch: pytest.MonkeyPa
 
 def test_a_layer_that_cannot_be_compiled_is_one_sentence() -> None:
     with (
-        pytest.raises(MocError, match="a layer could not be compiled: the compiler was stopped"),
+        refused(MocError),
         compiled_layers(torch.nn.Identity(), True),
     ):
         raise TorchDynamoException("\nthe compiler was stopped\nmore")

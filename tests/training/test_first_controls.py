@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from support.group import run_together
+from support.messages import refused
 from support.models import make_tiny
 from support.tiny_runs import choices_run, pairs_run
 from support.toy import Plan, toy_collate, toy_rows
@@ -161,12 +162,12 @@ def test_a_run_begins_so_once_and_goes_on_with_what_it_learned(
 
 
 def test_where_there_are_no_rows_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MocError, match="'pca' looks at training rows, which moc train alone has"):
+    with refused(MocError):
         attach_new(make_tiny("llama"), "control", rank=RANK, init="pca")
-    with pytest.raises(MocError, match="'gradient' looks at training rows"):
+    with refused(MocError):
         get_peft_model(make_tiny("llama"), MocConfig("moc", rank=RANK, init="gradient"))
-    with pytest.raises(MocError, match=r"pca takes 40 directions .* only 32"):
+    with refused(MocError):
         attach(make_tiny("llama"), ControlMethod(rank=40, init="pca"))
     sets = ["method=control", "method.init=pca", "launch.strategy=fsdp2"]
-    with pytest.raises(MocError, match=r"fsdp2 does not go with method.init"):
+    with refused(MocError):
         load_recipe("quickstart", sets)
