@@ -17,6 +17,7 @@ from moc_cli.benchmark.steps import Progress, naming, wait
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.errors import MocError
 from moc_cli.kinds import make_kind
+from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.load import Loaded
 from moc_cli.models.tokens import embeddings
 from moc_cli.scoring.forward import evaluating
@@ -69,7 +70,8 @@ def measure_generation(
     peaks: list[int] = [0] * len(arms)
     for turn in range(warmup + repeats):
         for number, variant in enumerate(arms):
-            with naming(variant), evaluating(models[number]):
+            compiled = compiled_generation(models[number], variant.recipe.eval.torch_compile)
+            with naming(variant), evaluating(models[number]), compiled:
                 ids = prompts[number].to(device)
                 taken, working = _write(models[number], ids, lengths.new, clock)
             if turn >= warmup:

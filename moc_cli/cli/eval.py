@@ -13,6 +13,7 @@ from moc_cli.cli.options import (
     LoadIn4bitOption,
     NumProcessesOption,
     OptionalRunArgument,
+    TorchCompileOption,
     TrustOption,
     split_names,
 )
@@ -84,6 +85,7 @@ def evaluate(
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
     load_in_4bit: LoadIn4bitOption = None,
+    torch_compile: TorchCompileOption = None,
     device: DeviceOption = None,
     num_processes: NumProcessesOption = None,
     trust_remote_code: TrustOption = False,
@@ -122,6 +124,7 @@ def evaluate(
         device=device,
         trust_remote_code=trust_remote_code,
         base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
+        torch_compile=torch_compile,
         base=base,
         output_dir=output_dir,
         harness=None if harness is None else tuple(split_names(harness)),

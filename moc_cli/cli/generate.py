@@ -11,6 +11,7 @@ from moc_cli.cli.options import (
     JsonOption,
     LoadIn4bitOption,
     OptionalRunArgument,
+    TorchCompileOption,
     TrustOption,
 )
 
@@ -63,6 +64,7 @@ def generate(
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
     load_in_4bit: LoadIn4bitOption = None,
+    torch_compile: TorchCompileOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -86,6 +88,7 @@ def generate(
         device=device,
         trust_remote_code=trust_remote_code,
         base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
+        torch_compile=torch_compile,
         json=json,
     )
     options.check()

@@ -79,6 +79,14 @@ LoadIn4bitOption = Annotated[
         show_default=False,
     ),
 ]
+TorchCompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--torch-compile/--no-torch-compile",
+        help="Compile the generation, which takes minutes at the start; default: the recipe's.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")
 ]

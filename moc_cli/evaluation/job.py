@@ -13,12 +13,20 @@ from moc_cli.kinds import Kind, make_kind
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.load import load_config
 from moc_cli.recipe.paths import absolute_path
+from moc_cli.recipe.rules import generation_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.tasks import TASKS, ScoringProtocol, is_classifier, scoring_protocol
+from moc_cli.recipe.tasks import (
+    TASKS,
+    ScoringProtocol,
+    generates,
+    is_classifier,
+    scoring_protocol,
+)
 from moc_cli.scoring.results import ScoringOptions
 
+_NOT_GENERATED = "compiles the generation of answers, and nothing is generated with protocol"
 OUTPUTS = Path("runs") / "eval"  # of bare models
 # Suites that a bare language model can answer.
 ANSWERED = tuple(s for s, tasks in TASKS.items() if any(t.kind == "choice" for t in tasks.values()))
@@ -85,6 +93,10 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
         mistakes.append(f"--protocol {protocol} is for questions; {data.suite} is classified")
     if classifier and options.base:
         mistakes.append("--base: a classifier's base model has no trained head to score it with")
+    if options.torch_compile:
+        mistakes += [f"--torch-compile: {rule.message}" for rule in generation_rules(recipe)]
+        if not generates(protocol or usual, data.format):
+            mistakes.append(f"--torch-compile: {_NOT_GENERATED} '{protocol or usual}'")
     refuse(mistakes + _path_mistakes(data.suite, options.path))
     return EvalJob(
         data,
@@ -94,6 +106,7 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             data.max_length,
             protocol or usual,
             recipe.eval.too_long,
+            recipe.eval.torch_compile,
         ),
         path=options.path,
         limit=options.limit,
@@ -114,7 +127,13 @@ def model_job(options: EvalOptions) -> EvalJob:
     tasks = list(options.tasks or TASKS[suite])
     data = DataSection.model_validate({"suite": suite, "tasks": tasks, "path": options.path})
     protocol = cast(ScoringProtocol, options.protocol or "rank")
-    scoring = ScoringOptions(options.rows_per_batch("auto"), protocol=protocol)
+    if options.torch_compile and protocol == "rank":
+        refuse([f"--torch-compile: {_NOT_GENERATED} 'rank'; add --protocol generate"])
+    scoring = ScoringOptions(
+        options.rows_per_batch("auto"),
+        protocol=protocol,
+        torch_compile=bool(options.torch_compile),
+    )
     return EvalJob(data, tasks, scoring, limit=options.limit)
 
 

@@ -32,6 +32,7 @@ class EvalOptions:
     device: str | None = None
     trust_remote_code: bool = False
     base_options: BaseOptions = BaseOptions()
+    torch_compile: bool | None = None
     base: bool = False
     output_dir: Path | None = None
     harness: tuple[str, ...] | None = None
@@ -90,6 +91,8 @@ class EvalOptions:
             "--protocol": self.protocol,
         }
         mistakes = [f"{name}: --harness has its own" for name, value in others.items() if value]
+        if self.torch_compile:
+            mistakes.append("--torch-compile: --harness generates without compiling")
         if not self.harness:
             mistakes.append("--harness: no task is named")
         if len(set(self.harness)) < len(self.harness):

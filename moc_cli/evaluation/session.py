@@ -31,13 +31,14 @@ from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.processes import Processes
 from moc_cli.recipe.launch import LaunchSection
-from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.schema import Recipe, compiled_as
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
 from moc_cli.training.accelerator import join_launched
 from moc_cli.training.checks import fitting
+from moc_cli.training.device_checks import check_compiler
 
 
 def evaluate(options: EvalOptions) -> ResultsFolder:
@@ -57,6 +58,7 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
         return score_rows(job, load_model(options), rows, folder)
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
+    recipe = compiled_as(recipe, options.torch_compile)
     job = run_job(options, recipe)
     group = join_others(options, recipe)
     folder = options.output_dir or run.path / "eval" / run.labelled(job.label)
@@ -116,6 +118,7 @@ def _look_back(
 
 def load_model(options: EvalOptions, recipe: Recipe | None = None) -> LoadedModel:
     """Load the run or the bare model that the options name; `recipe` is the run's. Joint."""
+    check_compiler(recipe, options.torch_compile, options.device)
     with processes.current().together():
         if options.run is not None:
             return open_run(

@@ -9,6 +9,7 @@ from moc_cli.data.encode import Encoded, Row, common_prefix, encode_texts, promp
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
+from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
@@ -80,7 +81,8 @@ class Choice(Causal):
         items: list[ItemScore] | list[Answer]
         unparsed = None
         if options.protocol == "generate":
-            items = generate(model, examples, batch_size=size, on_progress=on_progress)
+            with compiled_generation(model.adapted.model, options.torch_compile):
+                items = generate(model, examples, batch_size=size, on_progress=on_progress)
             unparsed = sum(item.answer is None for item in items)
         else:
             items = rank(model, examples, batch_size=size, on_progress=on_progress)

@@ -18,6 +18,7 @@ from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
+from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed, pad_token_id, prompt_ids
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
@@ -126,7 +127,8 @@ class Writing(Causal):
         items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
         if self.format == "instruction":
             requests = make_requests(model.tokenizer, examples)
-            outputs = _generate(model, requests, size, on_progress)
+            with compiled_generation(model.adapted.model, options.torch_compile):
+                outputs = _generate(model, requests, size, on_progress)
             items = [
                 TextScore(item.loss, item.tokens, request.output, output)
                 for item, request, output in zip(items, requests, outputs, strict=True)

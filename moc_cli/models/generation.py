@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from moc_cli.models.masks import inside_padding, valid_tokens
 from moc_cli.models.packing import packed_forward
 from moc_cli.nn.forward import Forward
 
@@ -55,12 +56,13 @@ class Routed(Protocol):
 @dataclass
 class _Generation:
     """A running `generate()`: its tracker, the length and rows of its prompt (None: not known yet),
-    and whether a forward of it has been run.
+    whether it is `compiled`, and whether a forward of it has been run.
     """
 
     tracker: "GenerationTracker"
     prompt_length: int | None = None
     rows: int | None = None
+    compiled: bool = False
     begun: bool = False
 
 
@@ -73,7 +75,8 @@ class GenerationTracker:
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
     without a cache vote too; with `votes` false no token votes for another, with `by_row` each row
     decides for itself in training too. `runner` is the module
-    that sees every forward, with its token ids and mask; by default the base model.
+    that sees every forward, with its token ids and mask; by default the base model. `fill` makes
+    what a settled store needs for a compiled generation, whose `copies` of a row share its routes.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class GenerationTracker:
         votes: bool = True,
         by_row: bool = False,
         runner: nn.Module | None = None,
+        fill: Callable[[Any, int], None] | None = None,
     ) -> None:
         self.model = model
         self.mixture = mixture
@@ -96,6 +100,7 @@ class GenerationTracker:
         self.by_row = by_row
         self.voters: Tensor | None = None
         self._new_store = new_store
+        self._fill = fill
         self._number = next(_OWNERS)
         runner = model.base_model if runner is None else runner
         self._names = list(signature(runner.forward).parameters)
@@ -133,7 +138,9 @@ class GenerationTracker:
         prompt = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         length = prompt.shape[1] if isinstance(prompt, Tensor) else None
         rows = prompt.shape[0] if isinstance(prompt, Tensor) else None
-        token = _GENERATION.set(_Generation(self, length, rows))
+        asked = kwargs["disable_compile"] is False
+        compiled = asked or self.model._compiled_call_impl is not None
+        token = _GENERATION.set(_Generation(self, length, rows, compiled))
         try:
             generate: Any = getattr(type(self.model), "generate")  # noqa: B009
             return generate(self.model, *args, **kwargs)
@@ -236,51 +243,22 @@ class GenerationTracker:
         """Hook of the runner: a cache made inside the forward gets the routes decided in it."""
         current = self.mixture.current
         current.end()
+        if current.store is not None and current.store.settled:
+            return  # in a compiled forward this is all
         values = output if isinstance(output, tuple) else output.values()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and current.store is not None:
             if self._store_of(cache) is None:
                 follow(cache, current.store, self._number)
             current.store.settle()
+            generation = _GENERATION.get()
+            if self._fill and generation and generation.compiled and current.store.settled:
+                self._fill(current.store, current.copies)
 
 
 def _marked(rows: Tensor | None) -> Tensor | None:
     """The marked rows, or None where there are none; reads from the device."""
     return rows if rows is not None and bool(rows.any()) else None
-
-
-def valid_tokens(mask: Any, length: int, past: int) -> Tensor | None:
-    """Which of a forward's `length` new tokens are real: (B, T) bool, None where all are.
-
-    The mask may be 2-D (B, past + T), a 4-D one prepared for a static cache, bool or additive
-    (B, 1, T, keys), or a dict of those by attention type.
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
-        return None
-    valid: Tensor
-    if mask.ndim == 2:
-        valid = mask[:, -length:].bool()
-        return valid
-    allowed = mask if mask.dtype == torch.bool else mask >= 0
-    keys = allowed.shape[-1]
-    # A token may attend to itself exactly if it is real. A rolling window keeps the last keys.
-    first = past if keys >= past + length else keys - length
-    rows = torch.arange(length, device=mask.device)
-    valid = allowed[:, 0, rows, first + rows]
-    return valid
-
-
-def inside_padding(ids: Tensor, pad: int) -> Tensor | None:
-    """Which tokens (B, T) are not pad tokens at an end of their row; None where all are inside.
-
-    A row of pad tokens alone is taken as a text.
-    """
-    real = ids != pad
-    inside = (real.cumsum(dim=1) > 0) & (real.flip(1).cumsum(dim=1).flip(1) > 0)
-    inside |= ~real.any(dim=1, keepdim=True)
-    return None if bool(inside.all()) else inside
 
 
 def follow(cache: Cache, store: Store, owner: int) -> None:

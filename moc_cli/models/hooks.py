@@ -168,6 +168,7 @@ class HookedModel:
             votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
             by_row=mixture.routing.level == "sample",
             runner=find_runner(model, family),
+            fill=mixture.fill,
         )
         before = find_runner(model, family).register_forward_pre_hook(self._before_layers)
         self._handles.append(before)  # after the tracker's own, which begins the forward

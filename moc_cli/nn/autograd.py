@@ -11,6 +11,14 @@ from torch.nn import functional as F
 Coefficient = Callable[[], float | Tensor]
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type of products under autocast; None outside of it."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(

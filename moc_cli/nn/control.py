@@ -211,16 +211,25 @@ class WeightedControls:
                 update = update.index_add(0, users, control(groups[users], weight[users]))
         return update.reshape(x.shape)
 
-    def stack(self, dtype: torch.dtype) -> StackedControls:
-        """All as one pair in `dtype`; weights that are equal for every row are folded into B."""
+    def stack(self, dtype: torch.dtype, count: int | None = None) -> StackedControls:
+        """All as one pair in `dtype`; weights that are equal for every row are folded into B.
+
+        With `count` there are as many, those beyond the controls zero, and several rows have
+        weights of their own: the shapes say nothing about which controls they use.
+        """
         A = torch.cat([control.A for control in self.controls]).to(dtype)
         pairs = list(zip(self.controls, self.weights.unbind(1), strict=True))
-        if len(self.weights) == 1 or bool((self.weights == self.weights[:1]).all()):
+        alike = count is None and bool((self.weights == self.weights[:1]).all())
+        if len(self.weights) == 1 or alike:
             rows = torch.cat([weight[0] * control.B.t() for control, weight in pairs])
             return StackedControls(A, rows.to(dtype).t(), None)
         rows = torch.cat([control.B.t() for control in self.controls])
         spread = [weight[:, None].expand(-1, len(control.A)) for control, weight in pairs]
         weights = torch.cat(spread, dim=1).to(A.device)  # (V, R)
+        if count is not None:
+            more = (count - len(self.controls)) * (len(A) // len(self.controls))
+            A, rows = (F.pad(matrix, (0, 0, 0, more)) for matrix in (A, rows))
+            weights = F.pad(weights, (0, more))
         return StackedControls(A, rows.to(dtype).t(), weights)
 
 

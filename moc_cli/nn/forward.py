@@ -16,9 +16,10 @@ from moc_cli.nn.vote import Ballot, Level, Route, Voters
 class RouteStore:
     """What one generation remembers between its forwards: a route (frozen) or ballot per site.
 
-    `stacks` hold the routes' controls once they are used for one token at a time. `waiting` (B,)
-    marks the rows of which only padding has been seen, None where there are none. Once `settled`,
-    every later forward uses what is here, whatever its mask. Without a gate there are no routes.
+    `stacks` hold the routes' controls once they are used for one token at a time; `dtypes` are the
+    types of the sites' products. `waiting` (B,) marks the rows of which only padding has been seen,
+    None where there are none. Once `settled`, every later forward uses what is here, whatever its
+    mask. Without a gate there are no routes.
     """
 
     gated: bool = True
@@ -26,6 +27,7 @@ class RouteStore:
     routes: dict[int, Route] = field(default_factory=dict)
     ballots: dict[int, Ballot] = field(default_factory=dict)
     stacks: dict[int, StackedControls] = field(default_factory=dict)
+    dtypes: dict[int, torch.dtype] = field(default_factory=dict)
     waiting: Tensor | None = None
     _host: dict[int, Route] = field(default_factory=dict, repr=False)
 

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moc_cli.nn.autograd import inject
+from moc_cli.nn.autograd import autocast_dtype, inject
 from moc_cli.nn.control import (
     INPUT_NORMS,
     Control,
@@ -31,14 +31,6 @@ from moc_cli.nn.vote import (
     shares_of,
 )
 from moc_cli.nn.watch import Decision, Watcher, new_decisions
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type of products under autocast; None outside of it."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 class Mixture(nn.Module):
@@ -109,7 +101,7 @@ class Mixture(nn.Module):
         if not self.active or settled or forward.shape is None:
             return
         if self._level() != "token":
-            self._pool(_autocast_dtype(device) or dtype)
+            self._pool(autocast_dtype(device) or dtype)
         if self.routing.top_k:
             forward.voters_of(forward.shape, self._level(), device, dtype)
             forward.prepared = {
@@ -157,7 +149,7 @@ class Mixture(nn.Module):
         packed = self.current.packed
         if packed is not None and len(x) == 1:  # two rows or more, once they are apart
             return packed.join(self.update(site, packed.split(x)))
-        dtype = _autocast_dtype(x.device)
+        dtype = autocast_dtype(x.device)
         if dtype is None:
             return self._update(site, x, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -167,6 +159,9 @@ class Mixture(nn.Module):
         site.choice = None
         self.current.reentrant |= self.training and not torch.is_grad_enabled()
         read = INPUT_NORMS[self.routing.input_norm](x).to(dtype)
+        store = self.current.store
+        if store is not None and not store.settled:
+            store.dtypes[site.index] = dtype
         stack = self._stack(site, x, dtype)
         if stack is not None:
             return stack.update(read)
@@ -237,15 +232,28 @@ class Mixture(nn.Module):
         if torch.is_grad_enabled() and self.control(site.index).A.requires_grad:
             return None
         if site.index not in store.stacks:
-            self._fill(store, site, x, dtype)
+            stored_route(store.routes, site.index, x.shape[0])
+            self._fill(store, site, dtype)
         return store.stacks[site.index]
 
+    def fill(self, store: RouteStore, copies: int) -> None:
+        """Stack the controls of all sites, for a compiled generation whose routes are settled.
+
+        Their shapes depend on the number of rows alone, of which `copies` share each route.
+        """
+        for site in self.sites:
+            self._fill(store, site, store.dtypes[site.index], copies)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
-    def _fill(self, store: RouteStore, site: Site, x: Tensor, dtype: torch.dtype) -> None:
+    def _fill(
+        self, store: RouteStore, site: Site, dtype: torch.dtype, copies: int | None = None
+    ) -> None:
         """Stack a site's controls; the first site reads all routes from the device at once."""
-        stored_route(store.routes, site.index, x.shape[0])
-        route = store.on_host(site.index)
-        store.stacks[site.index] = self.combine(site, route).stack(dtype)
+        route, count = store.on_host(site.index), None
+        if route is not None and copies is not None:
+            used, pool = route.voters // copies * self.routing.top_k, self.pools[site.pool]
+            count = 1 + (route.voters if self.routing.merged else min(used, len(pool)))
+        store.stacks[site.index] = self.combine(site, route).stack(dtype, count)
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Balance | None]:
         """The site's route for x (B, T, d), and its balance loss while training.

@@ -176,7 +176,7 @@ class Voters:
     def mean(self, p: Tensor) -> Tensor:
         """The mean probabilities P̄ (V, N) of p (B, T, N)."""
         if len(self.shares) == 1:  # one kernel, and in float32 whatever train.tf32 says
-            return torch.mv(p.flatten(0, 1).t(), self.shares.flatten())[None]
+            return torch.mv(p.flatten(0, 1).t(), self.shares.flatten().to(p.dtype))[None]
         groups = p.reshape(*self.shares.shape, -1)
         return (groups * self.shares[..., None]).sum(dim=1)
 

@@ -11,6 +11,7 @@ from moc_cli.recipe.tasks import (
     FORMATS,
     TASKS,
     Kind,
+    generates,
     is_benchmark_task,
     kind_of,
     watched_metrics,
@@ -44,6 +45,7 @@ def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
     yield from _sync(recipe)
     yield from _merged(recipe)
     yield from _eval(recipe)
+    yield from _compiled_generation(recipe)
     yield from _launch(recipe)
 
 
@@ -249,6 +251,40 @@ def _eval(recipe: Sections) -> Iterator[BrokenRule]:
             break
 
 
+def _compiled_generation(recipe: Sections) -> Iterator[BrokenRule]:
+    if not recipe.eval.torch_compile:
+        return
+    yield from generation_rules(recipe)
+    data, protocol = recipe.data, recipe.eval.protocol
+    if data.suite == "custom" and data.format is None:
+        return  # not known yet
+    kinds = _kinds(recipe)
+    written = protocol == "generate" and "choice" in kinds
+    if kinds and not generates("generate" if written else "rank", data.format):
+        message = "compiles the generation of answers, and nothing is generated"
+        if "choice" in kinds:
+            message += f" with eval.protocol {protocol!r}; set that to 'generate'"
+        others = ("eval.protocol", "data.suite", "data.tasks", "data.format")
+        yield BrokenRule("eval.torch_compile", message, others)
+
+
+def generation_rules(recipe: Sections) -> Iterator[BrokenRule]:
+    """Yield what keeps a method's generation from being compiled."""
+    method, key = recipe.method, "eval.torch_compile"
+    if method.name == "molex":
+        message = "molex runs a second layer inside a layer; leave it out, or choose moc"
+        yield BrokenRule(key, message, ("method.name",))
+    if not isinstance(method, MocMethod) or not method.top_k:
+        return
+    routing, reason = method.routing, "a compiled generation keeps the routes of its prompt"
+    if routing.decode != "frozen":
+        message = f"{reason}; method.routing.decode is {routing.decode!r}"
+        yield BrokenRule(key, message, ("method.routing.decode",))
+    if routing.level == "token":
+        message = f"{reason}; method.routing.level is 'token'"
+        yield BrokenRule(key, message, ("method.routing.level",))
+
+
 def _launch(recipe: Sections) -> Iterator[BrokenRule]:
     launch, machines = recipe.launch, "launch.num_machines"
     if launch.strategy == "deepspeed":
@@ -284,6 +320,8 @@ def _sharded(recipe: Sections) -> Iterator[BrokenRule]:
         "method.name": recipe.method.name == "molex"
         and "molex runs layers that each process chooses by its own rows",
         "train.torch_compile": recipe.train.torch_compile
+        and "layers whose weights come and go are not compiled",
+        "eval.torch_compile": recipe.eval.torch_compile
         and "layers whose weights come and go are not compiled",
         "method.init": getattr(recipe.method, "init", "default") in ("pca", "gradient")
         and "the first process alone looks at the first rows",

@@ -296,6 +296,10 @@ class EvalSection(Section):
         description="scored rows whose prompt and output have more tokens than the model takes, "
         "leave_out: name and count them, and score the others; refuse: do not begin",
     )
+    torch_compile: bool = Field(
+        default=False,
+        description="compile the generation of answers, which takes minutes at the start",
+    )
     before: bool = Field(default=True, description="score the model before training too")
     max_samples: Positive | None = Field(
         default=None, description="maximum rows per task in the final evaluation; null: all"

@@ -202,6 +202,11 @@ def scoring_protocol(
     return wanted if wanted in allowed else allowed[0]
 
 
+def generates(protocol: ScoringProtocol, format_name: str | None) -> bool:
+    """Return whether a task is scored by texts that the model writes."""
+    return protocol == "generate" or format_name == "instruction"
+
+
 def prompt_frame(suite: str, task: str, format_name: str | None) -> Frame | None:
     """Return the frame that a run's prompts were trained in; None where it generates no text."""
     if suite == "custom":

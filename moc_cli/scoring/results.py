@@ -14,13 +14,14 @@ from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
 @dataclass(frozen=True)
 class ScoringOptions:
     """How rows are scored; texts are cut to `max_length` tokens, questions are not. What becomes of
-    rows that are `too_long` for the model.
+    rows that are `too_long` for the model. Whether the generation of answers is compiled.
     """
 
     batch_size: BatchSizeOption = "auto"
     max_length: int = 0
     protocol: ScoringProtocol = "rank"
     too_long: TooLong = "leave_out"
+    torch_compile: bool = False
 
 
 class Item(Protocol):

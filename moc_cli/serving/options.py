@@ -56,6 +56,7 @@ class GenerateOptions:
     device: str | None = None
     trust_remote_code: bool = False
     base_options: BaseOptions = BaseOptions()
+    torch_compile: bool | None = None
     json: bool = False
 
     def check(self) -> None:
@@ -91,7 +92,13 @@ class GenerateOptions:
                 f"{self.run} is a classifier ({', '.join(data.tasks)}): it has no text to give",
                 f"classify new rows: moc predict {shlex.quote(str(self.run))} --file FILE",
             )
-        return recipe
+        from moc_cli.recipe.rules import generation_rules
+        from moc_cli.recipe.schema import compiled_as
+
+        rules = [*generation_rules(recipe)] if self.torch_compile else []
+        if rules:
+            raise MocError("\n".join(f"--torch-compile: {rule.message}" for rule in rules))
+        return compiled_as(recipe, self.torch_compile)
 
     def read_prompts(self) -> list[str]:
         """Return the prompts of --prompt, --file or stdin; raises DataError where there is none."""

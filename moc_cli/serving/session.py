@@ -6,6 +6,7 @@ from typing import Any
 
 from moc_cli.errors import DataError
 from moc_cli.load_run import LoadedModel, open_model, open_run
+from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import print_json, say
 from moc_cli.report.progress import WorkProgress
@@ -13,6 +14,7 @@ from moc_cli.serving.chat import Chat
 from moc_cli.serving.options import GenerateOptions
 from moc_cli.serving.prompts import Message, check_system, choose_frame
 from moc_cli.serving.text import Answer, Writer, write
+from moc_cli.training.device_checks import check_compiler
 
 LISTED = 5  # prompts that an error names; the others are counted
 
@@ -21,6 +23,7 @@ def run_generate(
     options: GenerateOptions, recipe: Recipe | None, prompts: list[str] | None
 ) -> None:
     """Answer the prompts; without any, hold a conversation on the terminal."""
+    compiled = check_compiler(recipe, options.torch_compile, options.device)
     if options.run is not None and recipe is not None:
         loaded: LoadedModel = open_run(
             options.run, device=options.device, recipe=recipe, base=options.base_options
@@ -40,14 +43,15 @@ def run_generate(
     writer = Writer(
         loaded.adapted, loaded.tokenizer, frame, template, options.system, options.sampling
     )
-    if prompts is None:
-        try:
-            import readline  # noqa: F401  line editing and history for input()
-        except ImportError:
-            say("no line editing: this Python lacks readline")
-        Chat(writer, read=lambda: input("> "), write=write, say=say, base=options.base).run()
-        return
-    answers = answer_prompts(writer, prompts, options)
+    with compiled_generation(loaded.adapted.model, compiled):
+        if prompts is None:
+            try:
+                import readline  # noqa: F401  line editing and history for input()
+            except ImportError:
+                say("no line editing: this Python lacks readline")
+            Chat(writer, read=lambda: input("> "), write=write, say=say, base=options.base).run()
+            return
+        answers = answer_prompts(writer, prompts, options)
     if options.json:
         facts: dict[str, Any] = {"model": loaded.name, "template": frame, "system": options.system}
         facts["sampling"] = vars(options.sampling)

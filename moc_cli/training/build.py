@@ -307,9 +307,8 @@ def make_scoring_options(recipe: Recipe) -> ScoringOptions:
     """Return how the run is scored."""
     data = recipe.data
     protocol = scoring_protocol(data.suite, data.tasks[0], data.format, recipe.eval.protocol)
-    return ScoringOptions(
-        recipe.eval.per_device_eval_batch_size, data.max_length, protocol, recipe.eval.too_long
-    )
+    scoring, size = recipe.eval, recipe.eval.per_device_eval_batch_size
+    return ScoringOptions(size, data.max_length, protocol, scoring.too_long, scoring.torch_compile)
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:

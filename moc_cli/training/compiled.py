@@ -1,6 +1,5 @@
 """torch.compile for the layers of a model, while it is trained."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moc_cli.errors import MocError
+from moc_cli.models.compiler import compile_error
 from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training.recompute import SELECTIVE
@@ -21,20 +19,6 @@ from moc_cli.training.recompute import SELECTIVE
 # another scale of the loss, and kinds of layers may alternate.
 GRAPHS = 64
 _FUNCTION = "_gradient_checkpointing_func"  # with which transformers calls a layer
-COMPILERS = ("g++", "clang++")
-
-
-def compile_problems(recipe: Recipe, device: torch.device) -> list[str]:
-    """Say why `train.torch_compile` cannot be honoured on a device."""
-    if not recipe.train.torch_compile:
-        return []
-    if device.type == "cuda" and not has_triton():
-        return [
-            "train.torch_compile needs the package triton, which is not installed; leave it out"
-        ]
-    if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-        return [f"train.torch_compile needs a C++ compiler on the CPU ({' or '.join(COMPILERS)})"]
-    return []
 
 
 @contextmanager
@@ -65,11 +49,7 @@ def compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS, specialize_float=True):
             yield
     except TorchDynamoException as error:
-        reason = next(line for line in [*str(error).splitlines(), "no reason given"] if line)
-        raise MocError(
-            f"train.torch_compile: a layer could not be compiled: {reason}",
-            "leave it out: --set train.torch_compile=false",
-        ) from error
+        raise compile_error("train.torch_compile", "a layer", error) from error
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

@@ -8,11 +8,11 @@ import torch
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from moc_cli.errors import MocError
+from moc_cli.models.compiler import compiler_problem
 from moc_cli.models.quantization import has_bitsandbytes
 from moc_cli.recipe.quantization import asked_for
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import TrainSection
-from moc_cli.training.compiled import compile_problems
 
 ON_GPU = {
     "adamw_fused": "updates all parameters in one kernel of a GPU",
@@ -34,7 +34,10 @@ def check_device_keys(recipe: Recipe, device: torch.device, *, training: bool) -
     """
     wrong = _model_problems(recipe, device)
     if training:
-        wrong += _optimizer_problems(recipe, device) + compile_problems(recipe, device)
+        wrong += _optimizer_problems(recipe, device)
+        compiled = {"train": recipe.train.torch_compile, "eval": recipe.eval.torch_compile}
+        problem = compiler_problem(device) if any(compiled.values()) else None
+        wrong += [f"{key}.torch_compile {problem}" for key in compiled if compiled[key] and problem]
     if wrong:
         raise MocError("\n".join(wrong))
 
@@ -68,3 +71,16 @@ def _optimizer_problems(recipe: Recipe, device: torch.device) -> list[str]:
     if kind.endswith("8bit") and not has_bitsandbytes():
         return [f"train.optim: {kind} needs bitsandbytes, which {_INSTALL}"]
     return []
+
+
+def check_compiler(recipe: Recipe | None, wanted: bool | None, device: str | None) -> bool:
+    """Return whether generation is compiled: as the run's recipe says, or a bare model as `wanted`.
+
+    `device` is None where none was typed. Raises MocError where the device lacks a compiler.
+    """
+    wanted = bool(wanted) if recipe is None else recipe.eval.torch_compile
+    named = device or ("auto" if recipe is None else recipe.launch.device)
+    problem = compiler_problem(find_device(named)) if wanted else None
+    if problem is not None:
+        raise MocError(f"--torch-compile {problem}", "or give --no-torch-compile")
+    return wanted

@@ -54,6 +54,7 @@ CHANGEABLE = {
     "eval.eval_strategy": FROM_HERE,
     "eval.eval_steps": FROM_HERE,
     "eval.early_stopping_patience": FROM_HERE,
+    "eval.torch_compile": "",
     "eval.before": "",
 }
 SAME_OPTIMIZERS = {"adamw", "adamw_fused"}  # one state, on a GPU and where there is none

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from support.messages import refused
 from support.models import make_pair_tokenizer, make_tiny_model
+from support.tracing import traced
+from torch._dynamo.utils import counters
 
 from moc_cli.cli import run
 from moc_cli.data.commonsense import make_example
@@ -24,7 +26,7 @@ from moc_cli.evaluation.results_folder import ResultsFolder, check_output, promp
 from moc_cli.kinds import Choice
 from moc_cli.load_run import LoadedModel
 from moc_cli.methods import bare
-from moc_cli.models import load
+from moc_cli.models import compiler, load
 from moc_cli.recipe.sections import DataSection
 from moc_cli.report.score_tables import evaluation_table
 from moc_cli.results import main_score
@@ -166,6 +168,38 @@ def test_what_is_shown(
     assert len(samples(tmp_path / "out")) == 20
 
 
+def test_compiled_generation_writes_the_same(trained: Path, tmp_path: Path, answer, capsys) -> None:
+    generated = (trained, "--protocol", "generate", "--limit", 4, "--output-dir")
+    answer(*generated, tmp_path / "eager")
+    words = ["generate", str(trained), "--prompt", "Where is the key?", "--max-new-tokens", "9"]
+    texts, graphs = [], []
+    with traced():
+        found = answer(*generated, tmp_path / "compiled", "--torch-compile")
+        graphs.append(counters["stats"]["unique_graphs"])
+        for switch in ("--torch-compile", "--no-torch-compile"):
+            counters.clear()
+            assert run([*words, switch, "--json"]) == 0
+            texts.append(json.loads(capsys.readouterr().out)["text"])
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert samples(tmp_path / "compiled") == samples(tmp_path / "eager")
+    assert found["protocol"] == "generate"
+    assert texts[0] == texts[1]
+    assert graphs[0]
+    assert graphs[1]
+    assert not graphs[2]
+
+
+def test_a_missing_compiler_is_said_before_weights_load(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.setattr(session, "open_run", None)
+    commands = (["eval", str(trained), "--protocol", "generate"], ["generate", "--prompt", "a"])
+    for words in (commands[0], [*commands[1], str(trained)], [*commands[1], "--model", "m"]):
+        assert run([*words, "--torch-compile", "--device", "cpu"]) == 2
+        assert "--torch-compile needs a C++ compiler on the CPU" in capsys.readouterr().err
+
+
 WRONG = {
     "nothing to score": (["--limit", "3"], ["give a run folder or --model ID, one of them"]),
     "both": (["{run}", "--model", "m"], ["give a run folder or --model ID, one of them"]),
@@ -178,6 +212,17 @@ WRONG = {
             "--protocol: found 'ranks'; did you mean 'rank'? allowed: rank, generate",
             "--batch-size: found '0'; allowed: auto, or a whole number of at least 1",
         ],
+    ),
+    "compiled": (
+        ["{run}", "--torch-compile"],
+        [
+            "--torch-compile: compiles the generation of answers, and nothing is generated with "
+            "protocol 'rank'"
+        ],
+    ),
+    "compiled harness": (
+        ["{run}", "--torch-compile", "--harness", "a"],
+        ["--torch-compile: --harness generates without compiling"],
     ),
     "tasks": (
         ["{run}", "--tasks", "boolq, wurld"],

@@ -10,7 +10,7 @@ from support.models import make_batch, make_tiny, train_controls
 
 from moc_cli.adapter.config import make_method
 from moc_cli.methods import Adapted, attach
-from moc_cli.models.generation import inside_padding
+from moc_cli.models.masks import inside_padding
 
 MOC = {"name": "moc", "rank": 4, "alpha": 0.5, "gate": {"projection_dim": 8}}
 

@@ -34,6 +34,7 @@ TRAINING = {
     # ours, as the protocol has no rows to watch
     "data.held_out": 120,
     "data.eval_split": "validation",
+    "eval.torch_compile": False,
     # Hugging Face's TrainingArguments
     "train.adam_beta1": 0.9,
     "train.adam_beta2": 0.999,

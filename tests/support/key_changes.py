@@ -278,6 +278,12 @@ OTHERS = {
         1, lambda run: run.loop.outcome.stopped, "early", also=EPOCHS
     ),
     "eval.protocol": Change("generate", lambda run: make_scoring_options(run.recipe).protocol),
+    "eval.torch_compile": Change(
+        True,
+        lambda run: make_scoring_options(run.recipe).torch_compile,
+        True,
+        also={"eval.protocol": "generate"},
+    ),
     "eval.before": Change(False, _scored_before, also=SHORT),
     "eval.max_samples": Change(3, lambda run: len(run.splits.tests["ARC-Easy"])),
     "output.output_dir": Change("elsewhere", _files, True, also=SHORT),

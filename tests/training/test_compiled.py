@@ -1,9 +1,7 @@
 """Compiled layers: one graph for all layers of a kind, no graph break, the same gradients."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from support.messages import refused
 from support.models import make_tiny_model, train_controls
 from support.tiny_runs import choices_run
+from support.tracing import traced
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
@@ -24,7 +23,7 @@ from moc_cli.methods import attach
 from moc_cli.models.head import Head
 from moc_cli.models.packing import attend_by_row
 from moc_cli.recipe.methods import MocMethod
-from moc_cli.training import compiled, loop
+from moc_cli.training import loop
 from moc_cli.training.compiled import compiled_layers
 from moc_cli.training.loss import TaskLoss
 from moc_cli.training.recompute import recompute_layers
@@ -33,22 +32,9 @@ LENGTHS = (16, 11)
 
 
 @pytest.fixture
-def traced_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Layers are traced and run as traced: what a compiler makes of it is not ours, and is slow."""
-    eager = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", eager)
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: setattr(
-            self, "_compiled_call_impl", eager(self._call_impl, **options)
-        ),
-    )
-    monkeypatch.setattr(logging.root.manager, "disable", logging.DEBUG)  # dynamo traces a lot
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()  # it holds the model, and what hangs on it
+def traced_layers() -> Iterator[None]:
+    with traced():
+        yield
 
 
 def test_gradients_are_equal_and_few_graphs_serve_all_lengths(traced_layers: None) -> None:
@@ -122,19 +108,6 @@ def test_packed_rows_of_other_lengths_take_the_same_graphs(traced_layers: None) 
     for ours, eager in zip(found, expected, strict=True):
         for name, value in eager.items():
             assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-6), name
-
-
-def test_what_is_needed_is_said_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    monkeypatch.setattr(compiled, "has_triton", lambda: False)
-
-    class Wanted:
-        class train:  # noqa: N801
-            torch_compile = True
-
-    for device, missing in (("cpu", "a C++ compiler"), ("cuda", "the package triton")):
-        (problem,) = compiled.compile_problems(Wanted, torch.device(device))  # type: ignore[arg-type]
-        assert missing in problem
 
 
 def test_a_layer_that_cannot_be_compiled_is_one_sentence() -> None:
