@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+PART = 2**23  # elements of a gated block that its backward pass takes at a time, about
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -17,21 +18,33 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation(gate) * up
+        active = activation(gate)
+        return active * up if active is gate else active.mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            active = ctx.activation(leaf)
-        (grad_gate,) = torch.autograd.grad(active, leaf, grad * up)
-        return grad_gate, active.detach().mul_(grad), None
+        """The gradients take the places of `gate` and `up`, some rows at a time: these are the
+        largest tensors of a layer.
+        """
+        gate, up = (saved.contiguous() for saved in ctx.saved_tensors)
+        count = -(-gate.numel() // PART)
+        parts = [t.reshape(-1, t.shape[-1]).chunk(count) for t in (gate, up, grad)]
+        for some_gate, some_up, some_grad in zip(*parts, strict=True):
+            with torch.enable_grad():
+                leaf = some_gate.detach().requires_grad_()
+                active = ctx.activation(leaf)
+            (grad_gate,) = torch.autograd.grad(active, leaf, some_grad * some_up)
+            torch.mul(active.detach(), some_grad, out=some_up)
+            some_gate.copy_(grad_gate)
+        return gate, up, None
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """activation(gate) * up, of one shape; what the activation gives is made again, not kept."""
+    """activation(gate) * up, of one shape; what the activation gives is made again, not kept.
+
+    The backward pass, which runs once, writes into `gate` and `up`: they are not to be read again.
+    """
     result: Tensor = _GatedProduct.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     return result
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from moc_cli.models.lean import keep_less
+from moc_cli.nn import lean
 from moc_cli.nn.lean import gated_product, rms_norm
 from moc_cli.planning.fake_device import META, FakeDevice
 from moc_cli.planning.live_memory import LiveMemory, Now
@@ -31,11 +32,10 @@ def outputs_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2"])
 def test_outputs_are_the_same_and_gradients_to_rounding(family: str) -> None:
-    plain, lean = frozen(family), frozen(family)
-    keep_less(lean)
-    changed = [module for module in lean.modules() if "forward" in vars(module)]
-    assert changed
-    (expected, gradient), (logits, own) = map(outputs_and_gradient, (plain, lean))
+    plain, changed = frozen(family), frozen(family)
+    keep_less(changed)
+    assert [module for module in changed.modules() if "forward" in vars(module)]
+    (expected, gradient), (logits, own) = map(outputs_and_gradient, (plain, changed))
     assert torch.equal(logits, expected)
     assert torch.allclose(own, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
@@ -56,16 +56,45 @@ def test_the_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
     assert torch.allclose(own, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
-def test_the_product_keeps_its_factors_alone() -> None:
-    gate, up = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
-    act, grad = nn.SiLU(), torch.randn(4, 8)
+@pytest.mark.parametrize("part", [1000, 10])
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.Identity()])
+def test_the_product_keeps_its_factors_alone(
+    activation: nn.Module, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients take their places, all at once or some rows at a time."""
+    monkeypatch.setattr(lean, "PART", part)
+    gate, up = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
+    grad = torch.randn(2, 3, 8)
+    expected = torch.autograd.grad(activation(gate) * up, (gate, up), grad)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        product = gated_product(gate, up, act)
+        product = gated_product(gate, up, activation)
+    assert torch.equal(product, activation(gate) * up)
     assert [t.data_ptr() for t in kept] == [gate.data_ptr(), up.data_ptr()]
     own = torch.autograd.grad(product, (gate, up), grad)
-    expected = torch.autograd.grad(act(gate) * up, (gate, up), grad)
     assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+    assert [t.data_ptr() for t in own] == [gate.data_ptr(), up.data_ptr()]
+
+
+def test_a_second_backward_pass_of_a_product_is_an_error() -> None:
+    gate, up = (torch.randn(3, 8, requires_grad=True) * 2 for _ in range(2))
+    product = gated_product(gate, up, nn.SiLU())
+    product.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_a_backward_pass_makes_no_tensor_of_the_size_of_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lean, "PART", 2**10)
+    with META:
+        gate, up = (torch.empty(64, 2**8, device=META, requires_grad=True) for _ in range(2))
+        grad = torch.empty(64, 2**8, device=META)
+    with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
+        torch.autograd.grad(gated_product(gate, up, nn.SiLU()), (gate, up), grad)
+    size = 64 * 2**8 * 4
+    assert 4 * size < memory.peak < 4.3 * size, "gate, up, the product, its gradient, and parts"
 
 
 def test_a_trained_norm_and_other_kinds_stay_as_they_are() -> None:
@@ -82,12 +111,12 @@ def test_a_trained_norm_and_other_kinds_stay_as_they_are() -> None:
 def test_a_training_step_takes_less() -> None:
     """In bfloat16 a quarter of what layers keep is gone, and more."""
     peaks = []
-    for lean in (False, True):
+    for wanted in (False, True):
         with META:
             config = tiny_config("llama", num_hidden_layers=6)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.requires_grad_(False)
-        if lean:
+        if wanted:
             keep_less(model)
         states = torch.empty(8, 64, model.config.hidden_size, dtype=torch.bfloat16, device=META)
         with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
