@@ -14,7 +14,8 @@ Coefficient = Callable[[], float | Tensor]
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the type of products under autocast; None outside of it."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Only `meta` has no autocast; torch.amp.is_autocast_available breaks a graph before torch 2.12.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -290,7 +290,7 @@ class Mixture(nn.Module):
         if share is not None:
             if routing.balance_f == "choice":
                 share = shares_of(route, size, p.dtype)
-            balance = voters.balance(own, share, size - routing.exclude_local)
+            balance = voters.balance(own, share, size - int(routing.exclude_local))
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
         self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)

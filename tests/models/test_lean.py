@@ -113,7 +113,7 @@ def test_a_training_step_takes_less() -> None:
     peaks = []
     for wanted in (False, True):
         with META:
-            config = tiny_config("llama", num_hidden_layers=6)
+            config = tiny_config("llama", num_hidden_layers=6, num_key_value_heads=4)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.requires_grad_(False)
         if wanted:
