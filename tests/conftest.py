@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.machine import ROOT, absent
+from support.machine import ROOT, absent, seed_torch
 
 pytest_plugins = ["support.messages"]
 
@@ -78,6 +78,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> Iterator[None]:
+    """What tests have imported stays too; a collection that looks through it takes a second."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, on one thread."""
@@ -87,7 +95,7 @@ def seeded() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture
@@ -133,12 +141,10 @@ def clean_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def new_objects() -> Iterator[None]:
+def new_objects() -> None:
     """`gc.get_objects` gives what a test makes; to look through all objects takes a second."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

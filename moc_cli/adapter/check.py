@@ -180,7 +180,9 @@ def check_base(
         elif own_hash is not None and not wanted_fingerprint:
             same = False
             hashes = f": sha256 {own_hash[:12]}, expected {wanted[:12]}"
-    trained = f"the controls were trained on '{expected.get('base_model_name_or_path')}'"
+    trained = "the controls do not name the base that they were trained on"
+    if known := expected.get("base_model_name_or_path"):
+        trained = f"the controls were trained on '{known}'"
     if same is None and required:
         raise RunError(
             f"the base '{name}' cannot be checked: {trained}, and neither its weight files nor a "
