@@ -129,7 +129,8 @@ class FakeDevice(TorchDispatchMode):
         if any(tensor.is_meta for tensor in made) and _is_kernel(func):
             self.kernels[self._phase()] += 1
             count = flop_registry.get(func.overloadpacket)
-            flops = 0 if count is None else count(*args, **kwargs, out_val=result)
+            whole = _with_all_heads(args) if "attention" in str(func) else args
+            flops = 0 if count is None else count(*whole, **kwargs, out_val=result)
             tensors = [tensor for tensor in (*given, *made) if tensor.is_meta]
             moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             half = any(tensor.dtype in HALF for tensor in tensors)
@@ -263,6 +264,21 @@ def _tensors(values: Any) -> list[Tensor]:
         elif isinstance(value, tuple | list):
             flat += [item for item in value if isinstance(item, Tensor)]
     return flat
+
+
+def _with_all_heads(args: Any) -> list[Any]:
+    """The arguments of an attention, with keys and values (B, H, T, d) for each head of queries.
+
+    Before torch 2.12 the operations of no others are counted.
+    """
+    wide = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 4]
+    heads = max((arg.shape[1] for arg in wide), default=0)
+    return [
+        arg.new_empty(arg.shape[0], heads, *arg.shape[2:])
+        if isinstance(arg, Tensor) and arg.ndim == 4
+        else arg
+        for arg in args
+    ]
 
 
 def _refuse_host(func: Any, args: Any, given: list[Tensor]) -> None:
