@@ -94,6 +94,10 @@ def commands() -> dict[str, Any]:
         ["bench", "quickstart", *few, "--output-dir", "bench"],
         ["recipes", "list"],
     ]
+    if GPU:  # elsewhere compiling takes longer than all the rest
+        compiled = ["--torch-compile"]
+        calls.append(["eval", "run", "--limit", "8", "--protocol", "generate", *compiled])
+        calls.append(["generate", "run", "--prompt", "Where is the cup kept?", *compiled])
     results = [moc(*call) for call in calls if call[0] in COMMANDS]
     return {
         "commands": [{k: v for k, v in result.items() if k != "json"} for result in results],
