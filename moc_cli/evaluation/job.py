@@ -93,7 +93,8 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
         mistakes.append(f"--protocol {protocol} is for questions; {data.suite} is classified")
     if classifier and options.base:
         mistakes.append("--base: a classifier's base model has no trained head to score it with")
-    if options.torch_compile:
+    compiled = options.torch_compile
+    if compiled:
         mistakes += [f"--torch-compile: {rule.message}" for rule in generation_rules(recipe)]
         if not generates(protocol or usual, data.format):
             mistakes.append(f"--torch-compile: {_NOT_GENERATED} '{protocol or usual}'")
@@ -106,7 +107,7 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             data.max_length,
             protocol or usual,
             recipe.eval.too_long,
-            recipe.eval.torch_compile,
+            recipe.eval.torch_compile if compiled is None else compiled,
         ),
         path=options.path,
         limit=options.limit,

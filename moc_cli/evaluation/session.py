@@ -31,7 +31,7 @@ from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.processes import Processes
 from moc_cli.recipe.launch import LaunchSection
-from moc_cli.recipe.schema import Recipe, compiled_as
+from moc_cli.recipe.schema import Recipe
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
@@ -58,7 +58,6 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
         return score_rows(job, load_model(options), rows, folder)
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
-    recipe = compiled_as(recipe, options.torch_compile)
     job = run_job(options, recipe)
     group = join_others(options, recipe)
     folder = options.output_dir or run.path / "eval" / run.labelled(job.label)

@@ -255,14 +255,13 @@ def _compiled_generation(recipe: Sections) -> Iterator[BrokenRule]:
     if not recipe.eval.torch_compile:
         return
     yield from generation_rules(recipe)
-    data, protocol = recipe.data, recipe.eval.protocol
-    if data.suite == "custom" and data.format is None:
-        return  # not known yet
-    kinds = _kinds(recipe)
-    written = protocol == "generate" and "choice" in kinds
-    if kinds and not generates("generate" if written else "rank", data.format):
+    data, protocol, kinds = recipe.data, recipe.eval.protocol, _kinds(recipe)
+    if not kinds or None in kinds:
+        return  # a wrong task, or not known yet
+    asked = "choice" in kinds
+    if not generates(protocol if asked else "texts", data.format):
         message = "compiles the generation of answers, and nothing is generated"
-        if "choice" in kinds:
+        if asked:
             message += f" with eval.protocol {protocol!r}; set that to 'generate'"
         others = ("eval.protocol", "data.suite", "data.tasks", "data.format")
         yield BrokenRule("eval.torch_compile", message, others)

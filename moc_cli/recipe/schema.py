@@ -21,17 +21,6 @@ class Recipe(Sections):
         return self
 
 
-def compiled_as(recipe: Recipe, wanted: bool | None) -> Recipe:
-    """Return the recipe with `wanted` as its eval.torch_compile; None: as it is.
-
-    Combinations are not checked: what is generated may be another than the recipe's.
-    """
-    if wanted is None:
-        return recipe
-    scoring = recipe.eval.model_copy(update={"torch_compile": wanted})
-    return recipe.model_copy(update={"eval": scoring})
-
-
 class TaskSettings(Section):
     """Other values of `train` and `eval` for one task."""
 

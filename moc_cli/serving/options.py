@@ -93,12 +93,11 @@ class GenerateOptions:
                 f"classify new rows: moc predict {shlex.quote(str(self.run))} --file FILE",
             )
         from moc_cli.recipe.rules import generation_rules
-        from moc_cli.recipe.schema import compiled_as
 
         rules = [*generation_rules(recipe)] if self.torch_compile else []
         if rules:
             raise MocError("\n".join(f"--torch-compile: {rule.message}" for rule in rules))
-        return compiled_as(recipe, self.torch_compile)
+        return recipe
 
     def read_prompts(self) -> list[str]:
         """Return the prompts of --prompt, --file or stdin; raises DataError where there is none."""

@@ -74,11 +74,13 @@ def _optimizer_problems(recipe: Recipe, device: torch.device) -> list[str]:
 
 
 def check_compiler(recipe: Recipe | None, wanted: bool | None, device: str | None) -> bool:
-    """Return whether generation is compiled: as the run's recipe says, or a bare model as `wanted`.
+    """Return whether generation is compiled: as `wanted`, or None: as the run's recipe says.
 
-    `device` is None where none was typed. Raises MocError where the device lacks a compiler.
+    `device` is None where none was typed, `recipe` for a bare model. Raises MocError where the
+    device lacks a compiler.
     """
-    wanted = bool(wanted) if recipe is None else recipe.eval.torch_compile
+    if wanted is None:
+        wanted = recipe is not None and recipe.eval.torch_compile
     named = device or ("auto" if recipe is None else recipe.launch.device)
     problem = compiler_problem(find_device(named)) if wanted else None
     if problem is not None:

@@ -169,9 +169,18 @@ def test_what_is_shown(
 
 
 def test_compiled_generation_writes_the_same(trained: Path, tmp_path: Path, answer, capsys) -> None:
-    generated = (trained, "--protocol", "generate", "--limit", 4, "--output-dir")
+    device = ("--device", "cpu")
+    generated = (trained, "--protocol", "generate", "--limit", 4, *device, "--output-dir")
     answer(*generated, tmp_path / "eager")
-    words = ["generate", str(trained), "--prompt", "Where is the key?", "--max-new-tokens", "9"]
+    words = [
+        "generate",
+        str(trained),
+        *device,
+        "--prompt",
+        "Where is the key?",
+        "--max-new-tokens",
+        "9",
+    ]
     texts, graphs = [], []
     with traced():
         found = answer(*generated, tmp_path / "compiled", "--torch-compile")
