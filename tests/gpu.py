@@ -1,8 +1,9 @@
 """What is to be seen on a GPU, in ten minutes: `python tests/gpu.py --output gpu.json`.
 
 Every command on the built-in model, the laws of the methods in float32 and bfloat16, plan against
-measured, the benchmark and the generation of LLaMA2-7B's shape with random weights. Without a GPU
-all of it runs on the CPU with small shapes. A part that fails is reported; the others still run.
+measured, the benchmark and the generation of LLaMA2-7B's shape with random weights. What is not
+timed runs side by side, before what is. Without a GPU all of it runs on the CPU with small shapes.
+A part that fails is reported; the others still run.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,6 +48,12 @@ for change in ("path=texts.jsonl", "format=text", "held_out=2", "max_length=32")
     SMALL += ["--set", f"data.{change}"]
 PLANNED = SHAPE if GPU else SMALL
 TURNS = ["--repeats", "8", "--warmup", "2"] if GPU else ["--repeats", "3", "--warmup", "1"]
+GRID = """recipe: quickstart
+set: {train.max_steps: 10, eval.max_samples: 40}
+vary: {method: {moc: {}, control: {method: control}}}
+seeds: [0]
+output_dir: grid
+"""
 LABELLED = "text,label\n" + "".join(f"row {n},{'ab'[n % 2]}\n" for n in range(16))
 
 
@@ -71,38 +79,46 @@ def commands() -> dict[str, Any]:
     make_tiny_model("bert", num_labels=2).base_model.save_pretrained("encoder")
     make_pair_tokenizer().save_pretrained("encoder")
     Path("labelled.csv").write_text(LABELLED)
+    Path("grid.yaml").write_text(GRID)
     short = [*ON_DEVICE, "--set", "train.max_steps=20", "--set", "eval.max_samples=40"]
     classes = ["custom/minilm/moc", "--set", "data.path=labelled.csv", "--set", "data.held_out=4"]
     classes += ["--set", "model.model_name_or_path=encoder", "--output-dir", "classes"]
     few = ["--repeats", "2", "--warmup", "1", *ON_DEVICE]
-    calls = [
+    compiled = ["--torch-compile"] if GPU else []  # on a CPU it takes longer than all the rest
+    training = [
         ["train", "quickstart", *short, "--output-dir", "run"],
         ["train", "quickstart", *short, "--set", "method=lora", "--output-dir", "lora"],
         ["train", "quickstart", *short, "--set", "train.bf16=true", "--output-dir", "bf16"],
+        ["train", "quickstart", *short, "--set", "model.load_in_4bit=true", "--output-dir", "four"],
         ["train", *classes, *short],
+        ["plan", "quickstart"],
+        ["bench", "quickstart", *few, "--output-dir", "bench"],
+        ["sweep", "grid.yaml", "--jobs", "2", *ON_DEVICE],
+        ["recipes", "list"],
+    ]
+    using = [
         ["eval", "run", "--limit", "24"],
-        ["eval", "run", "--limit", "8", "--protocol", "generate"],
+        ["eval", "run", "--limit", "8", "--protocol", "generate", *compiled],
+        ["eval", "four", "--limit", "24"],
         ["compare", "run", "lora"],
         ["inspect-routing", "run", "--limit", "8"],
         ["generate", "run", "--prompt", "Where is the cup kept?", "--max-new-tokens", "8"],
+        ["generate", "run", "--prompt", "Where is the cup kept?", "--num-beams", "2", *compiled],
         ["predict", "classes", "--file", "labelled.csv"],
         ["export", "run", "--to", "controls", "--output-dir", "as-controls"],
         ["export", "run", "--to", "standalone", "--output-dir", "as-standalone"],
         ["export", "lora", "--to", "merged", "--output-dir", "as-merged"],
-        ["import", "as-controls", "quickstart", *ON_DEVICE, "--output-dir", "imported"],
-        ["plan", "quickstart"],
-        ["bench", "quickstart", *few, "--output-dir", "bench"],
-        ["recipes", "list"],
+        ["train", "quickstart", *short, "--resume", "auto", "--output-dir", "run"],
     ]
-    if GPU:  # elsewhere compiling takes longer than all the rest
-        compiled = ["--torch-compile"]
-        calls.append(["eval", "run", "--limit", "8", "--protocol", "generate", *compiled])
-        calls.append(["generate", "run", "--prompt", "Where is the cup kept?", *compiled])
-    results = [moc(*call) for call in calls if call[0] in COMMANDS]
+    last = [["import", "as-controls", "quickstart", *ON_DEVICE, "--output-dir", "imported"]]
+    results = []
+    for stage in (training, using, last):
+        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+            results += pool.map(lambda call: moc(*call), stage)
     return {
         "commands": [{k: v for k, v in result.items() if k != "json"} for result in results],
         "failed": [result["command"] for result in results if result["code"]],
-        "not tried": sorted(COMMANDS.keys() - {call[0] for call in calls}),
+        "not tried": sorted(COMMANDS.keys() - {call[0] for call in training + using + last}),
     }
 
 
@@ -157,9 +173,19 @@ def benchmark() -> dict[str, Any]:
 def generation() -> dict[str, Any]:
     """Tokens per second with controls, with merged LoRA, and of the bare base."""
     sizes = ["--vary", "eval.per_device_eval_batch_size=1,16"]
-    few = ["--repeats", "5", "--warmup", "2"] if GPU else ["--repeats", "2", "--new-tokens", "4"]
+    few = ["--repeats", "3", "--warmup", "1"] if GPU else ["--repeats", "2", "--new-tokens", "4"]
     methods = ["--methods", "moc,lora", "--output-dir", "generation"]
     return moc("bench", *SHAPE, "--generate", *methods, *sizes, *few)
+
+
+def compiled_generation() -> dict[str, Any]:
+    """The same of eight layers, with and without compiling."""
+    if not GPU:
+        return {"skipped": "compiling takes minutes on a CPU"}
+    both = ["--vary", "eval.torch_compile=false,true", "--layers", "8"]
+    both += ["--set", "eval.per_device_eval_batch_size=1"]
+    few = ["--methods", "moc", "--repeats", "3", "--warmup", "2", "--output-dir", "compiled"]
+    return moc("bench", *SHAPE, "--generate", *both, *few)
 
 
 def utilization() -> dict[str, Any]:
@@ -168,8 +194,6 @@ def utilization() -> dict[str, Any]:
     """
     changes = [["--set", "train.gradient_accumulation_steps=1"]]
     changes.append([*changes[0], "--set", "train.torch_compile=true"])
-    if GPU:
-        changes.append([*changes[1], "--set", "train.packing=true"])
     rate = alone("rate")["flops"]
     found: dict[str, Any] = {"matmul_flops": rate}
     for change in changes:
@@ -243,17 +267,17 @@ def busy_seconds(events: Any) -> float:
     return busy / 1e6
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+Part = Callable[[], dict[str, Any]]
+TOGETHER: dict[str, Part] = {"laws": laws, "commands": commands, "plans": plans}
+TIMED: dict[str, Part] = {
     "environment": lambda: describe_machine(DEVICE, {}),
-    "laws": laws,
-    "commands": commands,
-    "plans": plans,
     "benchmark": benchmark,
+    "utilization": utilization,
     "generation": generation,
     "profile": profile,
-    "utilization": utilization,
-    "rate": matmul_rate,
+    "compiled_generation": compiled_generation,
 }
+PARTS = TOGETHER | TIMED | {"rate": matmul_rate}
 
 
 def alone(part: str) -> dict[str, Any]:
@@ -277,17 +301,25 @@ def main() -> int:
         print("\n" + json.dumps(PARTS[given.part]()))
         return 0
     output = given.output.resolve()
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{Path(__file__).resolve().parents[1]}{os.pathsep}{before}"
     results: dict[str, Any] = {}
     begin = time.perf_counter()
+
+    def run(name: str) -> None:
+        started = time.perf_counter() - begin
+        late = started > given.seconds
+        results[name] = {"skipped": f"{started:.0f} s have passed"} if late else alone(name)
+        results[name]["part_seconds"] = round(time.perf_counter() - begin - started, 1)
+        output.write_text(json.dumps(results, indent=1))  # what there is, if time runs out
+        print(f"{name}: {results[name]['part_seconds']} s", file=sys.stderr, flush=True)
+
+    wanted = given.only.split(",")
     with TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for name in given.only.split(","):
-            started = time.perf_counter() - begin
-            late = started > given.seconds
-            results[name] = {"skipped": f"{started:.0f} s have passed"} if late else alone(name)
-            results[name]["part_seconds"] = round(time.perf_counter() - begin - started, 1)
-            output.write_text(json.dumps(results, indent=1))  # what there is, if time runs out
-            print(f"{name}: {results[name]['part_seconds']} s", file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(len(TOGETHER) if GPU else 1) as pool:
+            list(pool.map(run, [name for name in TOGETHER if name in wanted]))
+        for name in (name for name in TIMED if name in wanted):
+            run(name)
     return int(any("error" in part or part.get("failed") for part in results.values()))
 
 
