@@ -38,6 +38,7 @@ from moc_cli.report.output import say
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
 from moc_cli.training.accelerator import make_accelerator
+from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.device_checks import check_device_keys, find_device
 
 TRAINABLES = "trainables.safetensors"
@@ -108,6 +109,7 @@ def open_run(
     saved, state = _read_saved(folder, recipe)
     chosen = make_accelerator(recipe.launch, (), folder.path).device
     check_device_keys(recipe, chosen, training=False)
+    torch.set_float32_matmul_precision(matmul_precision(recipe, chosen))  # scores as in training
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:

@@ -1,9 +1,9 @@
 """What is to be seen on a GPU, in ten minutes: `python tests/gpu.py --output gpu.json`.
 
 Every command on the built-in model, the laws of the methods in float32 and bfloat16, plan against
-measured, the benchmark and the generation of LLaMA2-7B's shape with random weights. What is not
-timed runs side by side, before what is. Without a GPU all of it runs on the CPU with small shapes.
-A part that fails is reported; the others still run.
+measured, the benchmark and the generation of LLaMA2-7B's shape with random weights. The commands
+run side by side. Without a GPU all of it runs on the CPU with small shapes. A part that fails is
+reported; the others still run.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def moc(*arguments: str) -> dict[str, Any]:
     try:
         return result | {"json": json.loads(done.stdout)}
     except ValueError:
-        return result | {"said": (done.stdout + done.stderr)[-1500:]}
+        return result | {"json": None, "said": (done.stdout + done.stderr)[-1500:]}
 
 
 def commands() -> dict[str, Any]:
@@ -92,7 +92,6 @@ def commands() -> dict[str, Any]:
         ["train", "quickstart", *short, "--set", "model.load_in_4bit=true", "--output-dir", "four"],
         ["train", *classes, *short],
         ["plan", "quickstart"],
-        ["bench", "quickstart", *few, "--output-dir", "bench"],
         ["sweep", "grid.yaml", "--jobs", "2", *ON_DEVICE],
         ["recipes", "list"],
     ]
@@ -111,14 +110,20 @@ def commands() -> dict[str, Any]:
         ["train", "quickstart", *short, "--resume", "auto", "--output-dir", "run"],
     ]
     last = [["import", "as-controls", "quickstart", *ON_DEVICE, "--output-dir", "imported"]]
+    alone = [["bench", "quickstart", *few, "--output-dir", "bench"]]  # it refuses a GPU in use
+    stages = (training, using, last, alone)
     results = []
-    for stage in (training, using, last):
+    for stage in stages:
         with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
             results += pool.map(lambda call: moc(*call), stage)
+    tried = {call[0] for stage in stages for call in stage}
+    for result in results:
+        if not result["code"]:
+            del result["json"]
     return {
-        "commands": [{k: v for k, v in result.items() if k != "json"} for result in results],
+        "commands": results,
         "failed": [result["command"] for result in results if result["code"]],
-        "not tried": sorted(COMMANDS.keys() - {call[0] for call in training + using + last}),
+        "not tried": sorted(COMMANDS.keys() - tried),
     }
 
 
@@ -268,16 +273,18 @@ def busy_seconds(events: Any) -> float:
 
 
 Part = Callable[[], dict[str, Any]]
-TOGETHER: dict[str, Part] = {"laws": laws, "commands": commands, "plans": plans}
-TIMED: dict[str, Part] = {
+PARTS: dict[str, Part] = {
     "environment": lambda: describe_machine(DEVICE, {}),
+    "laws": laws,
+    "commands": commands,
     "benchmark": benchmark,
     "utilization": utilization,
     "generation": generation,
     "profile": profile,
     "compiled_generation": compiled_generation,
+    "plans": plans,
+    "rate": matmul_rate,
 }
-PARTS = TOGETHER | TIMED | {"rate": matmul_rate}
 
 
 def alone(part: str) -> dict[str, Any]:
@@ -314,11 +321,8 @@ def main() -> int:
         output.write_text(json.dumps(results, indent=1))  # what there is, if time runs out
         print(f"{name}: {results[name]['part_seconds']} s", file=sys.stderr, flush=True)
 
-    wanted = given.only.split(",")
     with TemporaryDirectory() as folder, contextlib.chdir(folder):
-        with ThreadPoolExecutor(len(TOGETHER) if GPU else 1) as pool:
-            list(pool.map(run, [name for name in TOGETHER if name in wanted]))
-        for name in (name for name in TIMED if name in wanted):
+        for name in given.only.split(","):
             run(name)
     return int(any("error" in part or part.get("failed") for part in results.values()))
 

@@ -22,6 +22,7 @@ from moc_cli.models.load import Loaded
 from moc_cli.models.tokens import embeddings
 from moc_cli.scoring.forward import evaluating
 from moc_cli.training import build
+from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.memory import tensor_bytes
 
 MERGED = ("lora", "dora")  # their weights are added to the base's before they are measured
@@ -70,6 +71,7 @@ def measure_generation(
     peaks: list[int] = [0] * len(arms)
     for turn in range(warmup + repeats):
         for number, variant in enumerate(arms):
+            torch.set_float32_matmul_precision(matmul_precision(variant.recipe, device))
             compiled = compiled_generation(models[number], variant.recipe.eval.torch_compile)
             with naming(variant), evaluating(models[number]), compiled:
                 ids = prompts[number].to(device)

@@ -19,6 +19,7 @@ from moc_cli.kinds import make_kind
 from moc_cli.scoring.batch_size import is_out_of_memory
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Checkpoints
+from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
 
@@ -126,6 +127,7 @@ def make_loop(
 
 def _timed(loop: Loop, variant: Variant, clock: Clock) -> Step:
     before = replace(loop.counters)
+    torch.set_float32_matmul_precision(matmul_precision(variant.recipe, loop.device))
     with naming(variant):
         wait(loop.device)
         begin = clock()

@@ -27,7 +27,9 @@ def generate(
     file: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help='One prompt a line; in a .jsonl file its "prompt"; - is stdin.'
+            "--file",
+            metavar="FILE",
+            help='One prompt a line; in a .jsonl file its "prompt"; - is stdin.',
         ),
     ] = None,
     base: Annotated[

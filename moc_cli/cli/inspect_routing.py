@@ -39,6 +39,7 @@ def inspect_routing(
     text: Annotated[
         str | None,
         typer.Option(
+            "--text",
             metavar="TEXT",
             help="Route this one text instead; shows each token's vote and the choice.",
         ),

@@ -22,6 +22,7 @@ def predict(
     file: Annotated[
         Path,
         typer.Option(
+            "--file",
             metavar="FILE",
             help="New rows: .csv, .tsv, .jsonl, .json or .parquet, with the columns of the "
             "training; labels are not needed.",

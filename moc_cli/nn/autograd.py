@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Coefficient = Callable[[], float | Tensor]
+HALF = (torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -87,21 +88,28 @@ class _Project(torch.autograd.Function):
         return F.linear(x.to(weight.dtype), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
+        dtype = x.dtype if x.dtype in HALF else weight.dtype
+        along = grad.to(dtype)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).to(x.dtype)
+            grad_x = (along @ weight.to(dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ x.flatten(0, -2).to(weight.dtype)
+            rows = along.flatten(0, -2).t() @ x.flatten(0, -2).to(dtype)
+            grad_weight = rows.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(dim=0)
+            grad_bias = grad.flatten(0, -2).sum(dim=0)
         return grad_x, grad_weight, grad_bias
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W x (+ b) in the type of W (p, d) for x (..., d), which is kept as it is and never copied."""
+    """W x (+ b) in the type of W (p, d) for x (..., d), which is kept as it is.
+
+    In half precision, x's gradients come from products of that type, as those of a control do, so
+    that the backward pass makes no wide copy of the states. Second derivatives raise RuntimeError.
+    """
     result: Tensor = _Project.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
 

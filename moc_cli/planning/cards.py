@@ -1,7 +1,7 @@
 """Cards and their listed rates: memory, operations and bytes a second."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from moc_cli.errors import MocError
@@ -10,39 +10,43 @@ from moc_cli.recipe.suggest import choices
 
 @dataclass(frozen=True)
 class Card:
-    """A card: bytes of memory; operations a second in half precision, and in TF32 where the card
-    has it, else in float32; bytes a second of its memory. Without rates only its size is known.
+    """A card: bytes of memory; operations a second in half precision, in TF32 where the card has
+    it, and in float32; bytes a second of its memory. Without rates only its size is known.
     """
 
     name: str
     memory: int
     half: float | None = None
+    tf32: float | None = None
     single: float | None = None
     bandwidth: float | None = None
 
 
-def _card(name: str, gb: float, half: float, single: float, bandwidth: float) -> Card:
+def _card(
+    name: str, gb: float, half: float, tf32: float | None, single: float, bandwidth: float
+) -> Card:
     """A card from GB, TFLOP/s and GB/s, as its maker lists them; dense, without sparsity."""
-    return Card(name, int(gb * 1e9), half * 1e12, single * 1e12, bandwidth * 1e9)
+    wide = None if tf32 is None else tf32 * 1e12
+    return Card(name, int(gb * 1e9), half * 1e12, wide, single * 1e12, bandwidth * 1e9)
 
 
 # What CUDA offers of each card's memory.
 CARDS = {
     card.name: card
     for card in (
-        _card("T4", 15.6, 65, 8.1, 320),
-        _card("V100-32GB", 34.1, 125, 15.7, 900),
-        _card("RTX3090", 25.3, 71, 35.6, 936),
-        _card("RTX4090", 25.3, 165, 82.6, 1008),
-        _card("RTX5090", 33.7, 209, 104.8, 1792),
-        _card("L4", 23.6, 121, 60, 300),
-        _card("A10", 23.7, 125, 62.5, 600),
-        _card("A6000", 50.9, 155, 77.4, 768),
-        _card("L40S", 47.7, 362, 183, 864),
-        _card("A100-40GB", 42.4, 312, 156, 1555),
-        _card("A100-80GB", 85.1, 312, 156, 2039),
-        _card("H100-80GB", 85.0, 989, 494, 3350),
-        _card("H200-141GB", 150.1, 989, 494, 4800),
+        _card("T4", 15.6, 65, None, 8.1, 320),
+        _card("V100-32GB", 34.1, 125, None, 15.7, 900),
+        _card("RTX3090", 25.3, 71, 35.6, 35.6, 936),
+        _card("RTX4090", 25.3, 165, 82.6, 82.6, 1008),
+        _card("RTX5090", 33.7, 209, 104.8, 104.8, 1792),
+        _card("L4", 23.6, 121, 60, 30.3, 300),
+        _card("A10", 23.7, 125, 62.5, 31.2, 600),
+        _card("A6000", 50.9, 155, 77.4, 38.7, 768),
+        _card("L40S", 47.7, 362, 183, 91.6, 864),
+        _card("A100-40GB", 42.4, 312, 156, 19.5, 1555),
+        _card("A100-80GB", 85.1, 312, 156, 19.5, 2039),
+        _card("H100-80GB", 85.0, 989, 494, 66.9, 3350),
+        _card("H200-141GB", 150.1, 989, 494, 66.9, 4800),
     )
 }
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", re.IGNORECASE)
@@ -76,7 +80,7 @@ def card_of(name: str, memory: int) -> Card:
     words += ["".join(pair) for pair in pairwise(words)]  # RTX 4090 is RTX4090 here
     known = [card for key, card in CARDS.items() if key.partition("-")[0].lower() in words]
     nearest = min(known, key=lambda card: abs(card.memory - memory), default=Card(name, memory))
-    return Card(name, memory, nearest.half, nearest.single, nearest.bandwidth)
+    return replace(nearest, name=name, memory=memory)
 
 
 def _plain(name: str) -> str:

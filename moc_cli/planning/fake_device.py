@@ -70,13 +70,15 @@ class FakeDevice(TorchDispatchMode):
         self.work: Counter[Work] = Counter()
         self._phase = phase
         self._attention = _cpu_attention if like == "cpu" else _cuda_attention
+        self._dropout = F.dropout if like == "cpu" else _cuda_dropout(F.dropout)
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         makers = {function.__name__: self._waiting(function) for function in _MAKES}
         self._open.enter_context(_replaced(torch, **makers))
         attention = self._faked(F.scaled_dot_product_attention)
-        self._open.enter_context(_replaced(F, scaled_dot_product_attention=attention))
+        kernels = {"scaled_dot_product_attention": attention, "dropout": self._dropout}
+        self._open.enter_context(_replaced(F, **kernels))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -204,6 +206,18 @@ def _cuda_attention(
         query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
     )[0]
     return result
+
+
+def _cuda_dropout(dropout: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Dropout in one kernel that keeps a byte for each number; elsewhere a number is kept."""
+
+    def drop(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not x.is_meta or not training or not 0 < p < 1:
+            return dropout(x, p, training, inplace)
+        result: Tensor = torch.native_dropout(x, p, True)[0]
+        return result
+
+    return drop
 
 
 def _cpu_attention(

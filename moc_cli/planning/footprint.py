@@ -91,7 +91,9 @@ def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | N
     settings = build.make_settings(recipe)
     measured = replay(adapted, work.largest, work.kind, settings, scoring=scoring)
     phases = _with_own_optimizer(measured, adapted, recipe.train.optim)
-    seconds = None if card is None else seconds_of(measured.fake.work, card)
+    seconds = None
+    if card is not None:
+        seconds = seconds_of(measured.fake.work, card, tf32=recipe.train.tf32)
     trained = sum(p.numel() for p in adapted.named_trainables().values())
     return Footprint(phases, seconds, trained)
 

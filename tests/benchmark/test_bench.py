@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from support.messages import refused
 from support.tiny_runs import save_model
 
-from moc_cli.benchmark import machine
+from moc_cli.benchmark import generation, machine, steps
 from moc_cli.benchmark.memory import Memory
 from moc_cli.benchmark.models import random_base, sharing_copy
 from moc_cli.benchmark.rows import make_rows
@@ -106,6 +107,24 @@ def test_generation_beside_the_bare_base(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("measured", "generate"), [(steps, ()), (generation, ("--generate",))])
+def test_each_variant_has_its_own_precision_of_products(
+    measured: ModuleType,
+    generate: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    undrawn: None,
+) -> None:
+    set_to: list[str] = []
+    wanted = {False: "highest", True: "high"}
+    monkeypatch.setattr(measured, "matmul_precision", lambda recipe, _: wanted[recipe.train.tf32])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    few = ["--methods", "moc", "--repeats", "1", "--warmup", "0", *generate]
+    bench(capsys, *few, "--vary", "train.tf32=false,true")
+    assert {"highest", "high"} == set(set_to)
+    assert set_to.index("highest") < set_to.index("high")
+
+
 def test_a_classifier_is_measured_too(capsys: pytest.CaptureFixture[str]) -> None:
     few = [*SHORT, "--layers", "1", "--repeats", "1", "--warmup", "0", "--methods", "control"]
     assert run(["bench", "glue/roberta-base/moc", *few, "--json"]) == 0

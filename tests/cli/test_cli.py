@@ -1,17 +1,21 @@
 """The door: help, sentences instead of tracebacks, exit codes, JSON, and how quickly it answers."""
 
+import inspect
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from support.machine import ROOT
+from typer.models import OptionInfo
 
 from moc_cli import __version__, cli
+from moc_cli.cli import COMMANDS
 from moc_cli.errors import MocError
 
 MOC = [sys.executable, "-m", "moc_cli"]
@@ -41,6 +45,20 @@ def test_a_folder_to_write_has_one_name(command: str, capsys: pytest.CaptureFixt
     asked = {"compare": ["a", "b"], "export": ["a", "--to", "peft"]}.get(command, ["a.yaml"])
     assert cli.run([command, *asked, "--output", "out"]) == 2
     assert "No such option" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_with_its_own_name_as_metavar_is_declared(command: str) -> None:
+    """Else typer 0.26 and 0.27 take the metavar, in capitals, for the option's name."""
+    module, attribute = COMMANDS[command]
+    function = getattr(import_module(f"moc_cli.cli.{module}"), attribute)
+    commands = getattr(function, "registered_commands", None)
+    functions = [info.callback for info in commands] if commands else [function]
+    for parameters in (inspect.signature(each, eval_str=True).parameters for each in functions):
+        for name, parameter in parameters.items():
+            for option in getattr(parameter.annotation, "__metadata__", ()):
+                if isinstance(option, OptionInfo) and not isinstance(option.default, str):
+                    assert option.metavar != name.upper()  # its `default` is the declared name
 
 
 def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture) -> None:

@@ -12,6 +12,7 @@ from support.models import make_byte_tokenizer, make_tiny_model
 from support.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moc_cli import load_run
 from moc_cli.cli import run
 from moc_cli.errors import RunError
 from moc_cli.load_run import open_run
@@ -194,3 +195,14 @@ def test_differences_of_tensors(tiny_model):
     half = describe_tensors(tiny_model("llama").bfloat16())
     assert find_differences(then, half)[name] == "float32 then, bfloat16 now"
     assert json.loads(json.dumps(then)) == then
+
+
+def test_a_run_is_scored_with_the_products_of_its_training(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In TF32 on a GPU, where the recipe says so: scores differ by some items else."""
+    chosen: list[str] = []
+    monkeypatch.setattr(load_run, "matmul_precision", lambda *_: "the recipe's")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    open_run(made / "run")
+    assert chosen == ["the recipe's"]

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moc_cli.nn.control import Control
 from moc_cli.nn.forward import Forward
@@ -53,6 +55,56 @@ def test_bfloat16_states_are_routed_in_float32(kind):
     p = probabilities(gate(x))
     assert p.dtype == torch.float32
     assert torch.equal(p, probabilities(gate(x.float())))
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_the_gates_gradients_are_those_of_its_formula(kind):
+    """In bfloat16 within its rounding, 8 bits of each product's factors."""
+    torch.manual_seed(0)
+    for dtype, bound in ((torch.float64, 1e-6), (torch.bfloat16, 3 * 2**-8)):
+        gate = GATES[kind](WIDTH, SIZE, 5).double()
+        x, weights = torch.randn(4, 30, WIDTH).to(dtype), torch.randn(4, 30, SIZE)
+        states = x.double().requires_grad_()
+        if kind == "cosine":
+            features = F.normalize(states @ gate.projection.T, dim=-1)
+            scale = gate.log_temperature.exp()
+            logits = scale * features @ F.normalize(gate.experts, dim=-1).T
+        else:
+            logits = states @ gate.weight.T
+        (logits.softmax(-1) * weights).sum().backward()
+        expected = [states.grad, *(parameter.grad for parameter in gate.parameters())]
+        gate.zero_grad()
+        gate = gate if dtype == torch.float64 else gate.float()
+        given = x.detach().clone().requires_grad_()
+        (gate(given).softmax(-1) * weights).sum().backward()
+        assert given.grad.dtype == dtype
+        made = [given.grad, *(parameter.grad for parameter in gate.parameters())]
+        for ours, theirs in zip(made, expected, strict=True):
+            assert (ours.double() - theirs).abs().max() <= bound * theirs.abs().max()
+
+
+def test_a_gates_backward_makes_no_wide_copy_of_half_precision_states():
+    gate = CosineGate(64, SIZE, 5)
+    x = torch.randn(2, 30, 64).bfloat16().requires_grad_()
+    total = gate(x).sum()
+    with Made() as made:
+        total.backward()
+    assert made.sizes
+    assert all(size < x.numel() for size in made.sizes)
+
+
+class Made(TorchDispatchMode):
+    """How many numbers each float32 tensor holds that is made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.sizes.append(result.numel())
+        return result
 
 
 def test_the_own_control_is_left_out_of_pools_that_are_not_shared():

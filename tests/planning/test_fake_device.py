@@ -106,6 +106,21 @@ def test_attention_keeps_no_scores(masked: bool) -> None:
     assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.01)
 
 
+@pytest.mark.parametrize(("like", "bytes_kept"), [("cuda", 1), ("cpu", 4)])
+def test_dropout_keeps_a_byte_a_number_on_a_gpu(like: str, bytes_kept: int) -> None:
+    """An H100 showed it: LoRA in all layers of LLaMA2-7B took 3.6 GB less than two bytes would."""
+    kept: list[int] = []
+    x = torch.empty(100, device=META, requires_grad=True)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with FakeDevice(like), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nn.Dropout(0.05)(x)
+    assert sum(kept) == 100 * bytes_kept
+
+
 def test_values_are_answered_and_counted() -> None:
     tensor = torch.zeros(3, 2, device=META)
     with FakeDevice() as fake:

@@ -232,13 +232,16 @@ def test_cards_are_named_or_sized() -> None:
 
 
 def test_time_is_that_of_operations_or_of_bytes() -> None:
-    card = Card("c", 1, half=1e12, single=1e11, bandwidth=1e10)
+    card = Card("c", 1, half=1e12, tf32=5e11, single=1e11, bandwidth=1e10)
     product, half, moving = (
         Kernel(10**12, 8, False),
         Kernel(10**12, 8, True),
         Kernel(0, 10**10, True),
     )
     assert seconds_of({product: 1}, card) == pytest.approx(10 * (seconds_of({half: 1}, card) or 0))
+    assert seconds_of({product: 1}, card) == pytest.approx(
+        5 * (seconds_of({product: 1}, card, tf32=True) or 0)
+    )
     assert (seconds_of({moving: 2}, card) or 0) > 2
     assert seconds_of({moving: 2}, find_card("24GB")) is None
 
