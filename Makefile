@@ -1,6 +1,8 @@
 # Two commands for a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# Bytecode is kept, that of tests too: to compile all of it takes each process several seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install quickstart test check pytest weights clean
 

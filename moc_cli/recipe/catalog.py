@@ -28,11 +28,12 @@ def folder() -> Path:
 def entries() -> list[Entry]:
     """Return every shipped recipe, ordered by name."""
     root = folder()
-    paths = [(path, path.relative_to(root)) for path in sorted(root.rglob("*.yaml"))]
+    # The kept results hold thousands of files: they are not looked through.
+    inner = [path for path in root.glob("*/") if path.name not in (SWEEPS, RESULTS)]
+    paths = [*root.glob("*.yaml"), *(path for place in inner for path in place.rglob("*.yaml"))]
     return [
-        Entry(name.with_suffix("").as_posix(), path, _summary(path))
-        for path, name in paths
-        if name.parts[0] not in (SWEEPS, RESULTS)
+        Entry(path.relative_to(root).with_suffix("").as_posix(), path, _summary(path))
+        for path in sorted(paths)
     ]
 
 
