@@ -82,11 +82,8 @@ def method_name(run: Run) -> str:
     parts = [method["name"], f"r{method['rank']}"]
     if method["name"] == "moc":
         alpha = method["alpha"]
-        merged = method["gate"]["estimator"] == "merged"
-        parts += [
-            "merged" if merged else f"K{method['top_k']}",
-            f"α{alpha if alpha == 'learned' else f'{alpha:g}'}",
-        ]
+        parts.append(f"K{method['top_k']}")
+        parts.append(f"α{alpha if alpha == 'learned' else f'{alpha:g}'}")
     if method.get("sites", "attn+ffn") != "attn+ffn":
         parts.append(method["sites"])
     return " ".join(parts)

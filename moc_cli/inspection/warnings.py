@@ -31,7 +31,7 @@ def find_warnings(routing: Mapping[str, Any], method: MocMethod) -> list[GateWar
     """Return the warnings that a routing.json deserves, the most serious first."""
     untrained = _untrained(method)
     warnings = [untrained]
-    if routing["text"] is None and method.gate.estimator != "merged":  # which chooses nothing
+    if routing["text"] is None:
         warnings += [
             *(_few_controls(routing, method, pool) for pool in _pools(routing)),
             None if untrained else _uniform(routing, method),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -83,8 +83,6 @@ def make_mixture(
         raise MocError(f"method.{error}") from error
     blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
     layers = find_layers(model, family)
-    if routing.merged and routing.top_k:
-        routing = replace(routing, top_k=_members(routing, blocks, len(layers)))
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
     _check_init(model, method)

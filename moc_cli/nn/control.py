@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from moc_cli.nn.autograd import low_rank, stack
 from moc_cli.nn.vote import Route
@@ -39,18 +38,6 @@ class Control(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x (V, S, d) and weights (V,), None for 1 -> (V, S, d) in x's type."""
-        return _product(x, self.A, self.B, weight)
-
-
-@dataclass
-class MergedControl:
-    """A (r, d) and B (d, r) that were made of those of several controls; used as one of them."""
-
-    A: Tensor
-    B: Tensor
-
-    def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """As that of a `Control`."""
         return _product(x, self.A, self.B, weight)
 
 
@@ -196,7 +183,7 @@ class StackedControls:
 class WeightedControls:
     """Σ_c w_vc · g_c(x_v): the controls in use at a site, with weights (V, C)."""
 
-    controls: Sequence[Control | MergedControl]
+    controls: Sequence[Control]
     weights: Tensor
 
     def update(self, x: Tensor) -> Tensor:
@@ -253,36 +240,6 @@ def combine(
         columns = torch.tensor(used, device=route.ids.device)
         shares = ((route.ids[..., None] == columns) * route.weights[..., None]).sum(dim=1)
     return WeightedControls([local, *map(member, used)], weigh(shares, alpha, scale))
-
-
-def combine_merged(
-    local: Control,
-    pool: Sequence[Control],
-    route: Route,
-    alpha: float | Tensor,
-    scale: float,
-) -> WeightedControls:
-    """scale · (α·B_t A_t + (1−α)·B̄ Ā), with Ā = Σ_k π_k A_k and B̄ alike, over the route's controls.
-
-    One merged control for each decision: what it costs does not grow with the pool (SMEAR, arXiv
-    2306.03745).
-    """
-    device, voters = local.A.device, route.voters
-    shares = torch.zeros(voters, len(pool), dtype=route.weights.dtype, device=device)
-    shares = shares.scatter(1, route.ids.to(device), route.weights.to(device))
-    matrices = [control.A for control in pool] + [control.B for control in pool]
-    # Their stack is not kept for the backward pass.
-    A, B = checkpoint(_merge, shares, *matrices, use_reentrant=False, preserve_rng_state=False)
-    merged = [MergedControl(*pair) for pair in zip(A, B, strict=True)]
-    own = torch.eye(voters, dtype=shares.dtype, device=device)
-    return WeightedControls([local, *merged], weigh(own, alpha, scale))
-
-
-def _merge(shares: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares (V, N), and N A (r, d) before N B (d, r) -> Σ_k π_k A_k (V, r, d), and of B alike."""
-    count = shares.shape[1]
-    A, B = torch.stack(matrices[:count]), torch.stack(matrices[count:])
-    return torch.tensordot(shares, A, 1), torch.tensordot(shares, B, 1)
 
 
 def weigh(shares: Tensor, alpha: float | Tensor, scale: float) -> Tensor:

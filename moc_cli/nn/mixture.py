@@ -15,7 +15,6 @@ from moc_cli.nn.control import (
     StackedControls,
     WeightedControls,
     combine,
-    combine_merged,
 )
 from moc_cli.nn.forward import Forward, RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
@@ -183,7 +182,7 @@ class Mixture(nn.Module):
 
     def _products(self, site: Site, x: Tensor, route: Route | None) -> Tensor:
         """The update of a site's controls for x (B, T, d) in the type of the products."""
-        if route is not None and (self.routing.merged or route.voters not in (1, len(x))):
+        if route is not None and route.voters not in (1, len(x)):
             return self.combine(site, route).update(x)  # each decision has controls of its own
         pool = self._pool(x.dtype)
         self._place_sites(x.device)
@@ -216,8 +215,6 @@ class Mixture(nn.Module):
         if self.alpha is not None:
             self._place_sites(own.A.device)
             alpha = self.alpha(cast(Tensor, site.place))
-        if route is not None and self.routing.merged:
-            return combine_merged(own, [self.control(k) for k in pool], route, alpha, self.scale)
         return combine(own, lambda k: self.control(pool[k]), route, alpha, self.scale)
 
     def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:
@@ -252,7 +249,7 @@ class Mixture(nn.Module):
         route, count = store.on_host(site.index), None
         if route is not None and copies is not None:
             used, pool = route.voters // copies * self.routing.top_k, self.pools[site.pool]
-            count = 1 + (route.voters if self.routing.merged else min(used, len(pool)))
+            count = 1 + min(used, len(pool))
         store.stacks[site.index] = self.combine(site, route).stack(dtype, count)
 
     def route(self, site: Site, x: Tensor) -> tuple[Route, Balance | None]:

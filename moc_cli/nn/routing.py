@@ -48,11 +48,6 @@ class Routing:
         """Whether a route's weights are 1 whatever the probabilities: they have no gradient."""
         return self.top_k == 1 and self.estimator == "renormalized"
 
-    @property
-    def merged(self) -> bool:
-        """Whether the routed controls act as one, made of them all."""
-        return self.estimator == "merged"
-
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown kind, and for two kinds that exclude each other."""
         for name, allowed in _KINDS.items():
@@ -65,11 +60,6 @@ class Routing:
             raise ValueError(
                 f"routing.sync: one decision for the batches of all processes goes with level "
                 f"'batch', found '{self.level}'"
-            )
-        if self.merged and self.level == "token":
-            raise ValueError(
-                "routing.estimator: 'merged' makes a control for each decision, and level 'token' "
-                "decides for every token; use level 'batch' or 'sample'"
             )
         if self.decode == "running" and not VOTES[self.vote].additive:
             raise ValueError(

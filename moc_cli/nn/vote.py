@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Level = Literal["batch", "sample", "token"]
-Estimator = Literal["renormalized", "straight_through", "probability", "merged"]
+Estimator = Literal["renormalized", "straight_through", "probability"]
 
 
 @dataclass
@@ -220,8 +220,8 @@ class JointVotes(Protocol):
 def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
     """The route (V, K) that the ballot gives, with weights π (eq. 10 where there is one voter).
 
-    The K controls that the vote ranks first. π_k = P̄_k / Σ_S P̄ (`renormalized`, `merged`), the same
-    with the gradient of P̄ (`straight_through`), or P̄_k itself (`probability`).
+    The K controls that the vote ranks first. π_k = P̄_k / Σ_S P̄ (`renormalized`), the same with
+    the gradient of P̄ (`straight_through`), or P̄_k itself (`probability`).
     """
     mean = ballot.mean
     ids = top_k(mean.detach(), k)

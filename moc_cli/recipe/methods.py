@@ -76,10 +76,9 @@ class _Gate(Section):
 class Gate(_Gate):
     """How the gate scores the controls."""
 
-    estimator: Literal["renormalized", "straight_through", "probability", "merged"] = Field(
+    estimator: Literal["renormalized", "straight_through", "probability"] = Field(
         default="renormalized",
-        description="how the routed controls are weighted, and how the gate gets its gradient; "
-        "merged: A and B of all controls are averaged by its probabilities",
+        description="how the routed controls are weighted, and how the gate gets its gradient",
     )
 
 

@@ -43,7 +43,6 @@ def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
     yield from _train(recipe)
     yield from _packing(recipe)
     yield from _sync(recipe)
-    yield from _merged(recipe)
     yield from _eval(recipe)
     yield from _compiled_generation(recipe)
     yield from _launch(recipe)
@@ -184,21 +183,6 @@ def _sync(recipe: Sections) -> Iterator[BrokenRule]:
         yield BrokenRule(key, message, ("method.routing.level",))
     if recipe.train.torch_compile:
         message = "processes meet inside a layer, which cannot be one compiled graph then"
-        yield BrokenRule(key, message, ("train.torch_compile",))
-
-
-def _merged(recipe: Sections) -> Iterator[BrokenRule]:
-    method, key = recipe.method, "method.gate.estimator"
-    if not (isinstance(method, MocMethod) and method.gate.estimator == "merged"):
-        return
-    if method.top_k != 1:
-        message = f"merged takes the whole pool; leave method.top_k at 1, found {method.top_k}"
-        yield BrokenRule(key, message, ("method.top_k",))
-    if method.routing.level == "token":
-        message = "merged makes a control for each decision; not with method.routing.level: token"
-        yield BrokenRule(key, message, ("method.routing.level",))
-    if recipe.train.torch_compile:
-        message = "merged is not compiled; leave train.torch_compile out"
         yield BrokenRule(key, message, ("train.torch_compile",))
 
 

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from moc_cli.errors import MocError
-from moc_cli.nn.control import (
-    INPUT_NORMS,
-    Control,
-    MergedControl,
-    StackedControls,
-    WeightedControls,
-)
+from moc_cli.nn.control import INPUT_NORMS, Control, StackedControls, WeightedControls
 from moc_cli.nn.forward import Forward, RouteStore
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.site import Site
@@ -185,7 +179,7 @@ class MixedBatch:
         A row's weights are 0 for the controls of other sets.
         """
         _check_size(store, x)
-        controls: list[Control | MergedControl] = []
+        controls: list[Control] = []
         columns = []
         for group in store.groups or ():
             site = group.controls.site(block)

@@ -448,10 +448,8 @@ def test_names_are_as_long_as_they_must_be(make: Make) -> None:
     runs = read_runs([folders[0], other])
     assert [one.name for one in runs] == ["moc", "control"]
     assert method_name(runs[1]) == "control r4 ffn"
-    learned = make(
-        "x/learned", "method={name: moc, rank: 4, alpha: learned, gate: {estimator: merged}}"
-    )
-    assert method_name(read_runs([folders[0], learned])[1]) == "moc r4 merged αlearned"
+    learned = make("x/learned", "method={name: moc, rank: 4, alpha: learned}")
+    assert method_name(read_runs([folders[0], learned])[1]) == "moc r4 K1 αlearned"
 
 
 def test_curves_are_drawn_the_same_each_time(make: Make) -> None:

@@ -47,7 +47,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "away": {"routing": {"exclude_local": True}, "gate": GATE | {"estimator": "probability"}},
     "running": {"routing": {"decode": "running", "vote": "mode"}, "top_k": 2},
     "token": {"routing": {"level": "token"}, "top_k": 2},
-    "merged": {"gate": GATE | {"estimator": "merged"}},
     "options": {"input_norm": "rms", "alpha": "learned"},
 }
 

@@ -21,7 +21,7 @@ METHODS = {
     "moc-linear": MocMethod(rank=RANK, top_k=2, share_gate=False, gate={"kind": "linear"}),
     "moc-options": MocMethod(
         rank=RANK,
-        gate={"projection_dim": GATE, "estimator": "merged"},
+        gate={"projection_dim": GATE, "estimator": "probability"},
         input_norm="rms",
         alpha="learned",
     ),

@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from support.messages import refused
 from support.models import KINDS_OF_DECODERS, all_float64, make_batch, make_tiny, train_controls
 
-from moc_cli.errors import MocError
 from moc_cli.methods import Adapted, attach
-from moc_cli.nn import control
 from moc_cli.nn.control import INPUT_NORMS
-from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 
-product = control._product
-MERGED = {"projection_dim": 8, "estimator": "merged"}
 OPTIONS = {
     "rms": {"input_norm": "rms"},
     "learned alpha": {"alpha": "learned"},
-    "merged": {"gate": MERGED},
 }
 
 
@@ -90,21 +83,3 @@ def test_without_routes_no_alpha_is_learned() -> None:
     section = MocMethod(rank=4, top_k=0, alpha="learned")
     named = attach(make_tiny("llama"), section, new_modules=(), seed=1).named_trainables()
     assert {name.split(".")[0] for name in named} == {"controls"}
-
-
-def test_merged_controls_are_one_product_beside_the_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixture = make("llama", torch.float32, gate=MERGED).mixture.train()
-    seen = []
-    monkeypatch.setattr(
-        control, "_product", lambda x, A, B, w: seen.append(A.shape) or product(x, A, B, w)
-    )
-    mixture.update(mixture.sites[0], torch.randn(3, 4, 32))
-    assert seen == [(4, 32), (4, 32)]  # of a pool of four
-
-
-def test_what_merged_cannot_do_is_refused() -> None:
-    for key in ("method.top_k=3", "method.routing.level=token", "train.torch_compile=true"):
-        with refused(MocError):
-            load_recipe("quickstart", ["method.gate.estimator=merged", key])
-    with refused(MocError):
-        make("llama", gate=MERGED, routing={"level": "token"})

@@ -23,7 +23,6 @@ NEW = 5
 GATE = {"projection_dim": 8}
 METHODS: dict[str, MethodConfig] = {
     "moc": MocMethod.model_validate({"rank": 4, "top_k": 2, "alpha": 0.6, "gate": GATE}),
-    "merged": MocMethod.model_validate({"rank": 4, "gate": GATE | {"estimator": "merged"}}),
     "control": ControlMethod(rank=4),
 }
 # Rows and tokens of prompts: others of a size, a single row, and several in one graph again.
@@ -38,8 +37,7 @@ def traced_model() -> Iterator[None]:
 
 @cache
 def adapted_of(family: str, method: str) -> Adapted:
-    dtype = torch.float32 if method == "merged" else torch.float64
-    adapted = attach(make_tiny(family, dtype=dtype), METHODS[method], seed=1)
+    adapted = attach(make_tiny(family, dtype=torch.float64), METHODS[method], seed=1)
     train_controls(adapted.named_trainables())
     adapted.model.generation_config.eos_token_id = None
     adapted.model.train(False)
@@ -70,7 +68,7 @@ def generate(model: Any, rows: int, tokens: int, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "method", "beams"),
-    [("llama", "moc", 1), ("gemma3", "moc", 2), ("llama", "merged", 1), ("llama", "control", 1)],
+    [("llama", "moc", 1), ("gemma3", "moc", 2), ("llama", "control", 1)],
 )
 def test_texts_are_those_of_eager_runs_and_few_graphs_serve_all(
     family: str, method: str, beams: int, traced_model: None

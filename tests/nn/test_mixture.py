@@ -85,9 +85,7 @@ MORE = [
     {"alpha": 1.0},
     {"alpha": 0.0, "top_k": 2},
     *({"learn_alpha": True, "level": level} for level in ("batch", "sample", "token")),
-    *({"estimator": "merged", "top_k": 6, "level": level} for level in ("batch", "sample")),
-    {"estimator": "merged", "top_k": 5, "exclude_local": True, "learn_alpha": True},
-    {"estimator": "merged", "top_k": 3, "share_gate": False, "level": "sample", "scale": 1.7},
+    {"top_k": 5, "exclude_local": True, "learn_alpha": True},
     {"learn_alpha": True, "top_k": 3, "estimator": "probability", "scale": 1.7},
     *({"input_norm": "rms", "level": level} for level in ("batch", "sample", "token")),
 ]

@@ -26,7 +26,7 @@ SETS = {
         {
             "rank": 4,
             "sites": "ffn",
-            "gate": {"kind": "linear", "estimator": "merged"},
+            "gate": {"kind": "linear", "estimator": "probability"},
             "scale": 2.0,
             "alpha": "learned",
         },

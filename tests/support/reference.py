@@ -125,10 +125,6 @@ def site_update(
             total = s.alpha * (B @ (A @ state))
             picks, weights = decisions[b, t]
             routed = [(controls[k], weight) for k, weight in zip(picks, weights, strict=True)]
-            if s.estimator == "merged":
-                A = sum(weight * A for (A, _), weight in routed)
-                B = sum(weight * B for (_, B), weight in routed)
-                routed = [((A, B), 1.0)]
             for (A, B), weight in routed:
                 total = total + (1 - s.alpha) * weight * (B @ (A @ state))
             line.append(s.scale * total)
