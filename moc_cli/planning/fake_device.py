@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from moc_cli.planning import remembered
+
 META = torch.device("meta")
 ROOM = Path(__file__).resolve().parent
 PACKAGE = ROOM.parent
@@ -151,7 +153,7 @@ class FakeDevice(TorchDispatchMode):
             ):
                 self.wait("index")
                 args = (args[0], [place for group in places for place in group], *args[2:])
-        return func(*args, **kwargs)
+        return remembered.call(func, args, kwargs)
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Copy within the device, to it, or from it: then the host gets zeros."""
