@@ -149,7 +149,8 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
         common, own = [*sweep.common, "output.output_dir=run"], _varied(cell, candidate)
         try:
             loaded[cell, candidate] = load_recipe(sweep.recipe, common, own)
-            load_recipe(sweep.recipe, [*common, *own, *changes])
+            if changes:
+                load_recipe(sweep.recipe, [*common, *own, *changes])
         except MocError as error:
             for line in error.message.splitlines():
                 mistakes.setdefault(line, _name(cell, candidate))

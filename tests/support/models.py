@@ -1,6 +1,8 @@
 """Tiny random models of every family in the table, tokenizers for them, and rows to run."""
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -115,7 +117,28 @@ KINDS_OF_DECODERS = ("llama", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_n
 _UNKNOWN: dict[str, dict] = {"gpt2": {"n_inner": 64}, "opt": {"ffn_dim": 64}}
 
 
-_BUILT: dict[str, PreTrainedModel] = {}
+class _Frozen(pickle.Pickler):
+    """A model as bytes, and its tensors: a copy of it takes a third of the time of deepcopy."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.bytes = io.BytesIO()
+        super().__init__(self.bytes, pickle.HIGHEST_PROTOCOL)
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.dump(model)
+
+    def persistent_id(self, value: object) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors[id(value)] = value
+        return id(value)
+
+    def copy(self) -> PreTrainedModel:
+        unpickler = pickle.Unpickler(io.BytesIO(self.bytes.getvalue()))
+        unpickler.persistent_load = copy.deepcopy(self.tensors).__getitem__
+        return unpickler.load()
+
+
+_BUILT: dict[str, _Frozen] = {}
 
 
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
@@ -139,7 +162,7 @@ def make_tiny_model(
 
     Weights are drawn wider than transformers does, so that outputs are far from uniform. Norms and
     biases start as ones and zeros; `perturbed` makes them random too, and the padding's embedding.
-    A model is built once: what is returned is a copy, which takes half the time.
+    A model is built once: what is returned is a copy, which takes a sixth of the time.
     """
     asked = (family, seed, num_labels, dtype, perturbed, sorted(changes.items()))
     key = repr((*asked, torch.get_default_dtype(), torch.get_default_device()))
@@ -153,8 +176,8 @@ def make_tiny_model(
             model = auto.from_config(config, dtype=dtype)
             if perturbed:
                 _perturb(model)
-        _BUILT[key] = model.eval()
-    return copy.deepcopy(_BUILT[key])
+        _BUILT[key] = _Frozen(model.eval())
+    return _BUILT[key].copy()
 
 
 @torch.no_grad()
