@@ -6,6 +6,8 @@ from moc_cli.comparison.bootstrap import DRAWN_AT_ONCE, OF_VALUES, RESAMPLES, ge
 from moc_cli.comparison.pairs import BY_ITEM
 from moc_cli.scoring.metrics import OF_TABLES, correlations
 
+ROUNDING = 1e-12  # a variance that is this part of the items' is one of equal values
+
 
 def resampled_scores(
     task: str,
@@ -28,7 +30,8 @@ def resampled_scores(
     for begin in range(0, resamples, size):
         count = min(size, resamples - begin)
         rows = rng.integers(n, size=(count, n))
-        scores = np.stack([_scores(metric, labels, run, rows) for run in predictions])  # (S, count)
+        counts = _counts(rows)
+        scores = np.stack([_scores(metric, labels, run, rows, counts) for run in predictions])
         first, second = scores[:seeds], scores[seeds:]
         drawn.append(_drawn_mean(second, rng) - _drawn_mean(first, rng))
     return np.concatenate(drawn)
@@ -40,17 +43,45 @@ def _drawn_mean(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(np.take_along_axis(scores, chosen, axis=0).mean(0))
 
 
+def _counts(rows: np.ndarray) -> np.ndarray:
+    """Return how often each resample, of items `rows` (R, n), holds each item, (R, n)."""
+    count, n = rows.shape
+    places = rows + n * np.arange(count)[:, None]
+    return np.bincount(places.ravel(), minlength=count * n).reshape(count, n).astype(float)
+
+
 def _scores(
-    metric: str, labels: np.ndarray, predictions: np.ndarray, rows: np.ndarray
+    metric: str,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    rows: np.ndarray,
+    counts: np.ndarray,
 ) -> np.ndarray:
-    """Return a run's score on each of the resamples: `rows` are numbers of items, (R, n)."""
+    """Return a run's score on each of the resamples, (R,).
+
+    `rows` are numbers of items, (R, n), and `counts` says how often each item is among them: sums
+    over a resample are products with it, so that no resample is written out for each run.
+    """
     if metric in (*BY_ITEM, "accuracy"):
-        return np.asarray((predictions == labels)[rows].mean(1))
+        return np.asarray(counts @ (predictions == labels) / len(labels))
+    if metric == "pearson":
+        return _pearson(labels, predictions, counts)
     if metric in OF_VALUES:
         return correlations(metric, labels[rows], predictions[rows])
     if metric == "perplexity":
-        return np.asarray(np.exp(predictions[rows].sum(1) / labels[rows].sum(1)))
+        return np.asarray(np.exp((counts @ predictions) / (counts @ labels)))
     size = max(2, int(max(labels.max(), predictions.max())) + 1)
-    cells = (labels * size + predictions)[rows]
-    tables = np.stack([(cells == cell).sum(1) for cell in range(size * size)], axis=1)
-    return np.asarray(OF_TABLES[metric](tables.reshape(-1, size, size).astype(float)))
+    cells = (labels * size + predictions)[:, None] == np.arange(size * size)
+    return np.asarray(OF_TABLES[metric]((counts @ cells).reshape(-1, size, size)))
+
+
+def _pearson(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlations on resamples; 0 where either side is constant."""
+    x, y = labels - labels.mean(), predictions - predictions.mean()
+    moments = np.stack([x, y, x * x, y * y, x * y], axis=1)
+    of_x, of_y, squares_x, squares_y, products = (counts @ moments / len(x)).T
+    spread_x, spread_y = squares_x - of_x**2, squares_y - of_y**2
+    varied = (spread_x > ROUNDING * np.mean(x * x)) & (spread_y > ROUNDING * np.mean(y * y))
+    values = np.zeros(len(counts))
+    values[varied] = (products - of_x * of_y)[varied] / np.sqrt((spread_x * spread_y)[varied])
+    return values

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 from sklearn.metrics import matthews_corrcoef
 
 from moc_cli.comparison.bootstrap import generator
@@ -25,6 +26,8 @@ def naive(metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int) -> list
             return float(matthews_corrcoef(truth, guess))
         if metric == "perplexity":  # tokens and summed losses of texts
             return math.exp(sum(guess) / sum(truth))
+        if metric == "spearman":
+            truth, guess = rankdata(truth), rankdata(guess)
         return float(np.corrcoef(truth, guess)[0, 1])
 
     values = []
@@ -38,10 +41,10 @@ def naive(metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int) -> list
     return values
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson", "perplexity"])
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson", "spearman", "perplexity"])
 def test_it_is_that_of_loops(metric: str) -> None:
     rng = np.random.default_rng(1)
-    if metric == "pearson":
+    if metric in ("pearson", "spearman"):
         labels, runs = rng.normal(size=30), rng.normal(size=(5, 30))
     elif metric == "perplexity":
         labels = rng.integers(1, 9, size=30)
@@ -50,6 +53,15 @@ def test_it_is_that_of_loops(metric: str) -> None:
         labels, runs = rng.integers(2, size=30), rng.integers(2, size=(5, 30))
     values = resampled_scores("t", metric, labels, runs, seeds=2, resamples=RESAMPLES)
     assert values == pytest.approx(naive(metric, labels, runs, seeds=2), abs=1e-12)
+
+
+def test_the_correlation_of_equal_values_is_none() -> None:
+    """Of two items every second resample holds one of them twice."""
+    labels, runs = np.array([1000.1, 1000.4]), np.array([[0.1, 0.4], [0.3, 0.3]])
+    values = resampled_scores("t", "pearson", labels, runs, seeds=1, resamples=200)
+    both = values[values != 0]
+    assert both == pytest.approx(np.full(len(both), -1.0), abs=1e-6)
+    assert 60 < len(both) < 140
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:
