@@ -94,12 +94,14 @@ def open_run(
     device: str | None = None,
     recipe: Recipe | None = None,
     base: BaseOptions = BaseOptions(),  # noqa: B008 - frozen
+    exact: bool = False,
 ) -> LoadedRun:
     """Load a run's base model and put its trained controls in it, in evaluation mode.
 
     `device` is auto, cpu or cuda, by default the recipe's; `recipe` is the run's, as
-    `RunFolder.read_recipe` gives it; without it no code of the base's folder runs. What `base`
-    allows to differ is said. Raises RunError where there is no run, where it has no controls yet,
+    `RunFolder.read_recipe` gives it; without it no code of the base's folder runs. Products of
+    float32 are made as in training (`train.tf32`), or with `exact` in float32. What `base` allows
+    to differ is said. Raises RunError where there is no run, where it has no controls yet,
     where they are damaged, and where the base is not the one that they were trained on.
     """
     folder = RunFolder.open(path)
@@ -109,7 +111,8 @@ def open_run(
     saved, state = _read_saved(folder, recipe)
     chosen = make_accelerator(recipe.launch, (), folder.path).device
     check_device_keys(recipe, chosen, training=False)
-    torch.set_float32_matmul_precision(matmul_precision(recipe, chosen))  # scores as in training
+    precision = "highest" if exact else matmul_precision(recipe, chosen)
+    torch.set_float32_matmul_precision(precision)
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     except MocError as error:

@@ -63,7 +63,7 @@ def export_run(
     check_stored(to, recipe, base)
 
     def open_with(recipe: Recipe) -> LoadedRun:
-        return open_run(run, device=device, recipe=recipe, base=base)
+        return open_run(run, device=device, recipe=recipe, base=base, exact=True)
 
     trained, notes = open_for(to, recipe, open_with)
     say(f"writing {output} and reading it back in another process")

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from moc_cli.nn.autograd import HALF
 from moc_cli.planning import remembered
 
 META = torch.device("meta")
 ROOM = Path(__file__).resolve().parent
 PACKAGE = ROOM.parent
-HALF = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 # These make or name memory, and start nothing on a device.
 _NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moc_cli import load_run
 from moc_cli.cli import run
 from moc_cli.errors import RunError
+from moc_cli.export import session
 from moc_cli.load_run import open_run
 from moc_cli.models.fingerprint import describe_tensors, find_differences, hash_tensors
 from moc_cli.models.weight_files import hash_weights
@@ -206,3 +207,21 @@ def test_a_run_is_scored_with_the_products_of_its_training(
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     open_run(made / "run")
     assert chosen == ["the recipe's"]
+
+
+def test_an_export_is_made_and_compared_with_exact_products(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fresh process that loads it knows nothing of train.tf32."""
+    chosen: list[str] = []
+    monkeypatch.setattr(load_run, "matmul_precision", lambda *_: "the recipe's")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+
+    def opened(*given: object, **options: bool) -> None:
+        open_run(*given, **options)
+        raise RunError("opened")
+
+    monkeypatch.setattr(session, "open_run", opened)
+    export = ["export", str(made / "run"), "--to", "controls", "--output-dir"]
+    assert run([*export, str(tmp_path / "out")]) == 2
+    assert chosen == ["highest"]
