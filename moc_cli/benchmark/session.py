@@ -2,35 +2,23 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moc_cli.benchmark.generation import Lengths, measure_generation
+from moc_cli.benchmark.generation import measure_generation
 from moc_cli.benchmark.machine import check_idle, choose_clock, describe_machine
 from moc_cli.benchmark.models import Bases
 from moc_cli.benchmark.steps import measure_steps
-from moc_cli.benchmark.summary import CONFIDENCE, summarize_generation, summarize_steps
+from moc_cli.benchmark.summary import CONFIDENCE, summarize
+from moc_cli.benchmark.turns import Options
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
 from moc_cli.training import build
 from moc_cli.training.accelerator import make_accelerator
 from moc_cli.training.memory import ALLOCATED, COUNTED
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure: turns that count and turns before them, how many of the model's layers (None:
-    all), whether rows are the recipe's own; `lengths` of texts where generation is measured.
-    """
-
-    repeats: int = 10
-    warmup: int = 2
-    layers: int | None = None
-    own_rows: bool = False
-    lengths: Lengths | None = None
 
 
 def run(
@@ -41,7 +29,7 @@ def run(
     Raises MocError for a GPU with other work, and naming a variant that does not fit in memory.
     """
     variants = [_told(variant) for variant in variants]
-    first = variants[0].recipe
+    first, training = variants[0].recipe, options.lengths is None
     with tempfile.TemporaryDirectory(prefix="moc-bench-") as name:
         folder = Path(name)
         accelerator = make_accelerator(first.launch, (), folder)
@@ -51,50 +39,26 @@ def run(
         if remark is not None:
             say(remark)
         bases = Bases(device, options.layers)
-        arms = variants if options.lengths is None else with_bases(variants)
-        turns = options.repeats + options.warmup
-        with WorkProgress("bench", turns * len(arms)) as bar:
-
-            def observe(done: int, variant: str) -> None:
-                bar.observe(done, facts=variant)
-
-            counts = {"repeats": options.repeats, "warmup": options.warmup}
-            if options.lengths is None:
-                measured = measure_steps(
-                    variants,
-                    bases,
-                    accelerator,
-                    folder,
-                    own_rows=options.own_rows,
-                    clock=clock,
-                    on_progress=observe,
-                    **counts,
-                )
-                methods = summarize_steps(measured)
+        arms = variants if training else with_bases(variants)
+        with WorkProgress("bench", options.turns * len(arms)) as bar:
+            if training:
+                measured = measure_steps(arms, bases, accelerator, folder, options, clock, bar)
             else:
-                written = measure_generation(
-                    variants,
-                    bases,
-                    device,
-                    options.lengths,
-                    clock=clock,
-                    on_progress=observe,
-                    **counts,
-                )
-                methods = summarize_generation(written, options.lengths.new)
+                measured = measure_generation(arms, bases, device, options, clock, bar)
     return {
-        "methods": methods,
-        "measured": "training" if options.lengths is None else "generation",
+        "methods": summarize(measured, training=training),
+        "measured": "training" if training else "generation",
         "recipe": recipe,
         "model": first.model.model_name_or_path,
         "layers": options.layers,
         "rows": "data" if options.own_rows else "full",
         "max_length": first.data.max_length,
         "lengths": options.lengths,
-        **counts,
+        "repeats": options.repeats,
+        "warmup": options.warmup,
         "confidence": CONFIDENCE,
         "clock": clock_name,
-        "memory_kind": _memory_kind(device, training=options.lengths is None),
+        "memory_kind": _memory_kind(device, training=training),
         "environment": describe_machine(device, load),
     }
 

@@ -84,8 +84,8 @@ def bench(
     folder = output_dir or Path("runs") / "bench" / place
     check_folder(folder)
     from moc_cli.benchmark.figure import PICTURES, draw
-    from moc_cli.benchmark.generation import Lengths
-    from moc_cli.benchmark.session import Options, run
+    from moc_cli.benchmark.session import run
+    from moc_cli.benchmark.turns import Lengths, Options
     from moc_cli.report.benchmark_table import benchmark_table
     from moc_cli.report.output import print_json, print_table, say
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,12 @@ import torch
 from support.messages import refused
 from support.tiny_runs import save_model
 
-from moc_cli.benchmark import generation, machine, steps
+from moc_cli.benchmark import machine, turns
 from moc_cli.benchmark.memory import Memory
 from moc_cli.benchmark.models import random_base, sharing_copy
 from moc_cli.benchmark.rows import make_rows
-from moc_cli.benchmark.steps import Measured, Step
-from moc_cli.benchmark.summary import summarize_steps
+from moc_cli.benchmark.summary import summarize
+from moc_cli.benchmark.turns import Measured, Turn
 from moc_cli.benchmark.variants import make_variants, with_bases
 from moc_cli.cli import run
 from moc_cli.data.encode import IGNORED
@@ -107,9 +106,8 @@ def test_generation_beside_the_bare_base(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("measured", "generate"), [(steps, ()), (generation, ("--generate",))])
+@pytest.mark.parametrize("generate", [(), ("--generate",)])
 def test_each_variant_has_its_own_precision_of_products(
-    measured: ModuleType,
     generate: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -117,7 +115,7 @@ def test_each_variant_has_its_own_precision_of_products(
 ) -> None:
     set_to: list[str] = []
     wanted = {False: "highest", True: "high"}
-    monkeypatch.setattr(measured, "matmul_precision", lambda recipe, _: wanted[recipe.train.tf32])
+    monkeypatch.setattr(turns, "matmul_precision", lambda recipe, _: wanted[recipe.train.tf32])
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
     few = ["--methods", "moc", "--repeats", "1", "--warmup", "0", *generate]
     bench(capsys, *few, "--vary", "train.tf32=false,true")
@@ -176,12 +174,12 @@ def test_a_ratio_is_of_the_same_turn() -> None:
     """What slows all of a turn, such as other work, changes times and no ratio."""
     slow = np.array([1, 1, 5, 1, 9])
     measured = [
-        Measured(variant, [Step(0.1 * n * factor, 2, 8) for n in slow], Memory(100 * factor, 50), 7)
+        Measured(variant, [Turn(0.1 * n * factor, 2, 8) for n in slow], Memory(100 * factor, 50), 7)
         for variant, factor in zip(
             make_variants("quickstart", [], ["control", "moc"], []), (1, 2), strict=True
         )
     ]
-    entry = summarize_steps(measured)["moc"]
+    entry = summarize(measured, training=True)["moc"]
     assert entry["ratio_to_control"] == pytest.approx(2)
     assert entry["interval"]["ratio_to_control"] == pytest.approx([2, 2])
     assert entry["interval"]["step_seconds"][1] > entry["step_seconds"] == pytest.approx(0.2)
