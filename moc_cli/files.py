@@ -236,6 +236,18 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def flatten(values: dict[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return nested dicts as one, with keys joined by the separator."""
+    flat: dict[str, Any] = {}
+    for key, item in values.items():
+        if isinstance(item, dict):
+            inner = flatten(item, separator)
+            flat |= {f"{key}{separator}{name}": value for name, value in inner.items()}
+        else:
+            flat[key] = item
+    return flat
+
+
 @contextlib.contextmanager
 def disk_errors(target: str | Path) -> Iterator[None]:
     """Turn what the system refuses, to Python or to a library, into a FileError naming `target`."""

@@ -139,7 +139,7 @@ def train(
                 allow_changed_base=allow_changed_base,
                 forecast=forecast,
             )
-            results = session.run(resume=resume, overwrite=overwrite).results
+            results = session.run(resume=resume, overwrite=overwrite)
             _show(loaded, results, command(elsewhere), json)
         else:
             summary = train_seeds(
@@ -236,7 +236,7 @@ def _dry_run(recipe: "Recipe", json: bool) -> None:
     from moc_cli.report.tables import dry_run_views
     from moc_cli.training.dry_run import preview
 
-    plan: dict[str, Any] = preview(recipe).to_json()
+    plan = preview(recipe)
     if json:
         print_json(plan)
         return

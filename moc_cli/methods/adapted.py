@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,10 @@ class Counts:
     def share(self) -> float:
         """The paper's "% params" as a fraction: adapter / base, heads left out of both."""
         return self.adapter / self.base
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts and the share as plain values."""
+        return {**asdict(self), "share": self.share}
 
 
 class Placed(Protocol):

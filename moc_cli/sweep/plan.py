@@ -38,7 +38,7 @@ class PlannedRun:
 
         Raises RunError where its folder holds another one.
         """
-        from moc_cli.training.finished import is_finished
+        from moc_cli.training.resume import is_finished
 
         scored = [*self.results.path.glob("eval/*/results.json")]
         return is_finished(self.recipe, self.results) and len(scored) >= evaluations

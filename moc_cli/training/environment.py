@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from moc_cli import __version__
+from moc_cli.recipe.schema import Recipe
+from moc_cli.training.build import Built
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
 def describe_environment(
     device: torch.device,
+    recipe: Recipe,
+    built: Built,
     *,
-    model: str,
-    revision: str | None,
-    weights: str,
-    tensors: dict[str, str],
     vocabulary: str,
     data: dict[str, Any],
 ) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def describe_environment(
         "device": describe_device(device),
         "git": git_state(),
         "model": {
-            "name": model,
-            "revision": revision,
-            "weights_sha256": weights,
-            "tensors": tensors,
+            "name": recipe.model.model_name_or_path,
+            "revision": recipe.model.revision,
+            "weights_sha256": built.weights_hash,
+            "tensors": built.tensors,
         },
         "tokenizer": {"vocabulary_sha256": vocabulary},
         "data": data,

@@ -133,7 +133,11 @@ class Gradients:
             if not is_out_of_memory(error):
                 raise
             if self._joint:
-                raise self._lost() from None
+                raise MocError(
+                    f"a step does not fit in the memory of process {self._processes.rank}",
+                    "lower train.per_device_train_batch_size, or set "
+                    "train.activation_checkpointing: full",
+                ) from None  # it ends in the middle of a forward that the others are in
             return False  # what the error holds in memory is free then
         return True
 
@@ -143,13 +147,6 @@ class Gradients:
         nobody = torch.zeros(shape, dtype=torch.bool, device=self._accelerator.device)
         with self._adapted.voting(nobody):
             self._accelerator.backward(self.loss(batch, targets) * 0.0)
-
-    def _lost(self) -> MocError:
-        """Return why this process ends in the middle of a forward that the others are in."""
-        return MocError(
-            f"a step does not fit in the memory of process {self._processes.rank}",
-            "lower train.per_device_train_batch_size, or set train.activation_checkpointing: full",
-        )
 
 
 class Bucket:

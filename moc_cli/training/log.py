@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from moc_cli.errors import MocError
-from moc_cli.files import disk_errors, open_own, to_plain, write_bytes_atomic
+from moc_cli.files import disk_errors, flatten, open_own, to_plain, write_bytes_atomic
 from moc_cli.recipe.schema import Recipe
 from moc_cli.run_files import read_bytes
 
@@ -49,7 +49,12 @@ class MetricsLog:
             file.write(line)
         self.lines += 1
         if self.track is not None:
-            self.track(flatten(record), record["step"])
+            numbers = {
+                name: float(value)
+                for name, value in flatten(record, "/").items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
+            self.track(numbers, record["step"])
 
     def flush(self) -> None:
         """Put the lines on the disk, before a checkpoint that counts on them."""
@@ -59,17 +64,6 @@ class MetricsLog:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers of a nested record under names joined by slashes."""
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = float(value)
-    return flat
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -87,15 +81,10 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> Track | None:
     """Start the trackers the recipe asks for; return what feeds them."""
     if not recipe.output.report_to:
         return None
-    config = _flat(recipe.model_dump(mode="json", exclude_none=True))
+    keys = flatten(recipe.model_dump(mode="json", exclude_none=True))
+    config = {
+        key: value if isinstance(value, str | int | float) else str(value)
+        for key, value in keys.items()
+    }
     accelerator.init_trackers("moc", config=config)
     return lambda values, step: accelerator.log(values, step=step)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value if isinstance(value, str | int | float) else str(value)}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
-    return flat

@@ -5,30 +5,26 @@ In several processes the first one reads the rows alone: it fills the caches tha
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from moc_cli.methods import TextModel
 from moc_cli.models.fingerprint import hash_vocabulary
 from moc_cli.processes import Processes
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
+from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import build
 from moc_cli.training.checkpoint import Snapshot
 from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.environment import describe_device
-from moc_cli.training.job import Forecast, Job
+from moc_cli.training.loop_types import Settings
 from moc_cli.training.memory import tensor_bytes
-from moc_cli.training.resume import (
-    check_facts,
-    check_recipe,
-    check_weights,
-    keep_place,
-    make_identity,
-)
+from moc_cli.training.resume import check_facts, check_recipe, check_weights, keep_place
 from moc_cli.training.sharding import check_sharding, shard_layers, splits
 
 Say = Callable[[str], None]
@@ -43,15 +39,51 @@ class Resume:
     allow_changed_base: bool = False
 
 
+class Forecast(Protocol):
+    """Plans a run on its device, before its weights load; `moc_cli.planning.fit` has it."""
+
+    def __call__(
+        self,
+        recipe: Recipe,
+        rows: build.TrainingRows,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ) -> tuple[Recipe, int | None]:
+        """Return the recipe as it is to be built, and the bytes of a step at most."""
+
+
 @dataclass(frozen=True)
-class _Read:
-    """The recipe with all that its rows tell, its rows, and what differs from the checkpoint."""
+class Read:
+    """The recipe with all that its rows tell, and its rows.
+
+    `snapshot` is the checkpoint that the run goes on from; `changes` says what differs from it.
+    """
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     rows: build.TrainingRows
     snapshot: Snapshot | None
     changes: list[str]
+
+
+@dataclass(frozen=True)
+class Job(Read):
+    """A training that is ready to begin: everything is read and checked, nothing is written.
+
+    `predicted` are the bytes that a step was planned to take at most, None where nothing was.
+    """
+
+    accelerator: Accelerator
+    built: build.Built
+    settings: Settings
+    scoring: ScoringOptions
+    identity: dict[str, Any]
+    predicted: int | None
+
+    @property
+    def model(self) -> TextModel:
+        """The model in training, as it is scored."""
+        return TextModel(self.built.adapted, self.tokenizer)
 
 
 def prepare(
@@ -88,24 +120,19 @@ def prepare(
     for change in changes:
         say(f"changed: {change}")
     return Job(
-        read.recipe,
-        read.rows.splits,
-        accelerator,
-        read.tokenizer,
-        built,
-        read.rows,
-        replace(build.make_settings(fitted), processes=processes.world),
-        build.make_scoring_options(read.recipe),
-        identity,
-        read.snapshot,
-        changes,
-        predicted,
+        **vars(replace(read, changes=changes)),
+        accelerator=accelerator,
+        built=built,
+        settings=replace(build.make_settings(fitted), processes=processes.world),
+        scoring=build.make_scoring_options(read.recipe),
+        identity=identity,
+        predicted=predicted,
     )
 
 
 def _read(
     recipe: Recipe, device: torch.device, resume: Resume | None, world: int, say: Say
-) -> _Read:
+) -> Read:
     """Read the rows and all that is known without weights."""
     recipe, splits = build.read_rows(recipe)
     snapshot, changes = None, []
@@ -125,10 +152,10 @@ def _read(
     rows = build.encode_rows(recipe, splits, tokenizer, shapes)
     for note in rows.notes:
         say(lines.labelled("note", note))
-    return _Read(recipe, tokenizer, rows, snapshot, changes)
+    return Read(recipe, tokenizer, rows, snapshot, changes)
 
 
-def _tell(read: _Read, built: build.Built, say: Say) -> None:
+def _tell(read: Read, built: build.Built, say: Say) -> None:
     """Say what is trained, and on which rows."""
     counts, rows, splits = built.adapted.counts(), read.rows, read.rows.splits
     size = tensor_bytes(p for p in built.adapted.model.parameters() if not p.requires_grad)
@@ -150,23 +177,23 @@ def _tell(read: _Read, built: build.Built, say: Say) -> None:
     )
 
 
-def _identity(read: _Read, built: build.Built, world: int) -> dict[str, Any]:
-    """Return what checkpoints say of the run."""
+def _identity(read: Read, built: build.Built, world: int) -> dict[str, Any]:
+    """Return what checkpoints say of the run: the recipe and hashes of what it stands for."""
     trainables = built.adapted.named_trainables()
-    return make_identity(
-        read.recipe.model_dump(mode="json"),
-        weights=built.weights_hash,
-        quantization=built.quantization.arguments if built.quantization else None,
-        vocabulary=hash_vocabulary(read.tokenizer),
-        data=read.rows.splits.fingerprints(),
-        trainables={name: list(parameter.shape) for name, parameter in trainables.items()},
-        threads=torch.get_num_threads(),
-        processes=world,
-    )
+    return {
+        "recipe": read.recipe.model_dump(mode="json"),
+        "weights": built.weights_hash,
+        "quantization": built.quantization.arguments if built.quantization else None,
+        "vocabulary": hash_vocabulary(read.tokenizer),
+        "data": read.rows.splits.fingerprints(),
+        "trainables": {name: list(parameter.shape) for name, parameter in trainables.items()},
+        "threads": torch.get_num_threads(),
+        "processes": world,
+    }
 
 
 def _compare(
-    read: _Read, built: build.Built, identity: dict[str, Any], resume: Resume | None
+    read: Read, built: build.Built, identity: dict[str, Any], resume: Resume | None
 ) -> list[str]:
     """Compare weights, rows and trainables with those of the checkpoint."""
     if resume is None:

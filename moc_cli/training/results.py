@@ -5,12 +5,13 @@ from typing import Any
 
 from moc_cli.results import FORMAT
 from moc_cli.scoring.results import Evaluation, average
-from moc_cli.training.job import Job, Values
 from moc_cli.training.loop_types import Outcome
+from moc_cli.training.prepare import Job
+from moc_cli.training.resume import Scores
 
 
 def make_results(
-    job: Job, outcome: Outcome, after: dict[str, Evaluation], before: Values
+    job: Job, outcome: Outcome, after: dict[str, Evaluation], before: Scores
 ) -> dict[str, Any]:
     """Return what results.json holds, but for controls and routing."""
     counters, counts, encoded = outcome.counters, job.built.adapted.counts(), job.rows.encoded
@@ -39,14 +40,9 @@ def make_results(
         "padding_share": outcome.padding_share,
         "truncated": encoded.truncated,
         "answers_cut_off": encoded.answers_cut_off,
-        "parameters": {
-            "adapter": counts.adapter,
-            "modules": counts.modules,
-            "base": counts.base,
-            "share": counts.share,
-        },
+        "parameters": counts.to_json(),
         "memory": asdict(outcome.memory)
         | ({} if job.predicted is None else {"predicted": job.predicted}),
-        **job.splits.facts,
+        **job.rows.splits.facts,
         **job.rows.kind.facts,
     }

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from moc_cli.errors import RunError
+from moc_cli.files import flatten
 from moc_cli.models.fingerprint import (
     find_differences,
     hash_tensors,
@@ -13,8 +14,9 @@ from moc_cli.models.fingerprint import (
     list_differences,
 )
 from moc_cli.models.weight_files import known_hash
+from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.model import ModelSection
-from moc_cli.recipe.paths import PATH_KEYS, absolute_path
+from moc_cli.recipe.paths import PATH_KEYS, absolute_path, absolute_paths
 from moc_cli.recipe.reference import keys
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import RunFolder
@@ -22,6 +24,7 @@ from moc_cli.training.build import Built
 from moc_cli.training.checkpoint import Snapshot
 from moc_cli.training.step_errors import may_split
 
+T = TypeVar("T")
 History = list[dict[str, Any]]  # of environment.json
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
 
@@ -57,6 +60,9 @@ CHANGEABLE = {
     "eval.torch_compile": "",
     "eval.before": "",
 }
+# What a resume may change, and with which another run is trained.
+IN_USE = {key for key, rule in CHANGEABLE.items() if rule in (FROM_HERE, FOLLOWS)}
+LENGTH = {"train.max_steps", "train.num_train_epochs"}
 SAME_OPTIMIZERS = {"adamw", "adamw_fused"}  # one state, on a GPU and where there is none
 BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 ALLOW = "--allow-changed-base"
@@ -70,30 +76,6 @@ FACTS = {
 }
 
 
-def make_identity(
-    recipe: dict[str, Any],
-    *,
-    weights: str,
-    quantization: dict[str, Any] | None,
-    vocabulary: str,
-    data: dict[str, Any],
-    trainables: dict[str, list[int]],
-    threads: int,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Return what a checkpoint says about its run: the recipe and hashes of what it stands for."""
-    return {
-        "recipe": recipe,
-        "weights": weights,
-        "quantization": quantization,
-        "vocabulary": vocabulary,
-        "data": data,
-        "trainables": trainables,
-        "threads": threads,
-        "processes": processes,
-    }
-
-
 def check_recipe(
     saved: dict[str, Any], wanted: dict[str, Any], processes: tuple[int, int] = (1, 1)
 ) -> list[str]:
@@ -101,7 +83,7 @@ def check_recipe(
 
     `processes`: then and now. Raises RunError naming every key that makes it another run.
     """
-    before, after = _flat(saved), _flat(wanted)
+    before, after = flatten(saved), flatten(wanted)
     old_world, world = processes
     then, now = _rows_a_step(before, old_world), _rows_a_step(after, world)
     defaults = {row.key: json.loads(row.default) for row in keys() if row.default}
@@ -140,11 +122,30 @@ def check_recipe(
     return changes
 
 
-def changed_in_use(saved: dict[str, Any], wanted: dict[str, Any]) -> set[str]:
-    """Return the keys that a resume may change, and with which another run is trained."""
-    before, after = _flat(saved), _flat(wanted)
-    in_use = {key for key, rule in CHANGEABLE.items() if rule in (FROM_HERE, FOLLOWS)}
-    return {key for key in in_use if before.get(key) != after.get(key)}
+def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether a folder holds the run of a recipe, done; a longer one is to be continued.
+
+    Raises RunError where the folder holds a run of another recipe.
+    """
+    if not (folder.path / "results.json").is_file():
+        return False
+    results = folder.read_results()
+    if results.get("status") != "finished" or results.get("unscored"):
+        return False
+    saved = load_recipe(folder.recipe_file).model_dump(mode="json")
+    wanted = absolute_paths(recipe).model_dump(mode="json")
+    for key, value in wanted["data"].items():
+        if value is None:  # read from the rows of a custom dataset
+            wanted["data"][key] = saved["data"][key]
+    check_recipe(saved, wanted)
+    before, after = flatten(saved), flatten(wanted)
+    changed = {key for key in IN_USE if before.get(key) != after.get(key)}
+    if changed - LENGTH:
+        raise RunError(
+            f"{folder.path} is finished with another {', '.join(sorted(changed - LENGTH))}",
+            "take the values of then, or another folder: --output-dir OTHER",
+        )
+    return not changed
 
 
 def keep_place(
@@ -156,7 +157,7 @@ def keep_place(
     are grouped by length: other micro-batches then hold other rows.
     """
     size, steps = BATCH_KEYS
-    saved, wanted = (_flat(values) for values in (snapshot.identity["recipe"], recipe.model_dump()))
+    saved, wanted = flatten(snapshot.identity["recipe"]), flatten(recipe.model_dump())
     old, new = saved[size], wanted[size]
     if old == new:
         return snapshot, []
@@ -237,33 +238,21 @@ def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, S
 
     What is damaged is passed over with a sentence to `warn`: it is written anew.
     """
-    history: History = []
-    scores: Scores = {}
-    try:
-        history = folder.read_history()
-    except RunError as error:
-        warn(f"{error.message}; it is written anew")
-    try:
-        scores = folder.read_scores_before()
-    except RunError as error:
-        warn(f"{error.message}; it is written anew")
-    return history, scores
+
+    def read(part: Callable[[], T]) -> T | None:
+        try:
+            return part()
+        except RunError as error:
+            warn(f"{error.message}; it is written anew")
+            return None
+
+    return read(folder.read_history) or [], read(folder.read_scores_before) or {}
 
 
 def _rows_a_step(recipe: Mapping[str, Any], processes: int) -> int:
     """Rows of one optimizer step in all processes, of a recipe with dotted keys."""
     size, steps = (int(recipe[key]) for key in BATCH_KEYS)
     return size * steps * processes
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _word(value: Any) -> str:

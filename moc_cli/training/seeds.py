@@ -11,7 +11,6 @@ model is the same whatever the seed, so it is scored only once, in the first run
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,29 +24,21 @@ from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
 from moc_cli.training.accelerator import join_launched
 from moc_cli.training.build import read_rows
-from moc_cli.training.finished import is_finished
 from moc_cli.training.interrupt import Interrupted
-from moc_cli.training.job import Forecast
+from moc_cli.training.prepare import Forecast
+from moc_cli.training.resume import is_finished
 from moc_cli.training.session import Session
 
 LAST_SEED = 2**32 - 1
 SUMMARY = "seeds.json"
 
 
-@dataclass(frozen=True)
-class Seeded:
-    """The recipe of one seed; its run folder is the recipe's output.output_dir."""
-
-    seed: int
-    recipe: Recipe
-
-    @property
-    def folder(self) -> RunFolder:
-        """Its run folder."""
-        return RunFolder(self.recipe.output.output_dir)
+def folder_of(recipe: Recipe) -> RunFolder:
+    """Return the run folder of a recipe."""
+    return RunFolder(recipe.output.output_dir)
 
 
-def plan(recipe: Recipe, count: int) -> list[Seeded]:
+def plan(recipe: Recipe, count: int) -> list[Recipe]:
     """Return the recipes of `count` seeds from the recipe's own on; RunError past the last seed."""
     if recipe.seed + count - 1 > LAST_SEED:
         raise RunError(
@@ -56,11 +47,7 @@ def plan(recipe: Recipe, count: int) -> list[Seeded]:
         )
     data = recipe.data
     # None: only the rows of a custom dataset say whether a head is drawn.
-    has_head = kind_of(data.suite, data.tasks[0], data.format) in (
-        "classification",
-        "regression",
-        None,
-    )
+    has_head = kind_of(data.suite, data.tasks[0], data.format) not in ("choice", "writing")
     seeds = []
     for seed in range(recipe.seed, recipe.seed + count):
         folder = Path(recipe.output.output_dir) / f"seed-{seed}"
@@ -70,7 +57,7 @@ def plan(recipe: Recipe, count: int) -> list[Seeded]:
             "output": recipe.output.model_copy(update={"output_dir": str(folder)}),
             "eval": recipe.eval.model_copy(update={"before": before}),
         }
-        seeds.append(Seeded(seed, recipe.model_copy(update=changes)))
+        seeds.append(recipe.model_copy(update=changes))
     return seeds
 
 
@@ -97,18 +84,19 @@ def train_seeds(
     on_main = join_launched(recipe.launch).on_main
     on_main(lambda: _check_folders(home, seeds, call, resume=resume, overwrite=overwrite))
     on_main(lambda: _check_rows(recipe))
-    done: list[Seeded] = []
+    done: list[Recipe] = []
     summary: dict[str, Any] = {}
     for run in seeds:
+        folder = folder_of(run)
         try:
-            if resume and on_main(partial(is_finished, run.recipe, run.folder)):
-                say(f"seed {run.seed}: finished before, in {run.folder.path}")
+            if resume and on_main(partial(is_finished, run, folder)):
+                say(f"seed {run.seed}: finished before, in {folder.path}")
             else:
-                say(f"seed {run.seed} ({len(done) + 1} of {count}), in {run.folder.path}")
-                begun = on_main(run.folder.recipe_file.is_file)
+                say(f"seed {run.seed} ({len(done) + 1} of {count}), in {folder.path}")
+                begun = on_main(folder.recipe_file.is_file)
                 checkpoint = "auto" if resume and begun else None
                 session = Session(
-                    run.recipe,
+                    run,
                     call=call,
                     say=say,
                     allow_changed_base=allow_changed_base,
@@ -126,25 +114,25 @@ def train_seeds(
     return summary
 
 
-def _summarize(home: Path, done: Sequence[Seeded], status: str) -> dict[str, Any]:
+def _summarize(home: Path, done: Sequence[Recipe], status: str) -> dict[str, Any]:
     """Write seeds.json, and return what it holds."""
     summary = {"status": status} | summarize(done)
     write_json_atomic(home / SUMMARY, summary)
     return summary
 
 
-def summarize(seeds: Sequence[Seeded]) -> dict[str, Any]:
+def summarize(seeds: Sequence[Recipe]) -> dict[str, Any]:
     """Return every finished seed's scores, their mean and standard deviation, and the median run.
 
     Deviations are of a sample (n - 1), None for one seed. The median run is the middle one by the
     task's main metric, of several tasks by the average of theirs; of an even number the lower
     middle one, so that it is always an existing run.
     """
-    results = [run.folder.read_results() for run in seeds]
+    results = [folder_of(run).read_results() for run in seeds]
     runs = [
         {
             "seed": run.seed,
-            "path": str(run.folder.path),
+            "path": str(folder_of(run).path),
             "average": result["average"],
             "tasks": {task: _values(entry, "value") for task, entry in result["tasks"].items()},
             "seconds": result["seconds"],
@@ -205,7 +193,7 @@ def _check_rows(recipe: Recipe) -> None:
 
 
 def _check_folders(
-    home: Path, seeds: Sequence[Seeded], call: Call, *, resume: bool, overwrite: bool
+    home: Path, seeds: Sequence[Recipe], call: Call, *, resume: bool, overwrite: bool
 ) -> None:
     """Refuse at once what the third seed would otherwise be stopped by."""
     if (home / "recipe.yaml").is_file():
@@ -213,7 +201,7 @@ def _check_folders(
             f"{home} holds a single run, and seeds would be mixed with it",
             f"choose another folder: {call.base} --output-dir OTHER",
         )
-    taken = [run.folder.path for run in seeds if run.folder.content()]
+    taken = [folder.path for folder in map(folder_of, seeds) if folder.content()]
     if taken and not resume and not overwrite:
         raise RunError(
             f"{', '.join(map(str, taken))}: not empty",
@@ -223,5 +211,5 @@ def _check_folders(
         )
     if resume:
         for run in seeds:
-            if run.folder.recipe_file.is_file():
-                is_finished(run.recipe, run.folder)  # raises for another recipe
+            if folder_of(run).recipe_file.is_file():
+                is_finished(run, folder_of(run))  # raises for another recipe

@@ -6,7 +6,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from safetensors.torch import save
 
 from moc_cli.data.examples import row_hashes
 from moc_cli.errors import FileError, MocError
-from moc_cli.methods import Counts
 from moc_cli.processes import LostProcess, Processes
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.methods import ControlMethod, MocMethod
@@ -34,24 +33,13 @@ from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.environment import describe_environment
 from moc_cli.training.first_controls import begin_controls
 from moc_cli.training.interrupt import Interrupt, Interrupted
-from moc_cli.training.job import Forecast, Job, Values
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, StepReport, total_steps
 from moc_cli.training.memory import peak_kind
-from moc_cli.training.prepare import Resume, prepare
+from moc_cli.training.prepare import Forecast, Job, Resume, prepare
 from moc_cli.training.results import make_results
-from moc_cli.training.resume import known_of
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run and what results.json holds."""
-
-    folder: RunFolder
-    results: dict[str, Any]
-    counts: Counts
-    outcome: Outcome
+from moc_cli.training.resume import Scores, known_of
 
 
 class Session:
@@ -75,14 +63,14 @@ class Session:
         self.allow_changed_base = allow_changed_base
         self.forecast = forecast
         self.again = f"{call.command} --resume auto"
-        self.warn = say
         self.say = say
         self.interrupt = Interrupt()
         self.processes = Processes()
 
-    def run(self, *, resume: str | None = None, overwrite: bool = False) -> Finished:
+    def run(self, *, resume: str | None = None, overwrite: bool = False) -> dict[str, Any]:
         """Train from the start or from a checkpoint (`auto`, or its path), and score.
 
+        Returns what results.json holds.
         Raises MocError for what the user can correct, Interrupted after a signal.
         """
         output, launch = self.recipe.output, self.recipe.launch
@@ -117,20 +105,19 @@ class Session:
         resume: str | None,
     ) -> Job:
         """Make everything ready, before a file is touched."""
-        snapshot = base_tensors = None
+        snapshot = resumed = None
         if resume is not None:
             find = partial(self.find_checkpoint, checkpoints, resume, folder)
             snapshot = self.processes.on_main(find)
         if snapshot is not None:
-            base_tensors = self.processes.on_main(folder.base_tensors)
+            tensors = self.processes.on_main(folder.base_tensors)
+            resumed = Resume(snapshot, tensors, self.allow_changed_base)
         return prepare(
             self.recipe,
             accelerator,
             self.processes,
             self.say,
-            resume=None
-            if snapshot is None or base_tensors is None
-            else Resume(snapshot, base_tensors, self.allow_changed_base),
+            resume=resumed,
             forecast=self.forecast,
         )
 
@@ -142,7 +129,7 @@ class Session:
         Raises RunError when it is damaged.
         """
         if resume == "auto":
-            newest = checkpoints.newest(self.warn)
+            newest = checkpoints.newest(self.say)
             if newest is None:
                 self.say(f"no checkpoint in {folder.path}: starting from the first step")
                 return None
@@ -152,41 +139,40 @@ class Session:
         self.say(lines.labelled("resume", f"{path}, step {snapshot.counters.step}"))
         return snapshot
 
-    def open_folder(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Values:
+    def open_folder(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Scores:
         """Begin the run folder, or go on in it; return the scores before training known from it.
 
         Checkpoints beyond the resumed one are moved aside.
         """
         snapshot, fresh = job.snapshot, job.snapshot is None
-        history, before = ([], {}) if fresh else known_of(folder, self.warn)
+        history, before = ([], {}) if fresh else known_of(folder, self.say)
         folder.begin(dump(job.recipe), fresh=fresh)
         step = snapshot.counters.step if snapshot else 0
         if snapshot is not None:
             for path in checkpoints.set_aside_after(step):
-                self.warn(f"moved a later checkpoint to {path}")
+                self.say(f"moved a later checkpoint to {path}")
             if self.allow_changed_base:  # it is now a checkpoint of a run on this base
                 checkpoints.save(replace(snapshot, identity=job.identity))
         environment = describe_environment(
             job.accelerator.device,
-            model=job.recipe.model.model_name_or_path,
-            revision=job.recipe.model.revision,
-            weights=job.built.weights_hash,
-            tensors=job.built.tensors,
+            job.recipe,
+            job.built,
             vocabulary=job.identity["vocabulary"],
             data=job.identity["data"],
         )
         started = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"started": started, "from_step": step, "changed": job.changes}
         folder.write_environment(environment | {"history": [*history, start]})
-        folder.write_trained_rows(row_hashes(job.splits.train))
+        folder.write_trained_rows(row_hashes(job.rows.splits.train))
         return before
 
     def train_and_score(
-        self, job: Job, folder: RunFolder, checkpoints: Checkpoints, before: Values
-    ) -> Finished:
+        self, job: Job, folder: RunFolder, checkpoints: Checkpoints, before: Scores
+    ) -> dict[str, Any]:
         """Score, train, keep the best controls, score again, and write the results."""
         if job.recipe.eval.before and not before:
-            untrained = self.score(job, "before", "stopped before the first step", job.splits.tests)
+            tests = job.rows.splits.tests
+            untrained = self.score(job, "before", "stopped before the first step", tests)
             before = {name: evaluation.values for name, evaluation in untrained.items()}
         begun = {"format": FORMAT, "status": "running", "before": before}
         self.processes.on_main(lambda: folder.write_results(begun))
@@ -210,7 +196,7 @@ class Session:
                 next(iter(unscored.values())).hint or f"try again: {self.again}",
             )
             raise self.processes.told_by_main(error)
-        return Finished(folder, results, job.built.adapted.counts(), outcome)
+        return results
 
     def begin_controls(self, job: Job) -> None:
         """Let the first rows say where new controls begin, where the recipe asks for it."""
@@ -236,9 +222,8 @@ class Session:
             bar.observe_step(report)
 
         def watch() -> dict[str, float]:
-            values = job.rows.kind.watch(
-                job.model, job.splits.validation, job.scoring, lambda *_: self.interrupt.check()
-            )
+            validation, check = job.rows.splits.validation, self.interrupt.check
+            values = job.rows.kind.watch(job.model, validation, job.scoring, lambda *_: check())
             self.say(lines.watched_line(step, values))
             return values
 
@@ -266,7 +251,7 @@ class Session:
         """Score every task of a trained model; return the scores, and why others have none."""
         scores: dict[str, Evaluation] = {}
         unscored: dict[str, MocError] = {}
-        for name in job.splits.tests:
+        for name in job.rows.splits.tests:
             try:
                 scores |= self.score(job, "after", "training is done and kept", [name])
             except (Interrupted, FileError, LostProcess):
@@ -281,7 +266,7 @@ class Session:
         """Score tasks; after a signal raises Interrupted, which tells of the `progress`."""
         scores = {}
         for name in tasks:
-            examples = job.splits.tests[name]
+            examples = job.rows.splits.tests[name]
             with WorkProgress(f"{label} {name}", len(examples)) as bar:
 
                 def observe(done: int, total: int, bar: WorkProgress = bar) -> None:
@@ -305,7 +290,7 @@ class Session:
         best, on_main = outcome.counters.best_step, self.processes.on_main
         if best is not None and best not in on_main(checkpoints.steps):
             # It lies in the folder of the run that this one was continued from.
-            self.warn(f"the best step, {best}, has no checkpoint here: keeping the last controls")
+            self.say(f"the best step, {best}, has no checkpoint here: keeping the last controls")
         elif best is not None:
             name = f"best {job.settings.metric}"
             if best != step:

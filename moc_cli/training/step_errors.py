@@ -21,39 +21,23 @@ def refusal(
     settings: Settings,
     command: str,
 ) -> MocError:
-    """Return why a step is not taken; `command` continues the run.
+    """Return why a step is not taken, with the rows whose loss or gradient is not finite.
 
-    `place`: the counters before the step, and the micro-batches of the epoch that runs.
+    `command` continues the run. `place`: the counters before the step, and the micro-batches of
+    the epoch that runs.
     """
     counters, length = place
     if not total.fits:
         splits = may_split(counters.batch, settings.group_by_length)
         return out_of_memory(batches, settings, command, splits=splits)
-    done = counters.step, counters.epoch, counters.batch, length
     again = f"{command} --set train.learning_rate={settings.learning_rate / 3:.2g}"
-    return not_finite(total.losses, total.norm, window, place=done, again=again)
-
-
-def not_finite(
-    values: Sequence[float],
-    norm: float,
-    window: Sequence[Sequence[int]],
-    *,
-    place: tuple[int, int, int, int],
-    again: str,
-) -> MocError:
-    """Return the error that names the rows whose loss or gradient is not finite.
-
-    `place`: steps, epochs and micro-batches of this epoch done, and the epoch's micro-batches.
-    """
-    step, epoch, done, total = place
-    bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
-    what = f"the loss is {values[bad[0]]}" if bad else f"the gradient norm is {norm}"
-    numbers = [done + i + 1 for i in bad or range(len(window))]
+    bad = [i for i, value in enumerate(total.losses) if not math.isfinite(value)]
+    what = f"the loss is {total.losses[bad[0]]}" if bad else f"the gradient norm is {total.norm}"
+    numbers = [counters.batch + i + 1 for i in bad or range(len(window))]
     rows = [row for i in bad or range(len(window)) for row in window[i]]
     return MocError(
-        f"{what} at step {step + 1}, epoch {epoch + 1}, "
-        f"micro-batch {', '.join(map(str, numbers))} of {total}, "
+        f"{what} at step {counters.step + 1}, epoch {counters.epoch + 1}, "
+        f"micro-batch {', '.join(map(str, numbers))} of {length}, "
         f"training rows {', '.join(map(str, rows))}",
         f"the state before that step is kept; try a lower rate from there: {again}",
     )

@@ -52,10 +52,8 @@ def take_in(recipe: Recipe, controls: Path, *, call: Call, overwrite: bool) -> R
         folder.begin(dump(recipe), fresh=True)
         environment = describe_environment(
             accelerator.device,
-            model=recipe.model.model_name_or_path,
-            revision=recipe.model.revision,
-            weights=built.weights_hash,
-            tensors=built.tensors,
+            recipe,
+            built,
             vocabulary=hash_vocabulary(tokenizer),
             data=splits.fingerprints(),
         )

@@ -286,7 +286,7 @@ class KeyRun:
             patch.object(Accelerator, "init_trackers"),
             patch.object(Accelerator, "log") as log,
         ):
-            return self._session().run().results, log.call_count
+            return self._session().run(), log.call_count
 
     @property
     def finished(self) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from support.messages import refused
 from moc_cli.adapter.folder import read_adapter
 from moc_cli.cli import run
 from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.schema import Recipe
 from moc_cli.results import main_score
 from moc_cli.runs import Call, RunFolder
 from moc_cli.training import seeds as module
 from moc_cli.training.interrupt import Interrupted
-from moc_cli.training.seeds import Seeded, plan, summarize, train_seeds
+from moc_cli.training.seeds import plan, summarize, train_seeds
 
 
 def short(choices: list[str]) -> list[str]:
@@ -37,7 +38,7 @@ def write_results(home: Path, seed: int, tasks: dict[str, dict[str, Any]], avera
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def finished(tmp_path: Path, values: list[float], before: float | None = 0.25) -> list[Seeded]:
+def finished(tmp_path: Path, values: list[float], before: float | None = 0.25) -> list[Recipe]:
     """Runs of one task with an accuracy and an F1 that falls as it rises."""
     recipe = load_recipe("quickstart", [f"output.output_dir={tmp_path}", "seed=0"])
     for seed, value in enumerate(values):
