@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moc_cli.methods.adapted import Adapted, Counts, FreshModules, NoMethod, Placed, TextModel
+from moc_cli.methods.adapted import Adapted, Counts, FreshModules, Placed, TextModel
 from moc_cli.models.quantization import count_numbers, keep_differentiable, silence_notice
 
 __all__ = ["Adapted", "Counts", "TextModel", "attach", "bare"]
@@ -63,4 +63,4 @@ def attach(
 def bare(model: PreTrainedModel) -> Adapted:
     """The model with no method in it; nothing is frozen, and nothing is trained."""
     size = sum(map(count_numbers, model.parameters()))
-    return Adapted(model, NoMethod(), FreshModules(model, ()), {}, size)
+    return Adapted(model, Placed(), FreshModules(model, ()), {}, size)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.errors import MocError, compare_entries
 from moc_cli.methods.route_counts import Recorder
+from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import cast_inputs
 from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.nn.mixture import Mixture
@@ -38,21 +39,14 @@ class Counts:
         return {**asdict(self), "share": self.share}
 
 
-class Placed(Protocol):
-    """What a method does once it is in the model; each file in this room builds one."""
+class Placed:
+    """What a method does once it is in the model; by itself it is no method, in a bare model.
 
-    def named_parameters(self) -> dict[str, nn.Parameter]: ...
-    def config(self) -> dict[str, Any]: ...
-    def set_loss_scale(self, scale: float) -> None: ...
-    def balance_loss(self) -> float | None: ...
-    def recorder(self, *, detailed: bool) -> Recorder | None: ...
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]: ...
-    def disabled(self) -> AbstractContextManager[None]: ...
-    def detach(self) -> None: ...
+    Where a `mixture` decides routes, `tracker` tells it which tokens vote.
+    """
 
-
-class NoMethod:
-    """Nothing placed in a model: a bare model, where an adapted one is expected."""
+    mixture: Mixture | LayerMixture | None = None
+    tracker: GenerationTracker | None = None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {}
@@ -60,20 +54,19 @@ class NoMethod:
     def config(self) -> dict[str, Any]:
         return {}
 
-    def set_loss_scale(self, scale: float) -> None:
-        pass
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        if self.mixture is None:
+            yield
+            return
+        before, self.mixture.active = self.mixture.active, False
+        try:
+            yield
+        finally:
+            self.mixture.active = before
 
-    def balance_loss(self) -> None:
-        return None
-
-    def recorder(self, *, detailed: bool) -> None:
-        return None
-
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def disabled(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def merge(self) -> None:
+        raise MocError("this method cannot be folded into the base's weights")
 
     def detach(self) -> None:
         pass
@@ -177,7 +170,7 @@ class Adapted:
     @property
     def mixture(self) -> Mixture | None:
         """The controls and gates of `moc` and `control`; None with another method."""
-        mixture = getattr(self._placed, "mixture", None)
+        mixture = self._placed.mixture
         return mixture if isinstance(mixture, Mixture) else None
 
     def routes(self) -> dict[str, Tensor]:
@@ -186,8 +179,8 @@ class Adapted:
         V is 1 for a batch, the rows, or rows times tokens. Sites that chose nothing then, because a
         generation goes on or there is no gate, are left out.
         """
-        mixture = getattr(self._placed, "mixture", None)
-        sites = mixture.sites if isinstance(mixture, Mixture | LayerMixture) else []
+        mixture = self._placed.mixture
+        sites = [] if mixture is None else mixture.sites
         return {site.name: site.choice for site in sites if site.choice is not None}
 
     def adapter_config(self) -> dict[str, Any]:
@@ -196,20 +189,25 @@ class Adapted:
 
     def set_loss_scale(self, scale: float) -> None:
         """Multiply the balance loss's gradient by this: 1 / micro-batches of the window."""
-        self._placed.set_loss_scale(scale)
+        if self._placed.mixture is not None:
+            self._placed.mixture.loss_scale = scale
 
     def balance_loss(self) -> float | None:
         """The last training forward's weighted balance loss; None where there is no gate."""
-        return self._placed.balance_loss()
+        return None if self._placed.mixture is None else self._placed.mixture.balance()
 
     def recorder(self, *, detailed: bool = True) -> Recorder | None:
         """Something to enter that adds up what the gates decide; None where there is no gate."""
-        return self._placed.recorder(detailed=detailed)
+        mixture = self._placed.mixture
+        if mixture is None or not mixture.top_k:
+            return None
+        return Recorder(mixture, next(mixture.parameters()).device, detailed=detailed)
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """Within it recorders count nothing if it ends by an error."""
-        watchers = getattr(getattr(self._placed, "mixture", None), "watchers", ())
+        mixture = self._placed.mixture
+        watchers = () if mixture is None else mixture.watchers
         recorders = [watcher for watcher in watchers if isinstance(watcher, Recorder)]
         for recorder in recorders:
             recorder.mark()
@@ -222,23 +220,19 @@ class Adapted:
 
     def voting(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within it the tokens of mask (B, T) vote instead of the attention mask's."""
-        return self._placed.voting(mask)
+        tracker = self._placed.tracker
+        return nullcontext() if tracker is None else tracker.voting(mask)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within it the method adds nothing; fresh modules stay as trained."""
-        with self._placed.disabled():
-            yield
+        return self._placed.disabled()
 
     def merge(self) -> PreTrainedModel:
         """Fold a low-rank method into the base's weights, for good, and give the model back.
 
         Raises MocError where the method is none that weights alone can hold.
         """
-        fold = getattr(self._placed, "merge", None)
-        if fold is None:
-            raise MocError("this method cannot be folded into the base's weights")
-        fold()
+        self._placed.merge()
         self._fresh.remove()
         return self.model
 

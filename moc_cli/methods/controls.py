@@ -1,16 +1,14 @@
 """The methods that add controls: Mixture-of-Control (`moc`) and Parallel Control (`control`)."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
-from moc_cli.methods.route_counts import Recorder, layout_of
+from moc_cli.methods.adapted import Placed
 from moc_cli.methods.size import check_size, one_device
 from moc_cli.models.families import Family, Place, find_family
 from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
@@ -19,14 +17,17 @@ from moc_cli.nn.routing import Routing
 from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
 
 
-class ControlsMethod:
+class ControlsMethod(Placed):
     """A mixture of controls in its model."""
+
+    mixture: Mixture
 
     def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
         self._method = method
         self.mixture, family = make_mixture(model, method, seed)
         self._family = family
-        self.hooked = HookedModel(model, self.mixture, family)
+        self._hooked = HookedModel(model, self.mixture, family)
+        self.tracker = self._hooked.tracker
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.mixture.named_parameters())
@@ -37,36 +38,8 @@ class ControlsMethod:
             del placement["multiplier"]
         return {"method": self._method.model_dump(mode="json"), "placement": placement}
 
-    def set_loss_scale(self, scale: float) -> None:
-        self.mixture.loss_scale = scale
-
-    def balance_loss(self) -> float | None:
-        return self.mixture.balance()
-
-    def recorder(self, *, detailed: bool) -> Recorder | None:
-        mixture = self.mixture
-        if not mixture.routing.top_k:
-            return None
-        return Recorder(
-            mixture,
-            layout_of(mixture, mixture.routing.top_k),
-            next(mixture.parameters()).device,
-            detailed=detailed,
-        )
-
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        return self.hooked.voting(mask)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        before, self.mixture.active = self.mixture.active, False
-        try:
-            yield
-        finally:
-            self.mixture.active = before
-
     def detach(self) -> None:
-        self.hooked.remove()
+        self._hooked.remove()
 
 
 def make_mixture(
@@ -181,20 +154,15 @@ def _check_init(model: PreTrainedModel, method: MocMethod | ControlMethod) -> No
         )
 
 
-def _members(routing: Routing, blocks: tuple[str, ...], layers: int) -> int:
-    """How many controls of its pool a site can choose."""
-    return layers * (len(blocks) if routing.share_gate else 1) - routing.exclude_local
-
-
 def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:
     """Refuse what cannot work before anything is placed."""
-    allowed = _members(routing, blocks, layers)
+    pool = layers * (len(blocks) if routing.share_gate else 1)
+    allowed = pool - routing.exclude_local
     if routing.top_k > allowed:
-        why = f"{allowed + routing.exclude_local} controls" + (
-            " less the local one" if routing.exclude_local else ""
-        )
+        less = " less the local one" if routing.exclude_local else ""
         raise MocError(
-            f"method.top_k: {routing.top_k} routed controls of a pool of {why}; at most {allowed}"
+            f"method.top_k: {routing.top_k} routed controls of a pool of {pool} controls{less}; "
+            f"at most {allowed}"
         )
     if getattr(model.config, "chunk_size_feed_forward", 0):
         raise FamilyError(

@@ -1,7 +1,7 @@
 """LoRA and DoRA through peft, injected into the model in place."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.methods.adapted import Placed
 from moc_cli.methods.half import HALF, multiply_in_half
 from moc_cli.methods.size import check_size
 from moc_cli.methods.targets import find_targets
@@ -23,7 +24,7 @@ _NAME = "default"  # peft's name for a model's only adapter
 _PREFIX = "base_model.model."  # what peft's files put before a module's name
 
 
-class LowRank:
+class LowRank(Placed):
     """y = W x + (alpha/r)·B A drop(x) in each target; DoRA rescales the rows of W + (alpha/r)·B A.
 
     Learned: A (r, in), B (out, r) and DoRA's magnitudes, in float32; over a bfloat16 base their
@@ -83,18 +84,6 @@ class LowRank:
         """The method, and peft's own fields beside it."""
         fields = {key: _plain(value) for key, value in self._config.to_dict().items()}
         return fields | {"method": self._method.model_dump(mode="json")}
-
-    def set_loss_scale(self, scale: float) -> None:
-        pass
-
-    def balance_loss(self) -> float | None:
-        return None
-
-    def recorder(self, *, detailed: bool) -> None:
-        return None
-
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -1,16 +1,16 @@
 """Mixture of Layer Experts: LoRA in every layer, and a second layer mixed into each."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
+from moc_cli.methods.adapted import Placed
 from moc_cli.methods.low_rank import LowRank
-from moc_cli.methods.route_counts import Recorder, layout_of
 from moc_cli.methods.size import one_device
 from moc_cli.models.families import FAMILIES, Family
 from moc_cli.models.hooks import find_layers
@@ -19,8 +19,10 @@ from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.recipe.methods import MolexMethod
 
 
-class Molex:
+class Molex(Placed):
     """LoRA through peft below, a mixture of layers above."""
+
+    mixture: LayerMixture
 
     def __init__(self, model: PreTrainedModel, method: MolexMethod, seed: int) -> None:
         family = _family(model)
@@ -44,7 +46,8 @@ class Molex:
             device="meta" if device.type == "meta" else "cpu",
         ).to(device)
         self.mixture.train(model.training)
-        self.hooked = LayerMixedModel(model, self.mixture, family, mixed)
+        self._hooked = LayerMixedModel(model, self.mixture, family, mixed)
+        self.tracker = self._hooked.tracker
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return self.low_rank.named_parameters() | dict(self.mixture.named_parameters())
@@ -56,30 +59,13 @@ class Molex:
             "placement": {"layers": self._family.layers, "causal": self._family.causal},
         }
 
-    def set_loss_scale(self, scale: float) -> None:
-        self.mixture.loss_scale = scale
-
-    def balance_loss(self) -> float | None:
-        return self.mixture.balance()
-
-    def recorder(self, *, detailed: bool) -> Recorder:
-        device = next(self.mixture.parameters()).device
-        layout = layout_of(self.mixture, top_k=1)
-        return Recorder(self.mixture, layout, device, detailed=detailed)
-
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        return self.hooked.voting(mask)
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self.low_rank.disabled())
-            stack.callback(setattr, self.mixture, "active", self.mixture.active)
-            self.mixture.active = False
+        with self.low_rank.disabled(), super().disabled():
             yield
 
     def detach(self) -> None:
-        self.hooked.remove()
+        self._hooked.remove()
         self.low_rank.detach()
 
 

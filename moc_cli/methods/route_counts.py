@@ -11,15 +11,16 @@ of a prompt the first.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from moc_cli import processes
-from moc_cli.nn.forward import Forward
+from moc_cli.nn.layer_mixture import LayerMixture
+from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.vote import Level
-from moc_cli.nn.watch import Decision, Watcher, new_decisions, one_token_decides
+from moc_cli.nn.watch import Decision, new_decisions, one_token_decides
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Layout:
     pool_of: tuple[str, ...]
     pools: dict[str, list[int]]
     top_k: int
+
+    @classmethod
+    def of(cls, mixture: Mixture | LayerMixture) -> Self:
+        """The layout of a mixture."""
+        return cls(
+            tuple(site.name for site in mixture.sites),
+            tuple(site.pool for site in mixture.sites),
+            {pool: list(members) for pool, members in mixture.pools.items()},
+            mixture.top_k,
+        )
 
     def members(self, site: int) -> list[int]:
         """The sites whose controls this site chooses from."""
@@ -154,16 +165,6 @@ class Record:
         }
 
 
-class Watched(Protocol):
-    """A mixture that lets watchers see its decisions."""
-
-    current: Forward
-    watchers: list[Watcher]
-
-    @property
-    def sites(self) -> Sequence[Any]: ...
-
-
 class Recorder:
     """Adds up what a mixture decides while it is entered; nothing else of a forward changes.
 
@@ -173,15 +174,10 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        mixture: Watched,
-        layout: Layout,
-        device: torch.device,
-        *,
-        detailed: bool = True,
+        self, mixture: Mixture | LayerMixture, device: torch.device, *, detailed: bool
     ) -> None:
         self._mixture = mixture
-        self._layout = layout
+        self._layout = layout = Layout.of(mixture)
         self._detailed = detailed
         self._sums = Sums.zeros(len(layout.names), layout.size, device)
         self._marked = Sums.zeros(len(layout.names), layout.size, device)
@@ -258,11 +254,12 @@ class Recorder:
 
         A site that did not decide holds none; as a rule all did, and are counted together.
         """
-        sites = [site for site in self._mixture.sites if site.choice is not None]
-        together = len(sites) == len(self._layout.names)
-        for group in [sites] if together else [[site] for site in sites]:
-            ids = torch.stack([site.choice for site in group])  # (sites, V, K)
-            counts = self._sums.counts[group[0].index :][: len(group)]
+        sites = self._mixture.sites
+        choices = [(site.index, site.choice) for site in sites if site.choice is not None]
+        together = len(choices) == len(sites)
+        for group in [choices] if together else [[choice] for choice in choices]:
+            ids = torch.stack([choice for _, choice in group])  # (sites, V, K)
+            counts = self._sums.counts[group[0][0] :][: len(group)]
             marks = self._new(ids.shape[1]).to(counts.dtype)[:, None].expand(ids.shape)
             counts.scatter_add_(1, ids.flatten(1), marks.flatten(1))
 
@@ -296,14 +293,3 @@ class Recorder:
         self._sums.rows[site.index] += rows.sum()
         ratio = rows * more / own.clamp(min=torch.finfo(own.dtype).tiny)
         self._sums.relative_size[site.index] += ratio.sum()
-
-
-def layout_of(mixture: Any, top_k: int) -> Layout:
-    """The layout of a mixture with sites and pools."""
-    sites: Sequence[Any] = mixture.sites
-    return Layout(
-        tuple(site.name for site in sites),
-        tuple(site.pool for site in sites),
-        {pool: list(members) for pool, members in mixture.pools.items()},
-        top_k,
-    )

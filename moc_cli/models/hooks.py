@@ -5,7 +5,6 @@ controls.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol
@@ -181,10 +180,6 @@ class HookedModel:
         self.tracker.remove()
         if self._registered:
             del self.model.moc
-
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
-        return self.tracker.voting(mask)
 
     def _before_layers(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.mixture.prepare(self.model.dtype)

@@ -123,10 +123,6 @@ class LayerMixedModel:
         self.tracker.remove()
         del self.model.moc
 
-    def voting(self, mask: Tensor) -> AbstractContextManager[None]:
-        """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
-        return self.tracker.voting(mask)
-
     def after(self, site: LayerSite, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of layer t, outside its activation checkpoint: the mixed output."""
         if self._rehearsing or not self.mixture.active:

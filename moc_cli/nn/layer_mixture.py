@@ -43,6 +43,8 @@ class LayerMixture(nn.Module):
     (`start`, 1 − `start`).
     """
 
+    top_k = 1
+
     def __init__(
         self,
         layers: int,

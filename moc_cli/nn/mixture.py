@@ -86,6 +86,11 @@ class Mixture(nn.Module):
                     width, len(pool), routing.projection_dim, generator, device
                 )
 
+    @property
+    def top_k(self) -> int:
+        """How many controls a decision chooses; 0 without a gate."""
+        return self.routing.top_k
+
     def prepare(self, dtype: torch.dtype) -> None:
         """Make what all sites of a forward share, for blocks' inputs in a type.
 
