@@ -74,9 +74,9 @@ class GenerationTracker:
 
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
     without a cache vote too; with `votes` false no token votes for another, with `by_row` each row
-    decides for itself in training too. `runner` is the module
-    that sees every forward, with its token ids and mask; by default the base model. `fill` makes
-    what a settled store needs for a compiled generation, whose `copies` of a row share its routes.
+    decides for itself in training too. `runner` is the module that sees every forward, with its
+    token ids and mask. `fill` makes what a settled store needs for a compiled generation, whose
+    `copies` of a row share its routes.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class GenerationTracker:
         mixture: Routed,
         *,
         causal: bool,
+        runner: nn.Module,
         new_store: Callable[[], Store],
         running: bool = False,
         votes: bool = True,
         by_row: bool = False,
-        runner: nn.Module | None = None,
         fill: Callable[[Any, int], None] | None = None,
     ) -> None:
         self.model = model
@@ -102,7 +102,6 @@ class GenerationTracker:
         self._new_store = new_store
         self._fill = fill
         self._number = next(_OWNERS)
-        runner = model.base_model if runner is None else runner
         self._names = list(signature(runner.forward).parameters)
         self._handles = [
             runner.register_forward_pre_hook(self._before, with_kwargs=True),

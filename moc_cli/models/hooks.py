@@ -158,18 +158,19 @@ class HookedModel:
             self._handles.append(layer.register_forward_hook(self._after_layer))
         if mixture.routing.top_k and mixture.routing.balance_weight:
             self._handles.append(FollowLoss(mixture).register(model))
+        runner = find_runner(model, family)
         self.tracker = GenerationTracker(
             model,
             mixture,
             causal=family.causal,
+            runner=runner,
             new_store=mixture.new_store,
             running=mixture.routing.decode == "running",
             votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
             by_row=mixture.routing.level == "sample",
-            runner=find_runner(model, family),
             fill=mixture.fill,
         )
-        before = find_runner(model, family).register_forward_pre_hook(self._before_layers)
+        before = runner.register_forward_pre_hook(self._before_layers)
         self._handles.append(before)  # after the tracker's own, which begins the forward
 
     def remove(self) -> None:

@@ -132,7 +132,7 @@ class LayerMixedModel:
         recompute = getattr(self.layers[site.index], "gradient_checkpointing", False)
         route, loss = self.mixture.route(site, hidden, recompute)
         mixed = first
-        for j, rows, _ in route.groups():
+        for j, rows in route.groups():
             if j == site.index:
                 continue
             # The route knows its rows on the host: no read from the device at every step.

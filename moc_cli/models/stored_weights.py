@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moc_cli.models.quantization import is_quantized, true_shape
-from moc_cli.models.weight_files import loaded_files, weights_entry
+from moc_cli.models.weight_files import loaded_weight_files
 
 Weights = Mapping[str, "StoredWeight"]  # by the name of the parameter
 
@@ -48,8 +48,7 @@ def find_stored(
     prefix = f"{model.base_model_prefix}."
     found: dict[str, StoredWeight] = {}
     try:
-        entry = weights_entry(source, revision)
-        for path in loaded_files(entry) if entry else []:
+        for path in loaded_weight_files(source, revision):
             with safe_open(path, framework="pt") as file:
                 names: list[str] = file.keys()
                 for stored in names:

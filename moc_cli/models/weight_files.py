@@ -4,8 +4,9 @@ Names and shapes come from the headers of the safetensors files; values are not 
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -43,60 +44,71 @@ def checkpoint_shapes(name: str, revision: str | None = None) -> dict[str, tuple
     """The names and shapes in the files that a checkpoint is loaded from, else None.
 
     None where they do not all lie here; the hub is not asked. Raises MocError for files that are
-    cut off.
+    cut off, or no safetensors files.
     """
     paths = loaded_weight_files(name, revision)
     fetched = Path(resolve(name)).is_dir() or all(path.is_file() for path in paths)
-    return stored_shapes(name, paths) if paths and fetched else None
+    if not paths or not fetched:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names: list[str] = file.keys()
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
+        except (SafetensorError, OSError) as error:
+            raise _damaged(name, path, error) from error
+    return shapes
 
 
 def loaded_weight_files(name: str, revision: str | None = None) -> list[Path]:
-    """The files that a checkpoint is loaded from; none where their names are not known here."""
-    try:
-        entry = weights_entry(name, revision)
-    except (OSError, ValueError):
-        return []
-    return loaded_files(entry) if entry else []
+    """The files that a checkpoint is loaded from; none where their names are not known here.
+
+    Raises MocError for an index that cannot be read.
+    """
+    entry = _entry(name, revision)
+    if entry is None or entry.suffix != ".json":
+        return [] if entry is None else [entry]
+    files = set(read_object(entry, Index)["weight_map"].values())
+    return [entry.parent / file for file in sorted(files)]
 
 
-def hash_weights(name: str, revision: str | None = None) -> str:
-    """sha256 over the safetensors files of a model, by name and content.
+def known_hash(name: str, revision: str | None = None) -> str | None:
+    """sha256 over the safetensors files of a model, by name and content; None where they do not lie
+    here: the hub is not asked.
 
     Older runs and adapters name their base by it; newer ones by its tensors.
     """
+    folder = resolve(name)
+    if not os.path.isdir(folder):
+        entry = _entry(name, revision) if name else None
+        if entry is None:
+            return None
+        folder = str(entry.parent)
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        return None
     digest = hashlib.sha256()
-    for path in _weight_files(name, revision):
+    for path in paths:
         digest.update(f"{path.name} {_hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 
-def known_hash(name: str, revision: str | None = None) -> str | None:
-    """`hash_weights` where the files lie here, else None; the hub is not asked."""
-    try:
-        known = bool(name) and bool(_weight_files(name, revision))
-    except (OSError, ValueError):
-        return None
-    return hash_weights(name, revision) if known else None
-
-
-def _weight_files(name: str, revision: str | None) -> list[Path]:
-    source = resolve(name)
-    if Path(source).is_dir():
-        return sorted(Path(source).glob("*.safetensors"))
-    entry = weights_entry(name, revision)
-    return sorted(entry.parent.glob("*.safetensors")) if entry else []
-
-
-def weights_entry(name: str, revision: str | None) -> Path | None:
-    """The file from which transformers loads a model's weights, or the index of such files."""
+def _entry(name: str, revision: str | None) -> Path | None:
+    """The file from which transformers loads a model's weights, or the index of such files; None
+    where it does not lie here.
+    """
     for entry in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        path = cached_file(
-            resolve(name),
-            entry,
-            revision=revision or "main",
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-        )
+        try:
+            path = cached_file(
+                resolve(name),
+                entry,
+                revision=revision or "main",
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+            )
+        except (OSError, ValueError):
+            return None
         if path:
             return Path(path)
     return None
@@ -109,33 +121,6 @@ def _hash_file(path: Path) -> str:
         return target
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def loaded_files(entry: Path) -> list[Path]:
-    """Return the files that `entry` stands for: itself, or those that it lists as an index.
-
-    Raises MocError for an index that cannot be read.
-    """
-    if entry.suffix != ".json":
-        return [entry]
-    names = set(read_object(entry, Index)["weight_map"].values())
-    return [entry.parent / name for name in sorted(names)]
-
-
-def stored_shapes(model: str, paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the files of a model.
-
-    Raises MocError for a file that is cut off, or no safetensors file.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names: list[str] = file.keys()
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise _damaged(model, path, error) from error
-    return shapes
 
 
 def check_weights(
@@ -151,7 +136,9 @@ def check_weights(
     lack its head and small modules such as a pooler, but no layer; and no layer may be left over.
     """
     base, complete = f"{model.base_model_prefix}.", model.can_generate()
-    lists = {path: module for path, module in model.named_modules() if _is_list(module)}
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    }
     layers = {f"{path}.{key}" for path, m in lists.items() for key, _ in m.named_parameters()}
     wrong = [
         f"{key} has shape {tuple(stored)}, its config asks for {tuple(wanted)}"
@@ -190,10 +177,6 @@ def own_head(
         if (parameters := dict(model.get_submodule(name).named_parameters()))
         and all(shapes.get(f"{name}.{key}") == tuple(p.shape) for key, p in parameters.items())
     )
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList)
 
 
 def _damaged(model: str, path: Path, error: Exception) -> MocError:

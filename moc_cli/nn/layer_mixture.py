@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from moc_cli.nn.autograd import inject
 from moc_cli.nn.forward import Forward, stored_route
 from moc_cli.nn.gate import GATES, probabilities
-from moc_cli.nn.vote import Ballot, Level, Route, Voters, balance_loss, decide, poll, shares_of
+from moc_cli.nn.vote import Ballot, Level, Route, Voters, decide, poll, shares_of
 from moc_cli.nn.watch import Decision, Watcher, new_decisions
 
 POOL = "shared"
@@ -129,7 +129,7 @@ class LayerMixture(nn.Module):
             return route, p.new_zeros(()), ballot
         size = len(self.sites)
         share = shares_of(route, size, p.dtype)
-        return route, balance_loss(voters.mean_of_all(ballot.mean), share, size), ballot
+        return route, voters.balance(ballot.mean, share, size).value(), ballot
 
     def settle(self, site: LayerSite, h: Tensor, loss: Tensor) -> Tensor:
         """The layer's output h, its backward pass bound to the balance loss while training.

@@ -273,9 +273,8 @@ class Mixture(nn.Module):
         voters, before = forward.voters_of(x.shape[:2], level, x.device, x.dtype), None
         if store is not None and routing.decode == "running":
             before = store.ballots.get(site.index)
-        gate, k = self._gate(site), routing.top_k
-        logits = gate.logits(gate.features(x), *self._prepared(site))
-        p = probabilities(logits, site.local if routing.exclude_local else None)
+        k = routing.top_k
+        p = probabilities(self._logits(site, x), site.local if routing.exclude_local else None)
         ballot = poll(p, voters, k, routing.vote)
         # In training there is always something to learn from, if only with weight 0: every
         # parameter has a gradient.
@@ -306,13 +305,11 @@ class Mixture(nn.Module):
             store.routes[site.index] = route.detach()
         return route, balance
 
-    def _gate(self, site: Site) -> Gate:
-        return cast(Gate, self.gates[site.pool])
-
-    def _prepared(self, site: Site) -> tuple[Tensor, ...]:
-        """What the site's gate needs of its parameters."""
+    def _logits(self, site: Site, x: Tensor) -> Tensor:
+        """What the site's gate makes of x (B, T, d): (B, T, N)."""
+        gate = cast(Gate, self.gates[site.pool])
         prepared = self.current.prepared.get(site.pool) if self.current.shared else None
-        return self._gate(site).prepare() if prepared is None else prepared
+        return gate.logits(gate.features(x), *(gate.prepare() if prepared is None else prepared))
 
     def _level(self) -> Level:
         """Who decides: a batch does so in training alone."""

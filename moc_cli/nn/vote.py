@@ -22,7 +22,7 @@ class Route:
     ids: Tensor
     weights: Tensor
     _picks: list[list[int]] | None = field(default=None, repr=False)
-    _groups: list[tuple[int, Tensor, Tensor]] | None = field(default=None, repr=False)
+    _groups: list[tuple[int, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def voters(self) -> int:
@@ -34,12 +34,11 @@ class Route:
             self._picks = self.ids.tolist()
         return self._picks
 
-    def groups(self) -> list[tuple[int, Tensor, Tensor]]:
-        """(control, its voters (V_k,), its slot among each voter's K (V_k,)) of controls in use."""
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """(control, its voters (V_k,)) of the controls in use."""
         if self._groups is None:
             used = sorted({k for row in self.picks() for k in row})
-            places = [(k, (self.ids == k).nonzero()) for k in used]
-            self._groups = [(k, place[:, 0], place[:, 1]) for k, place in places]
+            self._groups = [(k, (self.ids == k).nonzero()[:, 0]) for k in used]
         return self._groups
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Route":
@@ -180,12 +179,8 @@ class Voters:
         groups = p.reshape(*self.shares.shape, -1)
         return (groups * self.shares[..., None]).sum(dim=1)
 
-    def mean_of_all(self, means: Tensor) -> Tensor:
-        """The mean (N,) over all real tokens, of the means of the decisions (V, N)."""
-        return means[0] if len(means) == 1 else (means * self.portions).sum(dim=0)
-
     def balance(self, means: Tensor, share: Tensor, size: int) -> "Balance":
-        """The balance loss of a site with these means (V, N); see `balance_loss`."""
+        """The balance loss of a site with these means (V, N) and shares (N,) of the picks."""
         return Balance(means, share[None] if len(means) == 1 else self.portions * share, size)
 
     def picks(self, p: Tensor, k: int) -> Tensor:
@@ -195,17 +190,14 @@ class Voters:
         return p.new_zeros(p.shape[-1]).index_add(0, picks, weight)
 
 
-def poll(p: Tensor, voters: Voters, k: int, vote: str, mean: Tensor | None = None) -> Ballot:
-    """Collect the votes of p (B, T, N), whose mean may be known already.
-
-    Raises ValueError for a vote that is not in VOTES.
-    """
+def poll(p: Tensor, voters: Voters, k: int, vote: str) -> Ballot:
+    """Collect the votes of p (B, T, N); raises ValueError for a vote that is not in VOTES."""
     if vote not in VOTES:
         raise ValueError(f"vote '{vote}' is not known; allowed: {', '.join(VOTES)}")
     score, scores = VOTES[vote].score, None
     if score is not None:
         scores = score(p.detach().reshape(*voters.marks.shape, -1), voters.marks, k)
-    return Ballot(voters.mean(p) if mean is None else mean, voters.count, scores, vote)
+    return Ballot(voters.mean(p), voters.count, scores, vote)
 
 
 class JointVotes(Protocol):
@@ -245,10 +237,13 @@ def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
 
 @dataclass(frozen=True)
 class Balance:
-    """The balance loss of one site, size · Σ slope·mean: see `balance_loss`.
+    """The balance loss of one site, N · Σ_j f_j·P_j; balanced use gives 1.
 
-    `means` (V, N) are those of the decisions, `slope` (V, N) is without a graph. The gradient needs
-    no more than these: the value is computed where somebody reads it.
+    P_j are the mean probabilities over all real tokens, f_j the shares of the picks that went to
+    each control, without gradient. `size` is N, or N − 1 where the local control is excluded.
+    `means` (V, N) are those of the decisions, `slope` (V, N) is f_j times the share of the tokens
+    that a decision has. The gradient needs no more than these: the value is computed where somebody
+    reads it.
     """
 
     means: Tensor
@@ -261,16 +256,6 @@ class Balance:
 
     def detach(self) -> "Balance":
         return Balance(self.means.detach(), self.slope, self.size)
-
-
-def balance_loss(mean: Tensor, share: Tensor, size: int) -> Tensor:
-    """N · Σ_j f_j·P_j of one site; balanced use gives 1.
-
-    `mean` (N,) are the P_j, the mean probabilities over all real tokens; `share` (N,) the f_j, the
-    shares of the picks that went to each control, without gradient. `size` is N, or N − 1 where the
-    local control is excluded.
-    """
-    return size * torch.dot(share, mean)
 
 
 def shares_of(route: Route, size: int, dtype: torch.dtype) -> Tensor:

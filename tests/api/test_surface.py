@@ -150,14 +150,14 @@ def test_a_base_in_half_precision_is_known_again(saved, dtype):
 
 def test_format_1_is_known_by_the_hash_of_its_files(saved, tmp_path):
     """As runs of earlier versions wrote it: no fingerprint, no seed, no hash of the config."""
-    from moc_cli.models.weight_files import hash_weights
+    from moc_cli.models.weight_files import known_hash
 
     home = tmp_path / "base"
     make_tiny("llama").save_pretrained(home)
     config = json.loads((saved / CONFIG).read_text())
     for name in ("config_sha256", "base_fingerprint", "seed"):
         del config[name]
-    config |= {"format": 1, "base_weights_sha256": hash_weights(str(home))}
+    config |= {"format": 1, "base_weights_sha256": known_hash(str(home))}
     (saved / CONFIG).write_text(json.dumps(config))
     model = make_tiny("llama")
     with refused(RunError):

@@ -18,7 +18,7 @@ from moc_cli.errors import RunError
 from moc_cli.export import session
 from moc_cli.load_run import open_run
 from moc_cli.models.fingerprint import describe_tensors, find_differences, hash_tensors
-from moc_cli.models.weight_files import hash_weights
+from moc_cli.models.weight_files import known_hash
 from moc_cli.runs import BaseOptions
 
 RECIPE = """
@@ -174,7 +174,7 @@ def test_identities_of_older_runs_are_still_read(made, base, tmp_path):
     environment = copy.read_environment()
     del environment["model"]["tensors"], environment["tokenizer"]
     copy.write_environment(environment)
-    old = trained.adapter_config | {"base_weights_sha256": hash_weights(str(made / "model"))}
+    old = trained.adapter_config | {"base_weights_sha256": known_hash(str(made / "model"))}
     payload = save(trained.adapted.state(), {"format": "pt"})
     for lost in (None, "base_fingerprint"):
         copy.save_controls({k: v for k, v in old.items() if k != lost}, payload)
