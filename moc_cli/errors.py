@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 class MocError(Exception):
@@ -25,9 +24,6 @@ class MocError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-
-    def __reduce__(self) -> tuple[type["MocError"], tuple[Any, ...]]:
-        return type(self), (self.message, self.hint)
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,6 @@ class RecipeError(MocError):
     ) -> None:
         super().__init__(message, hint)
         self.problems = problems
-
-    def __reduce__(self) -> tuple[type["MocError"], tuple[Any, ...]]:
-        return type(self), (self.message, self.hint, self.problems)
 
 
 class FamilyError(MocError):

@@ -18,11 +18,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How launchers say to each process of how many it is one: torchrun and accelerate, MPI, srun.
-WORLD_SIZES = (
-    *("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
-    "SLURM_STEP_NUM_TASKS",
-)
+# Of each launcher: how many processes there are, which one this is, which on its machine, and how
+# many are on its machine.
+TORCHRUN = "torchrun or accelerate launch"
+VARIABLES = {
+    TORCHRUN: ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpirun": (
+        *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ),
+    "mpirun of MVAPICH": (
+        *("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+        *("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ),
+    "mpirun of MPICH or Intel MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", ""),
+}
+USUAL = VARIABLES[TORCHRUN]
+WORLD_SIZES = [names[0] for names in VARIABLES.values()]
 
 # The `moc` that has started this process, as one of several or as a run of a sweep.
 PARENT = "MOC_PARENT"

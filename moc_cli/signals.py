@@ -2,11 +2,13 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from moc_cli.errors import MocError
 
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -17,6 +19,15 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
+
+
+class EndedBySignal(MocError):
+    """A signal ended the work; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, message: str, hint: str | None, number: int) -> None:
+        super().__init__(message, hint)
+        self.number = number
+        self.exit_code = 128 + number
 
 
 @dataclass
@@ -32,9 +43,6 @@ def stopped_by_signals() -> Iterator[Stop]:
     cleaning up. A signal that the caller ignores, as under nohup, stays ignored.
     """
     state = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield state
-        return
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in STOPS:
@@ -42,20 +50,29 @@ def stopped_by_signals() -> Iterator[Stop]:
         state.number = number
         raise Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in STOPS}
-    for number in STOPS:
-        if not is_ignored(number):
-            signal.signal(number, stop)
-    try:
+    with handled(stop, heeded(STOPS)):
         yield state
+
+
+@contextmanager
+def handled(
+    handler: Callable[[int, FrameType | None], Any] | signal.Handlers, numbers: Iterable[int]
+) -> Iterator[None]:
+    """Within it a handler answers signals; outside of the main thread, which alone can, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
-def is_ignored(number: int) -> bool:
-    """Whether a signal has no effect, as SIGHUP under nohup."""
-    return signal.getsignal(number) is signal.SIG_IGN
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Return the signals that have an effect: under nohup SIGHUP has none."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def stop_number(error: KeyboardInterrupt) -> int:

@@ -68,7 +68,8 @@ def sweep(
     folders = [Path(place) for place in (wanted.output_dir, wanted.results_dir) if place]
     for folder in folders:
         check_folder(folder)
-    from moc_cli.sweep.execute import Execution, Stopped, check_folders
+    from moc_cli.signals import EndedBySignal
+    from moc_cli.sweep.execute import Execution, check_folders
 
     finished = check_folders(plan)
     if dry_run:
@@ -81,7 +82,7 @@ def sweep(
     stopped = None
     try:
         _run(execution, again)
-    except Stopped as stop:
+    except EndedBySignal as stop:
         stopped = stop
     _show(execution, folders[-1], json)
     if execution.failed:

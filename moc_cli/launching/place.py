@@ -5,26 +5,10 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from moc_cli.errors import MocError
+from moc_cli.processes import TORCHRUN, USUAL, VARIABLES
 
-# Of each launcher: how many processes there are, which one this is, which on its machine, and how
-# many are on its machine.
-TORCHRUN = "torchrun or accelerate launch"
-VARIABLES = {
-    TORCHRUN: ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "mpirun": (
-        *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ),
-    "mpirun of MVAPICH": (
-        *("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-        *("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    ),
-    "mpirun of MPICH or Intel MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", ""),
-}
-USUAL = VARIABLES[TORCHRUN]
 MASTER, PORT, THREADS = "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"
-USUAL_PORT = "29500"
+USUAL_PORT = 29500  # of torchrun and accelerate
 FIRST_HOST = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 
 
@@ -97,7 +81,7 @@ def take_place(environ: MutableMapping[str, str]) -> Place | None:
                 f"export {MASTER}=ADDRESS; under SLURM: export {MASTER}={FIRST_HOST}",
             )
         environ[MASTER] = "127.0.0.1"
-    environ.setdefault(PORT, USUAL_PORT)
+    environ.setdefault(PORT, str(USUAL_PORT))
     local_world = place.local_world or 1
     values = (place.world, place.rank, place.local_rank, local_world)
     environ.update(dict(zip(USUAL, map(str, values), strict=True)))

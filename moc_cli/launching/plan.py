@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moc_cli.errors import MocError
+from moc_cli.launching.place import USUAL_PORT
 from moc_cli.recipe.launch import LaunchSection
 
 KEY = "launch.num_processes"
-USUAL_PORT = 29500  # accelerate's and torchrun's
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,10 @@ from moc_cli.launching.place import THREADS, threads_of_each
 from moc_cli.launching.plan import Plan, launcher_arguments
 from moc_cli.processes import PARENT
 from moc_cli.report.output import say
-from moc_cli.signals import STOPS, Stopped, is_ignored
+from moc_cli.signals import STOPS, EndedBySignal, Stopped, handled, heeded
 
 Progress = Callable[[], tuple[str, str | None]]
 OTHER_MACHINE = "the processes on this machine have ended; machine 0 says why"
-
-
-class Ended(MocError):
-    """Processes were ended by a signal; `exit_code` is the shell's 128 + signal."""
-
-    def __init__(self, message: str, hint: str | None, number: int) -> None:
-        super().__init__(message, hint)
-        self.number = number
-        self.exit_code = 128 + number
-
-    def __reduce__(self) -> tuple[type["Ended"], tuple[str, str | None, int]]:
-        return type(self), (self.message, self.hint, self.number)
 
 
 class Forwarded:
@@ -52,8 +40,8 @@ class Forwarded:
 def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progress) -> int:
     """Run `moc COMMAND` in the processes of a plan; return the exit code of the whole.
 
-    `progress` says how far they came, and how to continue. Raises Ended where a signal ended a
-    process, MocError where the machines do not meet within `seconds`.
+    `progress` says how far they came, and how to continue. Raises EndedBySignal where a signal
+    ended a process, MocError where the machines do not meet within `seconds`.
     """
     from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
     from torch.distributed import DistError
@@ -65,7 +53,8 @@ def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progres
     given.rdzv_conf = f"timeout={seconds}"
     given.signals_to_handle = "SIGQUIT"  # the others are forwarded here
     os.environ[PARENT] = str(os.getpid())
-    with _forwarding() as forwarded, _no_remarks():
+    forwarded = Forwarded()
+    with handled(forwarded.forward, heeded((signal.SIGINT, *STOPS))), _no_remarks():
         try:
             multi_gpu_launcher(given)
         except ChildFailedError as error:
@@ -86,7 +75,8 @@ def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progres
 def explain_ends(
     ends: Mapping[int, int], plan: Plan, forwarded: int | None, progress: Progress
 ) -> int:
-    """Return the exit code for processes that failed, as of one; raise Ended, which none has told.
+    """Return the exit code for processes that failed, as of one; raise EndedBySignal,
+    which none has told.
 
     `ends` holds exit codes by rank, negative for a signal. When one process fails, the launcher
     ends the others with SIGTERM.
@@ -106,20 +96,7 @@ def explain_ends(
     rank, number = min(killed.items(), default=(min(ends), signal.SIGTERM))
     what = f"process {rank} on {processes.host_name()} was ended by {signal.Signals(number).name}"
     why = "; the system does so when memory runs out" if number == signal.SIGKILL else ""
-    raise Ended(f"{what}{after}{why}", hint, number)
-
-
-@contextmanager
-def _forwarding() -> Iterator[Forwarded]:
-    """Within it signals that would end this process go to those that it has started."""
-    forwarded = Forwarded()
-    numbers = [n for n in (signal.SIGINT, *STOPS) if not is_ignored(n)]
-    before = {number: signal.signal(number, forwarded.forward) for number in numbers}
-    try:
-        yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    raise EndedBySignal(f"{what}{after}{why}", hint, number)
 
 
 @contextmanager

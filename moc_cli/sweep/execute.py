@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,20 +21,12 @@ from moc_cli.processes import PARENT
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.sweep import Sweep
 from moc_cli.run_files import Sample, read_lines
-from moc_cli.signals import stop_number
+from moc_cli.signals import EndedBySignal, handled, stop_number
 from moc_cli.sweep.plan import Plan, PlannedRun
 
 POLL = 0.2  # seconds between two looks at the processes
 # What is kept of an item: what names it, and what a score is made from.
 OF_ITEMS = ("task", "row", "prompt", "label", "prediction", "correct", "loss", "tokens")
-
-
-class Stopped(MocError):
-    """The sweep was asked to stop; `exit_code` is the shell's 128 + signal."""
-
-    def __init__(self, message: str, hint: str, number: int) -> None:
-        super().__init__(message, hint)
-        self.exit_code = 128 + number
 
 
 def start(
@@ -95,8 +86,8 @@ class Execution:
     def run_all(self, observe: Callable[[int], None], again: str) -> None:
         """Train what is not finished; `observe` takes the number of finished runs.
 
-        A run that fails is told, and the others go on. Raises Stopped after a signal, when the
-        runs at work have ended; `again` is the command that goes on.
+        A run that fails is told, and the others go on. Raises EndedBySignal after a signal,
+        when the runs at work have ended; `again` is the command that goes on.
         """
         working: list[Job] = []
         try:
@@ -110,14 +101,14 @@ class Execution:
                 time.sleep(POLL)
         except KeyboardInterrupt as stop:
             number = stop_number(stop)
-            with _deaf():
+            with handled(signal.SIG_IGN, [signal.SIGINT]):  # a second Ctrl-C does not cut this off
                 for job in working:
                     if job.process is not None and job.process.poll() is None:
                         job.process.send_signal(signal.SIGTERM)
                 for job in working:
                     if job.process is not None:
                         job.process.wait()
-            raise Stopped(
+            raise EndedBySignal(
                 f"stopped; {len(self.finished)} of {self.plan.total()} runs are finished",
                 f"continue with: {again}",
                 number,
@@ -234,16 +225,6 @@ def _last_words(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = [line for line in lines if line.startswith("Error: ")]
     return f"{(said or lines or ['no word'])[-1].removeprefix('Error: ')} (see {log})"
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Within it a second Ctrl-C does not cut off the waiting for runs that end."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def check_folders(plan: Plan) -> set[str]:

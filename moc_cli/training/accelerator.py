@@ -12,11 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from moc_cli.errors import MocError
-from moc_cli.processes import WORLD_SIZES, Processes, current, join, launched
+from moc_cli.processes import USUAL, WORLD_SIZES, Processes, current, join, launched
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.output import say
 
-RANKS = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 PREFIX = "ACCELERATE_"
 # What would change a training.
 CHANGING = (
@@ -82,7 +81,7 @@ def _without_launcher() -> Iterator[dict[str, str]]:
 
     Alone, a process finds none of several processes either, such as a LOCAL_RANK without others.
     """
-    place = () if launched() > 1 else (*RANKS, *WORLD_SIZES)
+    place = () if launched() > 1 else (*USUAL, *WORLD_SIZES)
     names = [name for name in os.environ if name.startswith(PREFIX) or name in place]
     hidden = {name: os.environ.pop(name) for name in names}
     try:

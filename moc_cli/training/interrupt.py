@@ -7,12 +7,10 @@ same point, where they have agreed on it.
 import contextlib
 import os
 import signal
-import threading
 from types import FrameType
 
 from moc_cli import processes
-from moc_cli.errors import MocError
-from moc_cli.signals import STOPS, is_ignored
+from moc_cli.signals import STOPS, EndedBySignal, handled, heeded
 
 NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoint\n"
 
@@ -28,22 +26,17 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.own: int | None = None
-        self._before: dict[int, object] = {}
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, *STOPS):
-                if number in STOPS and is_ignored(number):
-                    continue
-                self._before[number] = signal.signal(number, self._handle)
+        numbers = (signal.SIGINT, *heeded(STOPS))
+        self._handlers.enter_context(handled(self._handle, numbers))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, place: object) -> None:
         if isinstance(error, processes.LostProcess):
             error.stopped_by = self.own
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before.clear()
+        self._handlers.close()
 
     def agree(self) -> int | None:
         """Return `signal`, which is now one that came to any of the processes; joint."""
@@ -74,14 +67,8 @@ class Interrupt:
                 os.write(2, NOTICE)
 
 
-class Interrupted(MocError):
-    """The run was asked to stop; `exit_code` is the shell's 128 + signal."""
+class Interrupted(EndedBySignal):
+    """The run was asked to stop."""
 
     def __init__(self, number: int, message: str | None = None, hint: str | None = None) -> None:
-        name = signal.Signals(number).name
-        super().__init__(message or f"stopped by {name}", hint)
-        self.number = number
-        self.exit_code = 128 + number
-
-    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str, str | None]]:
-        return type(self), (self.number, self.message, self.hint)
+        super().__init__(message or f"stopped by {signal.Signals(number).name}", hint, number)

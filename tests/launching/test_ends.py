@@ -13,9 +13,9 @@ from moc_cli.cli import run
 from moc_cli.launching import child
 from moc_cli.launching.place import Place
 from moc_cli.launching.plan import Plan
-from moc_cli.launching.start import Ended, explain_ends
+from moc_cli.launching.start import explain_ends
 from moc_cli.processes import PARENT, LostProcess
-from moc_cli.signals import Stopped
+from moc_cli.signals import EndedBySignal, Stopped
 
 HOST = socket.gethostname()
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -63,7 +63,7 @@ def test_one_exit_code(
     ],
 )
 def test_a_process_that_cannot_speak_is_told_of(ends: dict[int, int], code: int) -> None:
-    with refused(Ended, host=f"(?<=on ){re.escape(HOST)}(?= was)") as caught:
+    with refused(EndedBySignal, host=f"(?<=on ){re.escape(HOST)}(?= was)") as caught:
         explain_ends(ends, Plan(2, ""), None, lambda: (" after step 3", "resume"))
     assert caught.value.exit_code == code
 

@@ -11,6 +11,7 @@ import pytest
 from support.messages import refused
 
 from moc_cli.recipe.sweep import Sweep, setting_of
+from moc_cli.signals import EndedBySignal
 from moc_cli.sweep import execute
 from moc_cli.sweep.plan import make_plan
 
@@ -61,7 +62,7 @@ def test_a_stop_ends_the_runs_at_work_each_on_its_own_gpu(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(execute.time, "sleep", interrupt)
-    with refused(execute.Stopped) as stop:
+    with refused(EndedBySignal) as stop:
         execution(tmp_path, jobs, gpus).run_all(lambda done: None, "again")
     assert stop.value.exit_code == 130
     assert [environment for _, environment in processes] == expected
