@@ -40,6 +40,7 @@ def test_every_frozen_file_is_compared_and_says_why_it_is_so(outputs: dict[str, 
 
 def test_a_difference_is_seen() -> None:
     frozen = {"name": "a", "tasks": {"t": {"value": 0.5, "n": 4}}, "counts": [[2, 2]]}
+    frozen["metrics"] = {"f1": {"value": 0.4}}
     cases: list[tuple[dict[str, Any], int, int]] = [  # changes, seen roughly, seen exactly
         ({}, 0, 0),
         ({"name": "b"}, 1, 1),
@@ -47,6 +48,8 @@ def test_a_difference_is_seen() -> None:
         ({"more": 1}, 1, 1),
         ({"tasks": {"t": {"value": 0.4, "n": 4}}}, 0, 1),
         ({"tasks": {"t": {"value": "0.5", "n": 5}}}, 2, 2),
+        ({"metrics": {"f1": {"value": 0.5}}}, 0, 1),
+        ({"metrics": {"f1": {"value": 0.9}}}, 1, 1),
         ({"counts": [[3, 1]]}, 0, 2),
         ({"counts": [[3, 2]]}, 1, 1),
         ({"counts": [[2, 2, 0]]}, 1, 1),

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from moc_cli.launching.place import Place
 
 # Each command's module in this folder, and the function or the group in it. `moc --help` lists them
-# in this order.
+# in this order, that of the README; typer puts a group of commands last.
 COMMANDS = {
     "train": ("train", "train"),
-    "plan": ("plan", "plan"),
     "eval": ("eval", "evaluate"),
-    "compare": ("compare", "compare"),
-    "sweep": ("sweep", "sweep"),
     "inspect-routing": ("inspect_routing", "inspect_routing"),
     "generate": ("generate", "generate"),
-    "predict": ("predict", "predict"),
     "export": ("export", "export"),
-    "import": ("import_controls", "import_controls"),
+    "predict": ("predict", "predict"),
+    "compare": ("compare", "compare"),
+    "sweep": ("sweep", "sweep"),
+    "plan": ("plan", "plan"),
     "bench": ("bench", "bench"),
+    "import": ("import_controls", "import_controls"),
     "recipes": ("recipes", "app"),
 }
 
