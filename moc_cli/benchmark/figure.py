@@ -41,9 +41,7 @@ def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
                     axes.set_yticklabels([])
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        frame.settle()
-        png, svg = PICTURES
-        return {png: frame.save("png"), svg: frame.save("svg")}
+        return frame.files(PICTURES)
 
 
 def varied(entries: Entries) -> str | None:

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption, split_names
+from moc_cli.cli.options import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    TrustOption,
+    split_names,
+    write_record,
+)
 
 RECORD = "bench.json"
 
@@ -77,7 +84,7 @@ def bench(
         raise MocError(f"--rows: found '{rows}', allowed: full, data")
     variants = make_variants(recipe, set_ or [], split_names(methods), vary or [])
     check_trust(variants[0].recipe, recipe, granted=trust_remote_code)
-    from moc_cli.files import check_folder, write_bytes_atomic, write_json_atomic
+    from moc_cli.files import check_folder
     from moc_cli.run_files import Benched, check_own
 
     place = Path(recipe).stem if Path(recipe).suffix else recipe.replace("/", "-")
@@ -98,13 +105,11 @@ def bench(
         lengths=Lengths(prompt_tokens, new_tokens) if generate else None,
     )
     results = run(recipe, variants, options, say)
-    pictures = {folder / name: content for name, content in draw(results).items()}
-    results["pictures"] = list(pictures)
-    write_json_atomic(folder / RECORD, results)  # first: it says whose the pictures are
-    for path, content in pictures.items():
-        write_bytes_atomic(path, content)
+    pictures = draw(results)
+    results["pictures"] = [folder / name for name in pictures]
+    written = write_record(folder / RECORD, results, pictures)
     if json:
         print_json(results)
         return
     print_table(benchmark_table(results))
-    say(f"Written: {', '.join(map(str, [*pictures, folder / RECORD]))}")
+    say(f"Written: {', '.join(map(str, written))}")

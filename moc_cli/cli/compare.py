@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption, program, split_names
+from moc_cli.cli.options import JsonOption, program, split_names, write_record
 
 RECORD = "comparison.json"
 
@@ -44,7 +44,7 @@ def compare(
     from moc_cli.comparison.compare import compare as compare_runs
     from moc_cli.comparison.curves import PICTURES, draw_curves
     from moc_cli.comparison.runs import read_runs
-    from moc_cli.files import check_folder, write_bytes_atomic, write_json_atomic
+    from moc_cli.files import check_folder
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.run_files import Compared, check_own
 
@@ -53,12 +53,9 @@ def compare(
     check_folder(folder)
     check_own(folder, RECORD, Compared, PICTURES, command="moc compare")
     comparison = compare_runs(loaded, program=program(), tasks=split_names(tasks), label=scores)
-    drawn = {folder / name: content for name, content in draw_curves(loaded).items()}
-    pictures = list(drawn)
-    results = comparison.to_json() | {"pictures": pictures}
-    write_json_atomic(folder / RECORD, results)  # first: it says whose the pictures are
-    for path, content in drawn.items():
-        write_bytes_atomic(path, content)
+    pictures = draw_curves(loaded)
+    results = comparison.to_json() | {"pictures": [folder / name for name in pictures]}
+    written = write_record(folder / RECORD, results, pictures)
     if json:
         print_json(results)
         return
@@ -76,7 +73,7 @@ def compare(
             f"- Intervals ({results['resamples']:,} paired resamples) say how far other items "
             "could move a difference; another seed of training can move it too (moc train --seeds)."
         )
-    say(f"Written: {', '.join(map(str, [*pictures, folder / RECORD]))}")
+    say(f"Written: {', '.join(map(str, written))}")
 
 
 def _folder_name(runs: list[str]) -> str:

@@ -15,6 +15,7 @@ from moc_cli.cli.options import (
     SetOption,
     TrustOption,
     program,
+    repeated,
 )
 
 
@@ -49,9 +50,7 @@ def import_controls(
     from moc_cli.runs import Call
     from moc_cli.training.take_in import take_in
 
-    words = [program(), "import", str(controls), recipe]
-    for change in changes:
-        words += ["--set", change]
+    words = [program(), "import", str(controls), recipe, *repeated("--set", changes)]
     call = Call(shlex.join(words), None if output_dir is None else str(output_dir))
     run = take_in(loaded, controls, call=call, overwrite=overwrite)
     taken = run.read_recipe(trust_remote_code=True)

@@ -2,8 +2,9 @@
 
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,6 +96,26 @@ JsonOption = Annotated[
 def split_names(text: str | None) -> list[str]:
     """Return the names of a list with commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def repeated(option: str, texts: Sequence[str]) -> list[str]:
+    """Return the words of a command that give an option once for each text."""
+    return [word for text in texts for word in (option, text)]
+
+
+def write_record(
+    path: Path, results: Mapping[str, Any], pictures: Mapping[str, bytes]
+) -> list[Path]:
+    """Write results as JSON and the pictures of them beside it; return all paths.
+
+    The JSON comes first: it says whose the pictures are.
+    """
+    from moc_cli.files import write_bytes_atomic, write_json_atomic
+
+    write_json_atomic(path, results)
+    for name, content in pictures.items():
+        write_bytes_atomic(path.with_name(name), content)
+    return [*(path.with_name(name) for name in pictures), path]
 
 
 def program() -> str:

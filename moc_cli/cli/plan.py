@@ -11,6 +11,7 @@ from moc_cli.cli.options import (
     SetOption,
     TrustOption,
     program,
+    repeated,
     split_names,
 )
 
@@ -89,5 +90,5 @@ def plan(
         say("None of these settings fits the card.")
     else:
         changes = [*variants[0].all_changes, *results["choice"]]
-        words = [word for change in changes for word in ("--set", change)]
-        say(f"Fits: {shlex.join([program(), 'train', recipe, *words])}")
+        command = [program(), "train", recipe, *repeated("--set", changes)]
+        say(f"Fits: {shlex.join(command)}")

@@ -3,11 +3,11 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moc_cli.cli.options import JsonOption, SetOption, program
+from moc_cli.cli.options import JsonOption, SetOption, program, repeated, write_record
 
 if TYPE_CHECKING:
     from moc_cli.recipe.sweep import Sweep
@@ -111,27 +111,16 @@ def _show(execution: "Execution", folder: Path, json: bool) -> None:
     """Write what is known of all finished runs, and print it."""
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.sweep_tables import sweep_tables
+    from moc_cli.sweep.figure import draw
     from moc_cli.sweep.summary import summarize
 
     summary = summarize(execution.plan, execution.finished) | {"failed": execution.failed}
-    files = _write(folder, summary)
+    files = write_record(folder / SUMMARY, summary, draw(summary))
     if json:
         print_json(summary)
         return
     print_table(*sweep_tables(summary))
     say(f"Written: {', '.join(map(str, files))}")
-
-
-def _write(folder: Path, summary: dict[str, Any]) -> list[Path]:
-    """Write the summary and its pictures; return their paths."""
-    from moc_cli.files import write_bytes_atomic, write_json_atomic
-    from moc_cli.sweep.figure import draw
-
-    pictures = {folder / name: content for name, content in draw(summary).items()}
-    write_json_atomic(folder / SUMMARY, summary)
-    for path, content in pictures.items():
-        write_bytes_atomic(path, content)
-    return [*pictures, folder / SUMMARY]
 
 
 def _run(execution: "Execution", again: str) -> None:
@@ -192,10 +181,7 @@ def _again(
     output_dir: Path | None,
 ) -> str:
     """Return the command that goes on."""
-    words = [program(), "sweep", sweep]
-    for option, texts in (("--set", changes), ("--vary", vary)):
-        for text in texts:
-            words += [option, text]
+    words = [program(), "sweep", sweep, *repeated("--set", changes), *repeated("--vary", vary)]
     for option, value in (("--seeds", seeds), ("--jobs", jobs), ("--output-dir", output_dir)):
         if value not in (None, "auto"):
             words += [option, str(value)]

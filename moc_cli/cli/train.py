@@ -18,6 +18,7 @@ from moc_cli.cli.options import (
     SetOption,
     TrustOption,
     program,
+    repeated,
 )
 
 TRUST = "model.trust_remote_code"
@@ -107,9 +108,7 @@ def train(
     from moc_cli.runs import Call
 
     def command(changes: list[str]) -> str:
-        words = [program(), "train", recipe]
-        for change in changes:
-            words += ["--set", change]
+        words = [program(), "train", recipe, *repeated("--set", changes)]
         if seeds is not None:
             words += ["--seeds", str(seeds)]
         return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moc_cli.cli.options import program
+from moc_cli.cli.options import program, repeated
 
 if TYPE_CHECKING:
     from moc_cli.recipe.schema import Recipe
@@ -55,10 +55,10 @@ def comparison_commands(recipe: "Recipe", run: str, train: str) -> list[Command]
     for key in _SHARED.get(method.name, ("rank",)):
         if key == "rank" or values[key] != defaults[key].default:
             changes.append(f"method.{key}={json.dumps(values[key])}")
-    options = [word for change in changes for word in ("--set", change)]
     other_run = f"{run}-{other}"
+    options = shlex.join([*repeated("--set", changes), "--output-dir", other_run])
     return [
-        (f"{train} {shlex.join([*options, '--output-dir', other_run])}", f"method {other}"),
+        (f"{train} {options}", f"method {other}"),
         (shlex.join([program(), "compare", run, other_run]), "then: the two runs side by side"),
     ]
 

@@ -1,7 +1,6 @@
 """Loss curves of several runs as one figure, PNG and SVG."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -21,8 +20,8 @@ PICTURES = ("loss.png", "loss.svg")
 def draw_curves(runs: Sequence[Run]) -> dict[str, bytes]:
     """Return the pictures by their names; none where no run has a loss yet."""
     by_step = len({batch(run) for run in runs}) == 1
-    logged = [_points(run, by_step) for run in runs]
-    validation = [_validation(run, by_step) for run in runs]
+    logged = [_points(run, by_step=by_step, validation=False) for run in runs]
+    validation = [_points(run, by_step=by_step, validation=True) for run in runs]
     losses = np.concatenate([loss for _, loss in (*logged, *validation)])
     if not losses.size:
         return {}
@@ -56,9 +55,7 @@ def draw_curves(runs: Sequence[Run]) -> dict[str, bytes]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=1 if len(runs) < 7 else 2)
-        frame.settle()
-        png, svg = PICTURES
-        return {png: frame.save("png"), svg: frame.save("svg")}
+        return frame.files(PICTURES)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -72,18 +69,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return smoothed
 
 
-def _points(run: Run, by_step: bool) -> tuple[np.ndarray, np.ndarray]:
-    lines = [line for line in run.lines if line.get("loss") is not None]
-    return _arrays(lines, [line["loss"] for line in lines], by_step)
-
-
-def _validation(run: Run, by_step: bool) -> tuple[np.ndarray, np.ndarray]:
-    lines = [line for line in run.lines if line.get("eval", {}).get("loss") is not None]
-    return _arrays(lines, [line["eval"]["loss"] for line in lines], by_step)
-
-
-def _arrays(
-    lines: Sequence[dict[str, Any]], values: Sequence[float], by_step: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    where = [line.get("step" if by_step else "epoch") for line in lines]
-    return np.array(where, dtype=float), np.array(values, dtype=float)
+def _points(run: Run, *, by_step: bool, validation: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return where a run logged a loss, of training or of the validation rows, and the losses."""
+    where, points = "step" if by_step else "epoch", []
+    for line in run.lines:
+        loss = (line.get("eval", {}) if validation else line).get("loss")
+        if loss is not None:
+            points.append((line.get(where), loss))
+    places, losses = np.array(points, dtype=float).reshape(-1, 2).T
+    return places, losses

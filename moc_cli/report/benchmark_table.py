@@ -27,8 +27,7 @@ def benchmark_table(results: Mapping[str, Any]) -> FittedTable:
             cells = [_digits(entry["step_seconds"]), _digits(entry["examples_per_second"])]
         else:
             cells = [str(entry["rows"]), _digits(entry["batch_seconds"])]
-        peak = entry["peak_bytes"]
-        cells += [_digits(entry["tokens_per_second"]), MISSING if peak is None else byte_size(peak)]
+        cells += [_digits(entry["tokens_per_second"]), byte_size(entry["peak_bytes"])]
         cells += [_ratio(entry, other) for other in others]
         tried = [change.rpartition(".")[2] for change in entry["changes"]]
         rows.append([" ".join([entry["method"], *tried]), *cells])

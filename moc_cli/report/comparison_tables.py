@@ -1,6 +1,6 @@
 """Runs side by side, and several seeds of one recipe, as tables."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -78,14 +78,13 @@ def _cost_rows(runs: Sequence[Mapping[str, Any]]) -> Rows:
     for run in runs:
         status = "" if run["status"] == "finished" else f", {run['status']}"
         steps.append(f"{run['step']:,}{status}")
-        measured = f" ({run['memory_kind']})" if kind is None else ""
-        peak = run["peak_memory"]
-        memory.append(MISSING if peak is None else byte_size(peak) + measured)
+        measured = f" ({run['memory_kind']})" if run["memory_kind"] and kind is None else ""
+        memory.append(byte_size(run["peak_memory"]) + measured)
     rows: Rows = [
         ["method", *(run["method"] for run in runs)],
         ["steps", *steps],
         ["trained, % of base", *(hundredths(run["share"], 3) for run in runs)],
-        ["training time", *(_or_missing(duration, run["seconds"]) for run in runs)],
+        ["training time", *(duration(run["seconds"]) for run in runs)],
         ["tokens/s", *(decimal(run["tokens_per_second"], 0) for run in runs)],
         [kind or "peak memory", *memory],
     ]
@@ -124,23 +123,17 @@ def _score_rows(runs: Sequence[Mapping[str, Any]], averaged: Sequence[str]) -> R
 
 
 def _difference_table(name: str, comparison: Mapping[str, Any]) -> FittedTable:
-    """A run against the first; a difference is bold where its interval does not contain 0."""
+    """A run against the first."""
     interval = f"{percent(comparison['confidence'], 0)} interval"
     head = ["", "difference", interval, "items", "only it\nright", "only first\nright"]
     rows: Rows = []
     for difference in comparison["differences"]:
         if difference["run"] != name:
             continue
-        metric, bounds = difference["metric"], (difference["low"], difference["high"])
-        has_interval = bounds[0] is not None
-        significant = has_interval and not bounds[0] <= 0 <= bounds[1]
         rows.append(
             [
-                f"{difference['task']} {metric}".rstrip(),
-                Text(_signed(metric, difference["value"]), "bold" if significant else ""),
-                " to ".join(_signed(metric, bound) for bound in bounds)
-                if has_interval
-                else MISSING,
+                f"{difference['task']} {difference['metric']}".rstrip(),
+                *difference_cells(difference, difference["value"]),
                 decimal(difference["items"] or None, 0),
                 decimal(difference["only_this"], 0),
                 decimal(difference["only_first"], 0),
@@ -149,20 +142,23 @@ def _difference_table(name: str, comparison: Mapping[str, Any]) -> FittedTable:
     return FittedTable(f"{name} minus {comparison['first']}", head, rows)
 
 
+def difference_cells(entry: Mapping[str, Any], value: float) -> tuple[Text, str]:
+    """Return a difference and its interval; it is bold where the interval does not contain 0."""
+    metric, low, high = entry.get("metric", ""), entry["low"], entry["high"]
+    if low is None:
+        return Text(_signed(metric, value)), MISSING
+    difference = Text(_signed(metric, value), "" if low <= 0 <= high else "bold")
+    return difference, f"{_signed(metric, low)} to {_signed(metric, high)}"
+
+
 def _with_error(metric: str, value: float | None, error: float | None) -> str:
     text = score_text(metric, value)
     return text if error is None else f"{text} ± {score_text(metric, error)}"
 
 
-def _signed(metric: str, value: float | None) -> str:
+def _signed(metric: str, value: float) -> str:
     """Return a difference with its sign; one that rounds to 0 has none."""
-    if value is None:
-        return MISSING
     text = score_text(metric, value)
     if not text.strip("-0."):
         return text.removeprefix("-")
     return text if value < 0 else f"+{text}"
-
-
-def _or_missing(text: Callable[[float], str], value: float | None) -> str:
-    return MISSING if value is None else text(value)

@@ -121,6 +121,12 @@ class FigureFrame:
             axes.set_position((round(left, 5), round(bottom, 5), round(width, 5), round(height, 5)))
         return self
 
+    def files(self, names: tuple[str, str]) -> dict[str, bytes]:
+        """Lay the figure out, and return it as PNG and SVG, by these names."""
+        self.settle()
+        png, svg = names
+        return {png: self.save("png"), svg: self.save("svg")}
+
     def save(self, kind: Literal["png", "svg"]) -> bytes:
         """Return the figure as a PNG of 200 dots an inch, or as an SVG, without a date."""
         stream = io.BytesIO()

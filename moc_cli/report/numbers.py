@@ -26,8 +26,10 @@ def score_text(metric: str, value: float | None) -> str:
     return decimal(value, 2) if metric == "perplexity" else hundredths(value)
 
 
-def byte_size(count: float) -> str:
+def byte_size(count: float | None) -> str:
     """Return a number of bytes in decimal units, as 1.23 GB."""
+    if count is None:
+        return MISSING
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -35,8 +37,10 @@ def byte_size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """Return a time as 1:02:03 or 2:03."""
+    if seconds is None:
+        return MISSING
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

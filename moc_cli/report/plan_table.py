@@ -42,7 +42,7 @@ def plans_table(results: Mapping[str, Any]) -> FittedTable:
             bits_of(plan),
             byte_size(plan["peak_bytes"]),
             decimal(plan["step_seconds"], 2),
-            MISSING if plan["seconds"] is None else duration(plan["seconds"]),
+            duration(plan["seconds"]),
             {True: "yes", False: "no", None: MISSING}[plan["fits"]],
         ]
         for plan in results["plans"]

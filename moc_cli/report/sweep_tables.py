@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
+from moc_cli.report.comparison_tables import difference_cells
 from moc_cli.report.numbers import MISSING, decimal, duration, percent, score_text
 from moc_cli.report.tables import FittedTable
 
@@ -32,8 +33,7 @@ def _score_table(summary: Summary) -> FittedTable:
         for task in tasks:
             scores = [row["cells"].get(value, {}).get("tasks", {}).get(task) for value in values]
             metric = next(score["metric"] for score in scores if score)
-            label = " ".join(dict.fromkeys(filter(None, [row["name"], task, metric])))
-            rows.append([label, *(_score(score) for score in scores)])
+            rows.append([line_name(row["name"], task, metric), *map(_score, scores)])
     if average := summary["average"]:
         medians = [average["values"].get(value, {}).get("median") for value in values]
         if len(rows) > 1:
@@ -70,31 +70,24 @@ def _cost_table(summary: Summary) -> FittedTable:
 
 
 def _difference_table(summary: Summary) -> FittedTable:
-    """Differences of means; bold where the interval does not contain 0."""
     rows: Rows = []
     for row in summary["rows"]:
         for value, tasks in row["differences"].items():
             for task, entry in tasks.items():
-                label = " ".join(dict.fromkeys(filter(None, [row["name"], task])))
+                label = line_name(row["name"], task)
                 seeds = " and ".join(map(str, reversed(entry["seeds"])))
-                rows.append([value, label, *_ends(entry, entry["mean"]), seeds])
+                rows.append([value, label, *difference_cells(entry, entry["mean"]), seeds])
     for value, entry in summary["average"].get("values", {}).items():
         if "difference" in entry and len(summary["average"]["rows"]) > 1:
-            rows.append([value, "average", *_ends(entry, entry["difference"]), ""])
+            rows.append([value, "average", *difference_cells(entry, entry["difference"]), ""])
     interval = f"{percent(summary['confidence'], 0)} interval"
     title = f"Difference to {summary['reference']}, of means over seeds"
     return FittedTable(title, ["", "", "difference", interval, "seeds"], rows)
 
 
-def _ends(entry: Mapping[str, Any], mean: float) -> tuple[Text, str]:
-    low, high = entry["low"], entry["high"]
-    clear = low is not None and not low <= 0 <= high
-    text = Text(_signed(mean), "bold" if clear else "")
-    return text, MISSING if low is None else f"{_signed(low)} to {_signed(high)}"
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}"
+def line_name(*parts: str) -> str:
+    """Return the name of a line: a row's name, a task and a metric, each once and if it has one."""
+    return " ".join(dict.fromkeys(filter(None, parts)))
 
 
 def _values(summary: Summary) -> list[str]:

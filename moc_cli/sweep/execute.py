@@ -20,6 +20,7 @@ from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atom
 from moc_cli.processes import PARENT
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.sweep import Sweep
+from moc_cli.results import main_score
 from moc_cli.run_files import Sample, read_lines
 from moc_cli.signals import EndedBySignal, handled, stop_number
 from moc_cli.sweep.plan import Plan, PlannedRun
@@ -215,8 +216,7 @@ def _scores(run: PlannedRun) -> str:
     results = run.results.read_results()
     parts = []
     for task, entry in results["tasks"].items():
-        value = entry["metrics"][entry["metric"]]["value"]
-        parts.append(f"{task} {entry['metric']} {value:.4f}")
+        parts.append(f"{task} {entry['metric']} {main_score(entry)['value']:.4f}")
     return f"{', '.join(parts)}, {results['seconds']:.0f} s of training"
 
 

@@ -6,10 +6,11 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from moc_cli.report.figure_style import COLOURS, FigureFrame, figure_style, fitted
+from moc_cli.report.sweep_tables import line_name
 
 PICTURES = ("sweep.png", "sweep.svg")
 Summary = Mapping[str, Any]
-Point = tuple[float, float | None, float | None]  # hundredths: the value, and its two ends
+Point = tuple[float, float | None, float | None]  # the value, and its two ends
 
 
 def draw(summary: Summary) -> dict[str, bytes]:
@@ -18,7 +19,7 @@ def draw(summary: Summary) -> dict[str, bytes]:
     With a reference: differences of means with intervals over items and seeds. Without: medians
     with the lowest and the highest seed.
     """
-    lines = _differences(summary) if summary["reference"] else _scores(summary)
+    lines = _lines(summary)
     if not lines:
         return {}
     values = list(dict.fromkeys(value for points in lines.values() for value in points))
@@ -43,9 +44,7 @@ def draw(summary: Summary) -> dict[str, bytes]:
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        frame.settle()
-        png, svg = PICTURES
-        return {png: frame.save("png"), svg: frame.save("svg")}
+        return frame.files(PICTURES)
 
 
 def _draw_value(
@@ -58,37 +57,27 @@ def _draw_value(
     shown = [points[value] for points in lines.values() if value in points]
     for place, (_, low, high) in zip(places, shown, strict=True):
         if low is not None and high is not None:
-            axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1)
-    middles = [middle for middle, _, _ in shown]
+            axes.plot([100 * low, 100 * high], [place + offset] * 2, color=colour, linewidth=1)
+    middles = [100 * middle for middle, _, _ in shown]
     axes.plot(middles, [place + offset for place in places], "o", color=colour, label=value, ms=4)
 
 
-def _differences(summary: Summary) -> dict[str, dict[str, Point]]:
+def _lines(summary: Summary) -> dict[str, dict[str, Point]]:
+    """Return the points of each line of the figure, by the values that are compared."""
+    reference = summary["reference"]
     lines: dict[str, dict[str, Point]] = {}
     for row in summary["rows"]:
-        for value, tasks in row["differences"].items():
+        scores = {value: cell["tasks"] for value, cell in row["cells"].items()}
+        for value, tasks in (row["differences"] if reference else scores).items():
             for task, entry in tasks.items():
-                name = " ".join(dict.fromkeys(filter(None, [row["name"], task, entry["metric"]])))
-                point = (entry["mean"], entry["low"], entry["high"])
-                lines.setdefault(name, {})[value] = _hundredths(point)
+                if reference:
+                    point = (entry["mean"], entry["low"], entry["high"])
+                else:
+                    point = (entry["median"], min(entry["values"]), max(entry["values"]))
+                name = line_name(row["name"], task, entry["metric"])
+                lines.setdefault(name, {})[value] = point
     for value, entry in summary["average"].get("values", {}).items():
         if "difference" in entry and len(lines) > 1:
             point = (entry["difference"], entry["low"], entry["high"])
-            lines.setdefault("average", {})[value] = _hundredths(point)
+            lines.setdefault("average", {})[value] = point
     return lines
-
-
-def _scores(summary: Summary) -> dict[str, dict[str, Point]]:
-    lines: dict[str, dict[str, Point]] = {}
-    for row in summary["rows"]:
-        for value, cell in row["cells"].items():
-            for task, entry in cell["tasks"].items():
-                name = " ".join(dict.fromkeys(filter(None, [row["name"], task, entry["metric"]])))
-                point = (entry["median"], min(entry["values"]), max(entry["values"]))
-                lines.setdefault(name, {})[value] = _hundredths(point)
-    return lines
-
-
-def _hundredths(point: Point) -> Point:
-    middle, low, high = point
-    return 100 * middle, None if low is None else 100 * low, None if high is None else 100 * high

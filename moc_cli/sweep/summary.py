@@ -43,6 +43,11 @@ def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
         value = next((one.name for one in cell if one.group == group), sweep.name)
         rows.setdefault(sweep.row(cell), []).append(Column(cell, value, runs))
     table = [_row(row, columns, plan, finished) for row, columns in rows.items()]
+    average = _average(table, sweep.reference)
+    for row in table:
+        for tasks in row["differences"].values():
+            for entry in tasks.values():
+                del entry["resampled"]  # it was for the average only
     return {
         "sweep": sweep.name,
         "recipe": sweep.recipe,
@@ -54,8 +59,8 @@ def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
         "needed": plan.total(),
         "conditions": _conditions([run for run in plan.runs if run.name in finished]),
         "runs": [_run(run) for run in plan.runs if run.name in finished],
-        "rows": [_plain(row) for row in table],
-        "average": _average(table, sweep.reference),
+        "rows": table,
+        "average": average,
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
     }
@@ -215,15 +220,3 @@ def _average(table: Sequence[Mapping[str, Any]], reference: str | None) -> dict[
                 entry["low"], entry["high"] = interval(joint)
         averages["values"][value] = entry
     return averages
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row without the resampled values, which are for averages only."""
-    differences = {
-        value: {
-            task: {key: number for key, number in entry.items() if key != "resampled"}
-            for task, entry in tasks.items()
-        }
-        for value, tasks in row["differences"].items()
-    }
-    return {**row, "differences": differences}

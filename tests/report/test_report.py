@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from moc_cli.report import numbers, output, progress, score_tables, tables
+from moc_cli.report.comparison_tables import difference_cells
 
 
 def drawn(*renderables: RenderableType, width: int = 100) -> str:
@@ -159,6 +160,12 @@ def test_numbers_as_text() -> None:
     assert numbers.percent(None) == "–"
     assert numbers.score_text("perplexity", 1234.5) == "1,234.50"
     assert numbers.short_count(6_738_415_616) == "6.74B"
+
+
+def test_a_difference_of_perplexities_is_not_in_hundredths() -> None:
+    entry = {"metric": "perplexity", "low": 0.25, "high": 1.5}
+    assert [*map(str, difference_cells(entry, 0.5))] == ["+0.50", "+0.25 to +1.50"]
+    assert [*map(str, difference_cells({"low": None, "high": None}, -1e-5))] == ["0.0", "–"]
 
 
 @dataclass(frozen=True)
