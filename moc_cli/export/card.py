@@ -23,9 +23,7 @@ def base_code(trained: LoadedRun) -> str:
 
     Its name stands in `base`, as a local path is nobody else's business.
     """
-    model, base = trained.recipe.model, trained.base
-    causal = base["kind"] == "causal"
-    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    model, base, auto = trained.recipe.model, trained.base, auto_class(trained.causal)
     lines = [f"from transformers import {auto}"]
     name = "base"
     if model.model_name_or_path.startswith(BUILTIN):
@@ -46,6 +44,21 @@ def base_code(trained: LoadedRun) -> str:
         lines[0] += ", BitsAndBytesConfig"
         arguments += f", quantization_config=BitsAndBytesConfig({_quantization(trained)})"
     return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{arguments})"])
+
+
+def whole_code(trained: LoadedRun, arguments: str) -> str:
+    """Python that loads a complete model from `folder` into `model`."""
+    auto, attention = auto_class(trained.causal), trained.recipe.model.attn_implementation
+    chosen = f", attn_implementation={attention!r}" if attention else ""
+    return (
+        f"from transformers import {auto}\n\n"
+        f"model = {auto}.from_pretrained(folder, {arguments}{chosen})"
+    )
+
+
+def auto_class(causal: bool) -> str:
+    """The class of transformers that loads a language model or a classifier."""
+    return "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
 
 
 def _quantization(trained: LoadedRun) -> str:
@@ -213,11 +226,7 @@ def _scores(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
         + f", controls of step {chosen.get('step')} ({chosen.get('chosen')}) of "
         f"{results['steps']}, `train_on_inputs: {str(results['train_on_inputs']).lower()}`."
     )
-    lines = [head, "", "| task | metric | untrained | trained | majority | n |"]
-    lines.append("|---|---|---|---|---|---|")
-    for task, entry in results["tasks"].items():
-        lines += _rows(task, entry, "before")
-    return lines
+    return [head, "", *_table(results["tasks"], "before", "untrained")]
 
 
 def _evaluations(trained: LoadedRun) -> list[str]:
@@ -228,23 +237,22 @@ def _evaluations(trained: LoadedRun) -> list[str]:
             continue
         limit = f"{results['limit']} drawn rows a task" if results.get("limit") else "all rows"
         lines += ["", f"`moc eval`: protocol `{results['protocol']}`, {limit}.", ""]
-        lines += ["| task | metric | base | trained | majority | n |", "|---|---|---|---|---|---|"]
-        for task, entry in results["tasks"].items():
-            lines += _rows(task, entry, "base")
+        lines += _table(results["tasks"], "base", "base")
     return lines
 
 
-def _rows(task: str, entry: dict[str, Any], reference: str) -> list[str]:
-    """A table row for each metric of a task, beside the model without the method."""
-    rows = []
-    for metric, score in entry["metrics"].items():
-        shown = {
-            key: score_text(metric, score.get(key)) for key in (reference, "value", "majority")
-        }
-        if score["stderr"] is not None:
-            shown["value"] += f" ± {score_text(metric, score['stderr'])}"
-        cells = [task, metric, *shown.values(), str(score["n"])]
-        rows.append(f"| {' | '.join(cells)} |")
+def _table(tasks: dict[str, Any], reference: str, title: str) -> list[str]:
+    """A row for each metric of each task, beside the model without the method."""
+    rows = [f"| task | metric | {title} | trained | majority | n |", "|---|---|---|---|---|---|"]
+    for task, entry in tasks.items():
+        for metric, score in entry["metrics"].items():
+            shown = {
+                key: score_text(metric, score.get(key)) for key in (reference, "value", "majority")
+            }
+            if score["stderr"] is not None:
+                shown["value"] += f" ± {score_text(metric, score['stderr'])}"
+            cells = [task, metric, *shown.values(), str(score["n"])]
+            rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 

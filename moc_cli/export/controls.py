@@ -5,12 +5,13 @@ are small, and a rounded gate would turn near ties the other way.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
+from moc_cli.adapter.folder import write_adapter
 from moc_cli.export import Options, parity
 from moc_cli.export.card import base_code
 from moc_cli.export.parity import Written
@@ -28,25 +29,17 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     dtype = options.dtype or "float32"
     exact_state = trained.adapted.state()
     state = rounded(exact_state, getattr(torch, dtype))
-    config = (
-        trained.adapted.adapter_config()
-        | trained.base
-        | {"step": trained.adapter_config.get("step")}
-    )
-    write_adapter(folder, config, save(state, {"format": "pt"}))
+    loading = write_controls(trained, folder, state)
     exact = parity.reference(trained)
     trained.adapted.load_state(state)
     ours = parity.reference(trained)
     trained.adapted.load_state(exact_state)
-    lines = ["from moc_cli import load_controls", base_code(trained)]
-    loading = "\n".join([*lines, "load_controls(model, folder)"])
     rounding = None
     notes: tuple[str, ...] = ()
     if dtype != "float32":
         rounding = parity.check_tolerance(parity.compare(exact, ours.logits), dtype)
         notes = (f"Controls in {dtype}; gates, vectors and whole modules in float32.",)
     return Written(
-        (CONFIG, PAYLOAD),
         loading,
         ours,
         dtype=dtype,
@@ -55,6 +48,19 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
         notes=notes,
         library="moc",
     )
+
+
+def write_controls(
+    trained: LoadedRun, folder: Path, state: dict[str, Tensor], **changes: Any
+) -> str:
+    """Write an adapter of the run with these numbers, and `changes` to what its config says; return
+    the Python that loads it.
+    """
+    step = trained.adapter_config.get("step")
+    config = trained.adapted.adapter_config() | trained.base | {"step": step} | changes
+    write_adapter(folder, config, save(state, {"format": "pt"}))
+    lines = ["from moc_cli import load_controls", base_code(trained)]
+    return "\n".join([*lines, "load_controls(model, folder)"])
 
 
 def rounded(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 
 from moc_cli.errors import MocError
 from moc_cli.export import Options, parity
+from moc_cli.export.card import whole_code
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import without_bars
@@ -54,16 +55,8 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     with without_bars():
         model.save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
-    auto = "AutoModelForCausalLM" if trained.causal else "AutoModelForSequenceClassification"
-    attention = trained.recipe.model.attn_implementation
-    chosen = f", attn_implementation={attention!r}" if attention else ""
-    loading = (
-        f"from transformers import {auto}\n"
-        f'model = {auto}.from_pretrained(folder, dtype="{dtype}"{chosen})'
-    )
     return Written(
-        tuple(sorted(path.name for path in folder.iterdir())),
-        loading,
+        whole_code(trained, f'dtype="{dtype}"'),
         expected,
         dtype=dtype if dtype != "float32" else base_dtype,
         notes=(f"Weights merged in float32, kept in {dtype}.",),

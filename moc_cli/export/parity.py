@@ -7,7 +7,6 @@ shares nothing with this one.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -73,16 +72,14 @@ class Reference:
 class Written:
     """What a format wrote, and how it is to be proven.
 
-    `files` are names relative to the folder. `loading` is Python that leaves the model in `model`,
-    given the path in `folder` and the base model's name in `base`: a fresh process runs it, and
-    the card shows it. Its logits must be
-    those of `expected` within `tolerance`, a share of the largest |logit| (None: that of `dtype`).
+    `loading` is Python that leaves the model in `model`, given the path in `folder` and the base
+    model's name in `base`: a fresh process runs it, and the card shows it. Its logits must be those
+    of `expected` within `tolerance`, a share of the largest |logit| (None: that of `dtype`).
     Without `needs_moc` the process cannot import moc_cli. `rounding` compares the run with the run
     in the file's type, where that is another. `notes` are sentences for the user and the card;
     `library` is the card's `library_name`.
     """
 
-    files: tuple[str, ...]
     loading: str
     expected: Reference
     dtype: str = "float32"
@@ -94,31 +91,24 @@ class Written:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def reference(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> Reference:
+def reference(trained: LoadedRun) -> Reference:
     """Run the source on padded rows; decoders are padded on the left, as for generation."""
-    inputs = reference_rows(trained, texts)
+    limit = max_positions(trained.adapted.model) or LONGEST
+    encoded = [dict(trained.tokenizer(text)) for text in TEXTS]
+    rows = [{name: values[:limit] for name, values in row.items()} for row in encoded]
+    inputs = pad_batch(rows, trained.tokenizer, side="left" if trained.causal else "right")
     with evaluating(trained.adapted.model) as device:
         moved = {name: value.to(device) for name, value in inputs.items()}
         logits = trained.adapted.model(**moved).logits.float().cpu()
     mask = inputs["attention_mask"].bool()
-    counted = mask if logits.ndim == 3 else torch.ones(len(texts), dtype=torch.bool)
+    counted = mask if logits.ndim == 3 else torch.ones(len(TEXTS), dtype=torch.bool)
     return Reference(inputs, logits, counted)
-
-
-def reference_rows(trained: LoadedRun, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
-    """Encode texts as a padded batch: input_ids, attention_mask and, where known, token types."""
-    limit = max_positions(trained.adapted.model) or LONGEST
-    encoded = [dict(trained.tokenizer(text)) for text in texts]
-    rows = [{name: values[:limit] for name, values in row.items()} for row in encoded]
-    return pad_batch(rows, trained.tokenizer, side="left" if trained.causal else "right")
 
 
 def prove(folder: Path, written: Written, device: str, base: str = "") -> dict[str, Any]:
     """Load `folder` in a fresh process and return how its logits compare with those expected.
 
-    `base` is where the base model is.
-
-    Raises MocError where they differ by more than the tolerance.
+    `base` is where the base model is. Raises MocError where they differ by more than the tolerance.
     """
     load = f"base = {base!r}\n{written.loading}"
     if not written.needs_moc:

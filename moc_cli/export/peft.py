@@ -52,7 +52,6 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
         lines.insert(1, "import moc_cli.peft  # makes the method known to peft")
     loading = "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
     return Written(
-        (CONFIG, PAYLOAD),
         loading,
         parity.reference(trained),
         tolerance=0 if own else _tolerance(trained),
@@ -92,26 +91,21 @@ def _moc(trained: LoadedRun, state: dict[str, Tensor]) -> dict[str, Any]:
         state_sha256=state_hash(state),
         inference_mode=True,
     )
-    return (
-        _told(trained)
-        | {key: value for key, value in to_plain(config.to_dict()).items() if key not in _SHARED}
-        | {"peft_type": NAME}
-    )
-
-
-_SHARED = ("base_model_name_or_path", "revision", "task_type")
+    plain: dict[str, Any] = to_plain(config.to_dict())
+    return plain | _facts(trained) | {"peft_type": NAME}
 
 
 def _low_rank(trained: LoadedRun) -> dict[str, Any]:
     fields = trained.adapted.adapter_config()
     return {key: value for key, value in fields.items() if key not in ("method", "modules")} | {
-        **_told(trained),
+        **_facts(trained),
         "modules_to_save": fields["modules"] or None,
         "inference_mode": True,
     }
 
 
-def _told(trained: LoadedRun) -> dict[str, Any]:
+def _facts(trained: LoadedRun) -> dict[str, Any]:
+    """What peft's configs say of the base."""
     return {
         "base_model_name_or_path": trained.recipe.model.model_name_or_path,
         "revision": trained.recipe.model.revision,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moc_cli.errors import MocError, RunError, first_line
+from moc_cli.errors import MocError, first_line
 from moc_cli.export import Options, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
@@ -74,9 +74,6 @@ def export_run(
             temporary, written, trained.device.type, trained.recipe.model.model_name_or_path
         )
         sizes = sizes_of(temporary)
-        missing = set(written.files) - sizes.keys()
-        if missing:
-            raise RunError(f"the export lacks {', '.join(sorted(missing))}")
         write_text_atomic(temporary / CARD, make_card(trained, written, proof, to, sizes))
         sizes = sizes_of(temporary)
     url = None if push_to_hub is None else push(output, push_to_hub)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,15 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moc_cli import __version__
 from moc_cli.errors import MocError
 from moc_cli.export import Options, parity
+from moc_cli.export.card import auto_class, whole_code
 from moc_cli.export.one_file import join_modules
 from moc_cli.export.parity import Written
 from moc_cli.files import write_json_atomic, write_text_atomic
+from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import without_bars
 from moc_cli.nn.mixture import Mixture
-
-if TYPE_CHECKING:
-    from moc_cli.load_run import LoadedRun
-    from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.schema import Recipe
 
 MODELING = "modeling_moc"
 _HEAD = '''"""{model}: a transformers model with a Mixture-of-Control inside.
@@ -55,7 +54,7 @@ class {model}({bases}):
 '''
 
 
-def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
+def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     """Write the run's model with its controls, to be loaded where moc cannot be imported.
 
     Raises MocError for a base that is itself custom code.
@@ -64,8 +63,7 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
     expected = parity.reference(trained)
     write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.causal, folder)
     return Written(
-        files=tuple(sorted(path.name for path in folder.iterdir())),
-        loading=_code(trained.causal, trained.recipe.model.attn_implementation),
+        loading=whole_code(trained, "trust_remote_code=True"),
         expected=expected,
         dtype=trained.dtype,
         needs_moc=False,
@@ -77,7 +75,7 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
     )
 
 
-def check(recipe: "Recipe") -> None:
+def check(recipe: Recipe) -> None:
     """Raise MocError for a method whose forward the modeling file does not know."""
     name = recipe.method.name
     if name in ("lora", "dora"):
@@ -116,7 +114,7 @@ def write(
     with without_bars():
         model.save_pretrained(folder, save_original_format=False)
     names = {"config": f"Moc{config.__name__}", "model": f"Moc{base.__name__}"}
-    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    auto = auto_class(causal)
     written = json.loads((folder / "config.json").read_text("utf-8"))
     written |= {
         "model_type": f"moc_{model_type}",
@@ -166,13 +164,3 @@ def describe(mixture: Mixture, adapter: dict[str, Any]) -> dict[str, Any]:
         "modules": adapter["modules"],
         "routing": asdict(mixture.routing),
     }
-
-
-def _code(causal: bool, attention: str | None) -> str:
-    """Python that loads the path in `folder` into `model`."""
-    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
-    chosen = f", attn_implementation={attention!r}" if attention else ""
-    return (
-        f"from transformers import {auto}\n\n"
-        f"model = {auto}.from_pretrained(folder, trust_remote_code=True{chosen})"
-    )

@@ -9,33 +9,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from moc_cli.adapter.folder import CONFIG, PAYLOAD, write_adapter
 from moc_cli.data.examples import ROW_SEED, Example, subset
 from moc_cli.errors import MocError
 from moc_cli.export import Options, parity
-from moc_cli.export.card import base_code
+from moc_cli.export.controls import write_controls
 from moc_cli.export.parity import Written
 from moc_cli.kinds import make_kind
+from moc_cli.load_run import LoadedRun
 from moc_cli.methods import Adapted
 from moc_cli.methods.route_counts import Record
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.site import Site
 from moc_cli.nn.vote import Route
 from moc_cli.recipe.methods import ControlMethod
+from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import WorkProgress
-from moc_cli.scoring.results import ScoringOptions
+from moc_cli.scoring.results import Evaluation, ScoringOptions
 from moc_cli.training.build import read_rows
-
-if TYPE_CHECKING:
-    from moc_cli.load_run import LoadedRun
-    from moc_cli.recipe.schema import Recipe
-    from moc_cli.scoring.results import Evaluation
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Frozen:
         return Route(ids, torch.tensor([self.weights], dtype=torch.float32, device=device))
 
 
-def check(recipe: "Recipe") -> None:
+def check(recipe: Recipe) -> None:
     """Raise MocError where there are no routes to freeze."""
     method = recipe.method
     if method.name != "moc" or not method.top_k:
@@ -62,7 +57,7 @@ def check(recipe: "Recipe") -> None:
         )
 
 
-def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
+def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     """Count routes, freeze them, write the pairs, and compare with the mixture so rerouted."""
     mixture = trained.adapted.mixture
     assert mixture is not None  # `check` refused what has none
@@ -74,11 +69,8 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
         _, after = _score(trained, scored, "scoring with frozen routes")
         expected = parity.reference(trained)
     method = static_method(trained.recipe.method)
-    config = trained.adapted.adapter_config() | trained.base
-    config |= {"method": method.model_dump(mode="json"), "step": trained.adapter_config.get("step")}
-    write_adapter(folder, config, save(fold(trained.adapted, frozen), {"format": "pt"}))
-    loading = "\n".join(
-        ["from moc_cli import load_controls", base_code(trained), "load_controls(model, folder)"]
+    loading = write_controls(
+        trained, folder, fold(trained.adapted, frozen), method=method.model_dump(mode="json")
     )
     facts = {
         "agreement": {
@@ -89,7 +81,6 @@ def export(trained: "LoadedRun", folder: Path, options: Options) -> Written:
         "routes": _names(mixture, frozen),
     }
     return Written(
-        (CONFIG, PAYLOAD),
         loading,
         expected,
         dtype=trained.dtype,
@@ -159,7 +150,7 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
     return state
 
 
-def _rows(trained: "LoadedRun", limit: int) -> tuple[dict[str, list[Example]], ...]:
+def _rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...]:
     """Up to `limit` rows a task: of the training part to count on, of the scored part to score."""
     recipe, rows = read_rows(trained.recipe)
     train = {
@@ -174,8 +165,8 @@ def _rows(trained: "LoadedRun", limit: int) -> tuple[dict[str, list[Example]], .
 
 
 def _score(
-    trained: "LoadedRun", tasks: dict[str, list[Example]], what: str
-) -> tuple[Record, list["Evaluation"]]:
+    trained: LoadedRun, tasks: dict[str, list[Example]], what: str
+) -> tuple[Record, list[Evaluation]]:
     """Score each task; return what the gates decided on its rows, and the results."""
     recipe = trained.recipe
     kind = make_kind(recipe.data)
@@ -211,7 +202,7 @@ def _share(
     }
 
 
-def _change(before: "Evaluation", after: "Evaluation") -> dict[str, Any]:
+def _change(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     return {
         "task": before.task,
         "metric": before.metric,

@@ -9,7 +9,7 @@ from moc_cli.export import find_format, parity
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import load_config
 from moc_cli.models.quantization import stored_as
-from moc_cli.recipe.quantization import asked_for
+from moc_cli.recipe.quantization import asked_for, unquantized
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.numbers import percent
 from moc_cli.runs import BaseOptions
@@ -34,12 +34,6 @@ def check_stored(to: str, recipe: Recipe, base: BaseOptions) -> None:
             "name the unquantised base that it was made from: --base-path DIR; or take "
             "--to controls",
         )
-
-
-def unquantized(recipe: Recipe) -> Recipe:
-    """Return the recipe with its base in the type of `train.bf16`."""
-    model = recipe.model.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
-    return recipe.model_copy(update={"model": model})
 
 
 def open_for(

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moc_cli.data.batches import LossKind
@@ -50,19 +51,19 @@ def score(adapted: Adapted, scoring: Scoring) -> None:
     Questions have two options of one token, as those of the commonsense tasks have; then an answer
     is generated, where the recipe asks for it.
     """
+    model: Any = adapted.model
     if scoring.kind != "causal":
-        ids = torch.ones(scoring.rows, scoring.tokens, dtype=torch.long, device=META)
-        with evaluating(adapted.model):
-            adapted.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with evaluating(model):
+            model(**_inputs(scoring))
         return
     queries = [Query([1] * (scoring.tokens - 1), [], [[1], [1]])] * scoring.rows
     likelihoods(TextModel(adapted, _NO_TOKENIZER), queries, batch_size=scoring.rows)
     if scoring.beams:
-        _generate(cast(Any, adapted.model), scoring)
+        limits = settings(model, _NO_TOKENIZER, beams=scoring.beams, new_tokens=NEW_TOKENS)
+        with evaluating(model), limits:
+            model.generate(**_inputs(scoring))
 
 
-def _generate(model: Any, scoring: Scoring) -> None:
+def _inputs(scoring: Scoring) -> dict[str, Tensor]:
     ids = torch.ones(scoring.rows, scoring.tokens, dtype=torch.long, device=META)
-    limits = settings(model, _NO_TOKENIZER, beams=scoring.beams, new_tokens=NEW_TOKENS)
-    with evaluating(model), limits:
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -121,7 +121,7 @@ class FakeDevice(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = _tensors((*args, *kwargs.values()))
+        given = remembered.tensors_in((*args, *kwargs.values()))
         if func in (aten._to_copy.default, aten.copy_.default):
             result = self._copy(func, args, kwargs)
         elif not any(tensor.is_meta for tensor in given):
@@ -129,7 +129,7 @@ class FakeDevice(TorchDispatchMode):
         else:
             _refuse_host(func, args, given)
             result = self._run(func, args, kwargs)
-        made = _tensors(result if isinstance(result, tuple | list) else (result,))
+        made = remembered.tensors_in(result if isinstance(result, tuple | list) else (result,))
         if any(tensor.is_meta for tensor in made) and _is_kernel(func):
             self.kernels[self._phase()] += 1
             count = flop_registry.get(func.overloadpacket)
@@ -269,17 +269,6 @@ def _every_place(place: Tensor | None) -> list[Tensor | None]:
         return [place]
     size = place.numel()
     return [torch.empty(size, dtype=torch.long, device=META) for _ in range(place.ndim)]
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among values and in lists of them."""
-    flat: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            flat.append(value)
-        elif isinstance(value, tuple | list):
-            flat += [item for item in value if isinstance(item, Tensor)]
-    return flat
 
 
 def _with_all_heads(args: Any) -> list[Any]:

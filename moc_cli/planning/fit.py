@@ -29,7 +29,7 @@ def fitting_mode(recipe: Recipe, planner: Planner) -> Recipe:
     if recipe.train.activation_checkpointing != "auto":
         return recipe
     for mode in MODES:
-        recipe = _with_mode(recipe, mode)
+        recipe = recipe.changed(train={"activation_checkpointing": mode})
         if planner.card is None or planner.plan(recipe, whole=True).fits:
             break
     return recipe
@@ -59,7 +59,7 @@ class Forecast:
             if recipe.train.activation_checkpointing != "auto":
                 return recipe, None
             self._say(labelled("plan", "activation_checkpointing: auto is none on the CPU"))
-            return _with_mode(recipe, "none"), None
+            return recipe.changed(train={"activation_checkpointing": "none"}), None
         free = free_bytes(device)
         known = Rows.of(rows, tokenizer, recipe.data.max_length)
         planner = Planner(Card("free", free + CONTEXT), known)
@@ -88,8 +88,3 @@ class Forecast:
             return f"take a shorter data.max_length or a smaller model; {anyway}"
         changes = " ".join(f"--set {change}" for change in changes_to(best, recipe))
         return f"it fits with {changes}; {anyway}"
-
-
-def _with_mode(recipe: Recipe, mode: str) -> Recipe:
-    train = recipe.train.model_copy(update={"activation_checkpointing": mode})
-    return recipe.model_copy(update={"train": train})

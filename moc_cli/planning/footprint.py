@@ -1,8 +1,9 @@
 """What one setting of a recipe takes: replayed with all layers, or with few and drawn out."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,7 +20,7 @@ from moc_cli.planning.evaluation import scoring_of
 from moc_cli.planning.fake_device import META
 from moc_cli.planning.replay import Measured, replay
 from moc_cli.planning.time import REACHED_BYTES, seconds_of
-from moc_cli.recipe.quantization import Quantization
+from moc_cli.recipe.quantization import Quantization, unquantized
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 from moc_cli.training.recompute import prepare_layers, recompute_mode
@@ -62,24 +63,10 @@ def footprint(recipe: Recipe, work: Work, card: Card | None, *, whole: bool) -> 
     layers = shape.config.get_text_config().num_hidden_layers
     depths = FEW_WITH_POOL if recipe.method.name == "moc" else FEW
     if not whole and layers > 2 * depths[-1]:
-        few = _of_few_layers(recipe, shape, work, card, depths)
-        if few is not None:
+        with contextlib.suppress(MocError):  # of a method that cannot be placed in so few layers
+            few = {depth: _replayed(recipe, _shallow(shape, depth), work, card) for depth in depths}
             return _drawn_out(few, layers)
     return _replayed(recipe, shape, work, card)
-
-
-def _of_few_layers(
-    recipe: Recipe,
-    shape: PreTrainedModel,
-    work: Work,
-    card: Card | None,
-    depths: Sequence[int],
-) -> dict[int, Footprint] | None:
-    """Return the footprints by depth; None for a method that cannot be placed in so few layers."""
-    try:
-        return {depth: _replayed(recipe, _shallow(shape, depth), work, card) for depth in depths}
-    except MocError:
-        return None
 
 
 def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | None) -> Footprint:
@@ -166,12 +153,6 @@ def quantized(
         passes = 3 if recompute_mode(recipe) in ("full", "offload") else 2
         seconds += passes * sum(weights) * (few + size) / (card.bandwidth * REACHED_BYTES)
     return Footprint(phases, seconds, whole.trained)
-
-
-def unquantized(recipe: Recipe) -> Recipe:
-    """Return the recipe with its base in the type of train.bf16."""
-    plain = {"load_in_4bit": False, "load_in_8bit": False}
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update=plain)})
 
 
 def _bytes_of_a_number(quantization: Quantization) -> tuple[float, int]:

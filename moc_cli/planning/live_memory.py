@@ -28,9 +28,9 @@ class LiveMemory(TorchDispatchMode):
     seen.
     """
 
-    def __init__(self, device: str, now: Callable[[], Now], *, block: int = BLOCK) -> None:
+    def __init__(self, device: str, now: Callable[[], Now]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.now, self.block = device, now, block
+        self.device, self.now = device, now
         self.live: Counter[str] = Counter()
         self.total = 0
         self._part_of: dict[int, str] = {}
@@ -82,7 +82,7 @@ class LiveMemory(TorchDispatchMode):
                 self.live[part] += self._size_of[key]
                 self._part_of[key] = part
             return
-        size = -(-storage.nbytes() // self.block) * self.block
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
         if size == 0:
             return
         now = self.now()

@@ -7,10 +7,10 @@ from typing import Any
 from moc_cli.models.quantization import of_model
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card
-from moc_cli.planning.footprint import Footprint, footprint, quantized, unquantized
+from moc_cli.planning.footprint import Footprint, footprint, quantized
 from moc_cli.planning.links import LINKS
 from moc_cli.planning.shared import in_one_of, launch_of, traffic_of, votes_of
-from moc_cli.recipe.quantization import Quantization, asked_for
+from moc_cli.recipe.quantization import Quantization, asked_for, unquantized
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
@@ -83,15 +83,7 @@ class Planner:
         if few_bits is not None:
             alone = quantized(alone, recipe, few_bits, self.card)
         taken = in_one_of(alone, shape, launch)
-        plan = _plan(
-            recipe,
-            changes,
-            few_bits,
-            _beside(taken),
-            sum(taken.parts.values()),
-            (taken.seconds, work.times),
-            self.card,
-        )
+        plan = _plan(recipe, changes, few_bits, taken, work.times, self.card)
         if launch.processes == 1:
             return plan
         micro_batches = recipe.train.gradient_accumulation_steps
@@ -126,13 +118,12 @@ def _plan(
     recipe: Recipe,
     changes: Sequence[str],
     few_bits: Quantization | None,
-    parts: dict[str, int],
-    step: int,
-    time: tuple[float | None, float | None],
+    taken: Footprint,
+    times: float | None,
     card: Card | None,
 ) -> Plan:
-    """Return the plan; `time`: seconds of a micro-batch, and how many there are."""
-    seconds, times = time
+    """Return the plan of a training with so many micro-batches."""
+    parts, step, seconds = _beside(taken), sum(taken.parts.values()), taken.seconds
     kept = sum(parts[name] for name in KEPT)
     others = max(parts[name] for name in BESIDE)
     needed = max(step, kept + others)
@@ -188,41 +179,23 @@ def _changed(recipe: Recipe, mode: str, rows: int, four_bits: bool) -> Recipe:
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulated,
     }
-    model = {"load_in_4bit": four_bits}
-    return recipe.model_copy(
-        update={
-            "train": before.model_copy(update=train),
-            "model": recipe.model.model_copy(update=model),
-        }
-    )
+    return recipe.changed(train=train, model={"load_in_4bit": four_bits})
 
 
 def changes_to(plan: Plan, recipe: Recipe) -> list[str]:
     """Return the changes with which a recipe becomes what is planned, as `--set` takes them."""
-    train, model = recipe.train, recipe.model
+    train, mode = recipe.train, plan.activation_checkpointing
     wanted = {
-        "train.activation_checkpointing": (
-            train.activation_checkpointing,
-            plan.activation_checkpointing,
-        ),
-        "train.gradient_checkpointing": (
-            train.gradient_checkpointing,
-            train.gradient_checkpointing and plan.activation_checkpointing == "full",
-        ),
-        "train.per_device_train_batch_size": (
-            train.per_device_train_batch_size,
-            plan.per_device_train_batch_size,
-        ),
-        "train.gradient_accumulation_steps": (
-            train.gradient_accumulation_steps,
-            plan.gradient_accumulation_steps,
-        ),
-        "model.load_in_4bit": (model.load_in_4bit, plan.load_in_4bit),
+        ("train", "activation_checkpointing"): mode,
+        ("train", "gradient_checkpointing"): train.gradient_checkpointing and mode == "full",
+        ("train", "per_device_train_batch_size"): plan.per_device_train_batch_size,
+        ("train", "gradient_accumulation_steps"): plan.gradient_accumulation_steps,
+        ("model", "load_in_4bit"): plan.load_in_4bit,
     }
     return [
-        f"{key}={str(new).lower() if isinstance(new, bool) else new}"
-        for key, (old, new) in wanted.items()
-        if old != new
+        f"{section}.{key}={str(new).lower() if isinstance(new, bool) else new}"
+        for (section, key), new in wanted.items()
+        if new != getattr(getattr(recipe, section), key)
     ]
 
 

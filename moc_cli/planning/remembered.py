@@ -1,5 +1,6 @@
 """Results of meta kernels, remembered: shapes alone decide them, and torch works out each anew."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -68,18 +69,20 @@ def _made(result: Any, given: Any) -> list[_Made] | None:
         return None
     made = [_Made(tuple(t.shape), t.stride(), t.dtype) for t in tensors]
     storages = {t.untyped_storage()._cdata for t in tensors}
-    own = len(storages) == len(tensors) and not storages & set(_storages(given))
+    theirs = {t.untyped_storage()._cdata for t in tensors_in(given)}
+    own = len(storages) == len(tensors) and not storages & theirs
     whole = all(
         t.untyped_storage().nbytes() == one.nbytes for t, one in zip(tensors, made, strict=True)
     )
     return made if own and whole and all(t.is_meta for t in tensors) else None
 
 
-def _storages(values: Any) -> list[int]:
-    flat: list[int] = []
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values and in lists of them."""
+    flat: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            flat.append(value.untyped_storage()._cdata)
-        elif isinstance(value, list | tuple):
-            flat += _storages(value)
+            flat.append(value)
+        elif isinstance(value, tuple | list):
+            flat += tensors_in(value)
     return flat

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moc_cli.recipe.model import ModelSection
+from moc_cli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,8 @@ def asked_for(model: ModelSection) -> Quantization | None:
         return Quantization(load_in_8bit=True)
     kind, double = model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant
     return Quantization(True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
+
+
+def unquantized(recipe: Recipe) -> Recipe:
+    """Return the recipe with its base in the type of `train.bf16`."""
+    return recipe.changed(model={"load_in_4bit": False, "load_in_8bit": False})

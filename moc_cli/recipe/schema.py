@@ -1,6 +1,6 @@
 """The recipe, and the file that it is read from."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,13 @@ class Recipe(Sections):
         if broken:
             raise PydanticCustomError("combination", "{broken}", {"broken": broken})
         return self
+
+    def changed(self, **sections: dict[str, Any]) -> Self:
+        """Return the recipe with other values in these sections; they are not checked."""
+        changes = {
+            name: getattr(self, name).model_copy(update=values) for name, values in sections.items()
+        }
+        return self.model_copy(update=changes)
 
 
 class TaskSettings(Section):

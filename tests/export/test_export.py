@@ -263,7 +263,7 @@ def nothing_written() -> tuple[Written, dict]:
     """What a card needs of a format beside the run, with a proof of no positions."""
     empty = torch.zeros(0)
     proof = {"bit_equal": True, "max_difference": 0.0, "positions": 0, "rows": 0}
-    return Written((), "", parity.Reference({}, empty, empty)), proof
+    return Written("", parity.Reference({}, empty, empty)), proof
 
 
 @pytest.mark.usefixtures("clean_process")
@@ -271,7 +271,7 @@ def test_no_format_is_done_without_a_proof(moc, tmp_path, capsys, monkeypatch):
     """A format that writes nothing loadable, or that has one type, cannot be taken for another."""
     format_ = ModuleType("empty_format")
     format_.export = lambda trained, folder, options: Written(
-        (), "raise ValueError('nothing to load')", parity.reference(trained)
+        "raise ValueError('nothing to load')", parity.reference(trained)
     )
     monkeypatch.setitem(sys.modules, "empty_format", format_)
     monkeypatch.setitem(FORMATS, "empty", Format("empty_format", "nothing"))

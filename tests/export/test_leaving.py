@@ -35,7 +35,7 @@ def trained(home) -> LoadedRun:
 def card_of(trained: LoadedRun) -> str:
     empty = trained.adapted.model.dummy_inputs["input_ids"].float()
     proof = {"bit_equal": True, "positions": 1, "rows": 1}
-    return make_card(trained, Written((), "", Reference({}, empty, empty)), proof, "peft", {})
+    return make_card(trained, Written("", Reference({}, empty, empty)), proof, "peft", {})
 
 
 @pytest.mark.usefixtures("same_process")
