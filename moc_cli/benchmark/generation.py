@@ -15,7 +15,6 @@ from moc_cli.benchmark.models import Bases, sharing_copy
 from moc_cli.benchmark.turns import Lengths, Measured, Options, Turn, naming, take_turns, timed
 from moc_cli.benchmark.variants import Variant
 from moc_cli.errors import MocError
-from moc_cli.kinds import make_kind
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.load import Loaded
 from moc_cli.models.tokens import embeddings
@@ -42,7 +41,7 @@ def measure_generation(
     """
     lengths = options.lengths
     assert lengths is not None
-    if make_kind(variants[0].recipe.data).loss != "causal":
+    if variants[0].recipe.data.kind.classifier:
         raise MocError("a classifier writes no text", "leave out --generate")
     models = [_model_of(variant, bases, device) for variant in variants]
     prompts = [_prompts(v, model, lengths) for v, model in zip(variants, models, strict=True)]

@@ -65,7 +65,7 @@ def run(
 
 def _told(variant: Variant) -> Variant:
     """Return a variant whose recipe knows what custom rows tell: their format and labels."""
-    if variant.recipe.data.suite != "custom":
+    if not variant.recipe.data.custom:
         return variant
     return replace(variant, recipe=build.read_rows(variant.recipe)[0])
 

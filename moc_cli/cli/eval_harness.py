@@ -60,14 +60,11 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
 
 def _read_recipe(options: "EvalOptions", run: RunFolder) -> "Recipe":
     """Return a run's recipe; MocError where the run is a classifier."""
-    from moc_cli.recipe.tasks import is_classifier
-
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
-    data = recipe.data
-    if is_classifier(data.suite, data.tasks[0], data.format):
+    if recipe.data.kind.classifier:
         raise MocError(
             f"--harness scores language models; {run.path} is a classifier "
-            f"({', '.join(data.tasks)})",
+            f"({', '.join(recipe.data.tasks)})",
             f"score it: {shlex.join(['moc', 'eval', str(run.path)])}",
         )
     return recipe

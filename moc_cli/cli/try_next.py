@@ -22,17 +22,15 @@ def use_commands(run: str) -> list[Command]:
 
     Its own recipe holds what its rows were taken for, also where the user's leaves it open.
     """
-    from moc_cli.recipe.tasks import is_classifier
     from moc_cli.runs import RunFolder
 
     recipe = RunFolder(run).read_recipe(trust_remote_code=True)
-    data = recipe.data
 
     def command(name: str, *options: str) -> str:
         return shlex.join([program(), name, run, *options])
 
     commands = [(command("eval"), "score every item, for intervals")]
-    if not is_classifier(data.suite, data.tasks[0], data.format):
+    if not recipe.data.kind.classifier:
         commands.append((command("generate", "--prompt", "Hello"), "text of the trained model"))
     if getattr(recipe.method, "top_k", 0):
         commands.append((command("inspect-routing"), "which controls the sites choose"))

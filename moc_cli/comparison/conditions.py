@@ -6,7 +6,6 @@ from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
 from moc_cli.recipe.quantization import of_arguments
-from moc_cli.recipe.tasks import is_classifier
 from moc_cli.report.numbers import percent
 from moc_cli.results import main_score
 
@@ -169,10 +168,9 @@ def _scored_under(label: str, key: str) -> Callable[[Run], Any]:
 
 
 def _train_on_inputs(run: Run) -> bool | None:
-    """Whether the loss covers prompts; a classifier has no such prompts."""
+    """Whether the loss covers prompts; None where rows have none."""
     data = run.recipe.data
-    classifier = is_classifier(data.suite, data.tasks[0], data.format)
-    return None if classifier else data.train_on_inputs
+    return data.train_on_inputs if data.kind.prompted else None
 
 
 def _setting(key: str) -> Callable[[Run], Any]:

@@ -16,7 +16,7 @@ def from_row(task: str, row: Fields) -> PairExample:
 
 
 def _label(task: Task, row: Fields) -> int | float:
-    if task.kind == "regression":
+    if task.num_labels == 1:
         score = row.get("label")
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise BadRow(f"'label' is {score!r}, not a number")

@@ -102,7 +102,7 @@ def read_scored(
     `path` takes the place of the section's. Raises DataError for an unknown task or split and for
     rows that cannot be used.
     """
-    if data.suite == "custom":
+    if data.custom:
         other = [name for name in tasks if name not in data.tasks]
         if other or split:
             what = f"task '{other[0]}'" if other else f"split '{split}'"
@@ -129,7 +129,7 @@ def read_splits(
     A custom dataset tells its format and its labels where the section does not. Raises DataError
     naming every bad row.
     """
-    if data.suite != "custom":
+    if not data.custom:
         return data, _read_benchmark(data, max_test)
     custom = read_custom(data, watched=watched)
     template = read_frame(data.template) if custom.format == "instruction" else data.template

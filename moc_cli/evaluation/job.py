@@ -17,19 +17,17 @@ from moc_cli.recipe.rules import generation_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.tasks import (
-    TASKS,
-    ScoringProtocol,
-    generates,
-    is_classifier,
-    scoring_protocol,
-)
+from moc_cli.recipe.tasks import TASKS, ScoringProtocol, is_packaged
 from moc_cli.scoring.results import ScoringOptions
 
 _NOT_GENERATED = "compiles the generation of answers, and nothing is generated with protocol"
 OUTPUTS = Path("runs") / "eval"  # of bare models
 # Suites that a bare language model can answer.
-ANSWERED = tuple(s for s, tasks in TASKS.items() if any(t.kind == "choice" for t in tasks.values()))
+ANSWERED = tuple(
+    suite
+    for suite, tasks in TASKS.items()
+    if any(not task.kind.classifier for task in tasks.values())
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,8 @@ class EvalJob:
 def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
     """Plan the scoring of a run; raises MocError for options that do not go with its recipe."""
     data, protocol = recipe.data, cast(ScoringProtocol | None, options.protocol)
-    classifier = is_classifier(data.suite, data.tasks[0], data.format)
-    usual = scoring_protocol(data.suite, data.tasks[0], data.format, recipe.eval.protocol)
-    if data.suite == "custom":
+    classifier, usual = data.kind.classifier, data.kind.protocol(recipe.eval.protocol)
+    if data.custom:
         mistakes = [
             f"--tasks: the run's own task is '{data.tasks[0]}', found '{name}'"
             for name in options.tasks
@@ -87,7 +84,7 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             for name in options.tasks
             if classifier and name not in data.tasks
         ]
-    if protocol and data.suite == "custom":
+    if protocol and data.custom:
         mistakes.append(f"--protocol {protocol} is for questions with options")
     elif protocol and classifier:
         mistakes.append(f"--protocol {protocol} is for questions; {data.suite} is classified")
@@ -96,7 +93,7 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
     compiled = options.torch_compile
     if compiled:
         mistakes += [f"--torch-compile: {rule.message}" for rule in generation_rules(recipe)]
-        if not generates(protocol or usual, data.format):
+        if not data.kind.generates(protocol or usual):
             mistakes.append(f"--torch-compile: {_NOT_GENERATED} '{protocol or usual}'")
     refuse(mistakes + _path_mistakes(data.suite, options.path))
     return EvalJob(
@@ -173,6 +170,6 @@ def _task_mistakes(suite: str, names: Sequence[str]) -> list[str]:
 
 
 def _path_mistakes(suite: str, path: str | None) -> list[str]:
-    if suite == "builtin" and path:
+    if path and is_packaged(suite):
         return ["--path: the builtin suite is inside this package"]
     return []

@@ -6,7 +6,7 @@ from typing import Literal
 
 from moc_cli.errors import MocError
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.tasks import PROTOCOLS
+from moc_cli.recipe.tasks import CHOICE
 from moc_cli.runs import BaseOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +63,7 @@ class EvalOptions:
             if self.base_options.path is not None or self.base_options.allow_changes:
                 mistakes.append("--base-path and --allow-changed-base go with a run")
         closed = {
-            "--protocol": (self.protocol, PROTOCOLS["choice"]),
+            "--protocol": (self.protocol, CHOICE.protocols),
             "--dtype": (self.dtype, DTYPES),
             "--device": (self.device, DEVICES),
         }

@@ -147,13 +147,12 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
     }
     if isinstance(model, LoadedRun):
         data = model.recipe.data
-        prompted = model.causal and data.format != "text"  # all of a plain text is learned
         facts |= {
             "run": model.name,
             "method": model.recipe.method.name,
             "model": model.adapter_config["base_model_name_or_path"],
             "controls_sha256": model.adapter_config["payload_sha256"],
-            "train_on_inputs": data.train_on_inputs if prompted else None,
+            "train_on_inputs": data.train_on_inputs if data.kind.prompted else None,
         }
     return facts
 

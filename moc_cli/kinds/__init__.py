@@ -13,9 +13,20 @@ from moc_cli.kinds.kind import Kind
 from moc_cli.kinds.pairs import Pairs
 from moc_cli.kinds.writing import Writing
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import FORMATS, TASKS, kind_of
+from moc_cli.recipe.tasks import UNKNOWN
 
 __all__ = ["Choice", "Kind", "Pairs", "Writing", "make_kind"]
+
+
+# The class of each kind in `recipe.tasks`.
+KINDS: dict[str, type[Kind]] = {
+    "choice": Choice,
+    "classification": Pairs,
+    "regression": Pairs,
+    "instruction": Writing,
+    "chat": Writing,
+    "text": Writing,
+}
 
 
 def make_kind(data: DataSection) -> Kind:
@@ -23,17 +34,6 @@ def make_kind(data: DataSection) -> Kind:
 
     Raises DataError where the rows of a custom dataset have to be read first to know it.
     """
-    name = kind_of(data.suite, data.tasks[0], data.format)
-    if name is None:
+    if data.task is UNKNOWN:
         raise DataError("data.format is known only when the rows are read")
-    if name == "choice":
-        return Choice()
-    if data.suite != "custom":
-        task = TASKS[data.suite][data.tasks[0]]
-        return Pairs(task.metrics, task.num_labels, task.labels)
-    assert data.format is not None
-    if name == "writing":
-        return Writing(data.format, data.frame == "chat")
-    if name == "regression":
-        return Pairs(FORMATS[data.format].metrics, 1)
-    return Pairs(FORMATS[data.format].metrics, len(data.labels or ()), data.labels)
+    return KINDS[data.kind.name].of(data)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,7 @@ from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed
+from moc_cli.recipe.sections import DataSection
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
@@ -21,6 +23,11 @@ from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_ta
 
 class Choice(Causal):
     """Questions with options, answered by a language model; the prompt votes."""
+
+    @classmethod
+    def of(cls, data: DataSection) -> Self:
+        """Questions are of one kind whatever the task."""
+        return cls()
 
     def encode(
         self,

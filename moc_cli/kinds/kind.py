@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -10,12 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.batches import LossKind
 from moc_cli.data.encode import Encoded, Row
 from moc_cli.methods import TextModel
+from moc_cli.recipe.sections import DataSection
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, ScoringOptions
 
 
 class Kind(ABC):
     """What every kind of task does. `examples` are always of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, data: DataSection) -> Self:
+        """Return the kind of the tasks in a recipe's data section."""
 
     @property
     @abstractmethod

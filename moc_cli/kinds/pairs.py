@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from moc_cli.data.examples import PairExample
 from moc_cli.errors import DataError
 from moc_cli.kinds.kind import Kind
 from moc_cli.methods import TextModel
+from moc_cli.recipe.sections import DataSection
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import classify, pair_loss
@@ -36,7 +37,12 @@ class Pairs(Kind):
 
     metrics: tuple[str, ...]
     num_labels: int
-    labels: Sequence[str | int] | None = None
+    labels: Sequence[str | int] = ()
+
+    @classmethod
+    def of(cls, data: DataSection) -> Self:
+        """Pairs with the metrics and classes of the task."""
+        return cls(data.task.metrics, data.task.num_labels, data.task.labels)
 
     @property
     def loss(self) -> LossKind:
@@ -95,7 +101,7 @@ class Pairs(Kind):
             examples,
             batch_size=size,
             max_length=options.max_length,
-            names=tuple(map(str, self.labels or ())),
+            names=tuple(map(str, self.labels)),
             on_progress=on_progress,
         )
         seconds = time.perf_counter() - begin

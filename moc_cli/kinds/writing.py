@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed, pad_token_id, prompt_ids
+from moc_cli.recipe.sections import DataSection
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
 from moc_cli.scoring.forward import Limits, Progress, evaluating, pad
@@ -52,6 +53,11 @@ class Writing(Causal):
 
     format: str
     templated: bool = False
+
+    @classmethod
+    def of(cls, data: DataSection) -> Self:
+        """Texts in the format of the rows."""
+        return cls(data.kind.name, data.frame == "chat")
 
     @property
     def _are_chats(self) -> bool:

@@ -26,7 +26,7 @@ def run(
     training before its weights are read.
     """
     first, _ = variants[0]
-    if first.data.suite == "custom":  # its rows say what the model has to be
+    if first.data.custom:  # its rows say what the model has to be
         told = build.read_rows(first)[0].data
         variants = [(r.model_copy(update={"data": told}), changes) for r, changes in variants]
         first, _ = variants[0]

@@ -10,11 +10,10 @@ from moc_cli.recipe.tasks import (
     BUILTIN_MODELS,
     FORMATS,
     TASKS,
-    Kind,
-    generates,
+    TaskKind,
+    find_task,
     is_benchmark_task,
-    kind_of,
-    watched_metrics,
+    is_packaged,
 )
 
 
@@ -61,12 +60,12 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
         elif not tasks and is_benchmark_task(name):
             message = f"{name!r} is the name of a benchmark task; give this task another name"
             yield BrokenRule(key, message, (suite,))
-    if len(data.tasks) > 1 and _kinds(recipe) - {"choice"}:
+    if len(data.tasks) > 1 and not all(kind.joint for kind in _kinds(recipe)):
         message = f"{data.suite} trains one task per run, found {len(data.tasks)}"
         yield BrokenRule("data.tasks", message, (suite, "data.format"))
     columns = {key: name for key, name in data.columns if name is not None}
     if tasks:
-        if data.path is not None and not any(task.hub for task in tasks.values()):
+        if data.path is not None and is_packaged(data.suite):
             message = f"suite '{data.suite}' is inside this package; leave data.path out"
             yield BrokenRule("data.path", message, (suite,))
         splits = {key: name for key, name in data.splits if name is not None}
@@ -109,11 +108,14 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
         yield BrokenRule("data.labels", f"label {twice[0]!r} is listed twice", (suite,))
 
 
-def _kinds(recipe: Sections) -> set[Kind | None]:
-    """Return the kinds of the tasks; None for a custom dataset whose format is not known yet."""
+def _kinds(recipe: Sections) -> list[TaskKind]:
+    """Return the kinds of the tasks that the suite has."""
     data, tasks = recipe.data, TASKS[recipe.data.suite]
-    known = [name for name in data.tasks if name in tasks or not tasks]
-    return {kind_of(data.suite, name, data.format) for name in known}
+    return [tasks[name].kind for name in data.tasks if name in tasks] if tasks else [data.kind]
+
+
+def _classifier(recipe: Sections) -> TaskKind | None:
+    return next((kind for kind in _kinds(recipe) if kind.classifier), None)
 
 
 def _model(recipe: Sections) -> Iterator[BrokenRule]:
@@ -190,9 +192,9 @@ def _packing(recipe: Sections) -> Iterator[BrokenRule]:
     if not recipe.train.packing:
         return
     key, of_tasks = "train.packing", ("data.suite", "data.tasks", "data.format")
-    classes = _kinds(recipe) & {"classification", "regression"}
-    if classes:
-        message = f"a task of {classes.pop()} reads each row's own output; leave packing out"
+    classifier = _classifier(recipe)
+    if classifier:
+        message = f"a task of {classifier.name} reads each row's own output; leave packing out"
         yield BrokenRule(key, message, of_tasks)
     if recipe.method.name == "molex":
         message = "molex gives each row layers of its own; leave packing out, or choose moc"
@@ -212,7 +214,7 @@ def _eval(recipe: Sections) -> Iterator[BrokenRule]:
         )
         yield BrokenRule("eval.early_stopping_patience", message, (strategy,))
     tasks = [TASKS[data.suite][name] for name in data.tasks if name in TASKS[data.suite]]
-    if data.suite == "custom" and data.eval_split == "held_out":
+    if data.custom and data.eval_split == "held_out":
         message = "is for benchmarks; a custom dataset names its rows: data.validation, data.splits"
         yield BrokenRule("data.eval_split", message, ("data.suite",))
     elif scoring.eval_strategy != "no" and tasks and data.holds_out and data.held_out == 0:
@@ -221,13 +223,13 @@ def _eval(recipe: Sections) -> Iterator[BrokenRule]:
             "eval.eval_strategy to no"
         )
         yield BrokenRule("data.held_out", message, (strategy, *of_tasks))
-    classes = _kinds(recipe) & {"classification", "regression"}
-    if scoring.protocol == "generate" and classes:
-        message = f"a task of {classes.pop()} generates no answer; leave eval.protocol out"
+    classifier = _classifier(recipe)
+    if scoring.protocol == "generate" and classifier:
+        message = f"a task of {classifier.name} generates no answer; leave eval.protocol out"
         yield BrokenRule("eval.protocol", message, of_tasks)
     metric = scoring.metric_for_best_model
     for name in data.tasks if metric is not None else ():
-        allowed = watched_metrics(data.suite, name, data.format)
+        allowed = find_task(data.suite, name, data.format).watched_metrics
         if metric not in allowed:
             subject = f"task '{name}'" if tasks or not data.format else f"format '{data.format}'"
             message = f"{subject} has no {metric}; allowed: {', '.join(allowed)}"
@@ -239,13 +241,10 @@ def _compiled_generation(recipe: Sections) -> Iterator[BrokenRule]:
     if not recipe.eval.torch_compile:
         return
     yield from generation_rules(recipe)
-    data, protocol, kinds = recipe.data, recipe.eval.protocol, _kinds(recipe)
-    if not kinds or None in kinds:
-        return  # a wrong task, or not known yet
-    asked = "choice" in kinds
-    if not generates(protocol if asked else "texts", data.format):
+    protocol, kinds = recipe.eval.protocol, _kinds(recipe)
+    if kinds and not any(kind.generates(protocol) for kind in kinds):
         message = "compiles the generation of answers, and nothing is generated"
-        if asked:
+        if any(kind.generating for kind in kinds):
             message += f" with eval.protocol {protocol!r}; set that to 'generate'"
         others = ("eval.protocol", "data.suite", "data.tasks", "data.format")
         yield BrokenRule("eval.torch_compile", message, others)

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.recipe.methods import MethodSection
 from moc_cli.recipe.model import ModelSection
-from moc_cli.recipe.tasks import CUSTOM_TASK, TASKS, Frame, prompt_frame
+from moc_cli.recipe.tasks import CUSTOM_TASK, Format, Frame, Suite, Task, TaskKind, find_task
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
@@ -32,8 +32,6 @@ from moc_cli.recipe.types import (
     word_no,
 )
 
-Suite = Literal["commonsense", "glue", "builtin", "custom"]
-Format = Literal["instruction", "chat", "text", "classification", "regression"]
 ClassLabel = Text | Annotated[int, BeforeValidator(refuse_bool)]
 ChatTurns = Literal["all", "split", "last"]
 Quoting = Literal["csv", "none"]
@@ -48,8 +46,7 @@ class ColumnsSection(Section):
 
     text: Text | None = Field(default=None, description="null: text, sentence or sentence1")
     text_pair: Text | None = Field(
-        default=None,
-        description="null: text_pair or sentence2, if present",
+        default=None, description="null: text_pair or sentence2, if present"
     )
     label: Text | None = Field(default=None, description="null: label, labels or score")
     instruction: Text | None = Field(
@@ -177,13 +174,28 @@ class DataSection(Section):
     @property
     def holds_out(self) -> bool:
         """Whether a benchmark's training rows are held out for evaluation during training."""
-        tasks = [TASKS[self.suite][name] for name in self.tasks if name in TASKS[self.suite]]
+        tasks = [find_task(self.suite, name, self.format) for name in self.tasks]
         return self.eval_split == "held_out" or not all(task.has_validation for task in tasks)
+
+    @property
+    def custom(self) -> bool:
+        """Whether the rows are a custom dataset's, not a benchmark's."""
+        return self.suite == "custom"
+
+    @property
+    def task(self) -> Task:
+        """What the first task is, or UNKNOWN; several tasks of one run are of one kind."""
+        return find_task(self.suite, self.tasks[0], self.format, self.labels)
+
+    @property
+    def kind(self) -> TaskKind:
+        """What kind of task the run learns."""
+        return self.task.kind
 
     @property
     def frame(self) -> Frame | None:
         """What surrounds the prompts of a run; None where it generates no text, or not known."""
-        frame = prompt_frame(self.suite, self.tasks[0], self.format)
+        frame = self.kind.frame
         return "chat" if frame == "instruction" and self.template == "chat" else frame
 
     @model_validator(mode="before")

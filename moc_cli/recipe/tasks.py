@@ -3,20 +3,49 @@
 A task of GLUE's shape is one more line in `_GLUE`; a new suite also needs a reader in `data`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Kind = Literal["choice", "classification", "regression", "writing"]
+Suite = Literal["commonsense", "glue", "builtin", "custom"]
+Format = Literal["instruction", "chat", "text", "classification", "regression"]
 ScoringProtocol = Literal["rank", "generate", "classify", "texts"]
 Frame = Literal["commonsense", "instruction", "chat", "raw"]  # what surrounds a prompt
 
-# How tasks of a kind can be scored, the usual way first. The objects are in `moc_cli.kinds`.
-PROTOCOLS: dict[Kind, tuple[ScoringProtocol, ...]] = {
-    "choice": ("rank", "generate"),
-    "classification": ("classify",),
-    "regression": ("classify",),
-    "writing": ("texts",),
-}
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What is said of a kind of task without torch; what it does is in `moc_cli.kinds`.
+
+    `protocols`: how it can be scored, the usual way first; the model writes in those that are
+    `generating`. `classifier`: whether a fresh head learns it, not a language model (None: not
+    known). `prompted`: whether its rows have a prompt that need not be learned. `joint`: whether
+    one run can train several such tasks. `frame`: what surrounds its prompts, if it has some.
+    """
+
+    name: str
+    protocols: tuple[ScoringProtocol, ...]
+    generating: tuple[ScoringProtocol, ...] = ()
+    classifier: bool | None = False
+    prompted: bool = True
+    joint: bool = False
+    frame: Frame | None = None
+
+    def protocol(self, wanted: ScoringProtocol) -> ScoringProtocol:
+        """Return how it is scored: as `wanted` where the kind leaves a choice."""
+        return wanted if wanted in self.protocols else self.protocols[0]
+
+    def generates(self, wanted: ScoringProtocol) -> bool:
+        """Return whether it is scored by texts that the model writes."""
+        return self.protocol(wanted) in self.generating
+
+
+CHOICE = TaskKind("choice", ("rank", "generate"), ("generate",), joint=True, frame="commonsense")
+CLASSIFICATION = TaskKind("classification", ("classify",), classifier=True, prompted=False)
+REGRESSION = replace(CLASSIFICATION, name="regression")
+INSTRUCTION = TaskKind("instruction", ("texts",), ("texts",), frame="instruction")
+CHAT = TaskKind("chat", ("texts",), frame="chat")
+TEXT = TaskKind("text", ("texts",), prompted=False, frame="raw")
 
 BUILTIN_MODELS = ("world-llama",)
 CUSTOM_TASK = "custom"  # the name of a custom dataset's task where none is given
@@ -35,7 +64,7 @@ class HubSplit:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a benchmark.
+    """One task of a benchmark, or of a custom dataset in one of its formats.
 
     `metrics`: the first is the one that tables and model selection use. `hub`: split name ->
     where it lies, for every split that has labels (empty: the rows are inside this package).
@@ -44,18 +73,23 @@ class Task:
     text.
     """
 
-    kind: Kind
+    kind: TaskKind
     metrics: tuple[str, ...] = ("accuracy",)
     hub: dict[str, HubSplit] = field(default_factory=dict)
     scored: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    labels: tuple[str | int, ...] = ()
     answers: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int:
-        """Outputs of a classifier; 1 for a regression."""
-        return 1 if self.kind == "regression" else len(self.labels)
+        """Outputs of a classifier; 1 for a regression, 0 while its classes are not known."""
+        return 1 if self.kind is REGRESSION else len(self.labels)
+
+    @property
+    def watched_metrics(self) -> tuple[str, ...]:
+        """What `metric_for_best_model` may be, the main one first; all while it is unknown."""
+        return (*self.metrics, "loss")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -81,7 +115,7 @@ def _choice(
         "train": HubSplit(repo, train_configs or (config,), "train", revision),
         "test": HubSplit(repo, (config,), test, revision),
     }
-    return Task("choice", hub=hub, answers=answers)
+    return Task(CHOICE, hub=hub, answers=answers)
 
 
 def _pairs(
@@ -93,8 +127,7 @@ def _pairs(
     config: str,
 ) -> Task:
     hub = {split: HubSplit(repo, (config,), split) for split in ("train", *scored)}
-    kind: Kind = "classification" if labels else "regression"
-    return Task(kind, metrics, hub, scored, columns, labels)
+    return Task(CLASSIFICATION if labels else REGRESSION, metrics, hub, scored, columns, labels)
 
 
 def _numbered(stem: str, count: int) -> tuple[str, ...]:
@@ -153,75 +186,44 @@ _GLUE = {
 TASKS: dict[str, dict[str, Task]] = {
     "commonsense": _COMMONSENSE,
     "glue": _GLUE,
-    "builtin": {"world": Task("choice")},
+    "builtin": {"world": Task(CHOICE)},
     "custom": {},  # a task of a custom dataset has any name
 }
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format of a custom dataset: what kind of task it is, its columns, what it is watched by,
-    and the frame that its prompts are trained in.
-    """
-
-    kind: Kind
-    columns: tuple[str, ...]
-    metrics: tuple[str, ...]
-    frame: Frame | None = None
-
-
-FORMATS: dict[str, Format] = {
-    "instruction": Format(
-        "writing", ("instruction", "input", "output"), ("perplexity",), "instruction"
-    ),
-    "chat": Format("writing", ("messages",), ("perplexity",), "chat"),
-    "text": Format("writing", ("text",), ("perplexity",), "raw"),
-    "classification": Format("classification", ("text", "text_pair", "label"), ("accuracy",)),
-    "regression": Format("regression", ("text", "text_pair", "label"), ("pearson", "spearman")),
+# What a custom dataset is in each of its formats, and the columns that it reads then.
+FORMATS: dict[Format, Task] = {
+    "instruction": Task(INSTRUCTION, ("perplexity",), columns=("instruction", "input", "output")),
+    "chat": Task(CHAT, ("perplexity",), columns=("messages",)),
+    "text": Task(TEXT, ("perplexity",), columns=("text",)),
+    "classification": Task(CLASSIFICATION, columns=("text", "text_pair", "label")),
+    "regression": Task(REGRESSION, ("pearson", "spearman"), columns=("text", "text_pair", "label")),
 }
+# What a custom dataset is before its rows are read: everything is possible.
+_ANY: tuple[ScoringProtocol, ...] = ("rank", "generate", "classify", "texts")
+UNKNOWN = Task(
+    TaskKind("unknown", _ANY, _ANY, classifier=None),
+    ("accuracy", "pearson", "spearman", "perplexity"),
+)
 
 
-def kind_of(suite: str, task: str, format_name: str | None = None) -> Kind | None:
-    """Return what kind of task this is; None for a custom dataset whose format is not known yet."""
+def find_task(
+    suite: str, name: str, format_name: Format | None, labels: Sequence[str | int] | None = None
+) -> Task:
+    """Return what a task is: UNKNOWN for a name that the suite lacks, and for a custom dataset
+    whose format is not known yet; `labels` are the classes of a custom dataset.
+    """
     if suite != "custom":
-        return TASKS[suite][task].kind
-    return None if format_name is None else FORMATS[format_name].kind
-
-
-def is_classifier(suite: str, task: str, format_name: str | None) -> bool:
-    """Return whether a task is learned by a classifier with a fresh head, not a language model."""
-    return kind_of(suite, task, format_name) in ("classification", "regression")
-
-
-def scoring_protocol(
-    suite: str, task: str, format_name: str | None, wanted: ScoringProtocol
-) -> ScoringProtocol:
-    """Return how a task is scored: as `wanted` where its kind leaves a choice."""
-    kind = kind_of(suite, task, format_name)
-    allowed = PROTOCOLS[kind] if kind else (wanted,)
-    return wanted if wanted in allowed else allowed[0]
-
-
-def generates(protocol: ScoringProtocol, format_name: str | None) -> bool:
-    """Return whether a task is scored by texts that the model writes."""
-    return protocol == "generate" or format_name == "instruction"
-
-
-def prompt_frame(suite: str, task: str, format_name: str | None) -> Frame | None:
-    """Return the frame that a run's prompts were trained in; None where it generates no text."""
-    if suite == "custom":
-        return FORMATS[format_name].frame if format_name else None
-    return "commonsense" if TASKS[suite][task].kind == "choice" else None
-
-
-def watched_metrics(suite: str, task: str, format_name: str | None = None) -> tuple[str, ...]:
-    """Return what `metric_for_best_model` may be, the main one first; all while it is unknown."""
-    if suite != "custom":
-        known = TASKS[suite][task].metrics if task in TASKS[suite] else ("accuracy",)
-        return (*known, "loss")
+        return TASKS[suite].get(name, UNKNOWN)
     if format_name is None:
-        return ("accuracy", "pearson", "spearman", "perplexity", "loss")
-    return (*FORMATS[format_name].metrics, "loss")
+        return UNKNOWN
+    return replace(FORMATS[format_name], labels=tuple(labels or ()))
+
+
+def is_packaged(suite: str) -> bool:
+    """Return whether the rows of a suite are inside this package."""
+    tasks = TASKS[suite].values()
+    return bool(tasks) and not any(task.hub for task in tasks)
 
 
 def is_benchmark_task(task: str) -> bool:

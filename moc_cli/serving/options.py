@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moc_cli.errors import DataError, MocError
-from moc_cli.recipe.tasks import is_classifier
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.serving.prompts import check_frame, read_prompts, split_prompts
 
@@ -87,7 +86,7 @@ class GenerateOptions:
         folder = RunFolder.open(self.run)
         recipe = folder.read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
-        if is_classifier(data.suite, data.tasks[0], data.format):
+        if data.kind.classifier:
             raise MocError(
                 f"{self.run} is a classifier ({', '.join(data.tasks)}): it has no text to give",
                 f"classify new rows: moc predict {shlex.quote(str(self.run))} --file FILE",

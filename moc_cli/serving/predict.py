@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from moc_cli.data.custom.unlabelled import UnlabelledRows, read_unlabelled
 from moc_cli.errors import DataError, FileError, MocError
 from moc_cli.files import check_folder, write_text_atomic
-from moc_cli.recipe.tasks import is_classifier
 from moc_cli.report.output import say
 from moc_cli.report.progress import WorkProgress
 from moc_cli.run_files import read_bytes
@@ -49,7 +48,7 @@ class PredictOptions:
             self._check_replaced(self.output_file)
         recipe = RunFolder.open(self.run).read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
-        if not is_classifier(data.suite, data.tasks[0], data.format):
+        if not data.kind.classifier:
             words = ["moc", "generate", str(self.run), "--file", str(self.file)]
             raise MocError(
                 f"{self.run} is a language model ({', '.join(data.tasks)}): it has no classes",

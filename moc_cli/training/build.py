@@ -34,7 +34,6 @@ from moc_cli.recipe.model import ModelSection
 from moc_cli.recipe.quantization import Quantization, asked_for
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.tasks import scoring_protocol, watched_metrics
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import checks
 from moc_cli.training.loop_types import Data, Settings
@@ -259,7 +258,7 @@ def base_shape(recipe: Recipe) -> PreTrainedModel:
 
 def fresh_modules(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
     """Return the modules of a model that its checkpoint is expected to lack: a classifier's."""
-    if make_kind(recipe.data).loss == "causal":
+    if not recipe.data.kind.classifier:
         return ()
     kept = (model.base_model_prefix, *_own_head(recipe, model))
     return tuple(name for name, _ in model.named_children() if name not in kept)
@@ -268,10 +267,9 @@ def fresh_modules(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
 def make_settings(recipe: Recipe) -> Settings:
     """Return the loop's numbers; without a metric of its own, the task's main one decides."""
     train, scoring, output = recipe.train, recipe.eval, recipe.output
-    data, method = recipe.data, recipe.method
+    method = recipe.method
     gate = method.gate if isinstance(method, MocMethod | MolexMethod) else None
-    main, *_ = watched_metrics(data.suite, data.tasks[0], data.format)
-    metric = scoring.metric_for_best_model or main
+    metric = scoring.metric_for_best_model or recipe.data.task.metrics[0]
     return Settings(
         seed=recipe.seed,
         num_train_epochs=train.num_train_epochs,
@@ -305,8 +303,7 @@ def make_settings(recipe: Recipe) -> Settings:
 
 def make_scoring_options(recipe: Recipe) -> ScoringOptions:
     """Return how the run is scored."""
-    data = recipe.data
-    protocol = scoring_protocol(data.suite, data.tasks[0], data.format, recipe.eval.protocol)
+    data, protocol = recipe.data, recipe.data.kind.protocol(recipe.eval.protocol)
     scoring, size = recipe.eval, recipe.eval.per_device_eval_batch_size
     return ScoringOptions(size, data.max_length, protocol, scoring.too_long, scoring.torch_compile)
 

@@ -168,7 +168,7 @@ def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
     if not splits.validation:
         return []
     if recipe.eval.eval_strategy == "no":
-        if recipe.data.suite == "custom" or not recipe.data.holds_out:
+        if not recipe.data.holds_out:
             return []
         return [
             f"training rows are held out (data.held_out: {recipe.data.held_out}), and nothing "

@@ -10,6 +10,7 @@ from moc_cli.data.encode import IGNORED, Row
 from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.tasks import is_packaged
 from moc_cli.training import build
 from moc_cli.training.device_checks import check_device_keys, find_device
 from moc_cli.training.loop_types import total_steps
@@ -25,7 +26,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     """
     check_device_keys(recipe, find_device(recipe.launch.device), training=True)
     splits = None
-    if recipe.data.suite == "custom":  # its rows say what the model has to be
+    if recipe.data.custom:  # its rows say what the model has to be
         recipe, splits = build.read_rows(recipe)
     adapted = build.build_shapes(recipe)
     counts, model = adapted.counts(), adapted.model
@@ -55,7 +56,7 @@ def encode_within_reach(
     try:
         splits = splits or build.read_rows(recipe)[1]
     except DataError as error:
-        if data.path is not None or data.suite == "builtin":
+        if data.path is not None or is_packaged(data.suite):
             raise
         raise OutOfReach(error.message) from error
     try:
@@ -71,7 +72,7 @@ def _read(recipe: Recipe, splits: Splits | None, model: PreTrainedModel) -> dict
     """Return what the rows come to, and the first of them; `label` is a classifier's."""
     rows, tokenizer = encode_within_reach(recipe, splits, model)
     encoded, splits, first = rows.encoded, rows.splits, rows.encoded.rows[0]
-    pieces = split_row(first, tokenizer, rows.kind.loss == "causal")
+    pieces = split_row(first, tokenizer, not recipe.data.kind.classifier)
     return {
         "steps": total_steps(build.make_settings(recipe), rows.data.batches),
         "rows": len(encoded.rows),

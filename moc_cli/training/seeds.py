@@ -18,7 +18,6 @@ from typing import Any
 from moc_cli.errors import MocError, RunError
 from moc_cli.files import write_json_atomic
 from moc_cli.recipe.schema import Recipe
-from moc_cli.recipe.tasks import kind_of
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
@@ -45,9 +44,7 @@ def plan(recipe: Recipe, count: int) -> list[Recipe]:
             f"{count} seeds from {recipe.seed} on end beyond the last one, {LAST_SEED}",
             "start lower: --set seed=0",
         )
-    data = recipe.data
-    # None: only the rows of a custom dataset say whether a head is drawn.
-    has_head = kind_of(data.suite, data.tasks[0], data.format) not in ("choice", "writing")
+    has_head = recipe.data.kind.classifier is not False  # None: only the rows say it
     seeds = []
     for seed in range(recipe.seed, recipe.seed + count):
         folder = Path(recipe.output.output_dir) / f"seed-{seed}"
@@ -188,7 +185,7 @@ def _spread(values: Sequence[float], before: float | None) -> dict[str, float | 
 
 def _check_rows(recipe: Recipe) -> None:
     """Refuse a custom dataset without rows to score; other suites always have some."""
-    if recipe.data.suite == "custom" and not read_rows(recipe)[1].tests:
+    if recipe.data.custom and not read_rows(recipe)[1].tests:
         raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
 
 

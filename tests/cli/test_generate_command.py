@@ -21,7 +21,7 @@ from moc_cli.errors import DataError, MocError
 from moc_cli.methods import Adapted, attach, bare
 from moc_cli.models.load import load_tokenizer
 from moc_cli.recipe.methods import MocMethod
-from moc_cli.recipe.tasks import prompt_frame
+from moc_cli.recipe.tasks import find_task
 from moc_cli.serving.chat import Chat
 from moc_cli.serving.options import Sampling
 from moc_cli.serving.prompts import choose_frame, encode, read_prompts, split_prompts
@@ -244,7 +244,7 @@ def test_a_commonsense_run_is_asked_as_in_its_evaluation() -> None:
     """To the token, on a row of the built-in task."""
     tokenizer = load_tokenizer("builtin:world-llama")
     example = load_examples("builtin", "world", "test")[0]
-    frame, _ = choose_frame("auto", prompt_frame("builtin", "world", None), tokenizer)
+    frame, _ = choose_frame("auto", find_task("builtin", "world", None).kind.frame, tokenizer)
     instruction = example.eval_prompt.split("### Instruction:\n")[1].split("\n\n" + " " * 16)[0]
     messages = writer(bare(make_tiny_model("llama"))).messages(
         "before", "then", instruction.strip()
@@ -257,9 +257,9 @@ def test_the_frame_follows_the_run_and_the_tokenizer() -> None:
     templated.chat_template = MESSAGES
     assert choose_frame("auto", "commonsense", templated)[0] == "commonsense"
     assert choose_frame("auto", None, templated)[0] == "chat"
-    assert prompt_frame("commonsense", "boolq", None) == "commonsense"
+    assert find_task("commonsense", "boolq", None).kind.frame == "commonsense"
     formats = ("instruction", "chat", "text", None)
-    frames = [prompt_frame("custom", "custom", format) for format in formats]
+    frames = [find_task("custom", "custom", format).kind.frame for format in formats]
     assert frames == ["instruction", "chat", "raw", None]
     assert choose_frame("auto", None, plain)[0] == "raw"
     assert choose_frame("raw", "commonsense", templated)[0] == "raw"

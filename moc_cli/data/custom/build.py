@@ -15,7 +15,8 @@ from moc_cli.data.examples import (
     TextExample,
 )
 from moc_cli.data.source import BadRow, Fields, check_utf8, shown, text_or_empty
-from moc_cli.recipe.sections import DataSection, Format
+from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import Format
 
 _CHAT = {"messages": "messages", "system": "system"}
 BuildExample = Callable[[Fields, Place], Example]

@@ -8,9 +8,9 @@ from moc_cli.data.custom.labels import is_missing, is_number, is_whole
 from moc_cli.data.custom.table import Table
 from moc_cli.data.source import did_you_mean
 from moc_cli.errors import DataError
-from moc_cli.recipe.sections import DataSection, Format
+from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import nearest
-from moc_cli.recipe.tasks import FORMATS
+from moc_cli.recipe.tasks import FORMATS, Format
 
 USUAL = {
     "text": ("text", "sentence", "sentence1"),

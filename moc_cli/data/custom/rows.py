@@ -16,7 +16,8 @@ from moc_cli.data.custom.table import Table
 from moc_cli.data.examples import ROW_SEED, ChatExample, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
-from moc_cli.recipe.sections import DataSection, Format
+from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import Format
 
 
 @dataclass(frozen=True)

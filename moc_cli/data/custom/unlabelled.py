@@ -9,7 +9,6 @@ from moc_cli.data.examples import PairExample
 from moc_cli.data.source import BadRow, BadRows, Fields, did_you_mean, text_or_empty
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,8 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
 def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
     """The columns of the text and of the second one, in a benchmark's words or the recipe's."""
     there = table.columns
-    if data.suite != "custom":
-        wanted: list[tuple[str, ...]] = [
-            (column,) for column in TASKS[data.suite][data.tasks[0]].columns
-        ]
+    if not data.custom:
+        wanted: list[tuple[str, ...]] = [(column,) for column in data.task.columns]
     else:
         named = [data.columns.text, data.columns.text_pair]
         usual = [USUAL["text"], USUAL["text_pair"]]

@@ -1,0 +1,43 @@
+"""What the table of tasks says of a kind without torch agrees with its object."""
+
+import pytest
+from support.messages import refused
+
+from moc_cli.errors import DataError
+from moc_cli.kinds import KINDS, make_kind
+from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import FORMATS, TASKS, UNKNOWN
+
+BENCHMARKS = [(suite, name, None) for suite, tasks in TASKS.items() for name in tasks]
+CUSTOM = [("custom", "mine", format_) for format_ in FORMATS]
+
+
+def section(suite: str, task: str, format_: str | None) -> DataSection:
+    values = {"suite": suite, "tasks": [task], "format": format_, "labels": ["bad", "good"]}
+    return DataSection.model_validate(values)
+
+
+@pytest.mark.parametrize(("suite", "task", "format_"), BENCHMARKS + CUSTOM)
+def test_a_task_is_learned_and_scored_as_the_table_says(
+    suite: str, task: str, format_: str | None
+) -> None:
+    data = section(suite, task, format_)
+    loaded = make_kind(data).model_arguments()
+    assert (loaded["kind"] == "classification") == data.kind.classifier
+    assert loaded.get("num_labels", 0) == (data.task.num_labels if data.kind.classifier else 0)
+    assert {*data.kind.generating} <= {*data.kind.protocols}
+    assert data.kind.protocol("rank") in data.kind.protocols
+
+
+def test_every_kind_of_the_table_has_its_class() -> None:
+    tasks = [task for table in (*TASKS.values(), FORMATS) for task in table.values()]
+    assert {task.kind.name for task in tasks} == set(KINDS)
+
+
+def test_before_its_rows_are_read_a_custom_dataset_may_be_anything() -> None:
+    data = section("custom", "mine", None)
+    assert data.task is UNKNOWN
+    assert data.kind.classifier is None
+    assert all(data.kind.protocol(name) == name for name in data.kind.protocols)
+    with refused(DataError):
+        make_kind(data)
