@@ -199,7 +199,7 @@ def attach(
 def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     """Place the controls of an adapter folder in a model; nothing else in it is changed.
 
-    But that a classifier whose classes have only numbers gets their names in its config.
+    A classifier whose classes have only numbers also gets their names in its config.
 
     Raises RunError, with the model unchanged, for: files that are missing, damaged or links out of
     the folder; unknown keys in the config; another base than the one trained on (compared by the

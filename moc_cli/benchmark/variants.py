@@ -60,9 +60,9 @@ def make_variants(
     """Return each method with each combination of the values tried, methods in their order.
 
     `changes` are those of `--set`. A method's keys are tried with the methods that have them. A
-    method beside the recipe's own has its own defaults; keys that it shares with a kin (`control`
-    with `moc`) have the recipe's values. Raises MocError for an unknown method, a wrong key,
-    and what is given twice.
+    method other than the recipe's has its own defaults; keys that it shares with a related method
+    (`control` with `moc`) have the recipe's values. Raises MocError for an unknown method, a wrong
+    key, and what is given twice.
     """
     for name in methods:
         if name not in METHODS:

@@ -26,7 +26,8 @@ def export(
         ),
     ],
     output_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder; it is created after the check.")
+        Path,
+        typer.Option(metavar="DIR", help="A new folder; it is created only if the check succeeds."),
     ],
     dtype: Annotated[
         str | None,

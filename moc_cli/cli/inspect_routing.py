@@ -54,8 +54,8 @@ def inspect_routing(
         bool,
         typer.Option(
             "--ablate",
-            help="Make one site local at a time, and measure how much the loss of the answers "
-            "rises: one pass over the rows for each site.",
+            help="For one site after the other, replace the routed controls by its own one and "
+            "measure how much the loss of the answers rises: one pass over the rows for each site.",
         ),
     ] = False,
     output_dir: Annotated[

@@ -10,7 +10,7 @@ import typer
 
 RUN = (
     "The run folder that `moc train` wrote, or one of its checkpoints, as "
-    "RUN/checkpoints/step-000100; an interrupted run stands for its newest."
+    "RUN/checkpoints/step-000100; of an interrupted run the newest one is used."
 )
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN)]
 OptionalRunArgument = Annotated[Path | None, typer.Argument(metavar="[RUN]", help=RUN)]
@@ -67,8 +67,8 @@ AllowChangedBaseOption = Annotated[
     bool,
     typer.Option(
         "--allow-changed-base",
-        help="Go on where weights of the base outside of its layers (such as embeddings) or the "
-        "vocabulary differ from those of the training.",
+        help="Accept a base whose embeddings, head or vocabulary differ from those of the "
+        "training.",
     ),
 ]
 LoadIn4bitOption = Annotated[

@@ -50,7 +50,7 @@ def plan(
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Tell what a training will take: memory by part, time, and what fits a card.
+    """Estimate what a training needs: memory by part, time, and which settings fit a card.
 
     A step of the training is replayed without weights and without a GPU. Beside the recipe's own
     setting, others are planned: recomputed activations, smaller batches, a base in 4 bits.

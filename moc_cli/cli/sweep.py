@@ -86,7 +86,7 @@ def sweep(
         stopped = stop
     _show(execution, folders[-1], json)
     if execution.failed:
-        say(f"{len(execution.failed)} runs failed; when the cause is mended: {again}")
+        say(f"{len(execution.failed)} runs failed; after fixing the cause: {again}")
     if stopped is not None:
         say(f"{stopped.message}\n{stopped.hint}")
         raise typer.Exit(stopped.exit_code)

@@ -155,7 +155,7 @@ def train(
 
 
 def _progress(recipe: "Recipe", call: "Call") -> tuple[str, str]:
-    """Say how far processes came that have ended without a word, and how to continue."""
+    """Say how far processes came that were killed, and how to continue."""
     from moc_cli.errors import RunError
     from moc_cli.runs import RunFolder
 
@@ -168,7 +168,7 @@ def _progress(recipe: "Recipe", call: "Call") -> tuple[str, str]:
 
 
 def _is_of_method(change: str) -> bool:
-    """Whether a `--set` changes the method: such a key may be none of another method."""
+    """Whether a `--set` changes the method: another method may not have the key."""
     return change.partition("=")[0].strip().partition(".")[0] == "method"
 
 

@@ -20,7 +20,7 @@ _SHARED["control"] = _SHARED["moc"]
 def use_commands(run: str) -> list[Command]:
     """Return the commands that use a finished run.
 
-    Its own recipe holds what its rows were taken for, also where the user's leaves it open.
+    Its own recipe holds the format that was found in the rows, where the user's leaves it open.
     """
     from moc_cli.runs import RunFolder
 

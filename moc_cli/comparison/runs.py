@@ -100,7 +100,7 @@ def read_items(scores: Scores) -> Items:
     packed = scores.folder / PACKED
     content = _unpacked(packed) if packed.is_file() else read_bytes(path)
     if scores.conditions.get("samples_sha256") != hashlib.sha256(content).hexdigest():
-        raise RunError(f"{path} is not what results.json beside it was made from")
+        raise RunError(f"{path} does not match the hash in results.json")
     items: Items = {}
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         item = parse(line, Sample, f"{path}:{number}")

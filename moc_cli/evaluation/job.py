@@ -143,7 +143,7 @@ def check_language_model(name: str, *, trust_remote_code: bool = False) -> None:
     if heads or (family is not None and not family.causal):
         what = heads[0] if heads else config.model_type
         raise MocError(
-            f"--model: '{name}' is no language model but {what}",
+            f"--model: '{name}' is not a language model but {what}",
             "a classifier is scored with the head that a run trained: moc eval RUN",
         )
 

@@ -1,4 +1,4 @@
-"""The options of `moc eval`, and what is wrong with them whatever a run holds."""
+"""The options of `moc eval`, and the checks of them that need no run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,9 @@ class EvalOptions:
             "--path": self.path,
             "--protocol": self.protocol,
         }
-        mistakes = [f"{name}: --harness has its own" for name, value in others.items() if value]
+        mistakes = [
+            f"{name}: cannot be used with --harness" for name, value in others.items() if value
+        ]
         if self.torch_compile:
             mistakes.append("--torch-compile: --harness generates without compiling")
         if not self.harness:

@@ -67,7 +67,7 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
         if task.name in trained:
             say(
                 f"{task.name}: the run was trained on {trained[task.name]:,} of the "
-                f"{len(task.rows):,} rows to score; their score says nothing about new rows"
+                f"{len(task.rows):,} rows to score; such a score says nothing about new rows"
             )
     model = load_model(options, recipe)
     assert isinstance(model, LoadedRun)

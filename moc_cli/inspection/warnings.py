@@ -128,7 +128,8 @@ def _uniform(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | Non
         "name": "uniform",
         "message": f"the gate gives all controls nearly the same probability: its entropy is "
         f"{entropy:.4f} of at most {most:.4f}, and the chosen control leads by "
-        f"{routing['summary']['margin']:.4f}, so that little turns a choice. {advice}",
+        f"{routing['summary']['margin']:.4f}: a small change of the input may "
+        f"choose another one. {advice}",
         "key": key,
     }
 
@@ -155,7 +156,7 @@ def _one_token(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | N
     if method.routing.vote == "mean":
         advice = "Set method.routing.vote=mode, where every token counts the same"
     else:
-        advice = "The tokens hardly agree; set method.routing.vote=mean"
+        advice = "The tokens prefer different controls; set method.routing.vote=mean"
     return {
         "name": "one_token",
         "message": f"{100 * share:.0f} % of the choices are decided by one token: without it "

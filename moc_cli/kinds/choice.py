@@ -94,7 +94,7 @@ class Choice(Causal):
         else:
             items = rank(model, examples, batch_size=size, on_progress=on_progress)
         seconds = time.perf_counter() - begin
-        # No option (None) equals no label, as the place -1 does.
+        # -1 marks an answer without an option: it equals no label.
         predictions = [-1 if item.prediction is None else item.prediction for item in items]
         measure = metrics.measure("accuracy", [item.label for item in items], predictions)
         majority = metrics.majority_choice(examples)

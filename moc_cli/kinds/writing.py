@@ -41,8 +41,8 @@ class Writing(Causal):
 
     `templated` instructions are conversations, which the tokenizer's chat template writes.
 
-    Only given tokens vote on routes; a vote of tokens that are then predicted would tell what
-    comes:
+    Only given tokens vote on routes: a route chosen by tokens that are then predicted would
+    give them away:
 
         instruction  the prompt votes
         chat         all before the assistant's first answer votes, for the later answers too, as

@@ -75,8 +75,8 @@ def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progres
 def explain_ends(
     ends: Mapping[int, int], plan: Plan, forwarded: int | None, progress: Progress
 ) -> int:
-    """Return the exit code for processes that failed, as of one; raise EndedBySignal,
-    which none has told.
+    """Return the exit code for processes that failed, as of one; raise EndedBySignal
+    where no process has reported the signal.
 
     `ends` holds exit codes by rank, negative for a signal. When one process fails, the launcher
     ends the others with SIGTERM.

@@ -31,7 +31,7 @@ class Counts:
 
     @property
     def share(self) -> float:
-        """The paper's "% params" as a fraction: adapter / base, heads left out of both."""
+        """The paper's "% params" as a fraction: adapter / base, both without heads."""
         return self.adapter / self.base
 
     def to_json(self) -> dict[str, Any]:

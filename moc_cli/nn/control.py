@@ -145,7 +145,7 @@ class ControlPool:
     def close(self) -> None:
         """End the forward: a recomputation may follow, and its graph must not be kept here.
 
-        A compiled layer does the same in both; it is followed by this in a recomputation too.
+        A compiled layer runs this after a recomputation too.
         """
         self._sums = self._sums.detach().requires_grad_(self._sums.requires_grad)
         self._open = False

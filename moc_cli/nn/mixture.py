@@ -94,8 +94,8 @@ class Mixture(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Make what all sites of a forward share, for blocks' inputs in a type.
 
-        Called before its first site, outside of what is recomputed or compiled: there everything is
-        as it was for the site before, so that one graph serves all layers, and what is recomputed.
+        Called before its first site, outside of what is recomputed or compiled: so one compiled
+        graph serves all layers, and a recomputation sees the same values.
         """
         device, forward = self.control(0).A.device, self.current
         self._place_sites(device)

@@ -61,7 +61,7 @@ def find_card(text: str) -> Card:
     if size:
         memory = int(float(size[1]) * (2**30 if size[2].lower() == "gib" else 10**9))
         if memory == 0:
-            raise MocError("--gpu: a card of no memory holds nothing", "for example --gpu 24GB")
+            raise MocError("--gpu: the memory must be above 0", "for example --gpu 24GB")
         return Card(text.strip(), memory)
     names = {_plain(name): card for name, card in CARDS.items()}
     if _plain(text) in names:

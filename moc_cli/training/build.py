@@ -58,7 +58,7 @@ class TrainingRows:
     """The kind of task, its encoded training rows, and the same as the loop takes them. `splits`
     are the rows of all parts that are used.
 
-    `notes` say what was taken for what where model, tokenizer and rows could be read in two ways.
+    `notes` say how settings of model, tokenizer and rows were understood that have two meanings.
     """
 
     kind: Kind

@@ -261,7 +261,7 @@ WRONG = {
         ["--model", "builtin:world-llama", "--tasks", "piqa"],
         ["--tasks: builtin has no task 'piqa'; it is one of commonsense's"],
     ),
-    "an encoder": (["--model", "{bert}"], ["--model: '{bert}' is no language model but bert"]),
+    "an encoder": (["--model", "{bert}"], ["--model: '{bert}' is not a language model but bert"]),
     "a file in the way": (
         ["{run}", "--output-dir", "{run}/recipe.yaml"],
         ["cannot write to {run}/recipe.yaml: {run}/recipe.yaml is not a folder"],

@@ -391,7 +391,7 @@ def test_scores_of_other_controls_or_of_changed_files_are_not_trusted(make: Make
     (second / "eval" / "rank" / "samples.jsonl").write_text("{}\n")
     found = compare(read_runs([first, second]))
     assert any("a holds other controls" in remark for remark in found.remarks)
-    assert any("is not what results.json beside it was made from" in r for r in found.remarks)
+    assert any("does not match the hash in results.json" in r for r in found.remarks)
     assert [one.low for one in found.differences] == [None]
 
 

@@ -643,8 +643,11 @@ def test_unknown_tasks_are_named_with_the_nearest(
         (("--num-fewshot", "2"), "--tasks-path and --num-fewshot go with --harness"),
         (("--harness", " , "), "no task is named"),
         (("--harness", "own_text,own_text"), "a task is named twice"),
-        (("--harness", "own_text", "--tasks", "world"), "--tasks: --harness has its own"),
-        (("--harness", "own_text", "--protocol", "rank"), "--protocol: --harness has its own"),
+        (("--harness", "own_text", "--tasks", "world"), "--tasks: cannot be used with --harness"),
+        (
+            ("--harness", "own_text", "--protocol", "rank"),
+            "--protocol: cannot be used with --harness",
+        ),
         (("--harness", "own_text", "--tasks-path", "nowhere"), "no folder nowhere"),
     ],
 )

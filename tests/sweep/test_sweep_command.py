@@ -125,7 +125,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     failed = json.loads(said.out)["failed"]
     assert len(failed) == 4
     assert all(reason.startswith("no rows (see ") for reason in failed.values())
-    assert "4 runs failed; when the cause is mended: moc sweep" in said.err
+    assert "4 runs failed; after fixing the cause: moc sweep" in said.err
 
 
 def test_mistakes_of_all_recipes_are_told_before_anything_is_trained(
