@@ -34,6 +34,7 @@ from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
+from moc_cli.recipe.tasks import HEADS, ModelHead
 from moc_cli.report.output import say
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
@@ -83,9 +84,9 @@ class LoadedRun(LoadedModel):
     base: dict[str, Any]
 
     @property
-    def causal(self) -> bool:
-        """Whether it is a language model rather than a classifier."""
-        return bool(self.base["kind"] == "causal")
+    def head(self) -> ModelHead:
+        """What it is loaded as: a language model or a classifier."""
+        return HEADS[self.base["kind"]]
 
 
 def open_run(

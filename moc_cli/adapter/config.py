@@ -18,6 +18,7 @@ from moc_cli.recipe.methods import (
     MethodSection,
     Placement,
 )
+from moc_cli.recipe.tasks import HeadName
 from moc_cli.recipe.types import Count, Positive, Section, Seed, Text
 
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -69,7 +70,7 @@ class AdapterConfig(Section):
     base_quantization: BaseQuantization | None = Field(
         default=None, description="of the base in memory; null: none"
     )
-    kind: Literal["causal", "classification"] | None = Field(default=None, description="model head")
+    kind: HeadName | None = Field(default=None, description="model head")
     num_labels: Positive | None = Field(default=None, description="classes")
     problem_type: Name | None = Field(default=None, description="as transformers names it")
     id2label: dict[str, Name] | None = Field(default=None, description="names of the classes")

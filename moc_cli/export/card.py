@@ -15,7 +15,6 @@ from moc_cli.recipe.quantization import asked_for, of_arguments
 from moc_cli.report.numbers import score_text
 
 PAPER = "https://arxiv.org/abs/2606.31397"
-_TITLE = {"causal": "text-generation", "classification": "text-classification"}
 
 
 def base_code(trained: LoadedRun) -> str:
@@ -23,7 +22,7 @@ def base_code(trained: LoadedRun) -> str:
 
     Its name stands in `base`, as a local path is nobody else's business.
     """
-    model, base, auto = trained.recipe.model, trained.base, auto_class(trained.causal)
+    model, base, auto = trained.recipe.model, trained.base, trained.head.auto_class
     lines = [f"from transformers import {auto}"]
     name = "base"
     if model.model_name_or_path.startswith(BUILTIN):
@@ -48,17 +47,12 @@ def base_code(trained: LoadedRun) -> str:
 
 def whole_code(trained: LoadedRun, arguments: str) -> str:
     """Python that loads a complete model from `folder` into `model`."""
-    auto, attention = auto_class(trained.causal), trained.recipe.model.attn_implementation
+    auto, attention = trained.head.auto_class, trained.recipe.model.attn_implementation
     chosen = f", attn_implementation={attention!r}" if attention else ""
     return (
         f"from transformers import {auto}\n\n"
         f"model = {auto}.from_pretrained(folder, {arguments}{chosen})"
     )
-
-
-def auto_class(causal: bool) -> str:
-    """The class of transformers that loads a language model or a classifier."""
-    return "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
 
 
 def _quantization(trained: LoadedRun) -> str:
@@ -104,7 +98,7 @@ def _front(trained: LoadedRun, written: Written) -> str:
     lines = [f"library_name: {written.library}"]
     if not name.startswith(BUILTIN) and not _is_local(name):
         lines.append(f"base_model: {json.dumps(name)}")
-    lines.append(f"pipeline_tag: {_TITLE[trained.base['kind']]}")
+    lines.append(f"pipeline_tag: {trained.head.pipeline_tag}")
     lines.append("tags:")
     lines += [f"- {tag}" for tag in dict.fromkeys(tags)]
     return "\n".join(["---", *lines, "---"])

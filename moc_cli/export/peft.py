@@ -22,7 +22,6 @@ from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
 from moc_cli.recipe.schema import Recipe
 
 _PREFIX = "base_model.model."
-_TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
 def check(recipe: Recipe) -> None:
@@ -109,5 +108,5 @@ def _facts(trained: LoadedRun) -> dict[str, Any]:
     return {
         "base_model_name_or_path": trained.recipe.model.model_name_or_path,
         "revision": trained.recipe.model.revision,
-        "task_type": _TASKS[trained.base["kind"]],
+        "task_type": trained.head.task_type,
     }

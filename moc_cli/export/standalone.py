@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moc_cli import __version__
 from moc_cli.errors import MocError
 from moc_cli.export import Options, parity
-from moc_cli.export.card import auto_class, whole_code
+from moc_cli.export.card import whole_code
 from moc_cli.export.one_file import join_modules
 from moc_cli.export.parity import Written
 from moc_cli.files import write_json_atomic, write_text_atomic
@@ -26,6 +26,7 @@ from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import without_bars
 from moc_cli.nn.mixture import Mixture
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.tasks import LANGUAGE, ModelHead
 
 MODELING = "modeling_moc"
 _HEAD = '''"""{model}: a transformers model with a Mixture-of-Control inside.
@@ -61,7 +62,7 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     """
     model = trained.adapted.model
     expected = parity.reference(trained)
-    write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.causal, folder)
+    write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.head, folder)
     return Written(
         loading=whole_code(trained, "trust_remote_code=True"),
         expected=expected,
@@ -95,7 +96,7 @@ def write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     adapter: dict[str, Any],
-    causal: bool,
+    head: ModelHead,
     folder: Path,
 ) -> None:
     """Write model, tokenizer and modeling file; `adapter` is the method's own description."""
@@ -114,31 +115,30 @@ def write(
     with without_bars():
         model.save_pretrained(folder, save_original_format=False)
     names = {"config": f"Moc{config.__name__}", "model": f"Moc{base.__name__}"}
-    auto = auto_class(causal)
     written = json.loads((folder / "config.json").read_text("utf-8"))
     written |= {
         "model_type": f"moc_{model_type}",
         "architectures": [names["model"]],
         "auto_map": {
             "AutoConfig": f"{MODELING}.{names['config']}",
-            auto: f"{MODELING}.{names['model']}",
+            head.auto_class: f"{MODELING}.{names['model']}",
         },
         "moc": settings,
     }
     write_json_atomic(folder / "config.json", written)
-    source = modeling(base.__name__, config.__name__, f"moc_{model_type}", auto)
+    source = modeling(base.__name__, config.__name__, f"moc_{model_type}", head)
     write_text_atomic(folder / f"{MODELING}.py", source)
     own = deepcopy(tokenizer)
-    if causal:
+    if head is LANGUAGE:
         own.padding_side = own.init_kwargs["padding_side"] = "left"  # as generation needs it
         own.pad_token = own.pad_token or own.eos_token
     own.save_pretrained(folder)
 
 
-def modeling(base: str, config: str, model_type: str, auto: str) -> str:
+def modeling(base: str, config: str, model_type: str, head: ModelHead) -> str:
     """Return the modeling file for a base class and its configuration class."""
     # transformers asks for GenerationMixin among a class's own bases.
-    bases = [base, *(["GenerationMixin"] if auto == "AutoModelForCausalLM" else [])]
+    bases = [base, *(["GenerationMixin"] if head is LANGUAGE else [])]
     libraries: dict[str, Sequence[str]] = {"transformers": [config, *bases], "typing": ["Any"]}
     names = {
         "config": f"Moc{config}",
@@ -147,7 +147,7 @@ def modeling(base: str, config: str, model_type: str, auto: str) -> str:
         "base_model": base,
         "bases": ", ".join(["Controlled", *bases]),
         "model_type": model_type,
-        "auto": auto,
+        "auto": head.auto_class,
         "version": __version__,
     }
     source = join_modules("moc_cli.export.controlled", ["Controlled"], libraries)

@@ -12,6 +12,7 @@ from moc_cli.data.splits import TaskRows
 from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
+from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.report.progress import WorkProgress
 from moc_cli.scoring.batch_size import RowCost, run_batches
 from moc_cli.scoring.forward import Limits, call, evaluating, position_ids
@@ -30,9 +31,9 @@ class RunRecord:
 
 def forward(trained: LoadedRun, prompts: Sequence[Row], device: torch.device) -> None:
     """Run prompts through the model, padded to the longest."""
-    batch = pad_batch(prompts, trained.tokenizer, side="left" if trained.causal else "right")
+    batch = pad_batch(prompts, trained.tokenizer, side=trained.head.side)
     inputs = {name: value.to(device) for name, value in batch.items()}
-    if trained.causal:
+    if trained.head is LANGUAGE:
         inputs |= {"position_ids": position_ids(inputs["attention_mask"])}
         call(trained.adapted.model, **inputs, use_cache=False, logits_to_keep=1)
     else:

@@ -10,6 +10,7 @@ from moc_cli.data.batches import LossKind, collate
 from moc_cli.data.encode import Encoded, Row, has_target
 from moc_cli.kinds.kind import Kind
 from moc_cli.methods import TextModel
+from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
 from moc_cli.scoring.results import ScoringOptions
@@ -26,7 +27,7 @@ class Causal(Kind):
 
     def model_arguments(self) -> dict[str, Any]:
         """A language model."""
-        return {"kind": "causal"}
+        return {"kind": LANGUAGE.name}
 
     def encode_answers(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -43,7 +44,7 @@ class Causal(Kind):
 
     def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Pad on the left; labels (B, T)."""
-        return collate(rows, tokenizer, side="left", kind="causal")
+        return collate(rows, tokenizer, side=LANGUAGE.side, kind="causal")
 
     def answer_loss(
         self,

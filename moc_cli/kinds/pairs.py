@@ -15,6 +15,7 @@ from moc_cli.errors import DataError
 from moc_cli.kinds.kind import Kind
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import CLASSIFIER
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import classify, pair_loss
@@ -54,7 +55,7 @@ class Pairs(Kind):
         if not self.num_labels:
             raise DataError("data.labels are known only when the rows are read")
         problem = "regression" if self.num_labels == 1 else "single_label_classification"
-        arguments = {"kind": "classification", "num_labels": self.num_labels}
+        arguments = {"kind": CLASSIFIER.name, "num_labels": self.num_labels}
         names = {"id2label": id2label(self.labels)} if self.labels else {}
         return arguments | {"problem_type": problem} | names
 
@@ -83,7 +84,7 @@ class Pairs(Kind):
 
     def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Pad on the right; labels (B,)."""
-        return collate(rows, tokenizer, side="right", kind="classification")
+        return collate(rows, tokenizer, side=CLASSIFIER.side, kind="classification")
 
     def score(
         self,

@@ -6,14 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,10 +37,9 @@ from moc_cli.models.weight_files import (
     resolve,
 )
 from moc_cli.recipe.quantization import Quantization
+from moc_cli.recipe.tasks import HEADS, HeadName
 
 CPU = torch.device("cpu")
-Kind = Literal["causal", "classification"]
-_AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def find_shape(
 def load_model(
     name: str,
     *,
-    kind: Kind,
+    kind: HeadName,
     num_labels: int | None = None,
     problem_type: str | None = None,
     id2label: Mapping[str, str] | None = None,
@@ -134,7 +132,7 @@ def load_model(
     }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    labels = _labels(num_labels, problem_type, id2label) if kind == "classification" else {}
+    labels = _labels(num_labels, problem_type, id2label)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     quantization, on_loading = choose(name, config, quantization)
     if quantization is not None and on_loading:
@@ -147,7 +145,7 @@ def load_model(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_one_sentence("weights", name), _quiet():
         torch.manual_seed(seed)
-        model, info = _AUTO[kind].from_pretrained(resolve(name), **options, **labels)
+        model, info = auto_class(kind).from_pretrained(resolve(name), **options, **labels)
     keep_differentiable(model)
     mismatched = {key: (stored, wanted) for key, stored, wanted in info["mismatched_keys"]}
     absent = info["missing_keys"] | mismatched.keys()
@@ -167,7 +165,7 @@ def load_model(
 def build_meta(
     name: str,
     *,
-    kind: Kind,
+    kind: HeadName,
     num_labels: int | None = None,
     problem_type: str | None = None,
     id2label: Mapping[str, str] | None = None,
@@ -190,7 +188,7 @@ def build_meta(
     }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    labels = _labels(num_labels, problem_type, id2label) if kind == "classification" else {}
+    labels = _labels(num_labels, problem_type, id2label)
     chosen, on_loading = choose(name, config, quantization)
     model = _on_meta(name, kind, config, labels, options)
     stored = checkpoint_shapes(name, revision) or {}
@@ -204,14 +202,23 @@ def build_meta(
     return model
 
 
+def auto_class(kind: HeadName) -> Any:
+    """Return the class of transformers that loads models with such a head."""
+    return getattr(transformers, HEADS[kind].auto_class)
+
+
 def _on_meta(
-    name: str, kind: Kind, config: PreTrainedConfig, labels: dict[str, Any], options: dict[str, Any]
+    name: str,
+    kind: HeadName,
+    config: PreTrainedConfig,
+    labels: dict[str, Any],
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     config = copy.deepcopy(config)
     for key, value in labels.items():
         setattr(config, key, value)
     with _in_one_sentence("config", name), torch.device("meta"):
-        model: PreTrainedModel = _AUTO[kind].from_config(config, **options)
+        model: PreTrainedModel = auto_class(kind).from_config(config, **options)
         return model
 
 

@@ -10,7 +10,32 @@ from typing import Literal
 Suite = Literal["commonsense", "glue", "builtin", "custom"]
 Format = Literal["instruction", "chat", "text", "classification", "regression"]
 ScoringProtocol = Literal["rank", "generate", "classify", "texts"]
+HeadName = Literal["causal", "classification"]  # as adapter folders name it
 Frame = Literal["commonsense", "instruction", "chat", "raw"]  # what surrounds a prompt
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """What a model is loaded as: transformers' class, peft's and the hub's names for its tasks, and
+    the side on which its rows are padded.
+    """
+
+    name: HeadName
+    auto_class: str
+    task_type: str
+    pipeline_tag: str
+    side: Literal["left", "right"]
+
+
+LANGUAGE = ModelHead("causal", "AutoModelForCausalLM", "CAUSAL_LM", "text-generation", "left")
+CLASSIFIER = ModelHead(
+    "classification",
+    "AutoModelForSequenceClassification",
+    "SEQ_CLS",
+    "text-classification",
+    "right",
+)
+HEADS: dict[HeadName, ModelHead] = {head.name: head for head in (LANGUAGE, CLASSIFIER)}
 
 
 @dataclass(frozen=True)
@@ -18,18 +43,23 @@ class TaskKind:
     """What is said of a kind of task without torch; what it does is in `moc_cli.kinds`.
 
     `protocols`: how it can be scored, the usual way first; the model writes in those that are
-    `generating`. `classifier`: whether a fresh head learns it, not a language model (None: not
-    known). `prompted`: whether its rows have a prompt that need not be learned. `joint`: whether
-    one run can train several such tasks. `frame`: what surrounds its prompts, if it has some.
+    `generating`. `head`: the model's (None: not known). `prompted`: whether its rows have a prompt
+    that need not be learned. `joint`: whether one run can train several such tasks. `frame`: what
+    surrounds its prompts, if it has some.
     """
 
     name: str
     protocols: tuple[ScoringProtocol, ...]
     generating: tuple[ScoringProtocol, ...] = ()
-    classifier: bool | None = False
+    head: ModelHead | None = LANGUAGE
     prompted: bool = True
     joint: bool = False
     frame: Frame | None = None
+
+    @property
+    def classifier(self) -> bool:
+        """Whether a fresh head learns it, not a language model; False while it is not known."""
+        return self.head is CLASSIFIER
 
     def protocol(self, wanted: ScoringProtocol) -> ScoringProtocol:
         """Return how it is scored: as `wanted` where the kind leaves a choice."""
@@ -41,7 +71,7 @@ class TaskKind:
 
 
 CHOICE = TaskKind("choice", ("rank", "generate"), ("generate",), joint=True, frame="commonsense")
-CLASSIFICATION = TaskKind("classification", ("classify",), classifier=True, prompted=False)
+CLASSIFICATION = TaskKind("classification", ("classify",), head=CLASSIFIER, prompted=False)
 REGRESSION = replace(CLASSIFICATION, name="regression")
 INSTRUCTION = TaskKind("instruction", ("texts",), ("texts",), frame="instruction")
 CHAT = TaskKind("chat", ("texts",), frame="chat")
@@ -202,7 +232,7 @@ FORMATS: dict[Format, Task] = {
 # What a custom dataset is before its rows are read: everything is possible.
 _ANY: tuple[ScoringProtocol, ...] = ("rank", "generate", "classify", "texts")
 UNKNOWN = Task(
-    TaskKind("unknown", _ANY, _ANY, classifier=None),
+    TaskKind("unknown", _ANY, _ANY, head=None),
     ("accuracy", "pearson", "spearman", "perplexity"),
 )
 

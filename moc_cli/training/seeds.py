@@ -18,6 +18,7 @@ from typing import Any
 from moc_cli.errors import MocError, RunError
 from moc_cli.files import write_json_atomic
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
@@ -44,11 +45,11 @@ def plan(recipe: Recipe, count: int) -> list[Recipe]:
             f"{count} seeds from {recipe.seed} on end beyond the last one, {LAST_SEED}",
             "start lower: --set seed=0",
         )
-    has_head = recipe.data.kind.classifier is not False  # None: only the rows say it
+    draws_head = recipe.data.kind.head is not LANGUAGE  # None: only the rows say it
     seeds = []
     for seed in range(recipe.seed, recipe.seed + count):
         folder = Path(recipe.output.output_dir) / f"seed-{seed}"
-        before = recipe.eval.before and (seed == recipe.seed or has_head)
+        before = recipe.eval.before and (seed == recipe.seed or draws_head)
         changes = {
             "seed": seed,
             "output": recipe.output.model_copy(update={"output_dir": str(folder)}),

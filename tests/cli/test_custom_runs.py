@@ -21,6 +21,7 @@ from moc_cli.load_run import open_run
 from moc_cli.methods import TextModel, attach
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
+from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import ScoringOptions
 
@@ -127,7 +128,7 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
     assert ("text of the trained model" in purposes) == ("perplexity" in scores)
     assert kept.data.labels == (["blue", "red"] if kind == "classification" else None)
     opened = open_run(tmp_path / "run")
-    assert opened.causal == (KINDS[kind][1] == "llama")
+    assert (opened.head is LANGUAGE) == (KINDS[kind][1] == "llama")
 
     assert (
         run(["eval", str(tmp_path / "run"), "--json", "--output-dir", str(tmp_path / "eval")]) == 0

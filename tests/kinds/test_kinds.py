@@ -6,7 +6,7 @@ from support.messages import refused
 from moc_cli.errors import DataError
 from moc_cli.kinds import KINDS, make_kind
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import FORMATS, TASKS, UNKNOWN
+from moc_cli.recipe.tasks import FORMATS, HEADS, TASKS, UNKNOWN
 
 BENCHMARKS = [(suite, name, None) for suite, tasks in TASKS.items() for name in tasks]
 CUSTOM = [("custom", "mine", format_) for format_ in FORMATS]
@@ -23,7 +23,7 @@ def test_a_task_is_learned_and_scored_as_the_table_says(
 ) -> None:
     data = section(suite, task, format_)
     loaded = make_kind(data).model_arguments()
-    assert (loaded["kind"] == "classification") == data.kind.classifier
+    assert data.kind.head is HEADS[loaded["kind"]]
     assert loaded.get("num_labels", 0) == (data.task.num_labels if data.kind.classifier else 0)
     assert {*data.kind.generating} <= {*data.kind.protocols}
     assert data.kind.protocol("rank") in data.kind.protocols
@@ -37,7 +37,7 @@ def test_every_kind_of_the_table_has_its_class() -> None:
 def test_before_its_rows_are_read_a_custom_dataset_may_be_anything() -> None:
     data = section("custom", "mine", None)
     assert data.task is UNKNOWN
-    assert data.kind.classifier is None
+    assert data.kind.head is None
     assert all(data.kind.protocol(name) == name for name in data.kind.protocols)
     with refused(DataError):
         make_kind(data)
