@@ -224,7 +224,7 @@ def _with_base(recipe: Recipe, folder: RunFolder, base: BaseOptions) -> Recipe:
         update: dict[str, Any] = {"model_name_or_path": str(base.path), "revision": None}
         if model.tokenizer_name is not None and not Path(model.tokenizer_name).exists():
             update["tokenizer_name"] = None
-        return recipe.model_copy(update={"model": model.model_copy(update=update)})
+        return recipe.changed(model=update)
     name = model.model_name_or_path
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise RunError(f"the base model of {folder.path} was in {name}, which is not there", HINT)
@@ -250,8 +250,7 @@ def _in_4_bits(recipe: Recipe, wanted: bool | None) -> Recipe:
                 f"--no-load-in-4bit: '{name}' holds its weights in {stored} alone",
                 "name the unquantised base that it was made from: --base-path DIR",
             )
-    update = {"load_in_4bit": wanted, "load_in_8bit": False}
-    return recipe.model_copy(update={"model": model.model_copy(update=update)})
+    return recipe.changed(model={"load_in_4bit": wanted, "load_in_8bit": False})
 
 
 def _check_weights(
@@ -307,8 +306,7 @@ def _on_device(recipe: Recipe, device: str | None) -> Recipe:
     """The recipe with another device in it; raises RecipeError where a rule forbids it there."""
     if device is None:
         return recipe
-    launch = recipe.launch.model_copy(update={"device": device})
-    recipe = recipe.model_copy(update={"launch": launch})
+    recipe = recipe.changed(launch={"device": device})
     broken = list(map(str, broken_rules(recipe)))
     if broken:
         raise RecipeError("\n".join(broken))

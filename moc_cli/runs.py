@@ -159,8 +159,7 @@ class RunFolder:
         Raises RecipeError where it is damaged, or wants the code of a model's folder to run, and
         the user has not said `trust_remote_code` in this call.
         """
-        from moc_cli.recipe.load import load_recipe
-        from moc_cli.recipe.trust import check_trust
+        from moc_cli.recipe.load import check_trust, load_recipe
 
         recipe = load_recipe(self.recipe_file)
         check_trust(recipe, self.recipe_file, granted=trust_remote_code)

@@ -78,7 +78,7 @@ def bench(
     """
     from moc_cli.benchmark.variants import make_variants
     from moc_cli.errors import MocError
-    from moc_cli.recipe.trust import check_trust
+    from moc_cli.recipe.load import check_trust
 
     if rows not in ("full", "data"):
         raise MocError(f"--rows: found '{rows}', allowed: full, data")

@@ -38,8 +38,7 @@ def import_controls(
 
     The recipe names the base model and the rows; its method is replaced by that of the controls.
     """
-    from moc_cli.recipe.load import load_recipe
-    from moc_cli.recipe.trust import check_trust
+    from moc_cli.recipe.load import check_trust, load_recipe
 
     changes = list(set_ or [])
     folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]

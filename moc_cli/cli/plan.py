@@ -57,8 +57,7 @@ def plan(
     """
     from moc_cli.benchmark.variants import make_variants
     from moc_cli.planning.cards import find_card
-    from moc_cli.recipe.load import load_recipe
-    from moc_cli.recipe.trust import check_trust
+    from moc_cli.recipe.load import check_trust, load_recipe
 
     launch = {"num_processes": processes, "strategy": strategy}
     given = [f"launch.{key}={value}" for key, value in launch.items() if value is not None]

@@ -76,8 +76,7 @@ def train(
     written).
     """
     from moc_cli.errors import MocError
-    from moc_cli.recipe.load import load_recipe
-    from moc_cli.recipe.trust import check_trust
+    from moc_cli.recipe.load import check_trust, load_recipe
 
     changes = list(set_ or [])
     if base_path is not None:

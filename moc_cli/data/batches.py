@@ -40,10 +40,6 @@ class Batches:
         self.seed = seed
         self.group_by_length = group_by_length
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return -(-len(self.lengths) // self.batch_size)
-
     def epoch(self, number: int) -> list[list[int]]:
         """Every row once, as batches of row numbers in the order of training."""
         rng = random.Random(f"batches {self.seed} {number}")
@@ -54,9 +50,10 @@ class Batches:
         if self.group_by_length:
             size = POOL * self.batch_size
             pools = [rows[first : first + size] for first in range(0, full, size)]
-            arrange = _dealt_out if self.group_by_length == "even" else _in_order
             pools = [sorted(pool, key=self.lengths.__getitem__) for pool in pools]
-            rows = [row for pool in pools for row in arrange(pool, self.batch_size)]
+            if self.group_by_length == "even":
+                pools = [_dealt_out(pool, self.batch_size) for pool in pools]
+            rows = [row for pool in pools for row in pool]
         batches = [
             rows[first : first + self.batch_size] for first in range(0, full, self.batch_size)
         ]
@@ -64,23 +61,19 @@ class Batches:
             rng.shuffle(batches)
         return batches + ([short] if short else [])
 
-    def positions(self, number: int = 0) -> tuple[int, int]:
+    def positions(self) -> tuple[int, int]:
         """An epoch's token slots where batches are padded, and those without padding."""
         slots = real = 0
-        for batch in self.epoch(number):
+        for batch in self.epoch(0):
             lengths = [self.lengths[row] for row in batch]
             slots += len(lengths) * max(lengths)
             real += sum(lengths)
         return slots, real
 
-    def padding_share(self, number: int = 0) -> float:
+    def padding_share(self) -> float:
         """The share of an epoch's token slots that hold padding: 0 where all lengths agree."""
-        slots, real = self.positions(number)
+        slots, real = self.positions()
         return 1 - real / slots if slots else 0.0
-
-
-def _in_order(rows: list[int], batch_size: int) -> list[int]:
-    return rows
 
 
 def _dealt_out(rows: list[int], batch_size: int) -> list[int]:

@@ -5,6 +5,7 @@ The instructions are those of LLM-Adapters, byte for byte, whichever of the two 
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from moc_cli.data.examples import ANSWER, ChoiceExample
 from moc_cli.data.prompts import eval_prompt, train_prompt
@@ -63,15 +64,7 @@ def _winogrande(row: Fields) -> tuple[str, list[str], int]:
     return instruction, words, _position(row, "answer", ["1", "2"])
 
 
-def _arc(row: Fields) -> tuple[str, list[str], int]:
-    return _lettered(row, "question")
-
-
-def _openbookqa(row: Fields) -> tuple[str, list[str], int]:
-    return _lettered(row, "question_stem")
-
-
-def _lettered(row: Fields, question: str) -> tuple[str, list[str], int]:
+def _lettered(row: Fields, question: str = "question") -> tuple[str, list[str], int]:
     choices = take(row, "choices", dict)
     listed, words = _listed(take(choices, "text", list), "answer")
     instruction = (
@@ -102,9 +95,9 @@ BUILD: dict[str, Callable[[Fields], tuple[str, list[str], int]]] = {
     "social_i_qa": _social_i_qa,
     "hellaswag": _hellaswag,
     "winogrande": _winogrande,
-    "ARC-Easy": _arc,
-    "ARC-Challenge": _arc,
-    "openbookqa": _openbookqa,
+    "ARC-Easy": _lettered,
+    "ARC-Challenge": _lettered,
+    "openbookqa": partial(_lettered, question="question_stem"),
 }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moc_cli.data.examples import Place
-from moc_cli.errors import DataError
-from moc_cli.recipe.suggest import nearest
+from moc_cli.errors import DataError, first_line
+from moc_cli.recipe.suggest import did_you_mean
 from moc_cli.recipe.tasks import HubSplit
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -56,12 +56,6 @@ class BadRows:
         if rest := sum(map(len, list(self._numbers.values())[LISTED:])):
             lines[LISTED:] = [f"... and {rest:,} more bad rows"]
         return lines
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or nothing."""
-    near = nearest(name, names)
-    return f"; did you mean '{near}'?" if near else ""
 
 
 def take(fields: Fields, name: str, kind: type[T]) -> T:
@@ -244,8 +238,3 @@ def numbered(numbers: list[int], unit: str = "line") -> str:
     if len(texts) > LISTED:
         texts = [*texts[:LISTED], f"... ({len(numbers):,} in all)"]
     return f"{unit if len(numbers) == 1 else f'{unit}s'} {', '.join(texts)}"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,8 +9,9 @@ from typing import Any
 
 from moc_cli.data import commonsense, glue
 from moc_cli.data.examples import ChoiceExample, Example
-from moc_cli.data.source import Fields, build_rows, did_you_mean, read_hub, read_local
+from moc_cli.data.source import Fields, build_rows, read_hub, read_local
 from moc_cli.errors import DataError
+from moc_cli.recipe.suggest import did_you_mean
 from moc_cli.recipe.tasks import TASKS
 
 # How a row of a local file and one of the hub become an example; the builtin rows are inside this
@@ -53,11 +54,6 @@ def check_task(suite: str, task: str) -> None:
         )
 
 
-def splits(suite: str, task: str) -> tuple[str, ...]:
-    """The splits of a task that have labels."""
-    return TASKS[suite][task].splits
-
-
 def scored_names(suite: str, task: str) -> dict[str, str]:
     """Return the scored splits by the name that results give them.
 
@@ -68,7 +64,7 @@ def scored_names(suite: str, task: str) -> dict[str, str]:
 
 
 def _split(suite: str, task: str, split: str) -> str:
-    allowed, first = splits(suite, task), TASKS[suite][task].scored[0]
+    allowed, first = TASKS[suite][task].splits, TASKS[suite][task].scored[0]
     if split in allowed:
         return split
     if split == "validation" and first.startswith(split):

@@ -7,13 +7,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import LossKind, collate
-from moc_cli.data.encode import Encoded, Row, has_target
+from moc_cli.data.custom.chat import check_chats
+from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts, has_target
+from moc_cli.data.examples import ChatExample
 from moc_cli.kinds.kind import Kind
 from moc_cli.methods import TextModel
 from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
 from moc_cli.scoring.results import ScoringOptions
+
+
+def _are_chats(examples: Sequence[Any]) -> bool:
+    return bool(examples) and isinstance(examples[0], ChatExample)
 
 
 class Causal(Kind):
@@ -28,6 +34,24 @@ class Causal(Kind):
     def model_arguments(self) -> dict[str, Any]:
         """A language model."""
         return {"kind": LANGUAGE.name}
+
+    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Raise DataError naming every conversation that the chat template refuses; return what it
+        does not write of the others.
+        """
+        return check_chats(examples, tokenizer) if _are_chats(examples) else []
+
+    def encode(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on_inputs: bool,
+    ) -> Encoded:
+        """Encode texts with their answers; of conversations the assistant's turns are learned."""
+        encode = encode_chats if _are_chats(examples) else encode_texts
+        return encode(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
 
     def encode_answers(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int

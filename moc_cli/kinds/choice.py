@@ -6,7 +6,7 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.encode import Encoded, Row, common_prefix, encode_texts, prompt_tokens
+from moc_cli.data.encode import Row, common_prefix, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
@@ -28,19 +28,6 @@ class Choice(Causal):
     def of(cls, data: DataSection) -> Self:
         """Questions are of one kind whatever the task."""
         return cls()
-
-    def encode(
-        self,
-        examples: Sequence[ChoiceExample],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        train_on_inputs: bool,
-    ) -> Encoded:
-        """Encode each question with its right answer."""
-        return encode_texts(
-            examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs
-        )
 
     def too_long(
         self,

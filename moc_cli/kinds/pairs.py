@@ -70,12 +70,6 @@ class Pairs(Kind):
         """Encode texts or pairs, each with its one label; `train_on_inputs` has no meaning here."""
         return encode_pairs(examples, tokenizer, max_length=max_length)
 
-    def has_targets(
-        self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> bool:
-        """Every text has its label."""
-        return True
-
     def voters(
         self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> list[Row]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.custom.chat import chat_tokens, check_chats
-from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts
+from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.encode import Row
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
@@ -39,8 +39,6 @@ VOTERS = {
 class Writing(Causal):
     """Texts of one format: instruction, chat or text.
 
-    `templated` instructions are conversations, which the tokenizer's chat template writes.
-
     Only given tokens vote on routes: a route chosen by tokens that are then predicted would
     give them away:
 
@@ -52,39 +50,16 @@ class Writing(Causal):
     """
 
     format: str
-    templated: bool = False
 
     @classmethod
     def of(cls, data: DataSection) -> Self:
         """Texts in the format of the rows."""
-        return cls(data.kind.name, data.frame == "chat")
-
-    @property
-    def _are_chats(self) -> bool:
-        return self.templated or self.format == "chat"
+        return cls(data.kind.name)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Which tokens vote when texts are scored."""
         return {"votes": VOTERS[self.format]}
-
-    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Raise DataError naming every conversation that the chat template refuses; return what it
-        does not write of the others.
-        """
-        return check_chats(examples, tokenizer) if self._are_chats else []
-
-    def encode(
-        self,
-        examples: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        train_on_inputs: bool,
-    ) -> Encoded:
-        """Encode texts; of conversations the assistant's turns are learned."""
-        encode = encode_chats if self._are_chats else encode_texts
-        return encode(examples, tokenizer, max_length=max_length, train_on_inputs=train_on_inputs)
 
     def too_long(
         self,

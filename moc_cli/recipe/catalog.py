@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moc_cli.errors import RecipeError
-from moc_cli.recipe.suggest import choices, nearest
+from moc_cli.recipe.suggest import choices, did_you_mean, nearest
 
 SWEEPS, RESULTS = "sweeps", "results"  # folders beside the recipes that hold none
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -67,8 +67,7 @@ def shipped(name: str) -> Entry:
     recipes, wanted = {entry.name: entry for entry in entries()}, _plain(name)
     if wanted in recipes:
         return recipes[wanted]
-    near = nearest(wanted, recipes)
-    guess = f"; did you mean '{near}'?" if near else ""
+    guess = did_you_mean(wanted, recipes)
     raise RecipeError(f"no shipped recipe is called {name!r}{guess}", hint="moc recipes list")
 
 

@@ -91,6 +91,19 @@ def load_recipe(
     return Recipe.model_construct(**{key: getattr(recipe, key) for key in Recipe.model_fields})
 
 
+def check_trust(recipe: Recipe, file: str | Path, *, granted: bool) -> None:
+    """Raise RecipeError where a recipe wants the model's own code and this call did not allow it.
+
+    A recipe may come from a stranger, alone or in a run folder, so it cannot allow it itself.
+    """
+    if recipe.model.trust_remote_code and not granted:
+        raise RecipeError(
+            f"{file}: model.trust_remote_code: true; Python code from the folder of "
+            f"'{recipe.model.model_name_or_path}' would run, and a recipe alone cannot allow that",
+            "if you trust this code, add --trust-remote-code",
+        )
+
+
 def dump(recipe: Recipe) -> str:
     """Return `recipe` as YAML that reads back to an equal one, by any YAML reader."""
     values = recipe.model_dump(mode="json")

@@ -22,9 +22,8 @@ PATH_KEYS = (
 def absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with every path that exists here as an absolute one; links are kept."""
     for name, _, key in (dotted.partition(".") for dotted in PATH_KEYS):
-        section = getattr(recipe, name)
-        changed = section.model_copy(update={key: absolute_path(getattr(section, key))})
-        recipe = recipe.model_copy(update={name: changed})
+        path = absolute_path(getattr(getattr(recipe, name), key))
+        recipe = recipe.changed(**{name: {key: path}})
     return recipe
 
 

@@ -1,7 +1,7 @@
 """How a base's linear weights are kept in memory, as a recipe or adapter_config.json says it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from moc_cli.recipe.model import ModelSection
@@ -46,10 +46,8 @@ def asked_for(model: ModelSection) -> Quantization | None:
     """Return what a recipe asks for; None for weights in the type of `train.bf16`."""
     if not (model.load_in_4bit or model.load_in_8bit):
         return None
-    if model.load_in_8bit:
-        return Quantization(load_in_8bit=True)
-    kind, double = model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant
-    return Quantization(True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
+    names = [field.name for field in fields(Quantization)]
+    return Quantization(**{name: getattr(model, name) for name in names})
 
 
 def unquantized(recipe: Recipe) -> Recipe:

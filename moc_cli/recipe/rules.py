@@ -1,7 +1,7 @@
 """Combinations of values that cannot work together, each of them valid by itself."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moc_cli.recipe.methods import REWRITING_INITS, MocMethod
 from moc_cli.recipe.sections import Sections
@@ -14,6 +14,12 @@ from moc_cli.recipe.tasks import (
     find_task,
     is_benchmark_task,
     is_packaged,
+)
+
+# Keys of `data` that are read for a custom dataset alone.
+_CUSTOM = (
+    *("format", "columns", "labels", "splits", "config_name", "quoting", "chat_template"),
+    *("merge_system", "chat_turns", "template", "train", "validation", "test"),
 )
 
 
@@ -63,19 +69,13 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     if len(data.tasks) > 1 and not all(kind.joint for kind in _kinds(recipe)):
         message = f"{data.suite} trains one task per run, found {len(data.tasks)}"
         yield BrokenRule("data.tasks", message, (suite, "data.format"))
-    columns = {key: name for key, name in data.columns if name is not None}
+    given = data.model_dump(exclude_defaults=True)  # what is not given is absent or empty
+    columns = given.get("columns", {})
     if tasks:
         if data.path is not None and is_packaged(data.suite):
             message = f"suite '{data.suite}' is inside this package; leave data.path out"
             yield BrokenRule("data.path", message, (suite,))
-        splits = {key: name for key, name in data.splits if name is not None}
-        custom: dict[str, Any] = {"format": data.format, "columns": columns, "labels": data.labels}
-        custom |= {"splits": splits, "config_name": data.config_name, "quoting": data.quoting}
-        custom |= {"chat_template": data.chat_template, "merge_system": data.merge_system}
-        custom["chat_turns"] = data.chat_turns != "all"
-        custom["template"] = data.template != "alpaca"
-        custom |= {"train": data.train, "validation": data.validation, "test": data.test}
-        for key in (key for key, value in custom.items() if value):
+        for key in (key for key in _CUSTOM if given.get(key)):
             message = f"only suite 'custom' reads this key, data.suite is '{data.suite}'"
             yield BrokenRule(f"data.{key}", message, (suite,))
         return
@@ -86,15 +86,11 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     for key in (key for key in columns if key not in read):
         message = f"format '{data.format}' has no such column; its columns are {', '.join(read)}"
         yield BrokenRule(f"data.columns.{key}", message, (suite, "data.format"))
-    of_format: dict[str, tuple[str, Any]] = {
-        "chat_turns": ("chat", data.chat_turns != "all"),
-        "template": ("instruction", data.template != "alpaca"),
-    }
+    of_format = {"chat_turns": "chat", "template": "instruction"}
     if data.frame != "chat":
-        of_format["chat_template"] = ("chat", data.chat_template)
-        of_format["merge_system"] = ("chat", data.merge_system)
-    for key, (format_, value) in of_format.items():
-        if value and data.format not in (None, format_):
+        of_format |= {"chat_template": "chat", "merge_system": "chat"}
+    for key, format_ in of_format.items():
+        if given.get(key) and data.format not in (None, format_):
             message = f"only format '{format_}' reads this key, data.format is '{data.format}'"
             if data.format == "instruction":
                 message += "; data.template: chat writes such rows by the chat template"

@@ -46,6 +46,12 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     return lower[close[0]] if close else None
 
 
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?", or nothing where none is near."""
+    near = nearest(word, allowed)
+    return f"; did you mean '{near}'?" if near else ""
+
+
 def choices(word: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean 'x'? allowed: x, y", or without the guess where none is near."""
     names = list(allowed)

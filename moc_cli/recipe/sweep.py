@@ -27,11 +27,11 @@ from moc_cli.errors import MocError, Problem, RecipeError
 from moc_cli.recipe import reader
 from moc_cli.recipe.catalog import find_sweep, shown
 from moc_cli.recipe.suggest import choices
+from moc_cli.recipe.types import LAST_SEED
 
 KEYS = (
     *("recipe", "set", "vary", "seeds", "choose", "reference", "eval", "output_dir", "results_dir"),
 )
-LAST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)

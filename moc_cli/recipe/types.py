@@ -68,12 +68,13 @@ _NUMBER = BeforeValidator(refuse_bool)
 # in single precision when they are multiplied.
 LARGEST = 2**31 - 1
 HUGE = 1e30
+LAST_SEED = 2**32 - 1
 
 Count = Annotated[int, Field(ge=0, le=LARGEST), _NUMBER]
 Positive = Annotated[int, Field(ge=1, le=LARGEST), _NUMBER]
 Threads = Annotated[int, Field(ge=1, le=1024), _NUMBER]
 Width = Annotated[int, Field(ge=1, le=65536), _NUMBER]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _NUMBER]
+Seed = Annotated[int, Field(ge=0, le=LAST_SEED), _NUMBER]
 StepLimit = Annotated[int, Field(ge=-1, le=LARGEST), _NUMBER]
 RowLength = Annotated[int, Field(ge=8, le=LARGEST), _NUMBER]
 AtLeastZero = Annotated[float, Field(ge=0, lt=HUGE), _NUMBER]

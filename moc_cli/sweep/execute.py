@@ -187,8 +187,7 @@ def keep_small_files(run: PlannedRun) -> None:
         facts["samples_sha256"] = hashlib.sha256(samples).hexdigest()
         write_json_atomic(folder / "results.json", evaluation | facts)
     target.mkdir(parents=True, exist_ok=True)
-    output = run.recipe.output.model_copy(update={"output_dir": run.name})
-    recipe = run.recipe.model_copy(update={"output": output})
+    recipe = run.recipe.changed(output={"output_dir": run.name})
     write_text_atomic(target / "recipe.yaml", dump(recipe))
     write_json_atomic(target / "environment.json", _conditions(run))
     write_json_atomic(target / "results.json", run.folder.read_results())  # last: it is finished

@@ -198,8 +198,8 @@ def _check_choice(sweep: Sweep, recipe: Recipe) -> None:
 
 
 def _with_folder(recipe: Recipe, seed: int, folder: RunFolder) -> Recipe:
-    output = recipe.output.model_copy(update={"output_dir": str(folder.path)})
-    return recipe.model_copy(update={"seed": seed, "output": output})
+    recipe = recipe.changed(output={"output_dir": str(folder.path)})
+    return recipe.model_copy(update={"seed": seed})
 
 
 def _name(cell: Cell, candidate: Setting | None) -> str:

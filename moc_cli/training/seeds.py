@@ -19,6 +19,7 @@ from moc_cli.errors import MocError, RunError
 from moc_cli.files import write_json_atomic
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.tasks import LANGUAGE
+from moc_cli.recipe.types import LAST_SEED
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
@@ -29,7 +30,6 @@ from moc_cli.training.prepare import Forecast
 from moc_cli.training.resume import is_finished
 from moc_cli.training.session import Session
 
-LAST_SEED = 2**32 - 1
 SUMMARY = "seeds.json"
 
 
@@ -50,12 +50,8 @@ def plan(recipe: Recipe, count: int) -> list[Recipe]:
     for seed in range(recipe.seed, recipe.seed + count):
         folder = Path(recipe.output.output_dir) / f"seed-{seed}"
         before = recipe.eval.before and (seed == recipe.seed or draws_head)
-        changes = {
-            "seed": seed,
-            "output": recipe.output.model_copy(update={"output_dir": str(folder)}),
-            "eval": recipe.eval.model_copy(update={"before": before}),
-        }
-        seeds.append(recipe.model_copy(update=changes))
+        own = recipe.changed(output={"output_dir": str(folder)}, eval={"before": before})
+        seeds.append(own.model_copy(update={"seed": seed}))
     return seeds
 
 

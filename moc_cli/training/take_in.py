@@ -1,7 +1,6 @@
 """`moc import`: a run folder around controls that were trained elsewhere, for all commands."""
 
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 
@@ -28,12 +27,9 @@ def take_in(recipe: Recipe, controls: Path, *, call: Call, overwrite: bool) -> R
     and for rows that cannot be read.
     """
     config, state = read_any(controls)
-    recipe = absolute_paths(recipe)
-    train = recipe.train.model_copy(update={"modules": config.modules or None})
-    changes: dict[str, Any] = {"method": config.method, "train": train}
-    if config.seed is not None:
-        changes["seed"] = config.seed
-    recipe = recipe.model_copy(update=changes)
+    recipe = absolute_paths(recipe).changed(train={"modules": config.modules or None})
+    seed = recipe.seed if config.seed is None else config.seed
+    recipe = recipe.model_copy(update={"method": config.method, "seed": seed})
     broken = list(map(str, broken_rules(recipe)))
     if broken:
         raise RecipeError("\n".join(broken))

@@ -182,10 +182,8 @@ LENGTHS = [5 + number * 7919 % 246 for number in range(1003)]
 @pytest.mark.parametrize("grouped", [True, False, "even"])
 @pytest.mark.parametrize("size", [1, 7, 16, 1003, 2000])
 def test_every_row_is_in_one_batch(size: int, grouped: Grouping) -> None:
-    batches = Batches(LENGTHS, size, seed=1, group_by_length=grouped)
-    plan = batches.epoch(3)
+    plan = Batches(LENGTHS, size, seed=1, group_by_length=grouped).epoch(3)
     assert sorted(row for batch in plan for row in batch) == list(range(len(LENGTHS)))
-    assert len(plan) == len(batches)
     assert all(len(batch) == size for batch in plan[:-1])
     assert len(plan[-1]) == (len(LENGTHS) % size or size)
 
@@ -206,8 +204,8 @@ def test_epochs_are_pure_functions_of_seed_and_number(grouped: Grouping) -> None
 
 
 def test_grouping_saves_padding() -> None:
-    grouped = Batches(LENGTHS, 16, seed=1, group_by_length=True).padding_share(0)
-    mixed = Batches(LENGTHS, 16, seed=1, group_by_length=False).padding_share(0)
+    grouped = Batches(LENGTHS, 16, seed=1, group_by_length=True).padding_share()
+    mixed = Batches(LENGTHS, 16, seed=1, group_by_length=False).padding_share()
     assert grouped < 0.1 < 0.3 < mixed
 
 
@@ -242,9 +240,9 @@ def test_rows_of_every_length_fall_into_the_short_batch() -> None:
 
 
 def test_padding_share_counts_slots() -> None:
-    assert Batches([4, 4, 4, 4], 2, seed=0).padding_share(0) == 0
-    assert Batches([1, 4], 2, seed=0).padding_share(0) == pytest.approx(3 / 8)
-    assert Batches([], 2, seed=0).padding_share(0) == 0
+    assert Batches([4, 4, 4, 4], 2, seed=0).padding_share() == 0
+    assert Batches([1, 4], 2, seed=0).padding_share() == pytest.approx(3 / 8)
+    assert Batches([], 2, seed=0).padding_share() == 0
     assert Batches([], 2, seed=0).epoch(0) == []
 
 
@@ -318,5 +316,5 @@ def test_real_rows_and_tokenizer(real_data: Path, real_weights: Callable[[str], 
     for example, row in zip(examples[:50], encoded.rows, strict=False):
         kept = [label for label in row["labels"] if label != IGNORED]
         assert tokenizer.decode(kept) == " " + example.candidates[example.label] + "<|im_end|>"
-    assert Batches(encoded.lengths, 16, seed=0).padding_share(0) < 0.025
-    assert Batches(encoded.lengths, 16, seed=0, group_by_length=False).padding_share(0) > 0.15
+    assert Batches(encoded.lengths, 16, seed=0).padding_share() < 0.025
+    assert Batches(encoded.lengths, 16, seed=0, group_by_length=False).padding_share() > 0.15

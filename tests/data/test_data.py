@@ -14,7 +14,7 @@ from moc_cli.data import commonsense
 from moc_cli.data.examples import PairExample, fingerprint, hold_out, subset
 from moc_cli.data.prompts import eval_prompt, template_hash, train_prompt
 from moc_cli.data.source import BadRow, build_rows, text_or_empty
-from moc_cli.data.suites import load_examples, scored_names, splits
+from moc_cli.data.suites import load_examples, scored_names
 from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.tasks import TASKS
 
@@ -344,16 +344,15 @@ def test_every_task_has_splits() -> None:
     assert len(TASKS["glue"]) >= 9
     for suite, tasks in TASKS.items():
         for task in tasks:
-            assert set(scored_names(suite, task).values()) < set(splits(suite, task))
+            assert set(scored_names(suite, task).values()) < set(TASKS[suite][task].splits)
 
 
 # Built-in
 
 
 def test_builtin_rows_are_answerable() -> None:
-    parts = {
-        split: load_examples("builtin", "world", split) for split in splits("builtin", "world")
-    }
+    splits = TASKS["builtin"]["world"].splits
+    parts = {split: load_examples("builtin", "world", split) for split in splits}
     for examples in parts.values():
         assert all(len(example.candidates) >= 2 for example in examples)
     prompts = {split: {e.eval_prompt for e in examples} for split, examples in parts.items()}

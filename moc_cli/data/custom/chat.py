@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from moc_cli.data.custom.messages import Turn, turns_of
 from moc_cli.data.examples import ChatExample
-from moc_cli.data.source import BadRow, BadRows, first_line
-from moc_cli.errors import DataError
+from moc_cli.data.source import BadRow, BadRows
+from moc_cli.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

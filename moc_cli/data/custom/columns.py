@@ -6,10 +6,9 @@ from typing import Any
 
 from moc_cli.data.custom.labels import is_missing, is_number, is_whole
 from moc_cli.data.custom.table import Table
-from moc_cli.data.source import did_you_mean
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.suggest import nearest
+from moc_cli.recipe.suggest import did_you_mean, nearest
 from moc_cli.recipe.tasks import FORMATS, Format
 
 USUAL = {

@@ -7,8 +7,9 @@ from typing import Any
 
 from moc_cli.data.custom.table import Table
 from moc_cli.data.examples import Place
-from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, did_you_mean, shown
+from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, shown
 from moc_cli.errors import DataError
+from moc_cli.recipe.suggest import did_you_mean
 
 Label = int | str
 HIDDEN = -1  # what the hub writes for labels that are not published

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moc_cli.data.examples import ChatExample, Place
-from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, did_you_mean, shown
+from moc_cli.data.source import BadRow, Fields, check_utf8, column_of_row, shown
 from moc_cli.recipe.sections import ChatTurns
+from moc_cli.recipe.suggest import did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.data.custom.table import Table, joined, read_table, suffix_of, table_of_dataset
-from moc_cli.data.source import did_you_mean, first_line, load_from_hub
-from moc_cli.errors import DataError
+from moc_cli.data.source import load_from_hub
+from moc_cli.errors import DataError, first_line
 from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.suggest import did_you_mean
 
 # The names that `datasets` knows, so that a folder means the same here and on the hub.
 PARTS = {
@@ -141,9 +142,9 @@ def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, lis
             inside = [file for file in _entries(entry) if file.is_file() and suffix_of(file)]
             if inside:
                 _check_shards(inside)
-                _add(parts, part, inside)
+                parts.setdefault(part, []).extend(inside)
         elif suffix_of(entry):
-            _add(parts, part, [entry])
+            parts.setdefault(part, []).append(entry)
     for part, files in parts.items():
         exact = [file for file in files if file.name.split(".")[0].lower() in names[part]]
         if len(exact) == 1:
@@ -157,10 +158,6 @@ def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, lis
             )
         _check_shards(files)
     return parts
-
-
-def _add(parts: dict[str, list[Path]], part: str, files: list[Path]) -> None:
-    parts.setdefault(part, []).extend(files)
 
 
 def _check_shards(files: Sequence[Path]) -> None:

@@ -23,12 +23,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moc_cli.data.examples import Place
-from moc_cli.data.source import NOT_UTF8, UTF8_HINT, BadRow, Fields, first_line, parse_object
-from moc_cli.errors import DataError
+from moc_cli.data.source import NOT_UTF8, UTF8_HINT, BadRow, Fields, parse_object
+from moc_cli.errors import DataError, first_line
 from moc_cli.recipe.sections import Quoting
 
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
@@ -124,15 +125,10 @@ def _read_bytes(file: Path) -> bytes:
     return raw
 
 
-def _read_jsonl(file: Path, quoting: Quoting | None) -> Table:
+def _read_json(file: Path, quoting: Quoting | None, lines: bool = False) -> Table:
     raw = _read_bytes(file)
-    whole = _whole_json(raw, file) if raw.lstrip().startswith(b"[") else None
-    return _json_lines(raw, file) if whole is None else _json_rows(whole, file)
-
-
-def _read_json(file: Path, quoting: Quoting | None) -> Table:
-    raw = _read_bytes(file)
-    whole = _whole_json(raw, file)
+    by_line = lines and not raw.lstrip().startswith(b"[")
+    whole = None if by_line else _whole_json(raw, file)
     return _json_lines(raw, file) if whole is None else _json_rows(whole, file)
 
 
@@ -264,10 +260,6 @@ def _is_regular(table: Table) -> bool:
     return not any(isinstance(row, BadRow) for _, row in table.rows)
 
 
-def _read_tsv(file: Path, quoting: Quoting | None) -> Table:
-    return _read_csv(file, quoting, "\t")
-
-
 def _read_txt(file: Path, quoting: Quoting | None) -> Table:
     text = _read_bytes(file).decode("utf-8", errors="surrogateescape")
     table = Table(str(file), typed=False, notes=[f"{file}: each line is a text of its own"])
@@ -323,12 +315,12 @@ def _class_names(features: Any) -> dict[str, list[str]]:
 
 Reader = Callable[[Path, Quoting | None], Table]
 _TEXT_READERS: dict[str, Reader] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+    ".jsonl": partial(_read_json, lines=True),
+    ".ndjson": partial(_read_json, lines=True),
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".tab": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".tab": partial(_read_csv, delimiter="\t"),
     ".txt": _read_txt,
 }
 READERS: dict[str, Reader] = (

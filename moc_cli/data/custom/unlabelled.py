@@ -6,9 +6,10 @@ from pathlib import Path
 from moc_cli.data.custom.columns import USUAL
 from moc_cli.data.custom.table import Table, read_table
 from moc_cli.data.examples import PairExample
-from moc_cli.data.source import BadRow, BadRows, Fields, did_you_mean, text_or_empty
+from moc_cli.data.source import BadRow, BadRows, Fields, text_or_empty
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
