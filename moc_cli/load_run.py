@@ -145,7 +145,6 @@ def open_model(
     *,
     device: str = "auto",
     dtype: str = "float32",
-    revision: str | None = None,
     trust_remote_code: bool = False,
     load_in_4bit: bool | None = None,
 ) -> LoadedModel:
@@ -154,12 +153,11 @@ def open_model(
     chosen = find_device(device)
     if chosen.type == "cuda":  # of several processes each has its own
         chosen = torch.device("cuda", torch.cuda.current_device())
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     loaded = load_model(
         name,
         kind="causal",
         dtype=dtype,
-        revision=revision,
         trust_remote_code=trust_remote_code,
         device=chosen,
         quantization=Quantization(load_in_4bit=True) if load_in_4bit else None,

@@ -27,57 +27,53 @@ def _boolq(row: Fields) -> tuple[str, list[str], int]:
 
 def _piqa(row: Fields) -> tuple[str, list[str], int]:
     options = [take(row, "sol1", str), take(row, "sol2", str)]
-    listed, words = _listed(options, "solution", between="\n\n")
-    instruction = (
-        f"Please choose the correct solution to the question: {take(row, 'goal', str)}"
-        f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
-    )
+    request = f"Please choose the correct solution to the question: {take(row, 'goal', str)}"
+    instruction, words = _asked(request, options, "solution", between="\n\n")
     return instruction, words, _position(row, "label", ["0", "1"])
 
 
 def _social_i_qa(row: Fields) -> tuple[str, list[str], int]:
     options = [take(row, f"answer{letter}", str) for letter in "ABC"]
-    listed, words = _listed(options, "answer")
-    instruction = (
-        f"{QUESTION}{take(row, 'context', str)} {take(row, 'question', str)}"
-        f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
-    )
+    request = f"{QUESTION}{take(row, 'context', str)} {take(row, 'question', str)}"
+    instruction, words = _asked(request, options, "answer")
     return instruction, words, _position(row, "label", ["1", "2", "3"])
 
 
 def _hellaswag(row: Fields) -> tuple[str, list[str], int]:
-    listed, words = _listed(take(row, "endings", list), "ending")
-    instruction = (
+    endings = take(row, "endings", list)
+    request = (
         "Please choose the correct ending to complete the given sentence: "
         f"{take(row, 'activity_label', str)}: {take(row, 'ctx', str)}"
-        f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
     )
+    instruction, words = _asked(request, endings, "ending")
     return instruction, words, _position(row, "label", ["0", "1", "2", "3"])
 
 
 def _winogrande(row: Fields) -> tuple[str, list[str], int]:
-    listed, words = _listed([take(row, "option1", str), take(row, "option2", str)], "option")
-    instruction = (
+    options = [take(row, "option1", str), take(row, "option2", str)]
+    request = (
         "Please choose the correct answer to fill in the blank to complete the given sentence: "
-        f"{take(row, 'sentence', str)}\n\n{listed} Answer format: {'/'.join(words)}"
+        f"{take(row, 'sentence', str)}"
     )
+    instruction, words = _asked(request, options, "option", before_format=" ")
     return instruction, words, _position(row, "answer", ["1", "2"])
 
 
 def _lettered(row: Fields, question: str = "question") -> tuple[str, list[str], int]:
     choices = take(row, "choices", dict)
-    listed, words = _listed(take(choices, "text", list), "answer")
-    instruction = (
-        f"{QUESTION}{take(row, question, str)}\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
-    )
+    options = take(choices, "text", list)
+    instruction, words = _asked(f"{QUESTION}{take(row, question, str)}", options, "answer")
     return instruction, words, _position(row, "answerKey", take(choices, "label", list))
 
 
-def _listed(options: list[str], stem: str, between: str = " ") -> tuple[str, list[str]]:
-    """Return `Stem1: option Stem2: option` and the words stem1, stem2."""
+def _asked(
+    request: str, options: list[str], stem: str, *, between: str = " ", before_format: str = "\n\n"
+) -> tuple[str, list[str]]:
+    """Return the request with `Stem1: option Stem2: option`, and the words stem1, stem2."""
     words = [f"{stem}{number}" for number in range(1, len(options) + 1)]
     pairs = zip(words, options, strict=True)
-    return between.join(f"{word.capitalize()}: {option}" for word, option in pairs), words
+    listed = between.join(f"{word.capitalize()}: {option}" for word, option in pairs)
+    return f"{request}\n\n{listed}{before_format}Answer format: {'/'.join(words)}", words
 
 
 def _position(row: Fields, name: str, names: Sequence[str]) -> int:

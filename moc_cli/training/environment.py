@@ -41,10 +41,10 @@ def describe_environment(
     }
 
 
-def describe_versions() -> dict[str, str | None]:
+def describe_versions() -> dict[str, str]:
     """Return the versions of this program, of Python, and of the packages that compute."""
     own = {"moc": __version__, "python": platform.python_version()}
-    return own | {name: _version(name) for name in PACKAGES}
+    return own | {name: metadata.version(name) for name in PACKAGES}
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -82,13 +82,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -45,14 +45,14 @@ class Interrupt:
                 self.signal = number if self.signal is None else self.signal
         return self.signal
 
-    def check(self) -> None:
+    def check(self, message: str | None = None, hint: str | None = None) -> None:
         """Raise Interrupted if a signal came to any of the processes; joint.
 
         For work that has nothing of its own to save.
         """
         number = self.agree()
         if number is not None:
-            raise Interrupted(number)
+            raise Interrupted(number, message, hint)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.own is not None and number == signal.SIGINT:

@@ -18,7 +18,6 @@ from moc_cli.models.quantization import import_bitsandbytes
 from moc_cli.training.loop_types import Settings
 from moc_cli.training.memory import tensor_bytes
 
-SCHEDULES = ("linear", "cosine", "constant")
 BLOCK = 256  # numbers that share a scale in the moments of bitsandbytes
 # The maps from 8 bits to numbers, the same for every parameter: they are not saved.
 _MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
@@ -27,16 +26,8 @@ _MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
 def make_optimizer(adapted: Adapted, settings: Settings) -> torch.optim.Optimizer:
     """Return the optimizer of a run; `build_optimizer` says of what."""
     named = adapted.named_trainables()
-    return build_optimizer(
-        named,
-        {name for name in named if adapted.no_decay(name)},
-        _own_rates(adapted, named, settings),
-        kind=settings.optim,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=settings.betas,
-        epsilon=settings.epsilon,
-    )
+    no_decay = {name for name in named if adapted.no_decay(name)}
+    return build_optimizer(named, no_decay, settings, _own_rates(adapted, named, settings))
 
 
 def _own_rates(adapted: Adapted, names: Iterable[str], settings: Settings) -> dict[str, float]:
@@ -54,29 +45,25 @@ def _own_rates(adapted: Adapted, names: Iterable[str], settings: Settings) -> di
 def build_optimizer(
     named: dict[str, Parameter],
     no_decay: set[str],
+    settings: Settings,
     own_rates: Mapping[str, float] | None = None,
-    *,
-    kind: str = "adamw",
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    epsilon: float,
 ) -> torch.optim.Optimizer:
     """Return AdamW of a kind of `train.optim`; names in `no_decay` take no weight decay.
 
-    Names in `own_rates` have that rate instead of `learning_rate`. A group's `initial_lr` is its
+    Names in `own_rates` have that rate instead of the settings'. A group's `initial_lr` is its
     peak rate, as torch's schedulers call it.
     """
     members: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in named.items():
-        rate = (own_rates or {}).get(name, learning_rate)
-        decay = 0.0 if name in no_decay else weight_decay
+        rate = (own_rates or {}).get(name, settings.learning_rate)
+        decay = 0.0 if name in no_decay else settings.weight_decay
         members.setdefault((rate, decay), []).append(parameter)
     groups = [
         {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in members.items()
     ]
-    options: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": epsilon}
+    kind, rate = settings.optim, settings.learning_rate
+    options: dict[str, Any] = {"lr": rate, "betas": settings.betas, "eps": settings.epsilon}
     if kind == "adamw":
         return torch.optim.AdamW(groups, **options)
     if kind == "adamw_fused":
@@ -91,13 +78,12 @@ def build_optimizer(
 
 
 def rate_factor(step: int, *, kind: str, total: int, warmup: int) -> float:
-    """Return what the learning rate is multiplied by at `step` (from 0) of `total`.
+    """Return what the learning rate is multiplied by at `step` (from 0) of `total`, for a `kind`
+    of `train.lr_scheduler_type`.
 
     The numbers are those of transformers' schedules of the same names: with a warm-up the first
     step has rate 0, and the last one still has more than 0.
     """
-    if kind not in SCHEDULES:
-        raise MocError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
     if step < warmup:
         return step / max(1, warmup)
     if kind == "constant":

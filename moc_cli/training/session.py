@@ -35,7 +35,7 @@ from moc_cli.training.first_controls import begin_controls
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
-from moc_cli.training.loop_types import Outcome, StepReport, total_steps
+from moc_cli.training.loop_types import Outcome, total_steps
 from moc_cli.training.memory import peak_kind
 from moc_cli.training.prepare import Forecast, Job, Resume, prepare
 from moc_cli.training.results import make_results
@@ -208,7 +208,7 @@ class Session:
 
     def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
         """Run the loop under a progress bar."""
-        settings, step = job.settings, job.snapshot.counters.step if job.snapshot else 0
+        settings = job.settings
         trackers = start_trackers(job.accelerator, job.recipe)
         bar = TrainProgress(
             total_steps(settings, job.rows.data.batches),
@@ -216,15 +216,10 @@ class Session:
             memory_kind=peak_kind(job.accelerator.device),
         )
 
-        def observe(report: StepReport) -> None:
-            nonlocal step
-            step = report.step
-            bar.observe_step(report)
-
         def watch() -> dict[str, float]:
             validation, check = job.rows.splits.validation, self.interrupt.check
             values = job.rows.kind.watch(job.model, validation, job.scoring, lambda *_: check())
-            self.say(lines.watched_line(step, values))
+            self.say(lines.watched_line(loop.counters.step, values))
             return values
 
         loop = Loop(
@@ -242,7 +237,7 @@ class Session:
         )
         try:
             with bar:
-                return loop.run(resume=job.snapshot, observe=observe)
+                return loop.run(resume=job.snapshot, observe=bar.observe_step)
         finally:
             if trackers is not None:
                 job.accelerator.end_training()
@@ -271,13 +266,8 @@ class Session:
 
                 def observe(done: int, total: int, bar: WorkProgress = bar) -> None:
                     bar.observe(done, total)
-                    number = self.interrupt.agree()
-                    if number is not None:
-                        raise Interrupted(
-                            number,
-                            f"{progress}; scoring was stopped",
-                            f"continue with: {self.again}",
-                        )
+                    again = f"continue with: {self.again}"
+                    self.interrupt.check(f"{progress}; scoring was stopped", again)
 
                 scores[name] = job.rows.kind.score(job.model, examples, job.scoring, observe)
         return scores

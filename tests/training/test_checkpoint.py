@@ -64,7 +64,7 @@ def test_random_states_come_back():
 
 def test_optimizer_comes_back_by_name(tmp_path):
     named = {n: torch.nn.Parameter(torch.randn(2, 3)) for n in ("b", "gates.x", "a")}
-    options = {"learning_rate": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.99), "epsilon": 1e-8}
+    settings = Settings(learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.99))
 
     def step(values: dict, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -72,12 +72,12 @@ def test_optimizer_comes_back_by_name(tmp_path):
             values[name].grad = torch.randn(2, 3, generator=generator)
         optimizer.step()
 
-    optimizer = optim.build_optimizer(named, {"gates.x"}, **options)
+    optimizer = optim.build_optimizer(named, {"gates.x"}, settings)
     step(named, optimizer, 1)
     tensors = optim.optimizer_tensors(optimizer, named)
     # The same parameters in another order, as another process may name them.
     other = {n: torch.nn.Parameter(named[n].detach().clone()) for n in ("a", "b", "gates.x")}
-    second = optim.build_optimizer(other, {"gates.x"}, **options)
+    second = optim.build_optimizer(other, {"gates.x"}, settings)
     optim.load_optimizer_tensors(second, other, tensors)
     step(named, optimizer, 2)
     step(other, second, 2)

@@ -20,7 +20,8 @@ from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.loop_types import Settings
 
-OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "epsilon": 1e-8}
+PLAIN = Settings(learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.99))
+SMALL = replace(PLAIN, optim="adamw_8bit")
 
 
 def parameters(size: int) -> dict[str, torch.nn.Parameter]:
@@ -41,13 +42,13 @@ def steps(named: dict[str, torch.nn.Parameter], optimizer, seeds: range) -> None
 @pytest.mark.parametrize("size", [64, 65])  # 65 x 64 does not fill its last block of 256
 def test_8_bit_moments_resume_to_the_bit(size: int) -> None:
     named, other = parameters(size), parameters(size)
-    whole = optim.build_optimizer(named, {"gates.shared"}, kind="adamw_8bit", **OPTIONS)
+    whole = optim.build_optimizer(named, {"gates.shared"}, SMALL)
     steps(named, whole, range(3))
     saved = load(save(optim.optimizer_tensors(whole, named)))
     assert not any("qmap" in key for key in saved)
     for name, parameter in other.items():
         parameter.data.copy_(named[name])
-    resumed = optim.build_optimizer(other, {"gates.shared"}, kind="adamw_8bit", **OPTIONS)
+    resumed = optim.build_optimizer(other, {"gates.shared"}, SMALL)
     optim.load_optimizer_tensors(resumed, other, saved)
     steps(named, whole, range(3, 6))
     steps(other, resumed, range(3, 6))
@@ -57,9 +58,9 @@ def test_8_bit_moments_resume_to_the_bit(size: int) -> None:
 
 def test_8_bit_moments_take_a_quarter_and_follow_adamw() -> None:
     named, exact = parameters(256), parameters(256)
-    groups = {"no_decay": {"gates.shared"}, "own_rates": {"gates.shared": 0.002}}
-    small = optim.build_optimizer(named, **groups, kind="adamw_8bit", **OPTIONS)
-    plain = optim.build_optimizer(exact, **groups, **OPTIONS)
+    no_decay, own_rates = {"gates.shared"}, {"gates.shared": 0.002}
+    small = optim.build_optimizer(named, no_decay, SMALL, own_rates)
+    plain = optim.build_optimizer(exact, no_decay, PLAIN, own_rates)
     rates = [(group["lr"], group["weight_decay"]) for group in small.param_groups]
     assert rates == [(g["lr"], g["weight_decay"]) for g in plain.param_groups]
     assert {rate for rate, _ in rates} == {0.01, 0.002}
@@ -77,7 +78,7 @@ def test_8_bit_moments_take_a_quarter_and_follow_adamw() -> None:
 
 def test_a_scale_of_another_size_is_refused() -> None:
     named = parameters(64)
-    optimizer = optim.build_optimizer(named, set(), kind="adamw_8bit", **OPTIONS)
+    optimizer = optim.build_optimizer(named, set(), SMALL)
     with refused(MocError):
         optim.load_optimizer_tensors(optimizer, named, {"large.absmax1": torch.ones(3)})
 

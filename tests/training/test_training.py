@@ -203,14 +203,8 @@ def test_logged_rate_follows_the_schedule(tmp_path):
 
 def test_weight_decay_spares_the_named(tmp_path):
     named = {"gates.ffn.weight": nn.Parameter(torch.ones(2)), "a": nn.Parameter(torch.ones(2))}
-    optimizer = optim.build_optimizer(
-        named,
-        {"gates.ffn.weight"},
-        learning_rate=0.1,
-        weight_decay=0.5,
-        betas=(0.9, 0.999),
-        epsilon=1e-8,
-    )
+    settings = Settings(learning_rate=0.1, weight_decay=0.5)
+    optimizer = optim.build_optimizer(named, {"gates.ffn.weight"}, settings)
     for parameter in named.values():
         parameter.grad = torch.zeros(2)
     optimizer.step()
