@@ -10,7 +10,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from moc_cli.errors import MocError
 from moc_cli.models.fingerprint import in_a_layer
-from moc_cli.models.load import Loaded
+from moc_cli.models.load import Loaded, with_layers
 from moc_cli.models.quantization import (
     import_bitsandbytes,
     keep_differentiable,
@@ -36,9 +36,7 @@ def random_base(recipe: Recipe, device: torch.device, layers: int | None = None)
                 f"--layers {layers}: {recipe.model.model_name_or_path} has"
                 f" {config.num_hidden_layers} layers; allowed: 1 to {config.num_hidden_layers}"
             )
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        config = with_layers(config, layers)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # a classifier reads where a row ends by it
     with torch.random.fork_rng(), torch.device(device):

@@ -1,6 +1,5 @@
 """Methods: what is trained, placed in a model by `attach`."""
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,33 +10,17 @@ from moc_cli.models.quantization import count_numbers, keep_differentiable, sile
 __all__ = ["Adapted", "Counts", "TextModel", "attach", "bare"]
 
 
-def _controls(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    from moc_cli.methods.controls import ControlsMethod
+def _place(model: PreTrainedModel, method: Any, seed: int) -> Placed:
+    """Place a method; peft takes seconds to import, which moc and control are spared."""
+    if method.name in ("moc", "control"):
+        from moc_cli.methods.controls import ControlsMethod
 
-    return ControlsMethod(model, method, seed)
-
-
-def _low_rank(model: PreTrainedModel, method: Any, seed: int) -> Placed:
+        return ControlsMethod(model, method, seed)
     silence_notice()
     from moc_cli.methods.low_rank import LowRank
-
-    return LowRank(model, method, seed)
-
-
-def _molex(model: PreTrainedModel, method: Any, seed: int) -> Placed:
-    silence_notice()
     from moc_cli.methods.molex import Molex
 
-    return Molex(model, method, seed)
-
-
-METHODS: dict[str, Callable[[PreTrainedModel, Any, int], Placed]] = {
-    "moc": _controls,
-    "control": _controls,
-    "lora": _low_rank,
-    "dora": _low_rank,
-    "molex": _molex,
-}
+    return (Molex if method.name == "molex" else LowRank)(model, method, seed)
 
 
 def attach(
@@ -54,7 +37,7 @@ def attach(
     )
     keep_differentiable(model)
     base = sum(map(count_numbers, model.parameters())) - fresh_size
-    placed = METHODS[method.name](model, method, seed)
+    placed = _place(model, method, seed)
     model.requires_grad_(False)
     fresh = FreshModules(model, new_modules)
     return Adapted(model, placed, fresh, required, base)

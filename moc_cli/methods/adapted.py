@@ -13,7 +13,7 @@ from moc_cli.errors import MocError, compare_entries
 from moc_cli.methods.route_counts import Recorder
 from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import cast_inputs
-from moc_cli.nn.layer_mixture import LayerMixture
+from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.mixture import Mixture
 
 
@@ -45,7 +45,7 @@ class Placed:
     Where a `mixture` decides routes, `tracker` tells it which tokens vote.
     """
 
-    mixture: Mixture | LayerMixture | None = None
+    mixture: MixtureBase | None = None
     tracker: GenerationTracker | None = None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

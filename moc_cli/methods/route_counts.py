@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from moc_cli import processes
-from moc_cli.nn.layer_mixture import LayerMixture
-from moc_cli.nn.mixture import Mixture
+from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.vote import Level
 from moc_cli.nn.watch import Decision, new_decisions, one_token_decides
 
@@ -33,7 +32,7 @@ class Layout:
     top_k: int
 
     @classmethod
-    def of(cls, mixture: Mixture | LayerMixture) -> Self:
+    def of(cls, mixture: MixtureBase) -> Self:
         """The layout of a mixture."""
         return cls(
             tuple(site.name for site in mixture.sites),
@@ -173,9 +172,7 @@ class Recorder:
     and leaves nothing to do in compiled layers.
     """
 
-    def __init__(
-        self, mixture: Mixture | LayerMixture, device: torch.device, *, detailed: bool
-    ) -> None:
+    def __init__(self, mixture: MixtureBase, device: torch.device, *, detailed: bool) -> None:
         self._mixture = mixture
         self._layout = layout = Layout.of(mixture)
         self._detailed = detailed
@@ -268,8 +265,7 @@ class Recorder:
         valid, is_new = self._mixture.current.valid, None
         if valid is not None:
             level: Level = "token" if decisions == valid.numel() else "sample"
-            shape = valid.shape[0], valid.shape[1]
-            is_new = new_decisions(shape, valid, None, level, 1) if decisions > 1 else None
+            is_new = new_decisions(valid.shape, valid, None, level, 1) if decisions > 1 else None
         return self._sums.counts.new_ones(decisions) if is_new is None else is_new
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ class Place:
     write: str | Sequence[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the layers are, where each block's control goes, and whether attention is causal.
 
@@ -33,10 +33,10 @@ class Family:
     output before it is added to the residual stream; the controls are divided by it.
     """
 
-    layers: str
+    layers: str = "layers"
     attn: Place
     ffn: Place
-    causal: bool
+    causal: bool = True
     multiplier: str = ""
 
     def place(self, block: str) -> Place:
@@ -46,65 +46,51 @@ class Family:
 # Pre-norm: x + attn(norm(x)), then x + mlp(norm(x)). `post_attention_layernorm` is the FFN's
 # input norm, so its input is the state after the attention block and that block's control.
 _PRE_NORM = Family(
-    layers="layers",
     attn=Place("input_layernorm", "self_attn"),
     ffn=Place("post_attention_layernorm", "mlp"),
-    causal=True,
 )
 
 # Norms on both sides: x + norm(attn(norm(x))), then the same for the FFN. Here
 # `post_attention_layernorm` norms the attention's output, so the control is added after it, and
 # `pre_feedforward_layernorm` sees the FFN's x_t.
 _TWO_NORMS = Family(
-    layers="layers",
     attn=Place("input_layernorm", "post_attention_layernorm"),
     ffn=Place("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    causal=True,
 )
 
 # Pre-norm with a dropout on each block's output: the dropout belongs to f_t and a control has
 # none, so the control is added after it.
 _PHI3 = Family(
-    layers="layers",
     attn=Place("input_layernorm", "resid_attn_dropout"),
     ffn=Place("post_attention_layernorm", "resid_mlp_dropout"),
-    causal=True,
 )
 
 # No norm before a block, one after it: x + norm(attn(x)), then x + norm(mlp(x)). The blocks
 # themselves see x_t.
 _OUTPUT_NORM = Family(
-    layers="layers",
     attn=Place("self_attn", "post_attention_layernorm"),
     ffn=Place("mlp", "post_feedforward_layernorm"),
-    causal=True,
 )
 
 # Parallel residual: x + attn(norm_1(x)) + mlp(norm_2(x)), both blocks from the layer's input; the
 # input of norm_2 (`post_attention_layernorm`) is that x. With `use_parallel_residual: false` it is
 # the state after the attention block instead, as eq. 9 asks there. Dropouts as in phi3.
 _GPT_NEOX = Family(
-    layers="layers",
     attn=Place("input_layernorm", "post_attention_dropout"),
     ffn=Place("post_attention_layernorm", "post_mlp_dropout"),
-    causal=True,
 )
 
 # Parallel residual with one norm for both blocks: x + attn(norm(x)) + mlp(norm(x)).
 _COHERE = Family(
-    layers="layers",
     attn=Place("input_layernorm", "self_attn"),
     ffn=Place("input_layernorm", "mlp"),
-    causal=True,
 )
 
 # As cohere, but both blocks' outputs go through one dropout module; the controls are added after
 # it, to the sum that the layer returns.
 _PHI = Family(
-    layers="layers",
     attn=Place("input_layernorm", ""),
     ffn=Place("input_layernorm", ""),
-    causal=True,
 )
 
 # Post-norm: LayerNorm(x + attn(x)), then LayerNorm(x + ffn(x)). `attention` and `output` end in
@@ -127,7 +113,6 @@ _DISTILBERT = Family(
 # A pre-norm encoder. `attn_norm` of layer 0 is an Identity, because the embeddings end in a norm;
 # its input is x_t all the same.
 _MODERNBERT = Family(
-    layers="layers",
     attn=Place("attn_norm", "attn"),
     ffn=Place("mlp_norm", "mlp"),
     causal=False,

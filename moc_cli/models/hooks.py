@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.models.families import Family, Place
 from moc_cli.models.generation import GenerationTracker
+from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.forward import Forward
 from moc_cli.nn.mixture import Mixture
 
@@ -75,14 +76,6 @@ class _RememberForward(torch.autograd.Function):
         return grad, None, None
 
 
-class Balanced(Protocol):
-    """A mixture with a balance loss."""
-
-    training: bool
-    current: Forward
-    loss_scale: float | None
-
-
 @dataclass(eq=False)
 class FollowLoss:
     """Scales the balance loss as the model's own loss is scaled, by what its backward pass shows.
@@ -91,7 +84,7 @@ class FollowLoss:
     micro-batches; and where the loss was divided by the labels of all of them, this batch's share.
     """
 
-    mixture: Balanced
+    mixture: MixtureBase
 
     def register(self, model: nn.Module) -> RemovableHandle:
         return model.register_forward_hook(self._after, with_kwargs=True)

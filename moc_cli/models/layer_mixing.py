@@ -98,11 +98,10 @@ class LayerMixedModel:
         self._names = list(signature(self.layers[0].forward).parameters)
         model.add_module("moc", mixture)
         runner = find_runner(model, family)
-        # First among a layer's hooks, so that any other sees the mixed output.
+        # First among a layer's hooks, so that any other sees the mixed output. As partials of a
+        # bound method, copies and pickles of the model keep their own.
         self._handles = [
-            layer.register_forward_hook(
-                _LayerHook(self, site).after, with_kwargs=True, prepend=True
-            )
+            layer.register_forward_hook(partial(self._after, site), with_kwargs=True, prepend=True)
             for site, layer in zip(mixture.sites, self.layers, strict=True)
             if site.index in mixed
         ]
@@ -123,7 +122,9 @@ class LayerMixedModel:
         self.tracker.remove()
         del self.model.moc
 
-    def after(self, site: LayerSite, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _after(
+        self, site: LayerSite, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> Any:
         """Forward hook of layer t, outside its activation checkpoint: the mixed output."""
         if self._rehearsing or not self.mixture.active:
             return output
@@ -214,19 +215,6 @@ class LayerMixedModel:
 
     def _forget(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._parts = None
-
-
-class _LayerHook:
-    """A layer's hook as a bound method, so that copies and pickles of the model keep their own."""
-
-    def __init__(self, model: LayerMixedModel, site: LayerSite) -> None:
-        self.model = model
-        self.site = site
-
-    def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        return self.model.after(self.site, args, kwargs, output)
 
 
 def _select(value: Any, rows: Tensor, size: int) -> Any:

@@ -222,6 +222,16 @@ def _on_meta(
         return model
 
 
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of a model's config with so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
 def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
     """The largest modules that lie wholly in `absent` (parameter names), in the model's order."""
     fresh: list[str] = []
@@ -288,16 +298,12 @@ def _in_one_sentence(what: str, name: str) -> Iterator[None]:
     except MocError:
         raise
     except Exception as error:  # a damaged config fails in as many ways as it has values
-        raise _unavailable(what, name, error) from error
-
-
-def _unavailable(what: str, name: str, error: Exception) -> MocError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    if not isinstance(error, OSError | ValueError):
-        reason = f"{type(error).__name__}: {reason}"
-    return MocError(
-        f"model '{name}': its {what} cannot be loaded: {reason}",
-        hint="Give a hub id that is reachable or cached, a local folder in Hugging Face format "
-        "(safetensors), or builtin:world-llama.",
-    )
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise MocError(
+            f"model '{name}': its {what} cannot be loaded: {reason}",
+            hint="Give a hub id that is reachable or cached, a local folder in Hugging Face format "
+            "(safetensors), or builtin:world-llama.",
+        ) from error

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moc_cli.nn.autograd import inject
-from moc_cli.nn.forward import Forward, stored_route
+from moc_cli.nn.base import MixtureBase
+from moc_cli.nn.forward import stored_route
 from moc_cli.nn.gate import GATES, probabilities
 from moc_cli.nn.vote import Ballot, Level, Route, Voters, decide, poll, shares_of
-from moc_cli.nn.watch import Decision, Watcher, new_decisions
+from moc_cli.nn.watch import Decision
 
 POOL = "shared"
 
@@ -30,7 +31,7 @@ class LayerSite:
         return str(self.index)
 
 
-class LayerMixture(nn.Module):
+class LayerMixture(MixtureBase):
     """h ← w·u_t(h) + (1−w)·u_j(h), u a whole layer; where j = t, h ← u_t(h).
 
     One gate over the L layers, shared by all that mix, reads h; j is the layer that the tokens'
@@ -64,10 +65,6 @@ class LayerMixture(nn.Module):
         self.weight = weight
         self.vote = vote
         self.balance_weight = balance_weight
-        self.active = True
-        self.loss_scale: float | None = None  # None: that of the model's own loss
-        self.current = Forward()
-        self.watchers: list[Watcher] = []
         self.sites = [LayerSite(index) for index in range(layers)]
         self.pools = {POOL: list(range(layers))}
         scorer = GATES[gate](width, layers, projection_dim, generator, device, bias)
@@ -104,25 +101,15 @@ class LayerMixture(nn.Module):
             )
         else:
             route, loss, ballot = self._vote(h, forward.valid)
-        level: Level = "batch" if self.training else "sample"
-        for watcher in () if forward.ended or forward.repeat else self.watchers:
-            rows, tokens = h.shape[:2]
-            is_new = new_decisions(
-                (rows, tokens), forward.valid, forward.deciding, level, forward.copies
-            )
-            watcher.decided(site, Decision(level, route, ballot, is_new))
-        site.choice = route.ids
-        if earlier is not None and forward.deciding is not None:
-            site.choice = route.ids[forward.deciding]
-            route = earlier.replaced(forward.deciding, route)
+        self._show(site, Decision(self._level(), route, ballot, None), h.shape[:2], earlier)
+        route = self._take(site, route, earlier)
         if store is not None:
             store.routes[site.index] = route
         return route, loss
 
     def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
         p = probabilities(self.gates[POOL](h))  # (B, T, L)
-        level: Level = "batch" if self.training else "sample"
-        voters = Voters.of(p.shape[:2], valid, level, p.device, p.dtype)
+        voters = Voters.of(p.shape[:2], valid, self._level(), p.device, p.dtype)
         ballot = poll(p, voters, 1, self.vote)
         route = decide(ballot, 1, "renormalized").detach()
         if not self.training:
@@ -130,6 +117,9 @@ class LayerMixture(nn.Module):
         size = len(self.sites)
         share = shares_of(route, size, p.dtype)
         return route, voters.balance(ballot.mean, share, size).value(), ballot
+
+    def _level(self) -> Level:
+        return "batch" if self.training else "sample"
 
     def settle(self, site: LayerSite, h: Tensor, loss: Tensor) -> Tensor:
         """The layer's output h, its backward pass bound to the balance loss while training.

@@ -1,12 +1,13 @@
 """Every control and gate of one model, and the update that each site adds (eq. 9)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from moc_cli.nn.autograd import autocast_dtype, inject
+from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.control import (
     INPUT_NORMS,
     Control,
@@ -16,7 +17,7 @@ from moc_cli.nn.control import (
     WeightedControls,
     combine,
 )
-from moc_cli.nn.forward import Forward, RouteStore, stored_route
+from moc_cli.nn.forward import RouteStore, stored_route
 from moc_cli.nn.gate import GATES, Gate, probabilities
 from moc_cli.nn.routing import Routing
 from moc_cli.nn.site import Site
@@ -29,10 +30,10 @@ from moc_cli.nn.vote import (
     poll,
     shares_of,
 )
-from moc_cli.nn.watch import Decision, Watcher, new_decisions
+from moc_cli.nn.watch import Decision
 
 
-class Mixture(nn.Module):
+class Mixture(MixtureBase):
     """x_{t+1} = x_t + f_t(x_t) + α·g_t(x_t) + (1−α)·Σ_{k∈S_K} π_k·g_k(x_t)  (eq. 9).
 
     Learned: one control a site and one gate a pool, and α if asked for. Its state dict is the
@@ -56,10 +57,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.scale = scale
         self.routing = routing
-        self.active = True
-        self.loss_scale: float | None = None  # None: that of the model's own loss
-        self.current = Forward()
-        self.watchers: list[Watcher] = []
+        self.top_k = routing.top_k
         self.joint: JointVotes | None = None  # in training with level batch; see routing.sync
         self.reroute: Callable[[Site, Route], Route] | None = None  # another route than the voted
         self.controls = nn.ModuleList(
@@ -85,11 +83,6 @@ class Mixture(nn.Module):
                 self.gates[name] = make_gate(
                     width, len(pool), routing.projection_dim, generator, device
                 )
-
-    @property
-    def top_k(self) -> int:
-        """How many controls a decision chooses; 0 without a gate."""
-        return self.routing.top_k
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make what all sites of a forward share, for blocks' inputs in a type.
@@ -294,13 +287,11 @@ class Mixture(nn.Module):
             balance = voters.balance(own, share, size - int(routing.exclude_local))
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
-        self._show(site, Decision(level, route, ballot, None, p, forward.valid), earlier)
+        decision = Decision(level, route, ballot, None, p, forward.valid)
+        self._show(site, decision, p.shape[:2], earlier)
         if self.reroute is not None:
             route = self.reroute(site, route)
-        site.choice = route.ids
-        if earlier is not None and forward.deciding is not None:
-            site.choice = route.ids[forward.deciding]
-            route = earlier.replaced(forward.deciding, route)
+        route = self._take(site, route, earlier)
         if store is not None and routing.decode == "frozen":
             store.routes[site.index] = route.detach()
         return route, balance
@@ -315,23 +306,6 @@ class Mixture(nn.Module):
         """Who decides: a batch does so in training alone."""
         level = self.routing.level
         return "sample" if level == "batch" and not self.training else level
-
-    def _show(self, site: Site, decision: Decision, earlier: Route | None) -> None:
-        """Let watchers see a decision; of rows with an earlier route those that decide now."""
-        for watcher in self.watching():
-            forward, p = self.current, decision.probabilities
-            assert p is not None
-            deciding = None if earlier is None else forward.deciding
-            decision.is_new = new_decisions(
-                (p.shape[0], p.shape[1]), forward.valid, deciding, decision.level, forward.copies
-            )
-            watcher.decided(site, decision)
-
-    def watching(self) -> Sequence[Watcher]:
-        """Who sees what happens now: nobody in a recompute, or where a decision is repeated."""
-        if not self.watchers or self.current.ended or self.current.repeat:
-            return ()
-        return self.watchers
 
     def balance(self) -> float | None:
         """λ·Σ_sites of the last training forward (or λ·mean), read from the device; for logs."""

@@ -1,5 +1,6 @@
 """What watchers see of the decisions in one forward; nothing here is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ class Watcher(Protocol):
 
 
 def new_decisions(
-    shape: tuple[int, int],
+    shape: Sequence[int],
     valid: Tensor | None,
     deciding: Tensor | None,
     level: Level,
@@ -52,7 +53,7 @@ def new_decisions(
     if level == "batch" or (valid is None and deciding is None and copies == 1):
         return None
     device = next(mark.device for mark in (valid, deciding, torch.empty(0)) if mark is not None)
-    tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
+    tokens = torch.ones(*shape, dtype=torch.bool, device=device) if valid is None else valid
     if deciding is not None:
         tokens = tokens & deciding[:, None]
     if copies > 1:

@@ -1,7 +1,6 @@
 """What one setting of a recipe takes: replayed with all layers, or with few and drawn out."""
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from moc_cli.errors import MocError
 from moc_cli.methods import Adapted
 from moc_cli.models.fingerprint import in_a_layer
+from moc_cli.models.load import with_layers
 from moc_cli.models.packing import attend_by_row
 from moc_cli.models.quantization import linear_weights
 from moc_cli.planning.batches import Work
@@ -87,11 +87,7 @@ def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | N
 
 def _shallow(shape: PreTrainedModel, layers: int) -> PreTrainedModel:
     """Return the shapes of a model with so many layers."""
-    config = copy.deepcopy(shape.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    config = with_layers(shape.config, layers)
     with META:
         model: PreTrainedModel = type(shape)._from_config(
             config, dtype=shape.dtype, attn_implementation=config._attn_implementation

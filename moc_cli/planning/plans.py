@@ -1,8 +1,7 @@
 """Plans: memory by part and time for settings of a recipe, and the cheapest that fits a card."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from moc_cli.models.quantization import of_model
 from moc_cli.planning.batches import Rows
@@ -57,10 +56,6 @@ class Plan:
     strategy: str | None = None
     wire_bytes: int = 0
     wire_seconds: Mapping[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 class Planner:

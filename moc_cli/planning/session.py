@@ -42,7 +42,7 @@ def run(
             observe(len(plans), total)
     best = plans[0] if plans[0].fits else cheapest(plans[1 : len(beside[0]) + 1])
     return {
-        "plans": [plan.to_json() for plan in plans],
+        "plans": [asdict(plan) for plan in plans],
         "recipe": name,
         "device": None if card is None else asdict(card),
         "choice": None if best is None else changes_to(best, first),
