@@ -34,6 +34,7 @@ from moc_cli.errors import MocError
 from moc_cli.export import standalone
 from moc_cli.methods import Adapted, attach
 from moc_cli.recipe.methods import ControlMethod, MocMethod
+from moc_cli.recipe.tasks import CLASSIFIER, LANGUAGE
 
 NEW, BEAMS = 6, 4
 TOLERANCE = 1e-5  # of the largest logit, in float32
@@ -136,7 +137,8 @@ def make(family: str, method: dict[str, Any], dtype: torch.dtype = torch.float32
 def write(adapted: Adapted, folder: Path, causal: bool = True) -> None:
     folder.mkdir()
     tokenizer = make_byte_tokenizer() if causal else make_pair_tokenizer()
-    standalone.write(adapted.model, tokenizer, adapted.adapter_config(), causal, folder)
+    head = LANGUAGE if causal else CLASSIFIER
+    standalone.write(adapted.model, tokenizer, adapted.adapter_config(), head, folder)
 
 
 @dataclass(frozen=True)
@@ -331,9 +333,7 @@ class TestFolder:
             AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=False)
 
     def test_the_file_imports_torch_and_transformers_alone(self) -> None:
-        source = standalone.modeling(
-            "LlamaForCausalLM", "LlamaConfig", "moc_llama", "AutoModelForCausalLM"
-        )
+        source = standalone.modeling("LlamaForCausalLM", "LlamaConfig", "moc_llama", LANGUAGE)
         tree = list(ast.walk(ast.parse(source)))
         names = {node.module for node in tree if isinstance(node, ast.ImportFrom)}
         names |= {a.name for node in tree if isinstance(node, ast.Import) for a in node.names}
@@ -342,8 +342,8 @@ class TestFolder:
 
     def test_the_file_reads_as_the_package_does(self, tmp_path: Path) -> None:
         names = "BertForSequenceClassification", "BertConfig", "moc_bert"
-        source = standalone.modeling(*names, "AutoModelForSequenceClassification")
-        assert source == standalone.modeling(*names, "AutoModelForSequenceClassification")
+        source = standalone.modeling(*names, CLASSIFIER)
+        assert source == standalone.modeling(*names, CLASSIFIER)
         assert "FAMILIES" not in source, "what the model does not use is left out"
         (tmp_path / "modeling_moc.py").write_text(source)
         for check in (["check", "--select", "E,F"], ["format", "--check"]):
