@@ -17,6 +17,7 @@ from moc_cli.adapter.check import (
 )
 from moc_cli.adapter.folder import read_shapes
 from moc_cli.errors import MocError, RecipeError, RunError
+from moc_cli.kinds import Kind, make_kind
 from moc_cli.methods import TextModel, bare
 from moc_cli.models.fingerprint import (
     find_differences,
@@ -82,6 +83,11 @@ class LoadedRun(LoadedModel):
     recipe: Recipe
     adapter_config: dict[str, Any]
     base: dict[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the tasks that it was trained on."""
+        return make_kind(self.recipe.data)
 
     @property
     def head(self) -> ModelHead:

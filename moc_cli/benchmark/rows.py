@@ -1,13 +1,11 @@
 """Rows to be measured with: random tokens, or the recipe's own rows."""
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moc_cli.data.encode import IGNORED, Encoded, Row
-from moc_cli.kinds import Kind, make_kind
+from moc_cli.kinds import make_kind
 from moc_cli.models.tokens import embeddings, max_positions
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
@@ -30,20 +28,8 @@ def make_rows(recipe: Recipe, model: PreTrainedModel, number: int, *, own: bool)
     rows: list[Row] = []
     for _ in range(number):
         ids = rng.choices(range(embeddings(model)), k=length)
-        rows.append({"input_ids": ids, "labels": _label(kind, ids, rng)})
+        rows.append({"input_ids": ids, "labels": kind.made_up_label(ids, rng)})
     return Encoded(rows, [1] * number, 0, 0, "")
-
-
-def padding_tokenizer() -> PreTrainedTokenizerBase:
-    """Return what batches of random rows need of a tokenizer: the ids of padding."""
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, pad_token_type_id=0, eos_token_id=0)
-    return tokenizer  # type: ignore[no-any-return]
-
-
-def _label(kind: Kind, ids: list[int], rng: random.Random) -> Any:
-    if kind.loss == "causal":
-        return [IGNORED, *ids[1:]]
-    return rng.randrange(max(2, int(kind.model_arguments()["num_labels"])))
 
 
 def _own_rows(recipe: Recipe, vocabulary: int) -> Encoded:

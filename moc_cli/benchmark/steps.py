@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from moc_cli.benchmark.machine import Clock
 from moc_cli.benchmark.memory import measure_peak
 from moc_cli.benchmark.models import Bases, sharing_copy
-from moc_cli.benchmark.rows import make_rows, padding_tokenizer
+from moc_cli.benchmark.rows import make_rows
 from moc_cli.benchmark.turns import Measured, Options, Turn, naming, take_turns, timed
 from moc_cli.benchmark.variants import Variant
+from moc_cli.data.batches import padding_tokenizer
 from moc_cli.data.encode import Encoded
 from moc_cli.kinds import make_kind
 from moc_cli.report.progress import WorkProgress

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Sequence
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from moc_cli.models.tokens import pad_token_id
 POOL = 50  # batches whose rows are sorted by length together
 Grouping = bool | Literal["even"]  # by length: similar ones in a batch, none, or even batches
 Side = Literal["left", "right"]
-LossKind = Literal["causal", "classification", "regression"]
 
 
 class Batches:
@@ -95,20 +95,18 @@ def as_tensors(row: Row) -> Row:
 
 
 def collate(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    side: Side,
-    kind: Literal["causal", "classification"],
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, side: Side
 ) -> dict[str, Tensor]:
-    """Pad rows as `pad_batch` does, with their labels.
-
-    Labels are (B, T) for a language model and (B,) for a classifier.
-    """
-    labels = [row["labels"] for row in rows]
+    """Pad rows as `pad_batch` does, and the labels of their tokens (B, T)."""
     batch = pad_batch(rows, tokenizer, side=side)
-    batch["labels"] = pad_rows(labels, IGNORED, side) if kind == "causal" else torch.tensor(labels)
+    batch["labels"] = pad_rows([row["labels"] for row in rows], IGNORED, side)
     return batch
+
+
+def padding_tokenizer() -> PreTrainedTokenizerBase:
+    """Return what batches of made-up rows need of a tokenizer: the ids of padding."""
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, pad_token_type_id=0, eos_token_id=None)
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def pad_batch(

@@ -19,7 +19,6 @@ from moc_cli.errors import MocError
 from moc_cli.export import Options, parity
 from moc_cli.export.controls import write_controls
 from moc_cli.export.parity import Written
-from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods import Adapted
 from moc_cli.methods.route_counts import Record
@@ -169,7 +168,6 @@ def _score(
 ) -> tuple[Record, list[Evaluation]]:
     """Score each task; return what the gates decided on its rows, and the results."""
     recipe = trained.recipe
-    kind = make_kind(recipe.data)
     options = ScoringOptions(recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
     recorder = trained.adapted.recorder()
     assert recorder is not None
@@ -177,7 +175,7 @@ def _score(
     with recorder:
         for name, examples in tasks.items():
             with WorkProgress(f"{what}: {name}", len(examples)) as bar:
-                results.append(kind.score(trained, examples, options, bar.observe))
+                results.append(trained.kind.score(trained, examples, options, bar.observe))
     return recorder.record(), results
 
 

@@ -13,7 +13,6 @@ import torch
 
 from moc_cli.data.examples import Example
 from moc_cli.inspection.record import BatchSize, Progress
-from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.site import Site
@@ -68,9 +67,8 @@ def row_losses(
     trained: LoadedRun, examples: Sequence[Example], batch_size: BatchSize
 ) -> list[float]:
     """Return the loss of each row, without those whose answer was cut off."""
-    data = trained.recipe.data
-    options = ScoringOptions(batch_size, data.max_length)
-    return make_kind(data).row_losses(trained, examples, options)
+    options = ScoringOptions(batch_size, trained.recipe.data.max_length)
+    return trained.kind.row_losses(trained, examples, options)
 
 
 def _stderr(changes: Sequence[float], mean: float) -> float | None:

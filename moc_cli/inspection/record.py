@@ -4,18 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from moc_cli.data.batches import pad_batch
 from moc_cli.data.encode import Row
 from moc_cli.data.splits import TaskRows
-from moc_cli.kinds import make_kind
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
-from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.report.progress import WorkProgress
 from moc_cli.scoring.batch_size import RowCost, run_batches
-from moc_cli.scoring.forward import Limits, call, evaluating, position_ids
+from moc_cli.scoring.forward import Limits, evaluating
 
 Progress = Callable[[int, int], None]
 BatchSize = int | Literal["auto"]
@@ -27,17 +22,6 @@ class RunRecord:
 
     tasks: dict[str, Record]
     total: Record
-
-
-def forward(trained: LoadedRun, prompts: Sequence[Row], device: torch.device) -> None:
-    """Run prompts through the model, padded to the longest."""
-    batch = pad_batch(prompts, trained.tokenizer, side=trained.head.side)
-    inputs = {name: value.to(device) for name, value in batch.items()}
-    if trained.head is LANGUAGE:
-        inputs |= {"position_ids": position_ids(inputs["attention_mask"])}
-        call(trained.adapted.model, **inputs, use_cache=False, logits_to_keep=1)
-    else:
-        trained.adapted.model(**inputs)
 
 
 def record(
@@ -57,7 +41,7 @@ def record(
     with evaluating(model) as device, recorder:
 
         def work(items: list[int]) -> list[None]:
-            forward(trained, [prompts[item] for item in items], device)
+            trained.kind.forward(trained, [prompts[item] for item in items], device)
             return [None] * len(items)
 
         run_batches(trained.adapted, costs, work, size=batch_size, on_progress=on_progress)
@@ -68,10 +52,9 @@ def record_tasks(
     trained: LoadedRun, tasks: Sequence[TaskRows], *, batch_size: BatchSize
 ) -> RunRecord:
     """Record what the gates do on the prompts of each task."""
-    kind = make_kind(trained.recipe.data)
     records: dict[str, Record] = {}
     for task in tasks:
-        rows = kind.voters(task.examples, trained.tokenizer, trained.recipe.data.max_length)
+        rows = trained.kind.voters(task.examples, trained.tokenizer, trained.recipe.data.max_length)
         with WorkProgress(f"route {task.name}", len(task.examples)) as bar:
             records[task.name] = record(
                 trained, rows, batch_size=batch_size, on_progress=bar.observe

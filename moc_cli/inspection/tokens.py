@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moc_cli.data.encode import Row
 from moc_cli.errors import DataError
-from moc_cli.inspection.record import forward
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.watch import Decision
@@ -58,7 +57,7 @@ def text_votes(trained: LoadedRun, text: str) -> tuple[list[Row], dict[str, Any]
     mixture.watchers.append(votes)
     try:
         with evaluating(trained.adapted.model) as device:
-            forward(trained, [prompt], device)
+            trained.kind.forward(trained, [prompt], device)
     finally:
         mixture.watchers.remove(votes)
     tops = {index: p.max(dim=-1) for index, p in votes.tokens.items()}

@@ -1,19 +1,23 @@
 """What the kinds of task share that train a language model."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.batches import LossKind, collate
+from moc_cli.data.batches import collate, pad_batch
 from moc_cli.data.custom.chat import check_chats
-from moc_cli.data.encode import Encoded, Row, encode_chats, encode_texts, has_target
+from moc_cli.data.encode import IGNORED, Encoded, Row, encode_chats, encode_texts, has_target
 from moc_cli.data.examples import ChatExample
 from moc_cli.kinds.kind import Kind
+from moc_cli.kinds.loss import LanguageLoss, TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.tasks import LANGUAGE
-from moc_cli.scoring.forward import Progress
+from moc_cli.scoring.forward import Progress, call, position_ids
+from moc_cli.scoring.likelihood import Query, likelihoods
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
 from moc_cli.scoring.results import ScoringOptions
 
@@ -29,7 +33,7 @@ class Causal(Kind):
     comes.
     """
 
-    loss: LossKind = "causal"
+    loss: type[TaskLoss] = LanguageLoss
 
     def model_arguments(self) -> dict[str, Any]:
         """A language model."""
@@ -68,7 +72,23 @@ class Causal(Kind):
 
     def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Pad on the left; labels (B, T)."""
-        return collate(rows, tokenizer, side=LANGUAGE.side, kind="causal")
+        return collate(rows, tokenizer, side=LANGUAGE.side)
+
+    def made_up_label(self, ids: list[int], rng: random.Random) -> list[int]:
+        """All tokens are learned but the first, before which there is nothing."""
+        return [IGNORED, *ids[1:]]
+
+    def forward(self, model: TextModel, rows: Sequence[Row], device: torch.device) -> None:
+        """Without a cache, and with the logits of the last position alone."""
+        batch = pad_batch(rows, model.tokenizer, side=LANGUAGE.side)
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        inputs |= {"position_ids": position_ids(inputs["attention_mask"])}
+        call(model.adapted.model, **inputs, use_cache=False, logits_to_keep=1)
+
+    def score_made_up(self, model: TextModel, rows: int, tokens: int, device: torch.device) -> None:
+        """As questions with two options of one token, as those of the commonsense tasks have."""
+        queries = [Query([1] * (tokens - 1), [], [[1], [1]])] * rows
+        likelihoods(model, queries, batch_size=rows)
 
     def answer_loss(
         self,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 from transformers import PreTrainedTokenizerBase
@@ -16,13 +17,16 @@ from moc_cli.recipe.sections import DataSection
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
-from moc_cli.scoring.generate import NEW_TOKENS, Answer, answer_length, generate
+from moc_cli.scoring.generate import BEAMS, NEW_TOKENS, Answer, answer_length, generate
 from moc_cli.scoring.rank import ItemScore, query_length, rank
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
+@dataclass(frozen=True)
 class Choice(Causal):
     """Questions with options, answered by a language model; the prompt votes."""
+
+    beams = BEAMS
 
     @classmethod
     def of(cls, data: DataSection) -> Self:

@@ -1,14 +1,16 @@
 """What every kind of task does."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.batches import LossKind
 from moc_cli.data.encode import Encoded, Row
+from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
 from moc_cli.scoring.forward import Progress
@@ -23,10 +25,12 @@ class Kind(ABC):
     def of(cls, data: DataSection) -> Self:
         """Return the kind of the tasks in a recipe's data section."""
 
+    beams: int = 0  # with which answers are generated, where that is the protocol
+
     @property
     @abstractmethod
-    def loss(self) -> LossKind:
-        """The name of the loss of training."""
+    def loss(self) -> type[TaskLoss]:
+        """The loss of training."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -85,6 +89,18 @@ class Kind(ABC):
     @abstractmethod
     def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Pad rows to one batch: input_ids, attention_mask (B, T) and labels."""
+
+    @abstractmethod
+    def made_up_label(self, ids: list[int], rng: random.Random) -> Any:
+        """Return the label of a row of made-up tokens, as `encode` would write it."""
+
+    @abstractmethod
+    def forward(self, model: TextModel, rows: Sequence[Row], device: torch.device) -> None:
+        """Run rows through the model once, padded to the longest."""
+
+    @abstractmethod
+    def score_made_up(self, model: TextModel, rows: int, tokens: int, device: torch.device) -> None:
+        """Score rows of so many made-up tokens, with the code of every evaluation."""
 
     @abstractmethod
     def score(

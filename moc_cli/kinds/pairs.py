@@ -1,25 +1,28 @@
 """One text or two with a class or a score: a classifier with a fresh head predicts it."""
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moc_cli.data.batches import LossKind, collate
+from moc_cli.data.batches import pad_batch
 from moc_cli.data.encode import Encoded, Row, encode_pairs
 from moc_cli.data.examples import PairExample
 from moc_cli.errors import DataError
 from moc_cli.kinds.kind import Kind
+from moc_cli.kinds.loss import ClassLoss, ScoreLoss, TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import CLASSIFIER
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import classify, pair_loss
-from moc_cli.scoring.forward import Progress
+from moc_cli.scoring.forward import Progress, evaluating
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
 
 
@@ -46,9 +49,9 @@ class Pairs(Kind):
         return cls(data.task.metrics, data.task.num_labels, data.task.labels)
 
     @property
-    def loss(self) -> LossKind:
+    def loss(self) -> type[TaskLoss]:
         """Cross-entropy, or squared error for a regression."""
-        return "regression" if self.num_labels == 1 else "classification"
+        return ScoreLoss if self.num_labels == 1 else ClassLoss
 
     def model_arguments(self) -> dict[str, Any]:
         """A classifier with a fresh head."""
@@ -78,7 +81,22 @@ class Pairs(Kind):
 
     def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Pad on the right; labels (B,)."""
-        return collate(rows, tokenizer, side=CLASSIFIER.side, kind="classification")
+        batch = pad_batch(rows, tokenizer, side=CLASSIFIER.side)
+        return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+    def made_up_label(self, ids: list[int], rng: random.Random) -> int | float:
+        """A class, or a number for a regression."""
+        return float(rng.random()) if self.num_labels == 1 else rng.randrange(self.num_labels)
+
+    def forward(self, model: TextModel, rows: Sequence[Row], device: torch.device) -> None:
+        """With the logits of each row."""
+        batch = pad_batch(rows, model.tokenizer, side=CLASSIFIER.side)
+        model.adapted.model(**{name: value.to(device) for name, value in batch.items()})
+
+    def score_made_up(self, model: TextModel, rows: int, tokens: int, device: torch.device) -> None:
+        """As texts of one length."""
+        with evaluating(model.adapted.model):
+            self.forward(model, [{"input_ids": [1] * tokens}] * rows, device)
 
     def score(
         self,

@@ -49,6 +49,8 @@ class Writing(Causal):
                      it alone votes. In training all tokens vote, so the two differ most here.
     """
 
+    beams = 1
+
     format: str
 
     @classmethod

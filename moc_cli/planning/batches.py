@@ -1,14 +1,14 @@
 """The micro-batches of a training: of its own rows where they are at hand, else full ones."""
 
+import random
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moc_cli.data.batches import LossKind
+from moc_cli.data.batches import padding_tokenizer
 from moc_cli.data.encode import Encoded
 from moc_cli.data.packing import pack
-from moc_cli.kinds import make_kind
+from moc_cli.kinds import Kind, make_kind
 from moc_cli.planning.replay import Batch
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
@@ -25,7 +25,7 @@ class Work:
     """
 
     largest: Batch
-    kind: LossKind
+    kind: Kind
     times: float | None
     scored_tokens: int
 
@@ -62,8 +62,8 @@ class Rows:
         if self._encoded is None or self._tokenizer is None:
             micro_batches = settings.max_steps * settings.gradient_accumulation_steps
             longest = recipe.data.max_length
-            batch = full_batch(rows, longest, kind.loss, recipe.train.packing)
-            return Work(batch, kind.loss, micro_batches if micro_batches > 0 else None, longest)
+            batch = full_batch(rows, longest, kind, recipe.train.packing)
+            return Work(batch, kind, micro_batches if micro_batches > 0 else None, longest)
         data = build.make_data(recipe, kind, self._encoded, self._tokenizer)
         lengths, epoch = self._encoded.lengths, data.batches.epoch(0)
         slots = [_slots([lengths[row] for row in rows], recipe.train.packing) for rows in epoch]
@@ -72,7 +72,7 @@ class Rows:
         micro_batches = steps * settings.gradient_accumulation_steps
         mean = sum(slots) / len(slots) / slots[largest]
         scored = max(self.longest, *lengths)
-        return Work(data.collate(epoch[largest]), kind.loss, micro_batches * mean, scored)
+        return Work(data.collate(epoch[largest]), kind, micro_batches * mean, scored)
 
 
 def read_rows(recipe: Recipe, model: PreTrainedModel) -> tuple[Rows, str | None]:
@@ -88,14 +88,12 @@ def _slots(lengths: list[int], packing: bool) -> int:
     return sum(lengths) if packing else len(lengths) * max(lengths)
 
 
-def full_batch(rows: int, tokens: int, kind: LossKind, packing: bool = False) -> Batch:
+def full_batch(rows: int, tokens: int, kind: Kind, packing: bool = False) -> Batch:
     """Return a batch that learns every token, with some padding in its last row, or packed."""
+    ids = [1] * tokens
+    row = {"input_ids": ids, "labels": kind.made_up_label(ids, random.Random(0))}
     if packing:
-        return pack([{"input_ids": [1] * tokens, "labels": [1] * tokens}] * rows)
-    ids = torch.ones(rows, tokens, dtype=torch.int32)
-    mask = torch.ones_like(ids)
-    mask[-1, tokens // 2 + 1 :] = 0
-    labels = ids if kind == "causal" else torch.zeros(rows, dtype=torch.int32)
-    if kind == "regression":
-        labels = labels.float()
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return pack([row] * rows)
+    batch = kind.collate([row] * rows, padding_tokenizer())
+    batch["attention_mask"][-1, tokens // 2 + 1 :] = 0
+    return batch

@@ -76,7 +76,7 @@ def _replayed(recipe: Recipe, shape: PreTrainedModel, work: Work, card: Card | N
     prepare_layers(shape, recipe)
     scoring = scoring_of(recipe, shape, work.kind, work.scored_tokens)
     settings = build.make_settings(recipe)
-    measured = replay(adapted, work.largest, work.kind, settings, scoring=scoring)
+    measured = replay(adapted, work.largest, work.kind.loss, settings, scoring=scoring)
     phases = _with_own_optimizer(measured, adapted, recipe.train.optim)
     seconds = None
     if card is not None:

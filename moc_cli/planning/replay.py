@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moc_cli.data.batches import LossKind
+from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import Adapted
 from moc_cli.planning.evaluation import Scoring, score
 from moc_cli.planning.fake_device import META, FakeDevice
@@ -120,7 +120,7 @@ class Measured:
 def replay(
     adapted: Adapted,
     batch: Batch,
-    kind: LossKind,
+    loss: type[TaskLoss],
     settings: Settings,
     like: str = "cuda",
     *,
@@ -134,7 +134,7 @@ def replay(
     batch is scored, where `scoring` says how.
     """
     once = replace(settings, gradient_accumulation_steps=1, processes=1, optim="adamw")
-    loop = make_loop(adapted, batch, kind, once, META)
+    loop = make_loop(adapted, batch, loss, once, META)
     phases = Phases(loop)
     fake = FakeDevice(like, phases)
     with counted(loop, phases, META) as memory:
@@ -179,7 +179,11 @@ def _make_gradients(loop: Loop, memory: LiveMemory) -> None:
 
 
 def make_loop(
-    adapted: Adapted, batch: Batch, kind: LossKind, settings: Settings, device: torch.device
+    adapted: Adapted,
+    batch: Batch,
+    loss: type[TaskLoss],
+    settings: Settings,
+    device: torch.device,
 ) -> Loop:
     """Return a loop on `device` whose every micro-batch is `batch`, ready for its first step."""
     rows = batch["input_ids"].shape[0]
@@ -187,7 +191,7 @@ def make_loop(
     epochs = _SameBatch(rows, settings.gradient_accumulation_steps * STEPS)
     loop = Loop(
         adapted,
-        Data(epochs, lambda _: dict(batch), kind),
+        Data(epochs, lambda _: dict(batch), loss),
         settings,
         accelerator=cast(Any, _OneDevice(device)),
         checkpoints=Checkpoints(nowhere),

@@ -76,7 +76,7 @@ def lm_loss(
 
         def work(items: list[int]) -> list[tuple[float, int]]:
             rows = [encoded.rows[item] for item in items]
-            batch = collate(rows, model.tokenizer, side="left", kind="causal")
+            batch = collate(rows, model.tokenizer, side="left")
             labels = batch.pop("labels")
             places, targets = label_places(labels)
             owners = places // labels.shape[1]

@@ -16,7 +16,6 @@ from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import Kind
 from moc_cli.models.families import FAMILIES
-from moc_cli.models.head import Head
 from moc_cli.models.tokens import match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
@@ -199,7 +198,7 @@ def head_note(
 
 def logits_note(kind: Kind, model: PreTrainedModel) -> list[str]:
     """Say why the loss takes the logits of all positions, where it does."""
-    why = Head(model, training=True).reason if kind.loss == "causal" else None
+    why = kind.loss(model, model.device).why_whole
     return [f"the loss keeps the logits of all positions, which takes memory: {why}"] if why else []
 
 

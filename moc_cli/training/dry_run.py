@@ -72,7 +72,7 @@ def _read(recipe: Recipe, splits: Splits | None, model: PreTrainedModel) -> dict
     """Return what the rows come to, and the first of them; `label` is a classifier's."""
     rows, tokenizer = encode_within_reach(recipe, splits, model)
     encoded, splits, first = rows.encoded, rows.splits, rows.encoded.rows[0]
-    pieces = split_row(first, tokenizer, not recipe.data.kind.classifier)
+    pieces = split_row(first, tokenizer)
     return {
         "steps": total_steps(build.make_settings(recipe), rows.data.batches),
         "rows": len(encoded.rows),
@@ -89,7 +89,7 @@ def _read(recipe: Recipe, splits: Splits | None, model: PreTrainedModel) -> dict
     }
 
 
-def split_row(row: Row, tokenizer: PreTrainedTokenizerBase, causal: bool) -> list[dict[str, Any]]:
+def split_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Decode a row in pieces: neighbouring tokens that all are targets of the loss, or none.
 
     The first token of a language model's row is never a target: nothing comes before it. None of
@@ -97,7 +97,7 @@ def split_row(row: Row, tokenizer: PreTrainedTokenizerBase, causal: bool) -> lis
     """
     ids: Sequence[int] = row["input_ids"]
     targets = [False] * len(ids)
-    if causal:
+    if isinstance(row["labels"], list):
         targets[1:] = [label != IGNORED for label in row["labels"][1:]]
     pieces = []
     for target, group in groupby(zip(ids, targets, strict=True), key=lambda pair: pair[1]):

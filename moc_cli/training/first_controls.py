@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import Adapted
 from moc_cli.nn.control import INPUT_NORMS
 from moc_cli.nn.mixture import Mixture
@@ -17,7 +18,6 @@ from moc_cli.nn.site import Site
 from moc_cli.processes import Processes
 from moc_cli.recipe.methods import ControlMethod, MocMethod
 from moc_cli.training.loop_types import Data
-from moc_cli.training.loss import TaskLoss
 
 ROWS = 64
 See = Callable[[Site, Tensor, Tensor], Tensor]  # a site, what its control reads, the block's output
@@ -39,7 +39,7 @@ def begin_controls(
     assert mixture is not None  # both methods have one
     rows = [row for batch in data.batches.epoch(0) for row in batch][:ROWS]
     batches = (data.collate([row]) for row in rows)
-    loss = TaskLoss(adapted.model, data.kind, device)
+    loss = data.loss(adapted.model, device)
     adapted.model.eval()
 
     def find() -> list[Tensor]:

@@ -20,7 +20,7 @@ from moc_cli.nn.joint import VotesOfProcesses
 from moc_cli.processes import Processes
 from moc_cli.scoring.batch_size import is_out_of_memory, is_sharded
 from moc_cli.signals import STOPS
-from moc_cli.training import loss, rng
+from moc_cli.training import rng
 from moc_cli.training.loop_types import Data, Settings
 
 SIGNALS = (signal.SIGINT, *STOPS)
@@ -57,7 +57,7 @@ class Gradients:
         accelerator: Accelerator,
         processes: Processes,
     ) -> None:
-        self._adapted, self._kind, self._settings = adapted, data.kind, settings
+        self._adapted, self._settings = adapted, settings
         self._accelerator, self._processes = accelerator, processes
         sync, sharded = settings.routing_sync, is_sharded(adapted.model)
         # Whether processes meet in the middle of a forward: all must run as many of them.
@@ -65,7 +65,7 @@ class Gradients:
         if sync and self._joint and adapted.mixture is not None:
             adapted.mixture.joint = VotesOfProcesses(processes)
         self._parameters = list(adapted.named_trainables().values())
-        self.loss = loss.TaskLoss(adapted.model, data.kind, accelerator.device)
+        self.loss = data.loss(adapted.model, accelerator.device)
         numbers = settings.window + 1 + len(SIGNALS)
         self._bucket = Bucket(self._parameters, processes, numbers)
 
@@ -84,8 +84,8 @@ class Gradients:
         `after_forward` is done after the forward of each micro-batch of this process, `meanwhile`
         while the device works.
         """
-        kind, device = self._kind, self._accelerator.device
-        targets = max(1, sum(loss.count_targets(batch["labels"], kind) for batch in batches))
+        device = self._accelerator.device
+        targets = max(1, sum(self.loss.count_targets(batch["labels"]) for batch in batches))
         self._adapted.set_loss_scale(1.0 / self._votes(len(batches)))
         losses = torch.zeros(len(batches), device=device)
         with self._processes.meeting():

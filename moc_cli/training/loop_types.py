@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moc_cli.data.batches import Grouping, LossKind
+from moc_cli.data.batches import Grouping
+from moc_cli.kinds.loss import LanguageLoss, TaskLoss
 from moc_cli.training.checkpoint import Counters
 from moc_cli.training.memory import Memory
 
@@ -67,7 +68,7 @@ class Data:
 
     batches: Epochs
     collate: Callable[[list[int]], dict[str, Tensor]]
-    kind: LossKind = "causal"
+    loss: type[TaskLoss] = LanguageLoss
     padding_share: float = 0.0  # expected, of an epoch's token slots
     positions: tuple[int, int] = (0, 0)  # an epoch's token slots, padded and packed
 

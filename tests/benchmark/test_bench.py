@@ -229,7 +229,7 @@ def test_what_does_not_fit_in_memory_is_named(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moc_cli.training.loss.TaskLoss.__call__", full)
+    monkeypatch.setattr("moc_cli.kinds.loss.TaskLoss.__call__", full)
     assert run(["bench", "quickstart", *TINY, "--methods", "control"]) == 2
     said = capsys.readouterr().err
     assert "control: a step of 2 rows of up to 12 tokens does not fit in memory" in said

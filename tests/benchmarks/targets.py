@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from plans import MIX, at_own_lengths
 
+from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META
 from moc_cli.planning.replay import Measured, replay
@@ -177,7 +178,7 @@ def _replayed(method: str, layers: int) -> Measured:
     mask[-1, 128:] = 0  # there is padding, as in nearly every batch
     labels = ids.masked_fill(mask == 0, -100)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return replay(attach(model, recipe.method), batch, "causal", build.make_settings(recipe))
+    return replay(attach(model, recipe.method), batch, LanguageLoss, build.make_settings(recipe))
 
 
 def answers(case: Case) -> Iterator[Line]:

@@ -253,7 +253,7 @@ def test_padding_share_counts_slots() -> None:
 def test_collate_pads_on_its_side(byte_tokenizer: PreTrainedTokenizerFast, side: str) -> None:
     rows = [{"input_ids": [7, 8, 9], "labels": [IGNORED, 8, 9]}, {"input_ids": [5], "labels": [5]}]
     state = dict(vars(byte_tokenizer))
-    batch = collate(rows, byte_tokenizer, side=side, kind="causal")  # type: ignore[arg-type]
+    batch = collate(rows, byte_tokenizer, side=side)  # type: ignore[arg-type]
     short = {"left": [0, 0, 5], "right": [5, 0, 0]}[side]
     assert batch["input_ids"].tolist() == [[7, 8, 9], short]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [int(token > 0) for token in short]]
@@ -282,7 +282,7 @@ def test_collate_without_a_pad_token_uses_the_end(byte_tokenizer: PreTrainedToke
     bare = with_end(byte_tokenizer, eos="</s>")
     assert bare.pad_token_id is None
     rows = [{"input_ids": [7, EOS], "labels": [7, EOS]}, {"input_ids": [EOS], "labels": [EOS]}]
-    batch = collate(rows, bare, side="left", kind="causal")
+    batch = collate(rows, bare, side="left")
     assert batch["input_ids"].tolist() == [[7, EOS], [EOS, EOS]]
     assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
     assert batch["labels"].tolist() == [[7, EOS], [IGNORED, EOS]]
@@ -294,7 +294,7 @@ def test_collate_gives_classes_and_scores_their_types(
     def labels(*values: float) -> torch.Tensor:
         pairs = [PairExample("t", "a" * (number + 1), "b", v) for number, v in enumerate(values)]
         rows = encode_pairs(pairs, pair_tokenizer, max_length=50).rows
-        batch = collate(rows, pair_tokenizer, side="right", kind="classification")
+        batch = Pairs((), 2).collate(rows, pair_tokenizer)
         assert batch["token_type_ids"].shape == batch["input_ids"].shape
         assert batch["input_ids"][0, -1] == pair_tokenizer.pad_token_id
         return batch["labels"]

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moc_cli.kinds import Choice, Pairs
+from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.models import head as heads
 from moc_cli.models.head import Head
@@ -18,7 +19,6 @@ from moc_cli.recipe.methods import (
     MolexMethod,
 )
 from moc_cli.training.checks import logits_note
-from moc_cli.training.loss import TaskLoss, count_targets
 
 CPU = torch.device("cpu")
 CAPPED = {"gemma3_text": {"final_logit_softcapping": 3.0}}
@@ -68,10 +68,10 @@ def test_gradients_are_those_of_all_logits(method: str, family: str) -> None:
         if whole:
             logits = adapted.model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
             loss = F.cross_entropy(logits.float(), labels[:, 1:].flatten(), reduction="sum")
-            loss = loss / count_targets(labels, "causal")
+            loss = loss / LanguageLoss.count_targets(labels)
         else:
-            task = TaskLoss(adapted.model, "causal", CPU)
-            loss = task(batch | {"labels": labels}, count_targets(labels, "causal"))
+            task = LanguageLoss(adapted.model, CPU)
+            loss = task(batch | {"labels": labels}, LanguageLoss.count_targets(labels))
         loss.backward()
         return loss.item(), {name: p.grad for name, p in named.items() if p.grad is not None}
 
@@ -94,7 +94,7 @@ def test_a_trained_head_gets_its_gradient() -> None:
     (note,) = logits_note(Choice(), model)
     assert note.endswith("which takes memory: the head is trained")
     assert logits_note(Pairs((), 2), model) == []
-    TaskLoss(model, "causal", CPU)(batch | {"labels": labels}, 1).backward()
+    LanguageLoss(model, CPU)(batch | {"labels": labels}, 1).backward()
     found = adapted.named_trainables()["modules.lm_head.weight"]
     gradient, found.grad = found.grad, None
     logits = model(**batch).logits[:, :-1].flatten(0, 1)

@@ -5,7 +5,7 @@ import torch
 from support.models import VOCABULARY, make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from tokenizers import processors
 
-from moc_cli.data.batches import collate
+from moc_cli.data.batches import pad_batch
 from moc_cli.data.custom.chat import answer_ends
 from moc_cli.models.tokens import (
     compare_tokens,
@@ -52,8 +52,7 @@ def test_a_decoder_pools_the_same_token_in_any_batch(ids):
 
     def logits(part):
         encoded = [{"input_ids": row, "labels": 0} for row in part]
-        batch = collate(encoded, tokenizer, side="right", kind="classification")
-        del batch["labels"]
+        batch = pad_batch(encoded, tokenizer, side="right")
         return model(**batch).logits.detach()
 
     alone = torch.cat([logits([row]) for row in rows])

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.data.splits import Splits
+from moc_cli.kinds import Choice
 from moc_cli.methods import TextModel, attach
 from moc_cli.models.tokens import max_positions
 from moc_cli.planning.batches import Rows
@@ -51,7 +52,7 @@ def test_planned_bytes_are_those_of_real_scoring(protocol: str, beams: int) -> N
     counted = peak("cpu", lambda: work(model, examples, batch_size=ROWS))
     adapted = attach(shapes(), MocMethod(rank=4))
     with FakeDevice("cpu"):
-        planned = peak("meta", lambda: score(adapted, Scoring("causal", ROWS, TOKENS, beams)))
+        planned = peak("meta", lambda: score(adapted, Scoring(Choice(), ROWS, TOKENS, beams)))
     assert planned == pytest.approx(counted, rel=0.03)
 
 
@@ -59,12 +60,12 @@ def test_a_recipe_says_what_is_scored() -> None:
     """The longest prompt counts, where the rows are at hand, up to the model's positions."""
     own = load_recipe("quickstart", ["eval.per_device_eval_batch_size=8"])
     model = build.base_shape(own)
-    assert scoring_of(own, model, "causal", 9) == Scoring("causal", 8, 9)
-    assert scoring_of(own, model, "causal", 10**9).tokens == max_positions(model)
+    assert scoring_of(own, model, Choice(), 9) == Scoring(Choice(), 8, 9)
+    assert scoring_of(own, model, Choice(), 10**9).tokens == max_positions(model)
     written = load_recipe(
         "quickstart", ["eval.protocol=generate", "eval.per_device_eval_batch_size=auto"]
     )
-    assert scoring_of(written, model, "causal", 9) == Scoring("causal", 1, 9, beams=4)
+    assert scoring_of(written, model, Choice(), 9) == Scoring(Choice(), 1, 9, beams=4)
     kind = SimpleNamespace(
         prompt=lambda example: example.eval_prompt,
         voters=lambda texts, tokenizer, limit: [{"input_ids": e.eval_prompt} for e in texts],

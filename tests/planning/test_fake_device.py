@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META, FakeDevice
 from moc_cli.planning.live_memory import LiveMemory, Now
@@ -44,8 +45,8 @@ def batch(rows: int = 8, tokens: int = 48) -> dict[str, torch.Tensor]:
 def step(method: str, layers: int) -> Measured:
     """A later step: the first one also puts on the device what stays there."""
     adapted = attach(shapes_of(num_hidden_layers=layers), METHODS[method])
-    replay(adapted, batch(), "causal", Settings())
-    return replay(adapted, batch(), "causal", Settings())
+    replay(adapted, batch(), LanguageLoss, Settings())
+    return replay(adapted, batch(), LanguageLoss, Settings())
 
 
 def syncs_in(measured: Measured, part: str) -> int:
@@ -78,8 +79,8 @@ def test_planned_bytes_are_those_of_a_real_step(method: str, mode: str) -> None:
     for network in (shapes, model):
         recompute_layers(network, mode)
     adapted = attach(shapes, METHODS[method])
-    planned = replay(adapted, batch(), "causal", Settings(), like="cpu")
-    loop = make_loop(attach(model, METHODS[method]), batch(), "causal", Settings(), cpu)
+    planned = replay(adapted, batch(), LanguageLoss, Settings(), like="cpu")
+    loop = make_loop(attach(model, METHODS[method]), batch(), LanguageLoss, Settings(), cpu)
     with counted(loop, Phases(loop), cpu) as memory:
         for _ in range(STEPS):
             memory.restart()

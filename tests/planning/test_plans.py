@@ -16,6 +16,7 @@ from support.rows import choice_rows, write_rows
 
 from moc_cli.cli import run
 from moc_cli.errors import MocError
+from moc_cli.kinds import Choice
 from moc_cli.models.quantization import parts
 from moc_cli.planning import session
 from moc_cli.planning.batches import Rows, Work, full_batch, read_rows
@@ -67,7 +68,7 @@ def recipe(folder: Path) -> MakeRecipe:
 @pytest.mark.parametrize(("method", "mode"), [("moc", "none"), ("control", "selective")])
 def test_few_layers_tell_of_many(method: str, mode: str, recipe: MakeRecipe) -> None:
     own = recipe(f"method={method}", f"train.activation_checkpointing={mode}")
-    work, card = Work(full_batch(8, 64, "causal"), "causal", None, 64), CARDS["A100-80GB"]
+    work, card = Work(full_batch(8, 64, Choice()), Choice(), None, 64), CARDS["A100-80GB"]
     whole, few = (footprint(own, work, card, whole=whole) for whole in (True, False))
     assert sum(few.parts.values()) == pytest.approx(sum(whole.parts.values()), rel=0.005)
     assert few.parts["weights"] == pytest.approx(whole.parts["weights"], rel=0.001)

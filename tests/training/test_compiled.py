@@ -19,13 +19,13 @@ from moc_cli.cli import run
 from moc_cli.data.packing import pack
 from moc_cli.errors import MocError
 from moc_cli.kinds.choice import Choice
+from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.models.head import Head
 from moc_cli.models.packing import attend_by_row
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.training import loop
 from moc_cli.training.compiled import compiled_layers
-from moc_cli.training.loss import TaskLoss
 from moc_cli.training.recompute import recompute_layers
 
 LENGTHS = (16, 11)
@@ -90,7 +90,7 @@ def test_packed_rows_of_other_lengths_take_the_same_graphs(traced_layers: None) 
     adapted = attach(model, MocMethod(rank=4, sites="attn"), seed=1)
     adapted.set_loss_scale(0.5)
     train_controls(adapted.named_trainables())
-    loss = TaskLoss(model, "causal", torch.device("cpu"))
+    loss = LanguageLoss(model, torch.device("cpu"))
 
     def gradients(*lengths: int) -> dict[str, Tensor]:
         rows = [{"input_ids": [7 + n % 5] * n, "labels": [7] * n} for n in lengths]

@@ -16,6 +16,7 @@ from support.tiny_runs import without_measured
 from support.toy import Plan, toy_collate
 
 from moc_cli.errors import MocError, RunError
+from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import attach
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
@@ -24,7 +25,6 @@ from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings
-from moc_cli.training.loss import TaskLoss
 from moc_cli.training.resume import check_recipe
 
 METHODS: dict[str, Any] = {

@@ -22,13 +22,13 @@ from moc_cli.data.batches import collate
 from moc_cli.data.encode import IGNORED, Row
 from moc_cli.data.packing import pack
 from moc_cli.errors import MocError
+from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import Adapted, attach
 from moc_cli.models import packing
 from moc_cli.models.packing import attend_by_row, check_packing
 from moc_cli.nn.packed import PackedRows
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Data, Settings
-from moc_cli.training.loss import TaskLoss, count_targets
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 5, 1, 7, 12)
@@ -74,14 +74,14 @@ def make(name: str, family: str, by_row: bool = True) -> Adapted:
 def step(adapted: Adapted, packed: bool) -> tuple[float, float | None, dict[str, torch.Tensor]]:
     """The loss, the balance loss and the gradients of one batch."""
     rows = make_rows()
-    padded = collate(rows, make_byte_tokenizer(), side="left", kind="causal")
+    padded = collate(rows, make_byte_tokenizer(), side="left")
     batch = pack(rows) if packed else padded
-    targets = count_targets(padded["labels"], "causal")
-    assert count_targets(batch["labels"], "causal") == targets
+    targets = LanguageLoss.count_targets(padded["labels"])
+    assert LanguageLoss.count_targets(batch["labels"]) == targets
     named = adapted.named_trainables()
     for parameter in named.values():
         parameter.grad = None
-    loss = TaskLoss(adapted.model, "causal", CPU)(batch, targets)
+    loss = LanguageLoss(adapted.model, CPU)(batch, targets)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
     return loss.item(), adapted.balance_loss(), gradients

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.lean import keep_less
 from moc_cli.planning.fake_device import META
@@ -77,7 +78,7 @@ def step(mode: str) -> Measured:
     recompute_layers(adapted.model, mode)
     ids = torch.full((16, 128), 7)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return replay(adapted, batch, "causal", Settings())
+    return replay(adapted, batch, LanguageLoss, Settings())
 
 
 def test_each_mode_takes_less_memory_than_the_one_before() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.kinds.loss import ClassLoss, LanguageLoss
 from moc_cli.methods import Adapted, attach
 from moc_cli.models.load import load_model
 from moc_cli.models.quantization import has_bitsandbytes
@@ -70,8 +71,8 @@ class Trained:
         recompute_layers(self.model, mode)
         if split:
             shard_layers(self.model, CPU, group)
-        kind = "classification" if family in ENCODERS else "causal"
-        data = Data(cast(Any, None), cast(Any, None), cast(Any, kind))
+        loss = ClassLoss if family in ENCODERS else LanguageLoss
+        data = Data(cast(Any, None), cast(Any, None), loss)
         settings = Settings(gradient_accumulation_steps=2, processes=2, max_grad_norm=0)
         accelerator = Accelerator(cpu=True)
         gradients = Gradients(self.adapted, data, settings, accelerator, group)

@@ -21,6 +21,7 @@ from transformers import get_scheduler
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moc_cli.errors import MocError
+from moc_cli.kinds.loss import ClassLoss, LanguageLoss, ScoreLoss, TaskLoss
 from moc_cli.training import memory, optim, rng
 from moc_cli.training.best import out_of_patience, update_best
 from moc_cli.training.checkpoint import Checkpoints, Counters, read_checkpoint
@@ -28,7 +29,6 @@ from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MEASURED, require_trackers
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings, StepReport, total_steps
-from moc_cli.training.loss import TaskLoss, count_targets
 
 SETTINGS = Settings(seed=3, learning_rate=0.05, num_train_epochs=2, logging_steps=1)
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
@@ -138,11 +138,13 @@ class Outputs(nn.Module):
         return SimpleNamespace(logits=self.logits)
 
 
-def loss_of(logits: torch.Tensor, labels: torch.Tensor, kind: Any) -> torch.Tensor:
+def loss_of(
+    logits: torch.Tensor, labels: torch.Tensor, kind: type[TaskLoss] = LanguageLoss
+) -> torch.Tensor:
     """The loss of a batch under given logits, divided by the number of its targets."""
     batch = {"input_ids": torch.zeros(labels.shape[0], 1), "labels": labels}
-    targets = max(1, count_targets(labels, kind))
-    return TaskLoss(Outputs(logits), kind, torch.device("cpu"))(batch, targets)
+    targets = max(1, kind.count_targets(labels))
+    return kind(Outputs(logits), torch.device("cpu"))(batch, targets)
 
 
 def test_causal_loss_is_transformers():
@@ -150,24 +152,24 @@ def test_causal_loss_is_transformers():
     labels[0, :4] = -100
     labels[2, 5:] = -100
     mean = ForCausalLMLoss(logits, labels, vocab_size=11)
-    assert count_targets(labels, "causal") == 3 * 6 - 3 - 2
-    torch.testing.assert_close(loss_of(logits, labels, "causal"), mean)
+    assert LanguageLoss.count_targets(labels) == 3 * 6 - 3 - 2
+    torch.testing.assert_close(loss_of(logits, labels), mean)
 
 
 def test_losses_of_rows_and_of_low_precision_logits():
     logits = torch.randn(4, 3).bfloat16()
     labels = torch.tensor([0, 2, 1, 1])
-    value = loss_of(logits, labels, "classification")
+    value = loss_of(logits, labels, ClassLoss)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, F.cross_entropy(logits.float(), labels))
     targets = torch.tensor([0.5, 1.0, 5.0, 2.5])
     expected = ((logits[:, 0].float() - targets) ** 2).mean()
-    torch.testing.assert_close(loss_of(logits[:, :1], targets, "regression"), expected)
+    torch.testing.assert_close(loss_of(logits[:, :1], targets, ScoreLoss), expected)
 
 
 def test_a_batch_without_targets_costs_nothing():
     logits = torch.randn(2, 4, 11, requires_grad=True)
-    value = loss_of(logits, torch.full((2, 4), -100), "causal")
+    value = loss_of(logits, torch.full((2, 4), -100))
     value.backward()
     assert value.item() == 0.0
     assert logits.grad is not None
