@@ -12,7 +12,7 @@ from moc_cli.data.examples import ChoiceExample, Example
 from moc_cli.data.source import Fields, build_rows, read_hub, read_local
 from moc_cli.errors import DataError
 from moc_cli.recipe.suggest import did_you_mean
-from moc_cli.recipe.tasks import TASKS
+from moc_cli.recipe.tasks import TASKS, is_packaged
 
 # How a row of a local file and one of the hub become an example; the builtin rows are inside this
 # package.
@@ -33,7 +33,7 @@ def load_examples(
     """
     check_task(suite, task)
     split = _split(suite, task, split)
-    if suite == "builtin":
+    if is_packaged(suite):
         return _builtin(task, split)
     local, hub = BUILDERS[suite]
     if path is not None:
@@ -69,11 +69,7 @@ def _split(suite: str, task: str, split: str) -> str:
         return split
     if split == "validation" and first.startswith(split):
         return first
-    reasons = {
-        ("glue", "test"): "its labels are hidden; validation is scored instead",
-        ("commonsense", "validation"): "rows are held out from train instead",
-    }
-    reason = reasons.get((suite, split))
+    reason = TASKS[suite][task].no_split.get(split)
     raise DataError(
         f"{suite}/{task} has no split '{split}'" + (f": {reason}" if reason else ""),
         f"splits: {', '.join(allowed)}",

@@ -125,8 +125,8 @@ def model_job(options: EvalOptions) -> EvalJob:
     tasks = list(options.tasks or TASKS[suite])
     data = DataSection.model_validate({"suite": suite, "tasks": tasks, "path": options.path})
     protocol = cast(ScoringProtocol, options.protocol or "rank")
-    if options.torch_compile and protocol == "rank":
-        refuse([f"--torch-compile: {_NOT_GENERATED} 'rank'; add --protocol generate"])
+    if options.torch_compile and not data.kind.generates(protocol):
+        refuse([f"--torch-compile: {_NOT_GENERATED} '{protocol}'; add --protocol generate"])
     scoring = ScoringOptions(
         options.rows_per_batch("auto"),
         protocol=protocol,

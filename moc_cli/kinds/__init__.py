@@ -2,30 +2,30 @@
 
     Choice    questions with options: the commonsense suite and the builtin one
     Pairs     one text or two with a class or a score: GLUE, custom classification and regression
-    Writing   texts to be written: custom instruction, chat and plain text
+    Writing   texts to be written: custom chat; PlainText and Instruction beside it
 
 What can be said without torch (protocols, prompt frames, metrics to watch) is in `recipe.tasks`.
 """
 
 from moc_cli.errors import DataError
 from moc_cli.kinds.choice import Choice
+from moc_cli.kinds.instruction import Instruction
 from moc_cli.kinds.kind import Kind
 from moc_cli.kinds.pairs import Pairs
-from moc_cli.kinds.writing import Writing
+from moc_cli.kinds.writing import PlainText, Writing
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import UNKNOWN
 
-__all__ = ["Choice", "Kind", "Pairs", "Writing", "make_kind"]
-
+__all__ = ["KINDS", "Choice", "Instruction", "Kind", "Pairs", "PlainText", "Writing", "make_kind"]
 
 # The class of each kind in `recipe.tasks`.
 KINDS: dict[str, type[Kind]] = {
     "choice": Choice,
     "classification": Pairs,
     "regression": Pairs,
-    "instruction": Writing,
+    "instruction": Instruction,
     "chat": Writing,
-    "text": Writing,
+    "text": PlainText,
 }
 
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from moc_cli.kinds.causal import Causal
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed
-from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
@@ -27,11 +26,7 @@ class Choice(Causal):
     """Questions with options, answered by a language model; the prompt votes."""
 
     beams = BEAMS
-
-    @classmethod
-    def of(cls, data: DataSection) -> Self:
-        """Questions are of one kind whatever the task."""
-        return cls()
+    watched_by: ScoringProtocol | None = "rank"
 
     def too_long(
         self,

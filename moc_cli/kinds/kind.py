@@ -13,6 +13,7 @@ from moc_cli.data.encode import Encoded, Row
 from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
+from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, ScoringOptions
 
@@ -21,11 +22,12 @@ class Kind(ABC):
     """What every kind of task does. `examples` are always of this kind."""
 
     @classmethod
-    @abstractmethod
     def of(cls, data: DataSection) -> Self:
         """Return the kind of the tasks in a recipe's data section."""
+        return cls()
 
     beams: int = 0  # with which answers are generated, where that is the protocol
+    watched_by: ScoringProtocol | None = None  # in training; None: by losses of rows that are cut
 
     @property
     @abstractmethod

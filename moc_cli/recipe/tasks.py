@@ -98,7 +98,8 @@ class Task:
 
     `metrics`: the first is the one that tables and model selection use. `hub`: split name ->
     where it lies, for every split that has labels (empty: the rows are inside this package).
-    `scored`: the splits whose scores are reported. `columns` and `labels`, the names of the
+    `no_split`: why a usual split is not among them. `scored`: the splits whose scores are reported.
+    `columns` and `labels`, the names of the
     classes, are a classifier's; `answers` are the option words that LLM-Adapters looks for in a
     text.
     """
@@ -106,6 +107,7 @@ class Task:
     kind: TaskKind
     metrics: tuple[str, ...] = ("accuracy",)
     hub: dict[str, HubSplit] = field(default_factory=dict)
+    no_split: dict[str, str] = field(default_factory=dict)
     scored: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
     labels: tuple[str | int, ...] = ()
@@ -145,7 +147,8 @@ def _choice(
         "train": HubSplit(repo, train_configs or (config,), "train", revision),
         "test": HubSplit(repo, (config,), test, revision),
     }
-    return Task(CHOICE, hub=hub, answers=answers)
+    no_split = {"validation": "rows are held out from train instead"}
+    return Task(CHOICE, hub=hub, no_split=no_split, answers=answers)
 
 
 def _pairs(
@@ -157,7 +160,9 @@ def _pairs(
     config: str,
 ) -> Task:
     hub = {split: HubSplit(repo, (config,), split) for split in ("train", *scored)}
-    return Task(CLASSIFICATION if labels else REGRESSION, metrics, hub, scored, columns, labels)
+    no_split = {"test": "its labels are hidden; validation is scored instead"}
+    kind = CLASSIFICATION if labels else REGRESSION
+    return Task(kind, metrics, hub, no_split, scored, columns, labels)
 
 
 def _numbered(stem: str, count: int) -> tuple[str, ...]:

@@ -84,8 +84,8 @@ def leave_out_long(
         for name, examples in splits.tests.items()
     }
     validation = splits.validation
-    if validation and options.protocol in ("rank", "generate"):  # to watch, questions are ranked
-        validation = keep("validation", validation, replace(options, protocol="rank"))
+    if validation and kind.watched_by is not None:
+        validation = keep("validation", validation, replace(options, protocol=kind.watched_by))
     for part, rows in [("validation", validation), *tests.items()]:
         if rows and not kind.has_targets(rows, tokenizer, options.max_length):
             raise DataError(

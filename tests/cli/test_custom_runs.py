@@ -16,7 +16,7 @@ from moc_cli.cli import run
 from moc_cli.cli.try_next import use_commands
 from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
-from moc_cli.kinds import Writing
+from moc_cli.kinds import KINDS as CLASSES
 from moc_cli.load_run import open_run
 from moc_cli.methods import TextModel, attach
 from moc_cli.recipe.load import load_recipe
@@ -289,7 +289,7 @@ def test_perplexity_is_that_of_each_row_alone_with_given_tokens_voting(kind):
     tokenizer.chat_template = TEMPLATE
     rows = examples(kind)
     watched = Recorded(adapted)
-    found = Writing(kind).score(TextModel(watched, tokenizer), rows, ScoringOptions(2, 300))
+    found = CLASSES[kind]().score(TextModel(watched, tokenizer), rows, ScoringOptions(2, 300))
     losses, tokens, givens = [], [], []
     for row in rows:
         if kind == "chat":

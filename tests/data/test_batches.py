@@ -14,7 +14,7 @@ from moc_cli.data.encode import IGNORED, Encoded, common_prefix, encode_pairs, e
 from moc_cli.data.examples import ChoiceExample, PairExample
 from moc_cli.data.suites import load_examples
 from moc_cli.kinds.pairs import Pairs
-from moc_cli.kinds.writing import Writing
+from moc_cli.kinds.writing import PlainText
 
 EOS = 2
 
@@ -269,7 +269,7 @@ def test_training_pads_language_models_before_and_classifiers_behind(
 ) -> None:
     ids = [[5, 6, 7], [8]]
     texts = [{"input_ids": row, "labels": row} for row in ids]
-    batch = Writing("text").collate(texts, byte_tokenizer)
+    batch = PlainText().collate(texts, byte_tokenizer)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["labels"].tolist() == [[5, 6, 7], [IGNORED, IGNORED, 8]]
     pairs = [{"input_ids": row, "labels": 1} for row in ids]

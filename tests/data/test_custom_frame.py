@@ -12,7 +12,7 @@ from moc_cli.data.examples import InstructionExample
 from moc_cli.data.splits import Splits, read_splits
 from moc_cli.errors import DataError
 from moc_cli.kinds import make_kind
-from moc_cli.kinds.writing import make_requests
+from moc_cli.kinds.instruction import make_requests
 from moc_cli.recipe.sections import DataSection
 from moc_cli.serving.prompts import encode
 

@@ -7,7 +7,7 @@ from support.questions import MIXED
 
 from moc_cli.data.examples import InstructionExample
 from moc_cli.errors import DataError
-from moc_cli.kinds import Choice, Writing
+from moc_cli.kinds import Choice, Instruction
 from moc_cli.methods import TextModel, bare
 from moc_cli.models.tokens import max_positions
 from moc_cli.scoring.forward import Limits
@@ -15,7 +15,7 @@ from moc_cli.scoring.results import ScoringOptions
 
 WRITTEN = [InstructionExample("t", "say" * number, "ja") for number in (1, 2, 3)]
 SCORED = {"rank": (Choice(), MIXED), "generate": (Choice(), MIXED[:3])}
-SCORED |= {"texts": (Writing("instruction"), WRITTEN)}
+SCORED |= {"texts": (Instruction(), WRITTEN)}
 
 
 @pytest.mark.parametrize("protocol", SCORED)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from moc_cli.data.encode import encode_texts
 from moc_cli.data.examples import InstructionExample, PairExample
 from moc_cli.errors import MocError
-from moc_cli.kinds import Choice, Pairs, Writing
+from moc_cli.kinds import Choice, Instruction, Pairs
 from moc_cli.methods import TextModel, bare
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.scoring import batch_size as sizing
@@ -58,7 +58,7 @@ def scores() -> dict[str, Score]:
         "generate": evaluation(language, Choice(), QUESTIONS[:2], "generate", 1),
         "classify": evaluation(classifier, Pairs(("accuracy",), 2), PAIRS, "classify"),
         "regression": evaluation(rater, Pairs(("pearson",), 1), RATED, "classify"),
-        "written": evaluation(language, Writing("instruction"), WRITTEN, "texts"),
+        "written": evaluation(language, Instruction(), WRITTEN, "texts"),
         "loss": lambda: lm_loss(language, encoded, batch_size=3),
         "fewer batches than processes": lambda: rank(language, MIXED[:2], batch_size=8),
         "no items": lambda: run_batches(language.adapted, [], lambda items: items, size=2),
@@ -176,7 +176,7 @@ def stop_by_a_signal_to_one(group: Processes) -> None:
 def score_with_split_weights(group: Processes) -> None:
     """Each forward needs all processes: every one does all of the work, and it counts once."""
     model = TextModel(adapted(make_tiny_model("llama")), make_byte_tokenizer())
-    kind, options = Writing("instruction"), ScoringOptions(2, 64, "texts")
+    kind, options = Instruction(), ScoringOptions(2, 64, "texts")
     with alone(), model.adapted.recorder(detailed=False) as recorder:
         expected = kind.score(model, WRITTEN[:3], options).items
         counted = recorder.record().choices()

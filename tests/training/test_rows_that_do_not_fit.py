@@ -9,7 +9,7 @@ from support.models import make_byte_tokenizer, make_tiny_model
 from moc_cli.cli import run
 from moc_cli.data.examples import ChoiceExample, InstructionExample
 from moc_cli.errors import DataError
-from moc_cli.kinds import Choice, Writing
+from moc_cli.kinds import Choice, Instruction, Writing
 from moc_cli.methods import TextModel, bare
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import ScoringOptions
@@ -52,7 +52,7 @@ def test_each_row_has_its_own_limit():
     model = TextModel(bare(model), make_byte_tokenizer())
     rows = [("p" * 50, "ja"), ("p", "o" * 50), ("pp", "oo"), ("ppp", "o" * 20)]
     examples = [InstructionExample("t", prompt, output) for prompt, output in rows]
-    kind, options = Writing("instruction"), ScoringOptions(4, 64, "texts")
+    kind, options = Instruction(), ScoringOptions(4, 64, "texts")
     assert kind.too_long(examples, model.tokenizer, options, 64) == {}
     together = kind.score(model, examples, options).items
     alone = [kind.score(model, [example], options).items[0] for example in examples]

@@ -1,0 +1,149 @@
+"""Instructions with an output: the outputs that match exactly, beside the perplexity.
+
+An output is generated greedily from the prompt, with one token more than the right output has. It
+matches if it is the right one but for white space at both ends.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from moc_cli.data.custom.chat import chat_tokens
+from moc_cli.data.examples import ChatExample, InstructionExample
+from moc_cli.kinds.writing import Writing
+from moc_cli.methods import TextModel
+from moc_cli.models.compiled_generation import compiled_generation
+from moc_cli.models.tokens import may_exceed, pad_token_id, prompt_ids
+from moc_cli.scoring import metrics
+from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
+from moc_cli.scoring.forward import Limits, Progress, evaluating, pad
+from moc_cli.scoring.generate import settings
+from moc_cli.scoring.loss import TextScore
+from moc_cli.scoring.results import Evaluation, Score, ScoringOptions
+
+
+class Instruction(Writing):
+    """Instructions, in a prompt or by the chat template; the prompt votes."""
+
+    beams = 1
+    votes = "the prompt"
+
+    def too_long(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: ScoringOptions,
+        limit: int,
+    ) -> dict[int, int]:
+        """Rows whose own prompt and output are too long together."""
+        long = [
+            number
+            for number, row in enumerate(examples)
+            if isinstance(row, ChatExample) or may_exceed([row.prompt, row.output], limit)
+        ]
+        requests = make_requests(tokenizer, [examples[number] for number in long])
+        lengths = [len(request.prompt) + request.new for request in requests]
+        return {n: length for n, length in zip(long, lengths, strict=True) if length > limit}
+
+    def score(
+        self,
+        model: TextModel,
+        examples: Sequence[Any],
+        options: ScoringOptions,
+        on_progress: Progress | None = None,
+    ) -> Evaluation:
+        """Score outputs: first the exact matches, for which prompts are not cut."""
+        begin = time.perf_counter()
+        texts = super().score(model, examples, options, on_progress)
+        requests = make_requests(model.tokenizer, examples)
+        with compiled_generation(model.adapted.model, options.torch_compile):
+            outputs = _generate(model, requests, texts.batch, on_progress)
+        items = [
+            replace(item, label=request.output, prediction=output)
+            for item, request, output in zip(
+                cast(Sequence[TextScore], texts.items), requests, outputs, strict=True
+            )
+        ]
+        n, seconds = len(items), time.perf_counter() - begin
+        measure = metrics.measure("accuracy", [1] * n, [int(i.correct is True) for i in items])
+        # What always giving the most frequent output would score.
+        majority = Counter(item.label for item in items).most_common(1)[0][1] / n
+        exact = {"exact_match": Score(measure.value, measure.stderr, majority, n)}
+        return replace(texts, metrics=exact | texts.metrics, items=items, seconds=seconds)
+
+
+class Request(NamedTuple):
+    """The tokens of a prompt, the output that is right, and how many tokens may be written."""
+
+    prompt: list[int]
+    output: str
+    new: int
+
+
+def make_requests(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample | ChatExample]
+) -> list[Request]:
+    """Return what is asked and right in each row; a row may write one token more, to end with."""
+    chats = [row for row in examples if isinstance(row, ChatExample)]
+    if chats:
+        return [_chat_request(tokenizer, *tokens) for tokens in chat_tokens(chats, tokenizer)]
+    rows = [row for row in examples if isinstance(row, InstructionExample)]
+    prompts = prompt_ids(tokenizer, [row.prompt for row in rows])
+    outputs = prompt_ids(tokenizer, [row.output for row in rows])
+    return [
+        Request(prompt, row.output.strip(), len(output) + 1)
+        for row, prompt, output in zip(rows, prompts, outputs, strict=True)
+    ]
+
+
+def _chat_request(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]
+) -> Request:
+    """Cut a conversation at its answer, which is right as the chat template writes it."""
+    first = learned.index(True)
+    answer = ids[first:]
+    text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return Request(ids[:first], text, sum(learned))
+
+
+def _generate(
+    model: TextModel,
+    requests: Sequence[Request],
+    size: BatchSize,
+    on_progress: Progress | None,
+) -> list[str]:
+    """Write an output for every prompt, white space at its ends left out.
+
+    A row writes as many tokens as its own right output has, and one to end with.
+    """
+    network: Any = model.adapted.model
+    tokenizer = model.tokenizer
+    prompts = [request.prompt for request in requests]
+    new = [request.new for request in requests]
+    limits = Limits.of(network)
+    for prompt, count in zip(prompts, new, strict=True):
+        limits.check([prompt], "a prompt with its output", count)
+    costs = [RowCost(*lengths) for lengths in zip(map(len, prompts), new, strict=True)]
+    limit, pad_id = limits.positions, pad_token_id(tokenizer)
+    with evaluating(network) as device:
+
+        def work(items: list[int]) -> list[str]:
+            most = max(new[item] for item in items)
+            longest = max(len(prompts[item]) for item in items)
+            if limit is not None and longest + most > limit and len(items) > 1:
+                # The longest prompt is another row's than the longest output: apart they fit.
+                half = len(items) // 2
+                return work(items[:half]) + work(items[half:])
+            ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
+            with settings(network, tokenizer, beams=1, new_tokens=most):
+                written = network.generate(input_ids=ids, attention_mask=mask)
+            rows = zip(written[:, ids.shape[1] :].tolist(), items, strict=True)
+            own = [tokens[: new[item]] for tokens, item in rows]
+            decoded = tokenizer.batch_decode(own, skip_special_tokens=True)
+            return [str(text).strip() for text in decoded]
+
+        return run_batches(model.adapted, costs, work, size=size, on_progress=on_progress)
