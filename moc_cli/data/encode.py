@@ -160,19 +160,15 @@ def _train_tokens(
             batch = tokenizer(texts, return_offsets_mapping=True, verbose=False)
             marks = zip(chunk, batch["input_ids"], batch["offset_mapping"], strict=True)
             for example, ids, offsets in marks:
-                ends = [end for _, end in offsets]
-                yield list(ids), _first_beyond(ends, example.answer_start)
+                # The answer's first token ends after its first character; special tokens end at 0.
+                beyond = (n for n, (_, end) in enumerate(offsets) if end > example.answer_start)
+                yield list(ids), next(beyond, len(offsets))
         else:
             prompts = [example.train_text[: example.answer_start] for example in chunk]
             tokens = tokenizer(texts, verbose=False)["input_ids"]
             prompt_tokens = tokenizer(prompts, verbose=False)["input_ids"]
             for ids, prompt in zip(tokens, prompt_tokens, strict=True):
                 yield list(ids), common_prefix([ids, prompt])
-
-
-def _first_beyond(ends: Sequence[int], start: int) -> int:
-    """The first token that ends after character `start`; special tokens end at 0."""
-    return next((place for place, end in enumerate(ends) if end > start), len(ends))
 
 
 def _tokens(

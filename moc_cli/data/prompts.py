@@ -16,23 +16,20 @@ HEADER = (
 
 def train_prompt(instruction: str) -> str:
     """The text before the answer in training."""
-    return (
-        f"{HEADER}  \n\n"
-        f"{INDENT}### Instruction:\n"
-        f"{INDENT}{instruction}\n"
-        f"{INDENT}\n"
-        f"{INDENT}### Response:\n"
-        f"{INDENT}"
-    )
+    return _prompt(instruction, "  ", INDENT)
 
 
 def eval_prompt(instruction: str) -> str:
     """The text before the answer in evaluation."""
+    return _prompt(instruction, " ", "")
+
+
+def _prompt(instruction: str, after_header: str, before_response: str) -> str:
     return (
-        f"{HEADER} \n\n"
+        f"{HEADER}{after_header}\n\n"
         f"{INDENT}### Instruction:\n"
         f"{INDENT}{instruction}\n"
-        f"\n"
+        f"{before_response}\n"
         f"{INDENT}### Response:\n"
         f"{INDENT}"
     )

@@ -118,7 +118,9 @@ def _read(path: Path) -> Encoded:
     lengths = tensors["lengths"].tolist()
     whole = ("labels",) if facts.pop("one_label") else ()
     columns = {
-        name: tensors[name].tolist() if name in whole else _split(tensors[name], lengths)
+        name: tensors[name].tolist()
+        if name in whole
+        else [part.tolist() for part in tensors[name].split(lengths)]
         for name in _COLUMNS
         if name in tensors
     }
@@ -126,10 +128,6 @@ def _read(path: Path) -> Encoded:
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
     return Encoded(rows, tensors["prompt_lengths"].tolist(), **facts)
-
-
-def _split(flat: Tensor, lengths: list[int]) -> list[list[int]]:
-    return [part.tolist() for part in flat.split(lengths)]
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

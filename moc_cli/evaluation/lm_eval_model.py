@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
 from moc_cli.models.tokens import max_positions, pad_token_id, prompt_ids
-from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
-from moc_cli.scoring.forward import evaluating, pad
-from moc_cli.scoring.generate import settings
+from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
+from moc_cli.scoring.generate import write
 from moc_cli.scoring.likelihood import Likelihood, Query, Tokens, likelihoods
 
 Observe = Callable[[str, int, int], None]  # kind of request, requests done, requests in all
@@ -181,27 +180,20 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
                 f"a task asks for {new} new tokens, the model takes {self.max_length} in all"
             )
         prompts = [self._end(self.tok_encode(context), new) for context in contexts]
-        costs = [RowCost(len(prompt), new) for prompt in prompts]
-        model: Any = self.text_model.adapted.model
-        with evaluating(model) as device, settings(model, self.tokenizer, beams=1, new_tokens=new):
 
-            def generate(items: list[int]) -> list[str]:
-                ids, mask = pad([prompts[item] for item in items], self._pad_id, "left", device)
-                stopping = StoppingCriteriaList([Stops(self.tokenizer, stops, ids.shape[1])])
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask, stopping_criteria=stopping, **kwargs
-                )
-                new_ids = out[:, ids.shape[1] :]
-                texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-                return [postprocess_generated_text(text, stops, None) for text in texts]
+        def options_of(length: int) -> dict[str, Any]:
+            stopping = StoppingCriteriaList([Stops(self.tokenizer, stops, length)])
+            return kwargs | {"stopping_criteria": stopping}
 
-            return run_batches(
-                self.text_model.adapted,
-                costs,
-                generate,
-                size=self.batch,
-                on_progress=self._progress("answers"),
-            )
+        texts = write(
+            self.text_model,
+            prompts,
+            [new] * len(prompts),
+            batch_size=self.batch,
+            on_progress=self._progress("answers"),
+            options=options_of,
+        )
+        return [postprocess_generated_text(text, stops, None) for text in texts]
 
 
 class Stops(StoppingCriteria):

@@ -17,11 +17,11 @@ from moc_cli.data.examples import ChatExample, InstructionExample
 from moc_cli.kinds.writing import Writing
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
-from moc_cli.models.tokens import may_exceed, pad_token_id, prompt_ids
+from moc_cli.models.tokens import may_exceed, prompt_ids
 from moc_cli.scoring import metrics
-from moc_cli.scoring.batch_size import BatchSize, RowCost, run_batches
-from moc_cli.scoring.forward import Limits, Progress, evaluating, pad
-from moc_cli.scoring.generate import settings
+from moc_cli.scoring.batch_size import BatchSize
+from moc_cli.scoring.forward import Limits, Progress
+from moc_cli.scoring.generate import write
 from moc_cli.scoring.loss import TextScore
 from moc_cli.scoring.results import Evaluation, Score, ScoringOptions
 
@@ -61,7 +61,7 @@ class Instruction(Writing):
         texts = super().score(model, examples, options, on_progress)
         requests = make_requests(model.tokenizer, examples)
         with compiled_generation(model.adapted.model, options.torch_compile):
-            outputs = _generate(model, requests, texts.batch, on_progress)
+            outputs = _write(model, requests, texts.batch, on_progress)
         items = [
             replace(item, label=request.output, prediction=output)
             for item, request, output in zip(
@@ -110,7 +110,7 @@ def _chat_request(
     return Request(ids[:first], text, sum(learned))
 
 
-def _generate(
+def _write(
     model: TextModel,
     requests: Sequence[Request],
     size: BatchSize,
@@ -120,30 +120,10 @@ def _generate(
 
     A row writes as many tokens as its own right output has, and one to end with.
     """
-    network: Any = model.adapted.model
-    tokenizer = model.tokenizer
     prompts = [request.prompt for request in requests]
     new = [request.new for request in requests]
-    limits = Limits.of(network)
+    limits = Limits.of(model.adapted.model)
     for prompt, count in zip(prompts, new, strict=True):
         limits.check([prompt], "a prompt with its output", count)
-    costs = [RowCost(*lengths) for lengths in zip(map(len, prompts), new, strict=True)]
-    limit, pad_id = limits.positions, pad_token_id(tokenizer)
-    with evaluating(network) as device:
-
-        def work(items: list[int]) -> list[str]:
-            most = max(new[item] for item in items)
-            longest = max(len(prompts[item]) for item in items)
-            if limit is not None and longest + most > limit and len(items) > 1:
-                # The longest prompt is another row's than the longest output: apart they fit.
-                half = len(items) // 2
-                return work(items[:half]) + work(items[half:])
-            ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
-            with settings(network, tokenizer, beams=1, new_tokens=most):
-                written = network.generate(input_ids=ids, attention_mask=mask)
-            rows = zip(written[:, ids.shape[1] :].tolist(), items, strict=True)
-            own = [tokens[: new[item]] for tokens, item in rows]
-            decoded = tokenizer.batch_decode(own, skip_special_tokens=True)
-            return [str(text).strip() for text in decoded]
-
-        return run_batches(model.adapted, costs, work, size=size, on_progress=on_progress)
+    texts = write(model, prompts, new, batch_size=size, on_progress=on_progress)
+    return [text.strip() for text in texts]

@@ -4,7 +4,7 @@ Four beams, no sampling, 32 new tokens, prompts padded on the left. A text witho
 is wrong, and counted apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moc_cli.data.examples import ANSWER, ChoiceExample
 from moc_cli.methods import TextModel
-from moc_cli.models.tokens import end_tokens, pad_token_id, prompt_ids
+from moc_cli.models.tokens import end_tokens, max_positions, pad_token_id, prompt_ids
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption, RowCost, run_batches
 from moc_cli.scoring.extract import extract, response
 from moc_cli.scoring.forward import Limits, Progress, evaluating, pad
@@ -60,24 +60,53 @@ def generate(
 
     Prompts are never cut: raises DataError where one leaves the model no room for 32 tokens more.
     """
-    network: Any = model.adapted.model
-    tokenizer = model.tokenizer
-    texts = [example.eval_prompt for example in examples]
-    prompts = prompt_ids(tokenizer, texts)
-    limits = Limits.of(network)
+    prompts = prompt_ids(model.tokenizer, [example.eval_prompt for example in examples])
+    limits = Limits.of(model.adapted.model)
     for example, prompt in zip(examples, prompts, strict=True):
         limits.check([prompt], f"{example.task}: a question with its answer", NEW_TOKENS)
-    costs = [RowCost(len(prompt), NEW_TOKENS, BEAMS) for prompt in prompts]
-    pad_id = pad_token_id(tokenizer)
-    with evaluating(network) as device, settings(network, tokenizer):
+    new = [NEW_TOKENS] * len(prompts)
+    texts = write(model, prompts, new, beams=BEAMS, batch_size=batch_size, on_progress=on_progress)
+    return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
+
+
+def write(
+    model: TextModel,
+    prompts: Sequence[list[int]],
+    new: Sequence[int],
+    *,
+    beams: int = 1,
+    batch_size: BatchSizeOption | BatchSize,
+    on_progress: Progress | None = None,
+    options: Callable[[int], dict[str, Any]] = lambda length: {},
+) -> list[str]:
+    """Continue every prompt by at most its number of `new` tokens; return the texts.
+
+    Prompts are padded on the left. `options` are more arguments of transformers' `generate`, for
+    a batch whose prompts have this length.
+    """
+    network: Any = model.adapted.model
+    tokenizer, limit = model.tokenizer, max_positions(network)
+    costs = [RowCost(len(prompt), most, beams) for prompt, most in zip(prompts, new, strict=True)]
+    with evaluating(network) as device:
 
         def work(items: list[int]) -> list[str]:
-            ids, mask = pad([prompts[item] for item in items], pad_id, "left", device)
-            written = network.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
-            return list(tokenizer.batch_decode(written, skip_special_tokens=True))
+            most = max(new[item] for item in items)
+            longest = max(len(prompts[item]) for item in items)
+            if limit is not None and longest + most > limit and len(items) > 1:
+                # The longest prompt is another row's than the longest output: apart they fit.
+                half = len(items) // 2
+                return work(items[:half]) + work(items[half:])
+            rows = [prompts[item] for item in items]
+            ids, mask = pad(rows, pad_token_id(tokenizer), "left", device)
+            with settings(network, tokenizer, beams=beams, new_tokens=most):
+                written = network.generate(
+                    input_ids=ids, attention_mask=mask, **options(ids.shape[1])
+                )
+            texts = zip(written[:, ids.shape[1] :].tolist(), items, strict=True)
+            own = [tokens[: new[item]] for tokens, item in texts]
+            return list(tokenizer.batch_decode(own, skip_special_tokens=True))
 
-        texts = run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
-    return [_judge(example, text) for example, text in zip(examples, texts, strict=True)]
+        return run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
 
 
 def answer_length(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) -> int:

@@ -86,7 +86,9 @@ class Gradients:
         """
         device = self._accelerator.device
         targets = max(1, sum(self.loss.count_targets(batch["labels"]) for batch in batches))
-        self._adapted.set_loss_scale(1.0 / self._votes(len(batches)))
+        # With routing.sync the micro-batches of all processes vote at once.
+        together = self._processes.world if self._settings.routing_sync else 1
+        self._adapted.set_loss_scale(1.0 / math.ceil(len(batches) / together))
         losses = torch.zeros(len(batches), device=device)
         with self._processes.meeting():
             fits = self._add(batches, losses, targets, place, after_forward)
@@ -101,12 +103,6 @@ class Gradients:
         short, *signals = told or flags
         heard = next((n for n, came in zip(SIGNALS, signals, strict=True) if came), None)
         return WindowSum(values, total, not short, heard)
-
-    def _votes(self, micro_batches: int) -> int:
-        """How often a window votes: for each micro-batch, or for those of all processes at once."""
-        if self._settings.routing_sync:
-            return math.ceil(micro_batches / self._processes.world)
-        return micro_batches
 
     def _add(
         self,

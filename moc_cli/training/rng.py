@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NO_GAUSS = 0.0
-
 
 def seed_everything(seed: int) -> None:
     """Seed torch (all devices), Python and NumPy."""
@@ -61,4 +59,4 @@ def restore(tensors: dict[str, Tensor]) -> None:
 def _optional(value: float | None) -> Tensor:
     """Return [is there, value] as float64."""
     there = value is not None
-    return torch.tensor([float(there), value if there else NO_GAUSS], dtype=torch.float64)
+    return torch.tensor([float(there), value if there else 0.0], dtype=torch.float64)

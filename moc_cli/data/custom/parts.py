@@ -37,8 +37,10 @@ def read_parts(data: DataSection) -> dict[str, Table]:
     if data.path is not None:
         place = _existing(data.path)
         if place is None:
-            tables = _read_hub(data.path, data)
-        elif _is_saved(place):
+            what = f"data.path: no file or folder {data.path}, and it"
+            dataset = load_from_hub(what, "give a path, or go online", data.path, data.config_name)
+            tables = _tables_of(dataset, data.path, data)
+        elif any((place / name).is_file() for name in _SAVED):
             tables = _tables_of(_load_saved(place), str(place), data)
         else:
             parts = _find_parts(place, data) if place.is_dir() else {"train": [place]}
@@ -199,10 +201,6 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _is_saved(place: Path) -> bool:
-    return any((place / name).is_file() for name in _SAVED)
-
-
 def _load_saved(folder: Path) -> Any:
     import datasets
 
@@ -210,12 +208,6 @@ def _load_saved(folder: Path) -> Any:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises many unrelated classes
         raise DataError(f"{folder} cannot be read by datasets: {first_line(error)}") from error
-
-
-def _read_hub(name: str, data: DataSection) -> dict[str, Table]:
-    what = f"data.path: no file or folder {name}, and it"
-    dataset = load_from_hub(what, "give a path, or go online", name, data.config_name)
-    return _tables_of(dataset, name, data)
 
 
 def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
