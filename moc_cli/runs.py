@@ -94,32 +94,12 @@ class RunFolder:
     def __init__(self, path: str | Path, checkpoint: Path | None = None) -> None:
         self.path = Path(path)
         self.checkpoint = checkpoint  # whose controls are meant, where not those of the end
+        self.recipe_file = self.path / "recipe.yaml"
+        self.controls = self.path / "controls"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.trackers = self.path / "trackers"  # where TensorBoard and others write
         self._lock: int | None = None
-
-    @property
-    def recipe_file(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def controls(self) -> Path:
-        """The folder of the trained controls."""
-        return self.path / "controls"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The lines of metrics."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def trackers(self) -> Path:
-        """Where trackers such as TensorBoard write."""
-        return self.path / "trackers"
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":

@@ -1,6 +1,5 @@
-"""Whether the machine is free to be measured on, and what it is."""
+"""Whether the machine is free to be measured on."""
 
-import platform
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ import torch
 
 from moc_cli.errors import MocError
 from moc_cli.report.numbers import byte_size
-from moc_cli.training.environment import describe_device, describe_versions, git_state
 
 OTHERS = 2 * 2**30  # bytes on a GPU that are no sign of other work: contexts, a desktop
 BUSY = 10  # percent of a GPU's time
@@ -53,17 +51,6 @@ def choose_clock(load: dict[str, Any]) -> tuple[Clock, str, str | None]:
         f"other work keeps the processors busy for {percent:.0f} % of the time: times are "
         "processor time of this program, not elapsed time",
     )
-
-
-def describe_machine(device: torch.device, load: dict[str, Any]) -> dict[str, Any]:
-    """Return what the figures depend on: versions, platform, device, commit, and the load."""
-    return {
-        "versions": describe_versions(),
-        "platform": platform.platform(),
-        "device": describe_device(device),
-        "git": git_state(),
-        "load": load,
-    }
 
 
 def _utilization(device: torch.device) -> int | None:

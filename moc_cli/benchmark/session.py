@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moc_cli.benchmark.generation import measure_generation
-from moc_cli.benchmark.machine import check_idle, choose_clock, describe_machine
+from moc_cli.benchmark.machine import check_idle, choose_clock
 from moc_cli.benchmark.models import Bases
 from moc_cli.benchmark.steps import measure_steps
 from moc_cli.benchmark.summary import CONFIDENCE, summarize
@@ -18,6 +18,7 @@ from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
 from moc_cli.training import build
 from moc_cli.training.accelerator import make_accelerator
+from moc_cli.training.environment import describe_machine
 from moc_cli.training.memory import ALLOCATED, COUNTED
 
 
@@ -59,7 +60,7 @@ def run(
         "confidence": CONFIDENCE,
         "clock": clock_name,
         "memory_kind": _memory_kind(device, training=training),
-        "environment": describe_machine(device, load),
+        "environment": describe_machine(device) | {"load": load},
     }
 
 

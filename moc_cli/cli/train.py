@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from json import dumps as quote
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,29 +127,27 @@ def train(
     from moc_cli.training.seeds import train_seeds
     from moc_cli.training.session import Session
 
-    forecast = Forecast(say, force=force)
+    session = partial(
+        Session,
+        call=call,
+        say=say,
+        allow_changed_base=allow_changed_base,
+        forecast=Forecast(say, force=force),
+    )
     with _reporting_stops(json):
         if seeds is None:
             elsewhere = [change for change in changes if not _is_of_method(change)]
-            session = Session(
-                loaded,
-                call=call,
-                say=say,
-                allow_changed_base=allow_changed_base,
-                forecast=forecast,
-            )
-            results = session.run(resume=resume, overwrite=overwrite)
+            results = session(loaded).run(resume=resume, overwrite=overwrite)
             _show(loaded, results, command(elsewhere), json)
         else:
             summary = train_seeds(
                 loaded,
                 seeds,
+                session,
                 call=call,
                 say=say,
                 resume=resume is not None,
                 overwrite=overwrite,
-                allow_changed_base=allow_changed_base,
-                forecast=forecast,
             )
             _show_seeds(loaded, summary, json)
 

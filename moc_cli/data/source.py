@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,6 +170,15 @@ def read_hub(source: HubSplit, build: Callable[[Fields], T]) -> list[T]:
         )
         examples += build_rows(rows, name, build)
     return examples
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Within it `datasets` or Arrow reads; each of their many classes of errors is a DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what}: {first_line(error)}") from error
 
 
 def load_from_hub(name: str, instead: str, *arguments: Any, **options: Any) -> Any:

@@ -26,10 +26,7 @@ def describe_environment(
 ) -> dict[str, Any]:
     """Return what environment.json holds."""
     return {
-        "versions": describe_versions(),
-        "platform": platform.platform(),
-        "device": describe_device(device),
-        "git": git_state(),
+        **describe_machine(device),
         "model": {
             "name": recipe.model.model_name_or_path,
             "revision": recipe.model.revision,
@@ -41,10 +38,15 @@ def describe_environment(
     }
 
 
-def describe_versions() -> dict[str, str]:
-    """Return the versions of this program, of Python, and of the packages that compute."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return what computes: versions, platform, device and commit."""
     own = {"moc": __version__, "python": platform.python_version()}
-    return own | {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "versions": own | {name: metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": describe_device(device),
+        "git": git_state(),
+    }
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Loop:
 
     def begin(self, resume: Snapshot | None) -> None:
         """Seed the run, or put everything back to where a checkpoint left it."""
-        self.peaks.begin()
+        memory.reset_peak(self.device)
         lines = resume.counters.log_lines if resume else 0
         self.processes.on_main(lambda: self.log.keep(lines))
         if resume is None:

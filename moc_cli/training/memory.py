@@ -46,10 +46,6 @@ class Peaks:
         """The peak of all steps so far."""
         return max(self._before, peak_bytes(self.device))
 
-    def begin(self) -> None:
-        """Forget what was before the first step."""
-        reset_peak(self.device)
-
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the peak is that of an evaluation."""

@@ -5,7 +5,7 @@ In several processes the first one reads the rows alone: it fills the caches tha
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,11 @@ from moc_cli.training.resume import check_facts, check_recipe, check_weights, ke
 from moc_cli.training.sharding import check_sharding, shard_layers, splits
 
 Say = Callable[[str], None]
+# Plans a run before its weights load, as `moc_cli.planning.fit` does: the recipe as it is to be
+# built on the device, and the bytes of a step at most.
+Forecast = Callable[
+    [Recipe, build.TrainingRows, PreTrainedTokenizerBase, torch.device], tuple[Recipe, int | None]
+]
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,6 @@ class Resume:
     snapshot: Snapshot
     base_tensors: Mapping[str, str]
     allow_changed_base: bool = False
-
-
-class Forecast(Protocol):
-    """Plans a run on its device, before its weights load; `moc_cli.planning.fit` has it."""
-
-    def __call__(
-        self,
-        recipe: Recipe,
-        rows: build.TrainingRows,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-    ) -> tuple[Recipe, int | None]:
-        """Return the recipe as it is to be built, and the bytes of a step at most."""
 
 
 @dataclass(frozen=True)

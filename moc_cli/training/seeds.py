@@ -26,7 +26,6 @@ from moc_cli.signals import stop_number
 from moc_cli.training.accelerator import join_launched
 from moc_cli.training.build import read_rows
 from moc_cli.training.interrupt import Interrupted
-from moc_cli.training.prepare import Forecast
 from moc_cli.training.resume import is_finished
 from moc_cli.training.session import Session
 
@@ -58,15 +57,15 @@ def plan(recipe: Recipe, count: int) -> list[Recipe]:
 def train_seeds(
     recipe: Recipe,
     count: int,
+    session: Callable[[Recipe], Session],
     *,
     call: Call,
     say: Callable[[str], None],
     resume: bool = False,
     overwrite: bool = False,
-    allow_changed_base: bool = False,
-    forecast: Forecast | None = None,
 ) -> dict[str, Any]:
-    """Train every seed that is not finished, and return what seeds.json holds.
+    """Train every seed that is not finished, in a `session` of its own; return what seeds.json
+    holds.
 
     seeds.json is written after every seed, so that a stop loses none. Raises RunError, before
     anything is trained, where a folder is taken and neither `resume` nor `overwrite` was asked for;
@@ -89,16 +88,8 @@ def train_seeds(
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {folder.path}")
                 begun = on_main(folder.recipe_file.is_file)
                 checkpoint = "auto" if resume and begun else None
-                session = Session(
-                    run,
-                    call=call,
-                    say=say,
-                    allow_changed_base=allow_changed_base,
-                    forecast=forecast,
-                )
-                session.run(resume=checkpoint, overwrite=overwrite)
-                del session  # before the next model is loaded
-                gc.collect()
+                session(run).run(resume=checkpoint, overwrite=overwrite)
+                gc.collect()  # before the next model is loaded
         except KeyboardInterrupt as stop:
             again = f"continue with: {call.command} --resume auto"
             raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", again) from None

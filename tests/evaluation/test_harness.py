@@ -23,14 +23,13 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from moc_cli.cli import run
 from moc_cli.data.batches import Side
 from moc_cli.errors import DataError, MocError
-from moc_cli.evaluation import lm_eval_model
 from moc_cli.evaluation.lm_eval_model import MocLM
 from moc_cli.evaluation.lm_eval_tasks import load_tasks
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.methods import Adapted, TextModel, attach, bare
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.results import main_score
-from moc_cli.scoring import forward, likelihood
+from moc_cli.scoring import forward, generate, likelihood
 from moc_cli.scoring.likelihood import Query
 from moc_cli.scoring.rank import query_of, rank
 
@@ -267,7 +266,7 @@ def test_masked_tokens_change_nothing(routing: dict, monkeypatch: pytest.MonkeyP
 
         return padded
 
-    monkeypatch.setattr(lm_eval_model, "pad", noisy(forward.pad))
+    monkeypatch.setattr(generate, "pad", noisy(forward.pad))
     monkeypatch.setattr(likelihood, "pad", noisy(forward.pad))
     likelihoods, texts, generated = answers()
     # Of tokens with routes of their own those of equal routes are computed together, padding too.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.data.custom.table import Table, joined, read_table, suffix_of, table_of_dataset
-from moc_cli.data.source import load_from_hub
+from moc_cli.data.source import library_errors, load_from_hub
 from moc_cli.errors import DataError, first_line
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import did_you_mean
@@ -41,7 +41,11 @@ def read_parts(data: DataSection) -> dict[str, Table]:
             dataset = load_from_hub(what, "give a path, or go online", data.path, data.config_name)
             tables = _tables_of(dataset, data.path, data)
         elif any((place / name).is_file() for name in _SAVED):
-            tables = _tables_of(_load_saved(place), str(place), data)
+            import datasets
+
+            with library_errors(f"{place} cannot be read by datasets"):
+                saved = datasets.load_from_disk(str(place))
+            tables = _tables_of(saved, str(place), data)
         else:
             parts = _find_parts(place, data) if place.is_dir() else {"train": [place]}
     for part in PARTS:
@@ -199,15 +203,6 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-
-
-def _load_saved(folder: Path) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_from_disk(str(folder))
-    except Exception as error:  # the library raises many unrelated classes
-        raise DataError(f"{folder} cannot be read by datasets: {first_line(error)}") from error
 
 
 def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:

@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.data.examples import Place
-from moc_cli.data.source import NOT_UTF8, UTF8_HINT, BadRow, Fields, parse_object
+from moc_cli.data.source import (
+    NOT_UTF8,
+    UTF8_HINT,
+    BadRow,
+    Fields,
+    library_errors,
+    parse_object,
+)
 from moc_cli.errors import DataError, first_line
 from moc_cli.recipe.sections import Quoting
 
@@ -274,26 +281,21 @@ def _read_txt(file: Path, quoting: Quoting | None) -> Table:
 def _read_parquet(file: Path, quoting: Quoting | None) -> Table:
     from pyarrow import parquet
 
-    try:
+    with library_errors(f"{file} cannot be read as Parquet"):
         rows = parquet.ParquetFile(file).read()
         table = table_of(str(file), rows.to_pylist())
         if b"huggingface" in (rows.schema.metadata or {}):
             import datasets
 
             table.classes = _class_names(datasets.Features.from_arrow_schema(rows.schema))
-        return table
-    # Arrow raises a dozen unrelated classes, an OverflowError for a duration among them.
-    except Exception as error:
-        raise DataError(f"{file} cannot be read as Parquet: {first_line(error)}") from error
+    return table
 
 
 def _read_arrow(file: Path, quoting: Quoting | None) -> Table:
     import datasets
 
-    try:
+    with library_errors(f"{file} cannot be read as Arrow"):
         return table_of_dataset(str(file), datasets.Dataset.from_file(str(file)))
-    except Exception as error:  # as for Parquet
-        raise DataError(f"{file} cannot be read as Arrow: {first_line(error)}") from error
 
 
 def table_of_dataset(name: str, dataset: Any) -> Table:
