@@ -132,7 +132,7 @@ def read_splits(
     if not data.custom:
         return data, _read_benchmark(data, max_test)
     custom = read_custom(data, watched=watched)
-    template = read_frame(data.template) if custom.format == "instruction" else data.template
+    template = read_frame(data.template) if custom.columns.framed else data.template
     test = subset(custom.test, max_test, seed=ROW_SEED)
     splits = Splits(
         subset(custom.train, data.max_train_samples, seed=ROW_SEED),

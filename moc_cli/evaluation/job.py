@@ -84,10 +84,9 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             for name in options.tasks
             if classifier and name not in data.tasks
         ]
-    if protocol and data.custom:
-        mistakes.append(f"--protocol {protocol} is for questions with options")
-    elif protocol and classifier:
-        mistakes.append(f"--protocol {protocol} is for questions; {data.suite} is classified")
+    if protocol and protocol not in data.kind.protocols:
+        what = " with options" if data.custom else f"; {data.suite} is classified"
+        mistakes.append(f"--protocol {protocol} is for questions{what}")
     if classifier and options.base:
         mistakes.append("--base: a classifier's base model has no trained head to score it with")
     compiled = options.torch_compile

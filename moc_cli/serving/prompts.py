@@ -6,7 +6,7 @@ chat         the tokenizer's own chat template, with all messages of the convers
 raw          the text as it is; messages of a conversation on lines of their own
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
@@ -31,6 +31,16 @@ class Message(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+# What a frame makes of a conversation and data.template; of `chat` the tokenizer writes it.
+_TEXTS: dict[Frame, Callable[[Sequence[Message], str], str]] = {
+    "commonsense": lambda messages, _: eval_prompt(messages[-1]["content"]),
+    "instruction": lambda messages, template: instruction_prompt(
+        messages[-1]["content"], template=template
+    ),
+    "raw": lambda messages, _: "\n".join(message["content"] for message in messages),
+}
 
 
 def check_frame(template: str) -> None:
@@ -86,13 +96,7 @@ def encode(
             ) from error
         # The template writes its special tokens itself.
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if frame == "commonsense":
-        text = eval_prompt(messages[-1]["content"])
-    elif frame == "instruction":
-        text = instruction_prompt(messages[-1]["content"], template=template)
-    else:
-        text = "\n".join(message["content"] for message in messages)
-    return prompt_ids(tokenizer, [text])[0]
+    return prompt_ids(tokenizer, [_TEXTS[frame](messages, template)])[0]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -29,7 +29,7 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
     or NothingToLearn. Raises DataError where `data.template` cannot be used.
     """
     task, columns = data.tasks[0], found.column_of
-    template = read_frame(data.template) if found.format == "instruction" else ""
+    template = read_frame(data.template) if found.framed else ""
     classes = Classes(labels or [])
 
     def instruction(fields: Fields, place: Place) -> Example:
@@ -54,9 +54,8 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
     def pair(fields: Fields, place: Place) -> Example:
         first = _filled(fields, columns["text"], "an empty text")
         second = text_or_empty(fields, columns["text_pair"]) if "text_pair" in columns else None
-        if found.format == "regression":
-            return PairExample(task, first, second, number_label(fields, columns["label"]))
-        return PairExample(task, first, second, classes.number(fields, columns["label"]))
+        number = classes.number if found.classes else number_label
+        return PairExample(task, first, second, number(fields, columns["label"]))
 
     builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
     return builders.get(found.format, pair)

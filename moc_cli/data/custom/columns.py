@@ -44,6 +44,16 @@ class Columns:
     column_of: dict[str, str]
     not_read: list[str]
 
+    @property
+    def classes(self) -> str | None:
+        """The column of the classes; None where nothing is classified."""
+        return self.column_of["label"] if self.format == "classification" else None
+
+    @property
+    def framed(self) -> bool:
+        """Whether `data.template` writes the prompts."""
+        return self.format == "instruction"
+
 
 def find_columns(data: DataSection, train: Table) -> Columns:
     """Return the format, given or found by the columns, and the column of each key that it reads.

@@ -62,14 +62,13 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
     columns = find_columns(data, tables["train"])
     notes += label_question(columns, tables["train"])
     labels, first_rows = None, {}
-    if columns.format == "classification":
-        label = columns.column_of["label"]
+    if label := columns.classes:
         for table in tables.values():
             name_classes(table, label, data.labels)
         first_rows = {} if data.labels else find_labels(tables["train"], label)
         labels = data.labels or [*tables["train"].classes.get(label, [])] or list(first_rows)
     notes += _leave_out_hidden(tables, columns, Classes(labels or []))
-    if columns.format == "instruction":
+    if columns.framed:
         name = data.template if data.template in NAMES else "the recipe's own template"
         notes.append(f"prompts are written by {name} (data.template)")
     build = example_builder(data, columns, labels)
@@ -131,8 +130,8 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     table = tables.get("test") or tables.get("validation") or tables["train"]
     join_turns({"test": table}, data)
     columns = find_columns(data, table)
-    if columns.format == "classification":
-        name_classes(table, columns.column_of["label"], data.labels)
+    if columns.classes:
+        name_classes(table, columns.classes, data.labels)
     bad_rows = BadRows()
     build = example_builder(data, columns, data.labels)
     examples, _ = _build_examples(table, build, bad_rows)
