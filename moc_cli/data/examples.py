@@ -118,25 +118,25 @@ def row_hashes(examples: Iterable[Example]) -> list[str]:
     return [fingerprint([example])[:16] for example in examples]
 
 
-def subset(examples: Sequence[T], count: int | None, *, seed: int) -> list[T]:
-    """`count` of the examples, drawn by `seed`, in their order; all where count is None or more."""
+def subset(examples: Sequence[T], count: int | None) -> list[T]:
+    """`count` of the examples in their order, drawn; all where count is None or more."""
     if count is None or count >= len(examples):
         return list(examples)
-    chosen = random.Random(f"subset {seed}").sample(range(len(examples)), count)
+    chosen = random.Random(f"subset {ROW_SEED}").sample(range(len(examples)), count)
     return [examples[index] for index in sorted(chosen)]
 
 
-def hold_out(examples: list[E], count: int | float, *, seed: int) -> tuple[list[E], list[E]]:
+def hold_out(examples: list[E], count: int | float) -> tuple[list[E], list[E]]:
     """Cut `count` different examples, or a share of them, from the rest: (rest, held out).
 
-    They are drawn by `seed`. Copies of a held-out example leave the rest too: WinoGrande's training
+    Copies of a held-out example leave the rest too: WinoGrande's training
     rows occur up to three times, and a copy left behind would let the held-out score reward memory.
     Raises DataError where nothing would be left to train on.
     """
     if isinstance(count, float):
         count = max(1, round(count * len(examples)))
     order = list(range(len(examples)))
-    random.Random(f"held-out {seed}").shuffle(order)
+    random.Random(f"held-out {ROW_SEED}").shuffle(order)
     held = list(dict.fromkeys(examples[index] for index in order))[:count]
     removed = set(held)
     rest = [example for example in examples if example not in removed]

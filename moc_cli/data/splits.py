@@ -8,7 +8,7 @@ from moc_cli.data.custom.chat import read_template
 from moc_cli.data.custom.frame import frame_hash, read_frame
 from moc_cli.data.custom.rows import read_custom
 from moc_cli.data.custom.rows import read_scored as read_custom_scored
-from moc_cli.data.examples import ROW_SEED, Example, fingerprint, hold_out, subset
+from moc_cli.data.examples import Example, fingerprint, hold_out, subset
 from moc_cli.data.prompts import template_hash
 from moc_cli.data.suites import check_task, load_examples, scored_names
 from moc_cli.errors import DataError
@@ -65,7 +65,7 @@ class TaskRows:
     @classmethod
     def draw(cls, name: str, examples: Sequence[Example], limit: int | None) -> "TaskRows":
         """Take all the rows of a split, or `limit` of them, the same ones in every run."""
-        rows = subset(list(range(len(examples))), limit, seed=ROW_SEED)
+        rows = subset(list(range(len(examples))), limit)
         return cls(name, examples, rows)
 
     @property
@@ -133,10 +133,10 @@ def read_splits(
         return data, _read_benchmark(data, max_test)
     custom = read_custom(data, watched=watched)
     template = read_frame(data.template) if custom.columns.framed else data.template
-    test = subset(custom.test, max_test, seed=ROW_SEED)
+    test = subset(custom.test, max_test)
     splits = Splits(
-        subset(custom.train, data.max_train_samples, seed=ROW_SEED),
-        subset(custom.validation, data.max_eval_samples, seed=ROW_SEED),
+        subset(custom.train, data.max_train_samples),
+        subset(custom.validation, data.max_eval_samples),
         {data.tasks[0]: test} if test else {},
         frame_hash(template),
         custom.scored,
@@ -160,22 +160,19 @@ def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:
     def load(task: str, split: str) -> list[Example]:
         return load_examples(data.suite, task, split, path=data.path)
 
-    def draw(examples: list[Example], count: int | None) -> list[Example]:
-        return subset(examples, count, seed=ROW_SEED)
-
     train = [row for task in data.tasks for row in load(task, "train")]
     validation: list[Example] = []
     if not data.holds_out:
         for task in data.tasks:
-            validation += draw(load(task, "validation"), data.max_eval_samples)
+            validation += subset(load(task, "validation"), data.max_eval_samples)
     elif data.held_out:
-        train, held_out = hold_out(train, data.held_out, seed=ROW_SEED)
+        train, held_out = hold_out(train, data.held_out)
         for task in data.tasks:
             rows = [row for row in held_out if row.task == task]
-            validation += draw(rows, data.max_eval_samples)
+            validation += subset(rows, data.max_eval_samples)
     tests = {
-        shown: draw(load(task, split), max_test)
+        shown: subset(load(task, split), max_test)
         for task in data.tasks
         for shown, split in scored_names(data.suite, task).items()
     }
-    return Splits(draw(train, data.max_train_samples), validation, tests)
+    return Splits(subset(train, data.max_train_samples), validation, tests)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moc_cli.data.examples import ROW_SEED, Example, subset
+from moc_cli.data.examples import Example, subset
 from moc_cli.errors import MocError
 from moc_cli.export import Options, parity
 from moc_cli.export.controls import write_controls
@@ -153,10 +153,10 @@ def _rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...
     """Up to `limit` rows a task: of the training part to count on, of the scored part to score."""
     recipe, rows = read_rows(trained.recipe)
     train = {
-        task: subset([row for row in rows.train if row.task == task], limit, seed=ROW_SEED)
+        task: subset([row for row in rows.train if row.task == task], limit)
         for task in recipe.data.tasks
     }
-    scored = {name: subset(part, limit, seed=ROW_SEED) for name, part in rows.tests.items()}
+    scored = {name: subset(part, limit) for name, part in rows.tests.items()}
     return (
         {name: part for name, part in train.items() if part},
         {name: part for name, part in scored.items() if part},

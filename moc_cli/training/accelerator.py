@@ -15,6 +15,7 @@ from moc_cli.errors import MocError
 from moc_cli.processes import USUAL, WORLD_SIZES, Processes, current, join, launched
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.output import say
+from moc_cli.training.device_checks import find_device
 
 PREFIX = "ACCELERATE_"
 # What would change a training.
@@ -49,7 +50,7 @@ def make_accelerator(launch: LaunchSection, report_to: Sequence[str], folder: Pa
     with _without_launcher() as hidden:
         _say_not_used(hidden)
         return Accelerator(
-            cpu=_on_cpu(launch),
+            cpu=find_device(launch.device).type == "cpu",
             mixed_precision="no",
             log_with=list(report_to) or None,
             project_dir=folder,
@@ -68,11 +69,8 @@ def join_launched(launch: LaunchSection) -> Processes:
     if current().world > 1:
         return current()
     with _without_launcher():
-        return join(cpu=_on_cpu(launch), seconds=launch.ddp_timeout)
-
-
-def _on_cpu(launch: LaunchSection) -> bool:
-    return launch.device == "cpu" or not torch.cuda.is_available()
+        cpu = find_device(launch.device).type == "cpu"
+        return join(cpu=cpu, seconds=launch.ddp_timeout)
 
 
 @contextmanager

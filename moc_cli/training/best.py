@@ -21,7 +21,8 @@ def update_best(counters: Counters, values: dict[str, float], metric: str | None
             f"allowed: {', '.join(values)}",
         )
     value, best = values[metric], counters.best_value
-    if not math.isnan(value) and (best is None or _better(value, best, metric)):
+    better = best is None or (value < best if metric in LOWER_IS_BETTER else value > best)
+    if better and not math.isnan(value):
         counters.best_value, counters.best_step = value, counters.step
         counters.bad_evaluations = 0
         return True
@@ -32,7 +33,3 @@ def update_best(counters: Counters, values: dict[str, float], metric: str | None
 def out_of_patience(counters: Counters, patience: int | None) -> bool:
     """Return whether `patience` evaluations in a row brought nothing better."""
     return patience is not None and counters.bad_evaluations >= patience
-
-
-def _better(value: float, best: float, metric: str) -> bool:
-    return value < best if metric in LOWER_IS_BETTER else value > best

@@ -4,7 +4,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 -> fit -> the best controls -> score after -> results.json
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -171,9 +171,9 @@ class Session:
     ) -> dict[str, Any]:
         """Score, train, keep the best controls, score again, and write the results."""
         if job.recipe.eval.before and not before:
-            tests = job.rows.splits.tests
-            untrained = self.score(job, "before", "stopped before the first step", tests)
-            before = {name: evaluation.values for name, evaluation in untrained.items()}
+            progress = "stopped before the first step"
+            for name in job.rows.splits.tests:
+                before[name] = self.score(job, name, "before", progress).values
         begun = {"format": FORMAT, "status": "running", "before": before}
         self.processes.on_main(lambda: folder.write_results(begun))
         if job.snapshot is None:
@@ -248,29 +248,24 @@ class Session:
         unscored: dict[str, MocError] = {}
         for name in job.rows.splits.tests:
             try:
-                scores |= self.score(job, "after", "training is done and kept", [name])
+                scores[name] = self.score(job, name, "after", "training is done and kept")
             except (Interrupted, FileError, LostProcess):
                 raise
             except MocError as error:
                 unscored[name] = error
         return scores, unscored
 
-    def score(
-        self, job: Job, label: str, progress: str, tasks: Iterable[str]
-    ) -> dict[str, Evaluation]:
-        """Score tasks; after a signal raises Interrupted, which tells of the `progress`."""
-        scores = {}
-        for name in tasks:
-            examples = job.rows.splits.tests[name]
-            with WorkProgress(f"{label} {name}", len(examples)) as bar:
+    def score(self, job: Job, task: str, label: str, progress: str) -> Evaluation:
+        """Score a task; after a signal raises Interrupted, which tells of the `progress`."""
+        examples = job.rows.splits.tests[task]
+        with WorkProgress(f"{label} {task}", len(examples)) as bar:
 
-                def observe(done: int, total: int, bar: WorkProgress = bar) -> None:
-                    bar.observe(done, total)
-                    again = f"continue with: {self.again}"
-                    self.interrupt.check(f"{progress}; scoring was stopped", again)
+            def observe(done: int, total: int) -> None:
+                bar.observe(done, total)
+                again = f"continue with: {self.again}"
+                self.interrupt.check(f"{progress}; scoring was stopped", again)
 
-                scores[name] = job.rows.kind.score(job.model, examples, job.scoring, observe)
-        return scores
+            return job.rows.kind.score(job.model, examples, job.scoring, observe)
 
     def keep_controls(
         self, job: Job, folder: RunFolder, checkpoints: Checkpoints, outcome: Outcome

@@ -33,7 +33,7 @@ def main() -> None:
     found = []
     for task in given.tasks.split(","):
         rows = load_examples(suite, task, "test", path=given.path)
-        rows = subset(rows, given.rows, seed=1)
+        rows = subset(rows, given.rows)
         batches = [
             rows[first : first + given.batch_size]
             for first in range(0, len(rows), given.batch_size)

@@ -13,7 +13,7 @@ from moc_cli.data.custom.messages import NothingToLearn, split_chats
 from moc_cli.data.custom.parts import read_other, read_parts
 from moc_cli.data.custom.prepare import join_turns, name_classes
 from moc_cli.data.custom.table import Table
-from moc_cli.data.examples import ROW_SEED, ChatExample, Example, hold_out
+from moc_cli.data.examples import ChatExample, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
 from moc_cli.recipe.sections import DataSection
@@ -83,7 +83,7 @@ def read_custom(data: DataSection, *, watched: bool = True) -> CustomRows:
     train, validation = splits["train"], splits.get("validation", [])
     if "validation" not in splits and data.held_out and (watched or "test" not in splits):
         rows = len(train)
-        train, validation = hold_out(train, data.held_out, seed=ROW_SEED)
+        train, validation = hold_out(train, data.held_out)
         if copies := rows - len(train) - len(validation):
             dropped["train"]["a held-out row's copy"] = copies
     test = splits.get("test", validation)
