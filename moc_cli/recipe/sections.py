@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.recipe.methods import MethodSection
 from moc_cli.recipe.model import ModelSection
+from moc_cli.recipe.names import ColumnsSection, SplitsSection
 from moc_cli.recipe.tasks import CUSTOM_TASK, Format, Frame, Suite, Task, TaskKind, find_task
 from moc_cli.recipe.types import (
     AboveZero,
@@ -39,38 +40,6 @@ Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "p
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
 TooLong = Literal["refuse", "leave_out"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-
-
-class ColumnsSection(Section):
-    """Names of the columns of a custom dataset, where they are not the usual ones."""
-
-    text: Text | None = Field(default=None, description="null: text, sentence or sentence1")
-    text_pair: Text | None = Field(
-        default=None, description="null: text_pair or sentence2, if present"
-    )
-    label: Text | None = Field(default=None, description="null: label, labels or score")
-    instruction: Text | None = Field(
-        default=None, description="null: instruction, prompt or question"
-    )
-    input: Text | None = Field(default=None, description="null: input or context, if present")
-    output: Text | None = Field(
-        default=None, description="null: output, response, completion or answer"
-    )
-    messages: Text | None = Field(
-        default=None, description="null: messages, conversation or conversations"
-    )
-
-
-class SplitsSection(Section):
-    """Names of the parts in a dataset of the hub or in a folder, where they are not the usual."""
-
-    train: Text | None = Field(default=None, description="null: train or training")
-    validation: Text | None = Field(
-        default=None, description="null: validation, valid, val or dev, if present"
-    )
-    test: Text | None = Field(
-        default=None, description="null: test, testing, eval or evaluation, if present"
-    )
 
 
 def _tasks_are_optional_for_custom(schema: dict[str, Any]) -> None:

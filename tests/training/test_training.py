@@ -190,11 +190,6 @@ def test_rates_are_transformers(kind, warmup):
         schedule.step()
 
 
-def test_unknown_schedule_is_an_error():
-    with refused(MocError):
-        optim.rate_factor(0, kind="bent", total=1, warmup=0)
-
-
 def test_logged_rate_follows_the_schedule(tmp_path):
     warm = replace(SETTINGS, warmup_ratio=0.3)
     toy_fit(tmp_path, ToyAdapted(), toy_data(BATCHES), warm)

@@ -7,25 +7,16 @@ from typing import Any
 from moc_cli.data.custom.labels import is_missing, is_number, is_whole
 from moc_cli.data.custom.table import Table
 from moc_cli.errors import DataError
+from moc_cli.recipe.names import COLUMNS, OPTIONAL
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import did_you_mean, nearest
 from moc_cli.recipe.tasks import FORMATS, Format
 
-USUAL = {
-    "text": ("text", "sentence", "sentence1"),
-    "text_pair": ("text_pair", "sentence2"),
-    "label": ("label", "labels", "score"),
-    "instruction": ("instruction", "prompt", "question"),
-    "input": ("input", "context"),
-    "output": ("output", "response", "completion", "answer"),
-    "messages": ("messages", "conversation", "conversations"),
-}
 # What means something beside the columns of a format, always under these names.
 BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "chat": {"tools": ("tools", "functions"), "system": ("system",)},
     "instruction": {"system": ("system",), "history": ("history",)},
 }
-OPTIONAL = ("text_pair", "input")
 BY_COLUMNS = "by its columns"
 MANY = 50  # different whole numbers as labels; more of them may well be amounts
 _FORMATS = (
@@ -73,7 +64,7 @@ def find_columns(data: DataSection, train: Table) -> Columns:
         raise DataError("\n".join(absent), hint)
     usual = {
         key: next(name for name in names if name in columns)
-        for key, names in USUAL.items()
+        for key, names in COLUMNS.items()
         if not set(names).isdisjoint(columns)
     }
     column_of = usual | given
@@ -83,7 +74,7 @@ def find_columns(data: DataSection, train: Table) -> Columns:
         format_, why = _find_format(column_of, data, train)
     keys = FORMATS[format_].columns
     missing = [
-        f"a column {' or '.join(map(repr, USUAL[key]))}{_nearest_column(key, train)}"
+        f"a column {' or '.join(map(repr, COLUMNS[key]))}{_nearest_column(key, train)}"
         for key in keys
         if key not in column_of and key not in OPTIONAL
     ]
@@ -179,7 +170,7 @@ def _nearest_column(key: str, train: Table) -> str:
     Only columns that can hold it are proposed.
     """
     columns = [name for name in train.columns if _can_hold(key, name, train)]
-    near = next(filter(None, (nearest(name, columns) for name in USUAL[key])), None)
+    near = next(filter(None, (nearest(name, columns) for name in COLUMNS[key])), None)
     return f" (is it {near!r}? then data.columns.{key}={near})" if near else ""
 
 

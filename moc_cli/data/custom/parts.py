@@ -12,15 +12,10 @@ from typing import Any
 from moc_cli.data.custom.table import Table, joined, read_table, suffix_of, table_of_dataset
 from moc_cli.data.source import library_errors, load_from_hub
 from moc_cli.errors import DataError, first_line
+from moc_cli.recipe.names import PARTS
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import did_you_mean
 
-# The names that `datasets` knows, so that a folder means the same here and on the hub.
-PARTS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes

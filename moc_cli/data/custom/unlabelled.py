@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moc_cli.data.custom.columns import USUAL
 from moc_cli.data.custom.table import Table, read_table
 from moc_cli.data.examples import PairExample
 from moc_cli.data.source import BadRow, BadRows, Fields, text_or_empty
 from moc_cli.errors import DataError
+from moc_cli.recipe.names import COLUMNS
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import did_you_mean
 
@@ -54,7 +54,7 @@ def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
         wanted: list[tuple[str, ...]] = [(column,) for column in data.task.columns]
     else:
         named = [data.columns.text, data.columns.text_pair]
-        usual = [USUAL["text"], USUAL["text_pair"]]
+        usual = [COLUMNS["text"], COLUMNS["text_pair"]]
         wanted = [(own,) if own else other for own, other in zip(named, usual, strict=True)]
         if named[1] is None and not set(wanted[1]) & set(there):
             wanted = wanted[:1]
