@@ -6,14 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.comparison.bootstrap import (
-    OF_VALUES,
-    RESAMPLES,
-    differences,
-    generator,
-    interval,
-)
-from moc_cli.scoring.metrics import METRICS, OF_TABLES
+from moc_cli.comparison.bootstrap import differences, interval
+from moc_cli.scoring.metrics import SCORES, score
 
 BY_ITEM = ("accuracy", "exact_match")  # means of how many items are right
 
@@ -70,7 +64,7 @@ def pair(first: Sequence[Item], second: Sequence[Item]) -> Pairs:
 
 
 def difference(
-    run: str, task: str, metric: str, pairs: Pairs, resamples: int = RESAMPLES
+    run: str, task: str, metric: str, pairs: Pairs
 ) -> tuple[Difference, np.ndarray] | None:
     """Return the difference with its interval, and the resampled differences (R,).
 
@@ -80,10 +74,8 @@ def difference(
     if values is None:
         return None
     labels, first, second = values
-    kind = "accuracy" if metric in BY_ITEM else metric
-    score = METRICS.get(kind, _perplexity)
-    resampled = differences(kind, labels, first, second, rng=generator(task), resamples=resamples)
-    value = score(labels, second) - score(labels, first)
+    resampled = differences(task, metric, labels, np.stack([first, second]))
+    value = score(metric, labels, second) - score(metric, labels, first)
     return (
         Difference(run, task, metric, value, *interval(resampled), len(labels), *_only(pairs)),
         resampled,
@@ -116,9 +108,8 @@ def sides(metric: str, pairs: Pairs) -> Sides | None:
         if (tokens[0] != tokens[1]).any() or tokens[0].min() < 1:
             return None  # other tokens were counted, so the losses are not comparable
         return tokens[0], *losses
-    kind = int if metric in OF_TABLES else float
-    labels, predictions = _column(pairs, "label", kind), _column(pairs, "prediction", kind)
-    if metric not in (*OF_TABLES, *OF_VALUES) or labels is None or predictions is None:
+    labels, predictions = _column(pairs, "label", float), _column(pairs, "prediction", float)
+    if metric not in SCORES or labels is None or predictions is None:
         return None
     return labels[0], *predictions
 
@@ -134,10 +125,6 @@ def _column(pairs: Pairs, key: str, kind: type) -> tuple[np.ndarray, np.ndarray]
         )
     except (TypeError, ValueError, OverflowError):
         return None  # another kind of value than this metric is made from
-
-
-def _perplexity(tokens: np.ndarray, losses: np.ndarray) -> float:
-    return float(np.exp(losses.sum() / tokens.sum()))
 
 
 def _only(pairs: Pairs) -> tuple[int | None, int | None]:

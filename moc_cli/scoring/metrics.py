@@ -1,22 +1,24 @@
 """Metrics of the benchmarks with their standard errors, and what a constant answer would score.
 
-A correlation of constant predictions is 0: they tell nothing about the labels. sklearn and
-scipy.stats take a second to import and most runs score by accuracy: they are loaded on first use.
+A metric is written once, as scores (R,) of labels and predictions (n,) and of counts (R, n): how
+often each item counts, n in all. Each item once gives the score itself; counts of items drawn with
+replacement give the resamples behind standard errors and intervals. A correlation of constant
+predictions is 0: they tell nothing about the labels.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import scipy
 
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
 
 RESAMPLES = 1000  # of the bootstrap
-DRAWN_AT_ONCE = 1_000_000  # rows in one array of resamples: 8 MB
+DRAWN_AT_ONCE = 2_000_000  # counts in one array of resamples: 16 MB
+ROUNDING = 1e-12  # a variance that is this part of the items' is one of equal values
 Labels = Sequence[int | float] | np.ndarray
 
 
@@ -30,60 +32,72 @@ class Measure:
     stderr: float | None
 
 
-def accuracy(labels: Labels, predictions: Labels) -> float:
+def accuracy(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The share of predictions that equal their label."""
-    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
+    return np.asarray(counts @ (predictions == labels) / len(labels))
 
 
-def f1(labels: Labels, predictions: Labels) -> float:
+def f1(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The harmonic mean of precision and recall of class 1; 0 where nothing is found."""
-    from sklearn.metrics import f1_score
+    right, found = labels == 1, predictions == 1
+    return _ratio(2 * (counts @ (right & found)), counts @ right + counts @ found)
 
-    return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
 
-
-def matthews(labels: Labels, predictions: Labels) -> float:
+def matthews(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Matthews' correlation; 0 where either side is constant."""
-    from sklearn.metrics import matthews_corrcoef
+    n, classes = len(labels), np.unique(np.concatenate([labels, predictions]))
+    right, found = (counts @ (side[:, None] == classes) for side in (labels, predictions))
+    agreed = counts @ (labels == predictions)
+    spread = np.sqrt((n**2 - (right**2).sum(-1)) * (n**2 - (found**2).sum(-1)))
+    return _ratio(agreed * n - (right * found).sum(-1), spread)
 
-    if _constant(labels) or _constant(predictions):
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
 
-
-def pearson(labels: Labels, predictions: Labels) -> float:
+def pearson(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Pearson's correlation; 0 where either side is constant."""
-    return float(correlations("pearson", np.asarray(labels), np.asarray(predictions)))
+    return _correlation(labels - labels.mean(), predictions - predictions.mean(), counts)
 
 
-def spearman(labels: Labels, predictions: Labels) -> float:
+def spearman(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation; 0 where either side is constant."""
-    return float(correlations("spearman", np.asarray(labels), np.asarray(predictions)))
+    return _correlation(_ranks(labels, counts), _ranks(predictions, counts), counts)
 
 
-def correlations(
-    metric: str, labels: np.ndarray, predictions: np.ndarray, axis: int = -1
-) -> np.ndarray:
-    """Pearson's or Spearman's correlations along the last axis of (..., n), of shape (...); 0 where
-    either side is constant.
-    """
-    left, right = (np.asarray(side, dtype=np.float64) for side in (labels, predictions))
-    if metric == "spearman":
-        left, right = scipy.stats.rankdata(left, axis=axis), scipy.stats.rankdata(right, axis=axis)
-    varied = (np.ptp(left, axis=axis) > 0) & (np.ptp(right, axis=axis) > 0)
-    values = np.zeros(varied.shape)
-    if varied.any():
-        values[varied] = scipy.stats.pearsonr(left[varied], right[varied], axis=axis).statistic
-    return values
+def perplexity_of(tokens: np.ndarray, losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Exp of the mean loss of all tokens, of each text's tokens and its summed loss."""
+    return np.asarray(np.exp((counts @ losses) / (counts @ tokens)))
 
 
-METRICS: dict[str, Callable[[Labels, Labels], float]] = {
+SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "accuracy": accuracy,
+    "exact_match": accuracy,
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "perplexity": perplexity_of,
 }
+
+
+def score(metric: str, labels: Labels, predictions: Labels) -> float:
+    """Compute a metric of all items."""
+    once = np.ones((1, len(labels)))
+    return float(SCORES[metric](np.asarray(labels), np.asarray(predictions), once)[0])
+
+
+# Those of labels and predictions; texts have another entry.
+METRICS: dict[str, Callable[[Labels, Labels], float]] = {
+    name: partial(score, name) for name in SCORES if name not in ("exact_match", "perplexity")
+}
+
+
+def draw_counts(rng: np.random.Generator, n: int, resamples: int) -> Iterator[np.ndarray]:
+    """Yield how often each of n items is drawn in a resample, (R, n), in parts of the resamples."""
+    size = max(1, DRAWN_AT_ONCE // n)
+    for begin in range(0, resamples, size):
+        items = rng.integers(n, size=(min(size, resamples - begin), n))
+        places = items + n * np.arange(len(items))[:, None]
+        counts = np.bincount(places.ravel(), minlength=items.size)
+        yield counts.reshape(items.shape).astype(float)
 
 
 def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
@@ -93,28 +107,10 @@ def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
     value = METRICS[metric](labels, predictions)
     if metric == "accuracy":
         return Measure(value, (value * (1 - value) / len(labels)) ** 0.5)
-    if len(labels) == 1:
-        return Measure(value, 0.0)  # every resample is the one item
-    truth, guess, rng = np.asarray(labels), np.asarray(predictions), np.random.default_rng(0)
-    if metric in OF_TABLES:
-        # How often each label met each prediction: drawing such tables is drawing rows with
-        # replacement, at a cost that does not grow with the rows.
-        size = max(2, int(max(truth.max(), guess.max())) + 1)
-        cells = np.bincount(truth * size + guess, minlength=size * size)
-        drawn = rng.multinomial(len(truth), cells / len(truth), size=RESAMPLES)
-        tables = drawn.reshape(-1, size, size).astype(np.float64)  # (R, label, prediction)
-        return Measure(value, float(np.std(OF_TABLES[metric](tables), ddof=1)))
-    resampled = scipy.stats.bootstrap(
-        (truth, guess),
-        partial(correlations, metric),
-        n_resamples=RESAMPLES,
-        batch=max(1, DRAWN_AT_ONCE // len(truth)),
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        rng=rng,
-    )
-    return Measure(value, float(resampled.standard_error))
+    truth, guess = np.asarray(labels), np.asarray(predictions)
+    drawn = draw_counts(np.random.default_rng(0), len(truth), RESAMPLES)
+    resampled = np.concatenate([SCORES[metric](truth, guess, counts) for counts in drawn])
+    return Measure(value, float(np.std(resampled, ddof=1)))
 
 
 def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
@@ -134,30 +130,6 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
     return Measure(value, value * spread**0.5 / float(tokens.sum()))
 
 
-def f1_of(tables: np.ndarray) -> np.ndarray:
-    """F1 of class 1 for counts (R, label, prediction); 0 where nothing is found."""
-    hits = tables[:, 1, 1]
-    either = tables[:, 1].sum(-1) + tables[:, :, 1].sum(-1)
-    return _ratio(2 * hits, either)
-
-
-def matthews_of(tables: np.ndarray) -> np.ndarray:
-    """Matthews' correlation for counts (R, label, prediction); 0 where a side is constant."""
-    n = tables.sum((1, 2))
-    labels, guesses = tables.sum(2), tables.sum(1)  # (R, classes)
-    agreed = np.trace(tables, axis1=1, axis2=2)
-    spread = np.sqrt((n**2 - (labels**2).sum(-1)) * (n**2 - (guesses**2).sum(-1)))
-    return _ratio(agreed * n - (labels * guesses).sum(-1), spread)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    ratio: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-    return ratio
-
-
-OF_TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"f1": f1_of, "matthews": matthews_of}
-
-
 def majority(metric: str, labels: Labels) -> float:
     """What always giving the most frequent label scores."""
     value, _ = Counter(np.asarray(labels).tolist()).most_common(1)[0]
@@ -171,5 +143,29 @@ def majority_choice(examples: Sequence[ChoiceExample]) -> float:
     return max(places.most_common(1)[0][1], texts.most_common(1)[0][1]) / len(examples)
 
 
-def _constant(values: Labels) -> bool:
-    return bool(np.ptp(np.asarray(values, dtype=np.float64)) == 0)
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Divide; 0 where there is nothing to divide by."""
+    ratio: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return ratio
+
+
+def _correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Pearson's correlations (R,) of centred values, (n,) or other ones in each resample (R, n)."""
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("...n,...n->...", counts, values) / counts.shape[-1])
+
+    of_x, of_y = mean(x), mean(y)
+    spread_x, spread_y = mean(x * x) - of_x**2, mean(y * y) - of_y**2
+    varied = (spread_x > ROUNDING * np.mean(x * x)) & (spread_y > ROUNDING * np.mean(y * y))
+    spread = np.sqrt(np.where(varied, spread_x * spread_y, 0.0))
+    return _ratio(mean(x * y) - of_x * of_y, spread)
+
+
+def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The rank of each item in each resample, (R, n), less their mean; of equal ones the middle."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    sorted_counts = counts[:, np.argsort(group, kind="stable")]
+    drawn = np.add.reduceat(sorted_counts, np.cumsum(sizes) - sizes, axis=1)  # (R, groups)
+    ranks = np.cumsum(drawn, axis=1) - (drawn - 1) / 2
+    return np.asarray(ranks[:, group] - (len(values) + 1) / 2)

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.comparison.bootstrap import CONFIDENCE, RESAMPLES, interval
+from moc_cli.comparison.bootstrap import CONFIDENCE, RESAMPLES, differences, interval
 from moc_cli.comparison.pairs import pair, sides
 from moc_cli.comparison.runs import Items, evaluations, read_items
 from moc_cli.errors import RunError
 from moc_cli.results import main_score
 from moc_cli.sweep.plan import Cell, Plan, PlannedRun
-from moc_cli.sweep.resampling import resampled_scores
 
 VERSIONS = ("python", "torch", "transformers")
 
@@ -180,8 +179,7 @@ def _resampled(
         labels = values[0]
         stacked.append(values[2])
     assert labels is not None
-    predictions = np.stack(stacked)
-    scores = resampled_scores(task, metric, labels, predictions, seeds=len(reference))
+    scores = differences(task, metric, labels, np.stack(stacked), seeds=len(reference))
     return scores, len(labels)
 
 

@@ -2,16 +2,25 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from support.messages import refused
 
 from moc_cli.comparison import bootstrap
-from moc_cli.comparison.bootstrap import OF_TABLES, differences, generator, interval
+from moc_cli.comparison.bootstrap import interval
+from moc_cli.scoring import metrics
 from moc_cli.scoring.metrics import METRICS
 
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def differences(
+    metric: str, labels: np.ndarray, first: np.ndarray, second: np.ndarray, **given: Any
+) -> np.ndarray:
+    """The resampled differences of two runs."""
+    task, runs = given.pop("task", "a"), np.stack([first, second])
+    return bootstrap.differences(task, metric, labels, runs, **given)
 
 
 def classes(n: int, seed: int, rights: tuple[float, float] = (0.7, 0.8)) -> Runs:
@@ -54,8 +63,8 @@ MAKERS: dict[str, Callable[[int, int], Runs]] = {
 def test_it_is_the_plain_loop(metric: str) -> None:
     """Mean, spread and both ends agree within what some hundred plain resamples can tell."""
     runs = MAKERS[metric](80, 1)
-    fast = differences(metric, *runs, rng=generator("a"))
-    slow = plain(metric, runs, 300 if metric in OF_TABLES else 600, seed=2)
+    fast = differences(metric, *runs)
+    slow = plain(metric, runs, 600, seed=2)
     spread = slow.std()
     assert fast.mean() == pytest.approx(slow.mean(), abs=0.18 * spread)
     assert fast.std() == pytest.approx(spread, rel=0.15)
@@ -65,23 +74,10 @@ def test_it_is_the_plain_loop(metric: str) -> None:
     assert fast.mean() == pytest.approx(whole, abs=0.2 * spread)
 
 
-@pytest.mark.parametrize("metric", ["pearson", "spearman"])
-def test_a_resample_is_scored_as_its_items_are(metric: str) -> None:
-    """Whichever items are drawn, a resample has the score of those items, ties included."""
-    labels, first, second = values(30, 3)
-    everything = plain(metric, (labels, first, second), 20, seed=5)
-    rng = np.random.default_rng(5)
-    draws = np.stack([rng.integers(0, 30, size=30) for _ in range(20)])
-    drawn = bootstrap.difference(metric, labels[draws], first[draws], second[draws])
-    assert drawn == pytest.approx(everything, abs=1e-12)
-    alone = np.full((1, 30), 4)  # one item alone has no correlation
-    assert bootstrap.difference(metric, labels[alone], first[alone], second[alone]) == [0.0]
-
-
 @pytest.mark.parametrize("metric", MAKERS)
 def test_a_single_item_has_one_difference(metric: str) -> None:
     labels, first, second = (side[:1] for side in MAKERS[metric](5, 3))
-    found = differences(metric, labels, first, second, rng=generator("a"), resamples=7)
+    found = differences(metric, labels, first, second, resamples=7)
     expected = METRICS[metric](labels, second) - METRICS[metric](labels, first)
     assert found.tolist() == [expected] * 7
 
@@ -89,15 +85,15 @@ def test_a_single_item_has_one_difference(metric: str) -> None:
 @pytest.mark.parametrize("metric", MAKERS)
 def test_the_same_predictions_differ_by_nothing(metric: str) -> None:
     labels, first, _ = MAKERS[metric](50, 4)
-    found = differences(metric, labels, first, first.copy(), rng=generator("a"), resamples=500)
+    found = differences(metric, labels, first, first.copy(), resamples=500)
     assert interval(found) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("metric", MAKERS)
 def test_it_has_a_direction(metric: str) -> None:
     labels, first, _ = MAKERS[metric](200, 5)
-    there = differences(metric, labels, first, labels, rng=generator("a"), resamples=500)
-    back = differences(metric, labels, labels, first, rng=generator("a"), resamples=500)
+    there = differences(metric, labels, first, labels, resamples=500)
+    back = differences(metric, labels, labels, first, resamples=500)
     assert there.min() > 0 > back.max()
 
 
@@ -110,7 +106,7 @@ def test_accuracy_has_the_interval_of_the_formula() -> None:
     first, second = labels.copy(), labels.copy()
     second[:only_first] = 0
     first[only_first : only_first + only_second] = 0
-    found = differences("accuracy", labels, first, second, rng=generator("a"))
+    found = differences("accuracy", labels, first, second)
     gained = only_second - only_first
     error = math.sqrt(only_first + only_second - gained**2 / n) / n
     expected = (gained / n - 1.959964 * error, gained / n + 1.959964 * error)
@@ -134,7 +130,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(metric: str) -> None:
     truth = METRICS[metric](world[0], world[2]) - METRICS[metric](world[0], world[1])
     covered = 0
     for seed in range(200):
-        found = differences(metric, *draw(150, 100 + seed), rng=generator("a"), resamples=1000)
+        found = differences(metric, *draw(150, 100 + seed), resamples=1000)
         low, high = interval(found)
         covered += low <= truth <= high
     # Of 200, 190 are expected, with a standard deviation of 3; a bootstrap is a little short.
@@ -143,24 +139,24 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(metric: str) -> None:
 
 def test_draws_are_repeatable_and_a_task_s_own() -> None:
     runs = classes(100, 7)
-    once, again = (differences("f1", *runs, rng=generator("a"), resamples=50) for _ in range(2))
-    other = differences("f1", *runs, rng=generator("b"), resamples=50)
+    once, again = (differences("f1", *runs, resamples=50) for _ in range(2))
+    other = differences("f1", *runs, task="b", resamples=50)
     assert once.tolist() == again.tolist() != other.tolist()
 
 
 def test_many_items_are_drawn_in_parts(monkeypatch) -> None:
     sizes = []
-    usual = bootstrap.difference
+    usual = metrics.SCORES["pearson"]
 
-    def watched(metric, labels, first, second, axis=-1):
-        sizes.append(labels.size)
-        return usual(metric, labels, first, second, axis)
+    def watched(labels, predictions, counts):
+        sizes.append(counts.size)
+        return usual(labels, predictions, counts)
 
-    monkeypatch.setattr(bootstrap, "difference", watched)
-    found = differences("pearson", *values(50_000, 8), rng=generator("a"), resamples=90)
+    monkeypatch.setitem(metrics.SCORES, "pearson", watched)
+    found = differences("pearson", *values(50_000, 8), resamples=90)
     assert len(found) == 90
-    assert len(sizes) >= 3
-    assert max(sizes) <= bootstrap.DRAWN_AT_ONCE
+    assert len(sizes) >= 2 * 3
+    assert max(sizes) <= metrics.DRAWN_AT_ONCE
 
 
 def test_perplexities_are_drawn_by_text() -> None:
@@ -169,17 +165,12 @@ def test_perplexities_are_drawn_by_text() -> None:
     tokens = rng.integers(1, 30, size=60).astype(float)
     first = tokens * rng.uniform(1, 3, size=60)
     second = first - tokens * rng.uniform(0, 0.4, size=60)
-    fast = differences("perplexity", tokens, first, second, rng=generator("a"))
+    fast = differences("perplexity", tokens, first, second)
     slow = []
     for draw in rng.integers(0, 60, size=(600, 60)):
         one, other = (math.exp(run[draw].sum() / tokens[draw].sum()) for run in (first, second))
         slow.append(other - one)
     assert interval(fast) == pytest.approx(interval(np.array(slow)), abs=0.35 * np.std(slow))
     assert fast.std() == pytest.approx(np.std(slow), rel=0.12)
-    same = differences("perplexity", tokens, first, first.copy(), rng=generator("a"))
+    same = differences("perplexity", tokens, first, first.copy())
     assert interval(same) == (0.0, 0.0)
-
-
-def test_a_metric_without_a_bootstrap_is_refused() -> None:
-    with refused(ValueError):
-        differences("bleu", *values(5, 9), rng=generator("a"))

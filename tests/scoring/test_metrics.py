@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
 from support.messages import refused
 
 from moc_cli.data.commonsense import make_example
@@ -18,11 +20,11 @@ from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.metrics import (
     METRICS,
+    SCORES,
     Measure,
-    f1_of,
+    draw_counts,
     majority,
     majority_choice,
-    matthews_of,
     measure,
     perplexity,
 )
@@ -116,20 +118,26 @@ def test_bootstrap_resamples_rows(metric: str) -> None:
     assert measure(metric, labels, guesses).stderr == pytest.approx(plain, rel=0.15)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_metrics_of_counts_are_those_of_rows(classes: int) -> None:
+LIBRARY = {
+    "accuracy": lambda labels, guesses: np.mean(labels == guesses),
+    "f1": lambda labels, guesses: f1_score(labels, guesses, labels=[1], average="micro"),
+    "matthews": matthews_corrcoef,
+    "pearson": lambda labels, guesses: pearsonr(labels, guesses).statistic,
+    "spearman": lambda labels, guesses: spearmanr(labels, guesses).statistic,
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_resample_has_the_score_that_libraries_give_its_items(metric: str) -> None:
+    """Three classes, so that many values are tied."""
     rng = np.random.default_rng(3)
-    tables = rng.integers(0, 5, size=(40, classes, classes)).astype(float)
-    tables[0], tables[1, 1:], tables[2, :, 1:] = np.eye(classes), 0, 0  # degenerate ones too
-    tables[3, 1], tables[3, :, 1] = 0, 0
-    for number, table in enumerate(tables):
-        pairs = [
-            (a, b) for a in range(classes) for b in range(classes) for _ in range(int(table[a, b]))
-        ]
-        labels, guesses = zip(*pairs, strict=True)
-        assert matthews_of(tables)[number] == pytest.approx(METRICS["matthews"](labels, guesses))
-        if classes == 2:
-            assert f1_of(tables)[number] == pytest.approx(METRICS["f1"](labels, guesses))
+    labels = rng.integers(0, 3, size=30)
+    guesses = np.where(rng.random(30) < 0.6, labels, rng.integers(0, 3, size=30))
+    (counts,) = draw_counts(rng, 30, 40)
+    assert (counts.sum(1) == 30).all()
+    resamples = [np.repeat(np.arange(30), row.astype(int)) for row in counts]
+    expected = [LIBRARY[metric](labels[items], guesses[items]) for items in resamples]
+    assert SCORES[metric](labels, guesses, counts) == pytest.approx(expected, abs=1e-12)
 
 
 def test_bootstrap_leaves_the_global_generator_alone() -> None:
