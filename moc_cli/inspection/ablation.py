@@ -5,6 +5,7 @@ sites after it decide anew on what reaches them.
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 
 from moc_cli.data.examples import Example
-from moc_cli.inspection.record import BatchSize, Progress
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.site import Site
 from moc_cli.nn.vote import Route
+from moc_cli.scoring.batch_size import BatchSizeOption
+from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import ScoringOptions
 
 
@@ -40,7 +42,7 @@ def ablate(
     trained: LoadedRun,
     examples: Sequence[Example],
     *,
-    batch_size: BatchSize,
+    batch_size: BatchSizeOption,
     on_progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Return the mean change of a row's loss for each site, with its standard error over the rows.
@@ -56,23 +58,18 @@ def ablate(
         with local_at(mixture, site.index):
             losses = row_losses(trained, examples, batch_size)
         changes = [new - old for new, old in zip(losses, before, strict=True)]
-        mean = sum(changes) / len(changes)
-        entries.append({"site": site.name, "loss_change": mean, "stderr": _stderr(changes, mean)})
+        several = len(changes) > 1
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if several else None
+        mean = statistics.fmean(changes)
+        entries.append({"site": site.name, "loss_change": mean, "stderr": error})
         if on_progress is not None:
             on_progress(len(entries), len(mixture.sites))
     return entries
 
 
 def row_losses(
-    trained: LoadedRun, examples: Sequence[Example], batch_size: BatchSize
+    trained: LoadedRun, examples: Sequence[Example], batch_size: BatchSizeOption
 ) -> list[float]:
     """Return the loss of each row, without those whose answer was cut off."""
     options = ScoringOptions(batch_size, trained.recipe.data.max_length)
     return trained.kind.row_losses(trained, examples, options)
-
-
-def _stderr(changes: Sequence[float], mean: float) -> float | None:
-    if len(changes) < 2:
-        return None
-    spread = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
-    return math.sqrt(spread / len(changes))

@@ -7,25 +7,19 @@ base 2: a metric, 0 for equal shares, 1 where no control is used by both.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from scipy.special import rel_entr
 
 from moc_cli.errors import RunError
 from moc_cli.inspection.statistics import share_rows
 from moc_cli.methods.route_counts import Layout, Record
 
 
-def distances(p: Tensor, q: Tensor) -> Tensor:
+def distances(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Jensen-Shannon distance of each row of p and q (S, N): (S,), in [0, 1]."""
     middle = (p + q) / 2
-    apart = (_relative(p, middle) + _relative(q, middle)) / 2
-    return apart.clamp(min=0, max=1).sqrt()
-
-
-def _relative(p: Tensor, q: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of rows to base 2; q is positive wherever p is."""
-    ratio = torch.where(p > 0, p / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
-    return (p * ratio.log2()).sum(dim=-1)
+    apart = (rel_entr(p, middle) + rel_entr(q, middle)).sum(-1) / (2 * np.log(2))
+    return np.asarray(np.sqrt(np.clip(apart, 0, 1)))
 
 
 def task_distances(tasks: Mapping[str, Record]) -> dict[str, Any]:
@@ -34,7 +28,7 @@ def task_distances(tasks: Mapping[str, Record]) -> dict[str, Any]:
     if len(names) < 2:
         return {"tasks": names, "matrix": []}
     shares = [share_rows(tasks[name]) for name in names]
-    matrix = [[round(distances(p, q).mean().item(), 9) for q in shares] for p in shares]
+    matrix = [[round(float(distances(p, q).mean()), 9) for q in shares] for p in shares]
     return {"tasks": names, "matrix": matrix}
 
 
@@ -43,8 +37,8 @@ def compared(name: str, ours: Record, theirs: Record) -> dict[str, Any]:
     p, q = share_rows(ours), share_rows(theirs)
     return {
         "run": name,
-        "difference": [[round(value, 9) for value in row] for row in (p - q).tolist()],
-        "distance": [round(value, 9) for value in distances(p, q).tolist()],
+        "difference": (p - q).round(9).tolist(),
+        "distance": distances(p, q).round(9).tolist(),
     }
 
 

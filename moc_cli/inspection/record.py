@@ -1,19 +1,15 @@
 """Rows through the adapted model, under a recorder of what its gates do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from moc_cli.data.encode import Row
 from moc_cli.data.splits import TaskRows
 from moc_cli.load_run import LoadedRun
 from moc_cli.methods.route_counts import Record
 from moc_cli.report.progress import WorkProgress
-from moc_cli.scoring.batch_size import RowCost, run_batches
-from moc_cli.scoring.forward import Limits, evaluating
-
-Progress = Callable[[int, int], None]
-BatchSize = int | Literal["auto"]
+from moc_cli.scoring.batch_size import BatchSizeOption, RowCost, run_batches
+from moc_cli.scoring.forward import Limits, Progress, evaluating
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ def record(
     trained: LoadedRun,
     prompts: Sequence[Row],
     *,
-    batch_size: BatchSize,
+    batch_size: BatchSizeOption,
     on_progress: Progress | None = None,
 ) -> Record:
     """Record what the gates do on prompts: each row decides once at every site."""
@@ -49,7 +45,7 @@ def record(
 
 
 def record_tasks(
-    trained: LoadedRun, tasks: Sequence[TaskRows], *, batch_size: BatchSize
+    trained: LoadedRun, tasks: Sequence[TaskRows], *, batch_size: BatchSizeOption
 ) -> RunRecord:
     """Record what the gates do on the prompts of each task."""
     records: dict[str, Record] = {}

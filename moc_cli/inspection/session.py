@@ -8,7 +8,7 @@ Several processes share the batches; all read the run and the rows, and the firs
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError, RunError
@@ -23,8 +23,10 @@ from moc_cli.methods.route_counts import Layout
 from moc_cli.processes import current
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.suggest import choices
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import BaseOptions, RunFolder
+from moc_cli.scoring.batch_size import BatchSizeOption
 from moc_cli.training.accelerator import join_launched
 
 FORMAT = 1
@@ -71,8 +73,6 @@ class Inspection:
         """Read the rows to route; none where a text is given. Raises MocError for wrong options."""
         options = self.options
         if options.site is not None and options.site not in self.layout.names:
-            from moc_cli.recipe.suggest import choices
-
             raise MocError(
                 f"--site: no site '{options.site}'{choices(options.site, self.layout.names)}"
             )
@@ -116,7 +116,7 @@ class Inspection:
         with self.processes.together():
             return open_run(run, device=options.device, recipe=recipe, base=options.base_options)
 
-    def _batch_size(self) -> int | Literal["auto"]:
+    def _batch_size(self) -> BatchSizeOption:
         return self.options.batch_size or self.recipe.eval.per_device_eval_batch_size
 
     def _record(self, trained: LoadedRun) -> tuple[RunRecord, dict[str, Any] | None]:
@@ -124,8 +124,7 @@ class Inspection:
         if self.options.text is not None:
             prompts, tokens = text_votes(trained, self.options.text)
             return RunRecord({}, record(trained, prompts, batch_size=1)), tokens
-        size = self._batch_size()
-        return record_tasks(trained, self.tasks, batch_size=size), None
+        return record_tasks(trained, self.tasks, batch_size=self._batch_size()), None
 
     def _ablate(self, trained: LoadedRun) -> list[dict[str, Any]]:
         examples = [example for task in self.tasks for example in task.examples]

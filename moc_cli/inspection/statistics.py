@@ -7,6 +7,7 @@ outside its pool. Entropies are in nats.
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,36 +15,31 @@ from moc_cli.methods.route_counts import Record
 from moc_cli.nn.control import Control, LearnedAlpha
 from moc_cli.nn.mixture import Mixture
 
-Matrix = list[list[float]]
-
 
 def matrices(record: Record) -> dict[str, Any]:
     """Return share, counts, weight, probability (S, S) and the decisions of a site."""
     layout = record.layout
     size = len(layout.names)
-    tables = {name: torch.zeros(size, size, dtype=torch.float64) for name in _MEANS}
-    counts = torch.zeros(size, size, dtype=torch.int64)
+    share, weight, probability = np.zeros((3, size, size))
+    counts = np.zeros((size, size), dtype=int)
     for site in range(size):
         members, decisions = layout.members(site), max(record.decisions(site), 1)
-        counts[site, members] = record.counts(site).round().long()
-        tables["share"][site, members] = record.counts(site) / (decisions * layout.top_k)
-        tables["weight"][site, members] = record.weights(site) / decisions
-        tables["probability"][site, members] = record.probabilities(site) / decisions
-    decisions = round(record.decisions(0))
-    plain = {name: _plain(table) for name, table in tables.items()}
-    return {"decisions": decisions, "counts": counts.tolist()} | plain
+        counts[site, members] = record.counts(site).round()
+        share[site, members] = record.counts(site) / (decisions * layout.top_k)
+        weight[site, members] = record.weights(site) / decisions
+        probability[site, members] = record.probabilities(site) / decisions
+    return {
+        "decisions": round(record.decisions(0)),
+        "counts": counts.tolist(),
+        "share": share.round(9).tolist(),
+        "weight": weight.round(9).tolist(),
+        "probability": probability.round(9).tolist(),
+    }
 
 
-_MEANS = ("share", "weight", "probability")
-
-
-def _plain(table: Tensor) -> Matrix:
-    return [[round(value, 9) for value in row] for row in table.tolist()]
-
-
-def share_rows(record: Record) -> Tensor:
+def share_rows(record: Record) -> np.ndarray:
     """The shares (S, S) of a record, in float64."""
-    return torch.tensor(matrices(record)["share"], dtype=torch.float64)
+    return np.array(matrices(record)["share"])
 
 
 def sites(mixture: Mixture) -> list[dict[str, Any]]:

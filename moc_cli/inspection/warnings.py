@@ -29,20 +29,22 @@ GateWarning = dict[str, str]
 
 def find_warnings(routing: Mapping[str, Any], method: MocMethod) -> list[GateWarning]:
     """Return the warnings that a routing.json deserves, the most serious first."""
+    pools: dict[str, list[int]] = {}
+    for index, site in enumerate(routing["sites"]):
+        pools.setdefault(site["pool"], []).append(index)
     untrained = _untrained(method)
     warnings = [untrained]
     if routing["text"] is None:
+        sizes = [len(members) for members in pools.values()]
+        for pool, members in pools.items():
+            collapsed = _collapsed(routing, method, pool, members)
+            warnings.append(collapsed or _half_dead(routing, method, pool, members))
         warnings += [
-            *(_few_controls(routing, method, pool) for pool in _pools(routing)),
-            None if untrained else _uniform(routing, method),
-            _local_only(routing, method),
+            None if untrained else _uniform(routing, method, sizes),
+            _local_only(routing, method, sizes),
             _one_token(routing, method),
         ]
     return [warning for warning in warnings if warning is not None]
-
-
-def _pools(routing: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(site["pool"] for site in routing["sites"]))
 
 
 def _untrained(method: MocMethod) -> GateWarning | None:
@@ -62,11 +64,6 @@ def _untrained(method: MocMethod) -> GateWarning | None:
         "method.gate.estimator=straight_through",
         "key": "method.balance.weight",
     }
-
-
-def _few_controls(routing: Mapping[str, Any], method: MocMethod, pool: str) -> GateWarning | None:
-    members = [i for i, site in enumerate(routing["sites"]) if site["pool"] == pool]
-    return _collapsed(routing, method, pool, members) or _half_dead(routing, method, pool, members)
 
 
 def _collapsed(
@@ -113,8 +110,7 @@ def _more_balance(method: MocMethod) -> str:
     return f"Raise method.balance.weight, now {weight:g}, to {advice}"
 
 
-def _uniform(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | None:
-    sizes = [sum(s["pool"] == pool for s in routing["sites"]) for pool in _pools(routing)]
+def _uniform(routing: Mapping[str, Any], method: MocMethod, sizes: list[int]) -> GateWarning | None:
     entropy, most = routing["summary"]["gate_entropy"], math.log(sum(sizes) / len(sizes))
     if min(sizes) < 2 or entropy < UNIFORM * most:
         return None
@@ -134,10 +130,11 @@ def _uniform(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | Non
     }
 
 
-def _local_only(routing: Mapping[str, Any], method: MocMethod) -> GateWarning | None:
+def _local_only(
+    routing: Mapping[str, Any], method: MocMethod, sizes: list[int]
+) -> GateWarning | None:
     share = routing["summary"]["local_share"]
-    smallest = min(sum(s["pool"] == pool for s in routing["sites"]) for pool in _pools(routing))
-    if share < LOCAL_ONLY or smallest <= method.top_k:
+    if share < LOCAL_ONLY or min(sizes) <= method.top_k:
         return None
     return {
         "name": "local_only",

@@ -367,8 +367,8 @@ def test_distances_are_scipys():
     p, q = torch.rand(2, 9, 5, generator=generator, dtype=torch.float64).unbind()
     p[0, 1:] = 0
     q[0, 0] = 0  # nothing in common
-    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-    expected = [jensenshannon(a, b, base=2) for a, b in zip(p.numpy(), q.numpy(), strict=True)]
+    p, q = ((side / side.sum(1, keepdim=True)).numpy() for side in (p, q))
+    expected = [jensenshannon(a, b, base=2) for a, b in zip(p, q, strict=True)]
     assert distances(p, q).tolist() == pytest.approx(expected)
     assert distances(p, q)[0].item() == pytest.approx(1)
     assert distances(p, p).tolist() == [0.0] * 9
