@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def score_harness(options: "EvalOptions", json: bool) -> None:
-    """Read the tasks' rows, load the model, run the tasks, and print lm_eval's table.
+    """Read the tasks' rows, load the model, run the tasks, and print lm_eval's table. One process.
 
     Mistakes in options and tasks are reported before the model is loaded.
     """
@@ -26,11 +26,10 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
         recipe = _read_recipe(options, run)
     from moc_cli.evaluation import lm_eval_tasks
     from moc_cli.evaluation.results_folder import check_output
-    from moc_cli.evaluation.session import join_others, load_model
+    from moc_cli.evaluation.session import load_model
     from moc_cli.report.characters import printable
     from moc_cli.report.output import print_json, say
 
-    lm_eval_tasks.check_installed()
     label = lm_eval_tasks.label(options)
     if run is not None:
         home = run.path / "eval" / run.labelled(label)
@@ -38,12 +37,8 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
         home = model_home(options.model or "") / label
     folder = options.output_dir or home
     check_output(folder, within=run.path if run and not options.output_dir else None)
-    group = join_others(options, recipe)
-    with group.together(), group.main_first():
-        tasks = lm_eval_tasks.load_tasks(options)
+    tasks = lm_eval_tasks.load_tasks(options)
     report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder)
-    if not group.main:
-        return
     results = report.folder.to_json()
     if json:
         print_json(results | {"folder": str(folder)})

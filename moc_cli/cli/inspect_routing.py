@@ -103,7 +103,7 @@ def inspect_routing(
     if code is not None:
         raise typer.Exit(code)
     from moc_cli.inspection.results import check_output, write_results
-    from moc_cli.inspection.session import Inspection, InspectOptions
+    from moc_cli.inspection.session import InspectOptions, inspect
     from moc_cli.processes import current
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.routing import routing_views
@@ -124,7 +124,7 @@ def inspect_routing(
         base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
     )
     check_output(folder)
-    routing = Inspection(options).run()
+    routing = inspect(options)
     if not current().main:
         return
     paths = write_results(routing, folder)

@@ -5,7 +5,6 @@ rules (lm_eval_model). Nothing is sent anywhere: rows come from the hub or a fol
 that would be fetched as code are refused.
 """
 
-import difflib
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from moc_cli import processes
 from moc_cli.errors import DataError, MocError
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, mean_of_main
 from moc_cli.evaluation.session import model_facts
 from moc_cli.load_run import LoadedModel
+from moc_cli.recipe.suggest import did_you_mean
 from moc_cli.report.progress import WorkProgress
 
 BOOTSTRAP = 1000  # resamples behind the standard error of a metric that is not a plain mean
@@ -69,15 +67,10 @@ def label(options: EvalOptions) -> str:
     return f"harness{shots}" + ("" if options.limit is None else f"-limit-{options.limit}")
 
 
-def check_installed() -> None:
-    """Raise MocError where the extra is missing."""
-    if find_spec("lm_eval") is None:
-        raise MocError("--harness needs lm-evaluation-harness, which is not installed", INSTALL)
-
-
 def load_tasks(options: EvalOptions) -> dict[str, dict[str, Any]]:
     """Read the rows of every named task; raises DataError with all mistakes at once."""
-    check_installed()
+    if find_spec("lm_eval") is None:
+        raise MocError("--harness needs lm-evaluation-harness, which is not installed", INSTALL)
     if options.tasks_path is not None and not options.tasks_path.is_dir():
         raise DataError(f"--tasks-path: no folder {options.tasks_path}")
     no_telemetry()
@@ -86,7 +79,10 @@ def load_tasks(options: EvalOptions) -> dict[str, dict[str, Any]]:
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         raise DataError(
-            "\n".join(f"--harness: no task '{name}'{_nearest(name, manager)}" for name in unknown),
+            "\n".join(
+                f"--harness: no task '{name}'{did_you_mean(name, manager.all_tasks)}"
+                for name in unknown
+            ),
             "lm-eval ls tasks lists them; --tasks-path DIR adds your own",
         )
     loaded, wrong = {}, []
@@ -121,11 +117,6 @@ def _task_manager(options: EvalOptions) -> Any:
     return TaskManager(include_path=path)
 
 
-def _nearest(name: str, manager: Any) -> str:
-    close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
 def _set_shots(task: Any, shots: int | None) -> None:
     """Set how many solved examples stand before a question; a task that wants none gets none."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -142,7 +133,7 @@ def run(
     model: LoadedModel,
     folder: Path,
 ) -> LmEvalReport:
-    """Run the tasks; results.json and samples.jsonl are written after each name. Joint."""
+    """Run the tasks; results.json and samples.jsonl are written after each name."""
     conditions = {
         "suite": "lm-evaluation-harness",
         "protocol": "harness",
@@ -150,9 +141,7 @@ def run(
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
     }
-    group = processes.current()
-    conditions = model_facts(model) | conditions
-    report = LmEvalReport(group.on_main(lambda: LmEvalFolder(folder, conditions)), {})
+    report = LmEvalReport(LmEvalFolder(folder, model_facts(model) | conditions), {})
     for name, loaded in tasks.items():
         results, entries = _evaluate(options, name, loaded, model)
         _merge(report.results.setdefault("model", {}), results)
@@ -165,8 +154,7 @@ def run(
                     score["base"] = bare[task]["metrics"][metric]["value"]
                 entry["base_source"] = "scored beside it"
         for task, entry in entries.items():
-            samples = _samples(results["samples"].get(task, []))
-            group.on_main(partial(report.folder.add, task, entry, samples))
+            report.folder.add(task, entry, _samples(results["samples"].get(task, [])))
     return report
 
 

@@ -49,19 +49,28 @@ class EvalOptions:
         """Raise MocError naming all that is wrong with the options themselves."""
         if (self.run is None) == (self.model is None):
             raise MocError("give a run folder or --model ID, one of them", "moc eval --help")
-        mistakes = []
-        if self.run is not None:
-            given = {"--suite": self.suite, "--dtype": self.dtype}
-            mistakes += [
-                f"{name} goes with --model; a run has its own" for name in given if given[name]
-            ]
-        else:
-            if self.base:
-                mistakes.append(
-                    "--base goes with a run; with --model the base is all that is scored"
-                )
-            if self.base_options.path is not None or self.base_options.allow_changes:
-                mistakes.append("--base-path and --allow-changed-base go with a run")
+        run, harness, named = self.run is not None, self.harness is not None, self.harness or ()
+        moved = self.base_options.path is not None or self.base_options.allow_changes
+        of_model, not_here = "goes with --model; a run has its own", "cannot be used with --harness"
+        of_harness = self.tasks_path is not None or self.num_fewshot is not None
+        only_base = "--base goes with a run; with --model the base is all that is scored"
+        not_compiled = "--torch-compile: --harness generates without compiling"
+        cases: list[tuple[object, str]] = [
+            (run and self.suite, f"--suite {of_model}"),
+            (run and self.dtype, f"--dtype {of_model}"),
+            (not run and self.base, only_base),
+            (not run and moved, "--base-path and --allow-changed-base go with a run"),
+            (len(set(self.tasks)) < len(self.tasks), "--tasks: a task is named twice"),
+            (not harness and of_harness, "--tasks-path and --num-fewshot go with --harness"),
+            (harness and self.tasks, f"--tasks: {not_here}"),
+            (harness and self.suite, f"--suite: {not_here}"),
+            (harness and self.path, f"--path: {not_here}"),
+            (harness and self.protocol, f"--protocol: {not_here}"),
+            (harness and self.torch_compile, not_compiled),
+            (harness and not named, "--harness: no task is named"),
+            (len(set(named)) < len(named), "--harness: a task is named twice"),
+        ]
+        mistakes = [message for is_wrong, message in cases if is_wrong]
         closed = {
             "--protocol": (self.protocol, CHOICE.protocols),
             "--dtype": (self.dtype, DTYPES),
@@ -75,30 +84,6 @@ class EvalOptions:
             mistakes.append(
                 f"--batch-size: found '{size}'; allowed: auto, or a whole number of at least 1"
             )
-        if len(set(self.tasks)) < len(self.tasks):
-            mistakes.append("--tasks: a task is named twice")
-        refuse(mistakes)
-        if self.harness is None:
-            if self.tasks_path is not None or self.num_fewshot is not None:
-                raise MocError(
-                    "--tasks-path and --num-fewshot go with --harness", "moc eval --help"
-                )
-            return
-        others = {
-            "--tasks": self.tasks,
-            "--suite": self.suite,
-            "--path": self.path,
-            "--protocol": self.protocol,
-        }
-        mistakes = [
-            f"{name}: cannot be used with --harness" for name, value in others.items() if value
-        ]
-        if self.torch_compile:
-            mistakes.append("--torch-compile: --harness generates without compiling")
-        if not self.harness:
-            mistakes.append("--harness: no task is named")
-        if len(set(self.harness)) < len(self.harness):
-            mistakes.append("--harness: a task is named twice")
         refuse(mistakes)
 
 

@@ -6,6 +6,7 @@ Several processes share the batches; all read the run and the rows, and the firs
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from moc_cli.inspection.tokens import text_votes
 from moc_cli.inspection.warnings import find_warnings
 from moc_cli.load_run import LoadedRun, open_run, saved_shapes
 from moc_cli.methods.route_counts import Layout
-from moc_cli.processes import current
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
@@ -51,59 +51,10 @@ class InspectOptions:
     device: str | None = None
     base_options: BaseOptions = BaseOptions()
 
-
-class Inspection:
-    """One call of the command. All that can be wrong is found before weights are loaded; joint."""
-
-    def __init__(self, options: InspectOptions) -> None:
-        self.options = options
-        self.recipe = options.recipe
-        update = {} if options.device is None else {"device": options.device}
-        join_launched(self.recipe.launch.model_copy(update=update))
-        self.processes = current()
-        with self.processes.together(), self.processes.main_first():
-            self.layout = read_layout(options.run, self.method)
-            self.history = history(RunFolder.open(options.run))
-            if options.compare is not None:
-                other = read_layout(options.compare, self.method)
-                check_same_sites(self.layout, other, str(options.compare))
-            self.tasks = self._read_rows()
-
-    def _read_rows(self) -> list[TaskRows]:
-        """Read the rows to route; none where a text is given. Raises MocError for wrong options."""
-        options = self.options
-        if options.site is not None and options.site not in self.layout.names:
-            raise MocError(
-                f"--site: no site '{options.site}'{choices(options.site, self.layout.names)}"
-            )
-        names = options.tasks or list(self.recipe.data.tasks)
-        if len(set(names)) < len(names):
-            raise MocError("--tasks: a task is named twice")
-        if options.text is None:
-            data = self.recipe.data
-            return read_scored(data, names, split=options.split, limit=options.limit)
-        if not options.text.strip():
-            raise MocError("--text is empty", "give a text, or leave it out to look at rows")
-        if options.tasks or options.split or options.ablate:
-            raise MocError(
-                "--text looks at one text, without an answer: --tasks, --split and --ablate need "
-                "rows",
-                "leave out --text or the others",
-            )
-        return []
-
-    def run(self) -> dict[str, Any]:
-        """Load the model, record its gates, and return what routing.json holds; joint."""
-        trained = self._open(self.options.run, self.recipe)
-        records, tokens = self._record(trained)
-        routing = self._describe(trained, records) | {"tokens": tokens}
-        if self.options.ablate:
-            routing["ablation"] = self._ablate(trained)
-        if self.options.compare is not None:
-            compared_run = self._open(self.options.compare, self.options.compare_recipe)
-            other, _ = self._record(compared_run)
-            routing["compare"] = compared(str(self.options.compare), records.total, other.total)
-        return routing
+    @property
+    def rows_per_batch(self) -> BatchSizeOption:
+        """The batch size that was typed, or the recipe's."""
+        return self.batch_size or self.recipe.eval.per_device_eval_batch_size
 
     @property
     def method(self) -> MocMethod:
@@ -111,55 +62,100 @@ class Inspection:
         assert isinstance(self.recipe.method, MocMethod)
         return self.recipe.method
 
-    def _open(self, run: Path, recipe: Recipe | None) -> LoadedRun:
-        options = self.options
-        with self.processes.together():
+
+def inspect(options: InspectOptions) -> dict[str, Any]:
+    """Record the gates of a run, and return what routing.json holds; joint.
+
+    All that can be wrong is found before weights are loaded.
+    """
+    update = {} if options.device is None else {"device": options.device}
+    processes = join_launched(options.recipe.launch.model_copy(update=update))
+    with processes.together(), processes.main_first():
+        layout = read_layout(options.run, options.method)
+        trained_with = history(RunFolder.open(options.run))
+        if options.compare is not None:
+            other_layout = read_layout(options.compare, options.method)
+            check_same_sites(layout, other_layout, str(options.compare))
+        tasks = _read_rows(options, layout)
+
+    def load(run: Path, recipe: Recipe | None) -> LoadedRun:
+        with processes.together():
             return open_run(run, device=options.device, recipe=recipe, base=options.base_options)
 
-    def _batch_size(self) -> BatchSizeOption:
-        return self.options.batch_size or self.recipe.eval.per_device_eval_batch_size
+    trained = load(options.run, options.recipe)
+    records, tokens = _record(options, trained, tasks)
+    routing = _describe(options, trained, records) | {"history": trained_with, "tokens": tokens}
+    if options.ablate:
+        examples = [example for task in tasks for example in task.examples]
+        size = options.rows_per_batch
+        with WorkProgress("ablate sites", len(layout.names)) as bar:
+            losses = ablate(trained, examples, batch_size=size, on_progress=bar.observe)
+        routing["ablation"] = losses
+    if options.compare is not None:
+        other, _ = _record(options, load(options.compare, options.compare_recipe), tasks)
+        routing["compare"] = compared(str(options.compare), records.total, other.total)
+    return routing
 
-    def _record(self, trained: LoadedRun) -> tuple[RunRecord, dict[str, Any] | None]:
-        """Return what the gates of a run do, and of a text each token's votes."""
-        if self.options.text is not None:
-            prompts, tokens = text_votes(trained, self.options.text)
-            return RunRecord({}, record(trained, prompts, batch_size=1)), tokens
-        return record_tasks(trained, self.tasks, batch_size=self._batch_size()), None
 
-    def _ablate(self, trained: LoadedRun) -> list[dict[str, Any]]:
-        examples = [example for task in self.tasks for example in task.examples]
-        with WorkProgress("ablate sites", len(self.layout.names)) as bar:
-            return ablate(trained, examples, batch_size=self._batch_size(), on_progress=bar.observe)
+def _read_rows(options: InspectOptions, layout: Layout) -> list[TaskRows]:
+    """Read the rows to route; none where a text is given. Raises MocError for wrong options."""
+    if options.site is not None and options.site not in layout.names:
+        raise MocError(f"--site: no site '{options.site}'{choices(options.site, layout.names)}")
+    data = options.recipe.data
+    names = options.tasks or list(data.tasks)
+    if len(set(names)) < len(names):
+        raise MocError("--tasks: a task is named twice")
+    if options.text is None:
+        return read_scored(data, names, split=options.split, limit=options.limit)
+    if not options.text.strip():
+        raise MocError("--text is empty", "give a text, or leave it out to look at rows")
+    if options.tasks or options.split or options.ablate:
+        raise MocError(
+            "--text looks at one text, without an answer: --tasks, --split and --ablate need rows",
+            "leave out --text or the others",
+        )
+    return []
 
-    def _describe(self, trained: LoadedRun, records: RunRecord) -> dict[str, Any]:
-        """Return all of routing.json that follows from the records."""
-        mixture, method = trained.adapted.mixture, self.method
-        assert mixture is not None
-        level = "token" if method.routing.level == "token" else "sample"
-        on_rows = self.options.text is None
-        routing: dict[str, Any] = {
-            "format": FORMAT,
-            "run": trained.name,
-            "model": trained.adapter_config["base_model_name_or_path"],
-            "method": method.model_dump(mode="json"),
-            "step": trained.adapter_config.get("step"),
-            "split": (self.options.split or "scored") if on_rows else None,
-            "limit": self.options.limit if on_rows else None,
-            "text": self.options.text,
-            "sites": statistics.sites(mixture),
-            "level": level,
-            **statistics.matrices(records.total),
-            "tasks": {name: statistics.matrices(record) for name, record in records.tasks.items()},
-            "per_site": statistics.per_site(records.total, level, mixture.alpha),
-            "per_control": statistics.per_control(records.total, mixture, method.scale),
-            "summary": statistics.summary(records.total, mixture),
-            "history": self.history,
-            "task_distance": task_distances(records.tasks),
-            "compare": None,
-            "ablation": None,
-            "tokens": None,
-        }
-        return routing | {"warnings": find_warnings(routing, method)}
+
+def _record(
+    options: InspectOptions, trained: LoadedRun, tasks: Sequence[TaskRows]
+) -> tuple[RunRecord, dict[str, Any] | None]:
+    """Return what the gates of a run do, and of a text each token's votes."""
+    if options.text is None:
+        return record_tasks(trained, tasks, batch_size=options.rows_per_batch), None
+    prompts, tokens = text_votes(trained, options.text)
+    return RunRecord({}, record(trained, prompts, batch_size=1)), tokens
+
+
+def _describe(options: InspectOptions, trained: LoadedRun, records: RunRecord) -> dict[str, Any]:
+    """Return all of routing.json that follows from the records."""
+    mixture, method = trained.adapted.mixture, options.method
+    assert mixture is not None
+    level = "token" if method.routing.level == "token" else "sample"
+    on_rows = options.text is None
+    routing: dict[str, Any] = {
+        "format": FORMAT,
+        "run": trained.name,
+        "model": trained.adapter_config["base_model_name_or_path"],
+        "method": method.model_dump(mode="json"),
+        "step": trained.adapter_config.get("step"),
+        "split": (options.split or "scored") if on_rows else None,
+        "limit": options.limit if on_rows else None,
+        "text": options.text,
+        "sites": statistics.sites(mixture),
+        "level": level,
+        **statistics.matrices(records.total),
+        "tasks": {name: statistics.matrices(record) for name, record in records.tasks.items()},
+        "per_site": statistics.per_site(records.total, level, mixture.alpha),
+        "per_control": statistics.per_control(records.total, mixture, method.scale),
+        "summary": statistics.summary(records.total, mixture),
+        "history": None,
+        "task_distance": task_distances(records.tasks),
+        "compare": None,
+        "ablation": None,
+        "tokens": None,
+    }
+    return routing | {"warnings": find_warnings(routing, method)}
 
 
 def history(folder: RunFolder) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ is wrong, and counted apart.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,13 +40,7 @@ class Answer:
 
     def sample(self) -> dict[str, Any]:
         """Return what samples.jsonl says of the question."""
-        return {
-            "label": self.label,
-            "prediction": self.prediction,
-            "correct": self.correct,
-            "output": self.output,
-            "answer": self.answer,
-        }
+        return asdict(self) | {"correct": self.correct}
 
 
 def generate(

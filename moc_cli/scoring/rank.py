@@ -6,7 +6,7 @@ and every token that is not the same in all of them is scored.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -38,13 +38,7 @@ class ItemScore:
 
     def sample(self) -> dict[str, Any]:
         """Return what samples.jsonl says of the question."""
-        return {
-            "label": self.label,
-            "prediction": self.prediction,
-            "scores": list(self.scores),
-            "correct": self.correct,
-            "margin": self.margin,
-        }
+        return asdict(self) | {"correct": self.correct}
 
 
 def rank(

@@ -9,37 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.group import run_together
-from support.rows import write_rows
 from support.tiny_runs import choices_run
 
 from moc_cli import load_run
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.evaluation import lm_eval_tasks
 from moc_cli.evaluation.options import EvalOptions
-from moc_cli.evaluation.session import evaluate, join_others, load_model
-from moc_cli.inspection.session import Inspection, InspectOptions
+from moc_cli.evaluation.session import evaluate
+from moc_cli.inspection.session import InspectOptions, inspect
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.runs import RunFolder
-
-OWN_TASK = """
-task: own_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {home}/rows.jsonl}}, cache_dir: {home}/cache}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_target: answer
-doc_to_choice: choices
-"""
-COLOURS = [
-    {
-        "question": f"what is {'so ' * n}{n}?",
-        "choices": ["red", "blue", "dark red"],
-        "answer": n % 3,
-    }
-    for n in range(7)
-]
 
 
 def options(home: Path, name: str, folder: Path) -> EvalOptions:
@@ -51,11 +30,6 @@ def options(home: Path, name: str, folder: Path) -> EvalOptions:
         **{
             "rank": {"run": home / "run", "base": True},
             "model": model,
-            "harness": {
-                "run": home / "run",
-                "harness": ("own_choice",),
-                "tasks_path": home / "tasks",
-            },
         }[name],
     )
 
@@ -64,17 +38,13 @@ def use_everything(home: Path, folder: Path) -> dict[str, Any]:
     """Evaluate in each way into folders below `folder`, and return what routing.json would hold."""
     for name in ("rank", "model"):
         evaluate(options(home, name, folder))
-    asked = options(home, "harness", folder)
     recipe = RunFolder.open(home / "run").read_recipe(trust_remote_code=False)
-    join_others(asked, recipe)
-    tasks = lm_eval_tasks.load_tasks(asked)
-    lm_eval_tasks.run(asked, tasks, load_model(asked, recipe), folder / "harness")
     routing = {}
     for name, text in (("rows", None), ("text", "Is it so?")):
         how = InspectOptions(
             home / "run", recipe, [], text=text, ablate=text is None, batch_size=2, device="cpu"
         )
-        routing[name] = Inspection(how).run()
+        routing[name] = inspect(how)
     return routing
 
 
@@ -120,12 +90,9 @@ def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert run([*choices_run(tmp_path), "--json"]) == 0
-    write_rows(tmp_path / "rows.jsonl", COLOURS)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "own.yaml").write_text(OWN_TASK.format(home=tmp_path))
     alone = json.loads(json.dumps(use_everything(tmp_path, tmp_path / "alone")))
     run_together(use_everything_together, 2, tmp_path)
-    for name in ("rank", "model", "harness"):
+    for name in ("rank", "model"):
         one, several = tmp_path / "alone" / name, tmp_path / "by 0" / name
         assert sorted(p.name for p in several.iterdir()) == sorted(p.name for p in one.iterdir())
         assert without_times(several / "results.json") == without_times(one / "results.json")
