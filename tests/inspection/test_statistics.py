@@ -9,6 +9,7 @@ from support.models import make_batch, make_byte_tokenizer, make_tiny, train_con
 from moc_cli.inspection.ablation import local_at
 from moc_cli.inspection.statistics import control_norm, matrices, per_control, per_site, summary
 from moc_cli.inspection.tokens import text_votes
+from moc_cli.kinds import Choice
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import MocMethod
 from moc_cli.report.routing import site_rows
@@ -104,7 +105,7 @@ def test_an_ablated_site_alone_runs_its_own_control():
 def test_the_votes_of_a_text_name_sites_where_gates_are_not_shared():
     adapted = make(share_gate=False)
     mixture = adapted.mixture
-    trained = SimpleNamespace(adapted=adapted, tokenizer=make_byte_tokenizer(), causal=True)
+    trained = SimpleNamespace(adapted=adapted, tokenizer=make_byte_tokenizer(), kind=Choice())
     _, found = text_votes(trained, "what is red?")
     for site in mixture.sites:
         pool = mixture.pools[site.pool]
