@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moc_cli.benchmark.generation import measure_generation
 from moc_cli.benchmark.machine import check_idle, choose_clock
 from moc_cli.benchmark.models import Bases
@@ -59,7 +57,7 @@ def run(
         "warmup": options.warmup,
         "confidence": CONFIDENCE,
         "clock": clock_name,
-        "memory_kind": _memory_kind(device, training=training),
+        "memory_kind": ALLOCATED if device.type == "cuda" else COUNTED if training else None,
         "environment": describe_machine(device) | {"load": load},
     }
 
@@ -69,10 +67,3 @@ def _told(variant: Variant) -> Variant:
     if not variant.recipe.data.custom:
         return variant
     return replace(variant, recipe=build.read_rows(variant.recipe)[0])
-
-
-def _memory_kind(device: torch.device, *, training: bool) -> str | None:
-    """Return what the peaks are; None where there are none."""
-    if device.type == "cuda":
-        return ALLOCATED
-    return COUNTED if training else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
@@ -46,13 +47,13 @@ def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
         _train_on_inputs,
         "losses are means over other tokens, and scores are known to change with it",
     )
-    yield "data.max_length", lambda run: run.recipe.data.max_length, ""
+    yield "data.max_length", attrgetter("recipe.data.max_length"), ""
     yield "rows a step", batch, "steps and losses of one step are not comparable"
     yield "numbers of steps", _result("steps"), "the runs have not learned for the same time"
     for key in SETTINGS:
-        yield f"train.{key}", _setting(key), ""
+        yield f"train.{key}", attrgetter(f"recipe.train.{key}"), ""
     yield "train.loraplus_lr_ratio", lambda run: run.recipe.train.loraplus_lr_ratio or 1.0, ""
-    yield "seeds", lambda run: run.recipe.seed, "order and initialisation differ"
+    yield "seeds", attrgetter("recipe.seed"), "order and initialisation differ"
     yield "protocols", _scored_under(label, "protocol"), "the scores are not comparable"
     not_same_rows = "the scores are not of the same rows"
     yield "limits", _scored_under(label, "limit"), not_same_rows
@@ -171,10 +172,6 @@ def _train_on_inputs(run: Run) -> bool | None:
     """Whether the loss covers prompts; None where rows have none."""
     data = run.recipe.data
     return data.train_on_inputs if data.kind.prompted else None
-
-
-def _setting(key: str) -> Callable[[Run], Any]:
-    return lambda run: getattr(run.recipe.train, key)
 
 
 def _result(*keys: str) -> Callable[[Run], Any]:

@@ -18,7 +18,7 @@ from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.generate import BEAMS, NEW_TOKENS, Answer, answer_length, generate
 from moc_cli.scoring.rank import ItemScore, query_length, rank
-from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
+from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ class Choice(Causal):
         seconds = time.perf_counter() - begin
         # -1 marks an answer without an option: it equals no label.
         predictions = [-1 if item.prediction is None else item.prediction for item in items]
-        measure = metrics.measure("accuracy", [item.label for item in items], predictions)
-        majority = metrics.majority_choice(examples)
-        score = Score(measure.value, measure.stderr, majority, len(items))
+        labels, constant = [item.label for item in items], metrics.majority_choice(examples)
+        score = metrics.measure("accuracy", labels, predictions, constant)
         return Evaluation(task, {"accuracy": score}, items, seconds, size, unparsed)
 
     def watch(

@@ -23,7 +23,7 @@ from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Limits, Progress
 from moc_cli.scoring.generate import write
 from moc_cli.scoring.loss import TextScore
-from moc_cli.scoring.results import Evaluation, Score, ScoringOptions
+from moc_cli.scoring.results import Evaluation, ScoringOptions
 
 
 class Instruction(Writing):
@@ -69,10 +69,10 @@ class Instruction(Writing):
             )
         ]
         n, seconds = len(items), time.perf_counter() - begin
-        measure = metrics.measure("accuracy", [1] * n, [int(i.correct is True) for i in items])
         # What always giving the most frequent output would score.
-        majority = Counter(item.label for item in items).most_common(1)[0][1] / n
-        exact = {"exact_match": Score(measure.value, measure.stderr, majority, n)}
+        constant = Counter(item.label for item in items).most_common(1)[0][1] / n
+        right = [int(item.correct is True) for item in items]
+        exact = {"exact_match": metrics.measure("accuracy", [1] * n, right, constant)}
         return replace(texts, metrics=exact | texts.metrics, items=items, seconds=seconds)
 
 

@@ -23,7 +23,7 @@ from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import classify, pair_loss
 from moc_cli.scoring.forward import Progress, evaluating
-from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
+from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
 
 
 def id2label(labels: Sequence[str | int]) -> dict[str, str]:
@@ -120,11 +120,7 @@ class Pairs(Kind):
         seconds = time.perf_counter() - begin
         labels = [item.label for item in items]
         predictions = [item.prediction for item in items]
-        scores = {}
-        for name in self.metrics:
-            measure = metrics.measure(name, labels, predictions)
-            majority = metrics.majority(name, labels)
-            scores[name] = Score(measure.value, measure.stderr, majority, len(items))
+        scores = {name: metrics.measure(name, labels, predictions) for name in self.metrics}
         return Evaluation(task, scores, items, seconds, size)
 
     def watch(

@@ -15,7 +15,7 @@ from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.loss import TextScore, lm_loss
-from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, single_task
+from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
 
 
 class Writing(Causal):
@@ -56,8 +56,7 @@ class Writing(Causal):
         encoded = self.encode_answers(examples, model.tokenizer, options.max_length)
         held_out = lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
         items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
-        measure = metrics.perplexity(held_out.rows)
-        scores = {"perplexity": Score(measure.value, measure.stderr, None, len(items))}
+        scores = {"perplexity": metrics.perplexity(held_out.rows)}
         return Evaluation(task, scores, items, time.perf_counter() - begin, size)
 
     def watch(

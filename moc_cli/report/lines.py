@@ -2,23 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from moc_cli.report.numbers import byte_size, duration, percent, short_count
 from moc_cli.results import LOWER_IS_BETTER
 
+if TYPE_CHECKING:
+    from moc_cli.methods import Counts
+
 _CLASSES = 20  # names of classes in one line
-
-
-class Parameters(Protocol):
-    """Numbers of parameters; `share` is adapter / base."""
-
-    @property
-    def adapter(self) -> int: ...
-    @property
-    def modules(self) -> int: ...
-    @property
-    def share(self) -> float: ...
 
 
 def labelled(name: str, text: str) -> str:
@@ -40,7 +32,7 @@ def model_line(name: str, weights: int, dtype: str, quantized: str, size: int) -
     return labelled("model", text)
 
 
-def method_line(name: str, counts: Parameters) -> str:
+def method_line(name: str, counts: "Counts") -> str:
     """Name the method with what it trains."""
     share = percent(counts.share, 3)
     text = f"{name}, {counts.adapter:,} trained parameters, {share} of the base"

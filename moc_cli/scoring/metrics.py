@@ -8,28 +8,18 @@ predictions is 0: they tell nothing about the labels.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
+from moc_cli.scoring.results import Score
 
 RESAMPLES = 1000  # of the bootstrap
 DRAWN_AT_ONCE = 2_000_000  # counts in one array of resamples: 16 MB
 ROUNDING = 1e-12  # a variance that is this part of the items' is one of equal values
 Labels = Sequence[int | float] | np.ndarray
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A metric's value and standard error: binomial for accuracy, by the delta method for a
-    perplexity (None for a single text), otherwise bootstrapped.
-    """
-
-    value: float
-    stderr: float | None
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -100,24 +90,31 @@ def draw_counts(rng: np.random.Generator, n: int, resamples: int) -> Iterator[np
         yield counts.reshape(items.shape).astype(float)
 
 
-def measure(metric: str, labels: Labels, predictions: Labels) -> Measure:
-    """Compute a metric with its standard error; a fixed seed draws the bootstrap's resamples."""
+def measure(
+    metric: str, labels: Labels, predictions: Labels, constant: float | None = None
+) -> Score:
+    """Compute a metric with its standard error: binomial for accuracy, otherwise bootstrapped.
+
+    A fixed seed draws the resamples. `constant` is what the best constant answer scores, by default
+    that of the most frequent label.
+    """
     if len(labels) == 0 or len(labels) != len(predictions):
         raise DataError(f"{len(predictions)} predictions for {len(labels)} labels")
     value = METRICS[metric](labels, predictions)
+    best = majority(metric, labels) if constant is None else constant
     if metric == "accuracy":
-        return Measure(value, (value * (1 - value) / len(labels)) ** 0.5)
+        return Score(value, (value * (1 - value) / len(labels)) ** 0.5, best, len(labels))
     truth, guess = np.asarray(labels), np.asarray(predictions)
     drawn = draw_counts(np.random.default_rng(0), len(truth), RESAMPLES)
     resampled = np.concatenate([SCORES[metric](truth, guess, counts) for counts in drawn])
-    return Measure(value, float(np.std(resampled, ddof=1)))
+    return Score(value, float(np.std(resampled, ddof=1)), best, len(labels))
 
 
-def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
+def perplexity(rows: Sequence[tuple[float, int]]) -> Score:
     """Exp of the mean loss of all tokens; `rows` are each text's summed loss and its tokens.
 
     The error takes texts, not tokens, as what was drawn: that of a ratio of two means, times the
-    perplexity.
+    perplexity. None for a single text.
     """
     losses = np.array([loss for loss, _ in rows], dtype=np.float64)
     tokens = np.array([count for _, count in rows], dtype=np.float64)
@@ -125,9 +122,9 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> Measure:
     value = float(np.exp(mean))
     n = int((tokens > 0).sum())  # a text that was cut before its first learned token tells nothing
     if n < 2:
-        return Measure(value, None)
+        return Score(value, None, None, len(rows))
     spread = float(((losses - mean * tokens) ** 2).sum()) * n / (n - 1)
-    return Measure(value, value * spread**0.5 / float(tokens.sum()))
+    return Score(value, value * spread**0.5 / float(tokens.sum()), None, len(rows))
 
 
 def majority(metric: str, labels: Labels) -> float:

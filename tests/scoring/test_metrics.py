@@ -21,13 +21,13 @@ from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.metrics import (
     METRICS,
     SCORES,
-    Measure,
     draw_counts,
     majority,
     majority_choice,
     measure,
     perplexity,
 )
+from moc_cli.scoring.results import Score
 
 # 3 found of class 1, 1 found wrongly, 2 missed, 4 rightly left: out of 10.
 LABELS = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
@@ -258,9 +258,10 @@ def test_perplexity_is_that_of_all_tokens_with_the_error_of_drawn_texts() -> Non
         for draw in (rng.integers(0, 200, size=200) for _ in range(2000))
     ]
     assert found.stderr == pytest.approx(np.std(drawn, ddof=1), rel=0.1)
-    assert perplexity([*rows, (0.0, 0)]) == found  # a text cut before its answer
+    cut = perplexity([*rows, (0.0, 0)])  # a text cut before its answer
+    assert (cut.value, cut.stderr) == (found.value, found.stderr)
 
 
 def test_the_perplexity_of_one_text_has_no_error() -> None:
-    assert perplexity([(4.0, 2)]) == Measure(math.exp(2), None)
+    assert perplexity([(4.0, 2)]) == Score(math.exp(2), None, None, 1)
     assert perplexity([(4.0, 2), (6.0, 3)]).stderr == pytest.approx(0)
