@@ -157,7 +157,7 @@ def check_base(
     name: str,
     expected: Mapping[str, Any],
     *,
-    fingerprint: Mapping[str, str] | None = None,
+    fingerprint: Mapping[str, str],
     weights_hash: Callable[[], str | None] = lambda: None,
     differences: Callable[[], str] = lambda: "",
     required: bool = True,
@@ -170,7 +170,7 @@ def check_base(
     `differences` are the lines that a refusal ends with.
     """
     wanted_fingerprint = expected.get("base_fingerprint") or {}
-    same = same_base(fingerprint or {}, wanted_fingerprint)
+    same = same_base(fingerprint, wanted_fingerprint)
     hashes = ""
     wanted = expected.get("base_weights_sha256")
     if same is None and wanted:

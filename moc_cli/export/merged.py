@@ -16,10 +16,14 @@ _AROUND = (
     "a control runs beside a whole block, from the state that enters the block's norm to the "
     "block's output, and no single weight inside the block does that"
 )
-_WHY = {
-    "moc": f"{_AROUND}; and its gate adds other controls for every row",
-    "control": _AROUND,
-    "molex": "its gate picks a second whole layer for every row, which no weight can do",
+_STANDALONE = "take --to standalone: one Hugging Face folder that needs no moc"
+_WHY = {  # and what to do instead
+    "moc": (f"{_AROUND}; and its gate adds other controls for every row", _STANDALONE),
+    "control": (_AROUND, _STANDALONE),
+    "molex": (
+        "its gate picks a second whole layer for every row, which no weight can do",
+        "take --to controls: the adapter for load_controls",
+    ),
 }
 
 
@@ -27,13 +31,8 @@ def check(recipe: Recipe) -> None:
     """Raise MocError for methods that weights alone cannot hold."""
     name = recipe.method.name
     if name in _WHY:
-        other = "controls" if name == "molex" else "standalone"
-        why = "the adapter for load_controls"
-        if other == "standalone":
-            why = "one Hugging Face folder that needs no moc"
-        raise MocError(
-            f"a run of {name} cannot be merged: {_WHY[name]}", f"take --to {other}: {why}"
-        )
+        why, instead = _WHY[name]
+        raise MocError(f"a run of {name} cannot be merged: {why}", instead)
     if recipe.model.trust_remote_code:
         raise MocError(
             "merged writes weights and no code, and this base needs code from its own folder",

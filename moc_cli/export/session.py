@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
 from moc_cli.export.unquantized import check_stored, open_for
 from moc_cli.files import check_folder, write_folder_atomic, write_text_atomic
-from moc_cli.load_run import LoadedRun, open_run
-from moc_cli.recipe.schema import Recipe
+from moc_cli.load_run import open_run
 from moc_cli.runs import BaseOptions, RunFolder
 
 Say = Callable[[str], None]
@@ -61,10 +61,7 @@ def export_run(
     folder.read_evaluations()  # damage is told before weights are loaded; the card reads them again
     check_format(to, recipe, options)
     check_stored(to, recipe, base)
-
-    def open_with(recipe: Recipe) -> LoadedRun:
-        return open_run(run, device=device, recipe=recipe, base=base, exact=True)
-
+    open_with = partial(open_run, run, device=device, base=base, exact=True)
     trained, notes = open_for(to, recipe, open_with)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:

@@ -97,7 +97,7 @@ def choose(mixture: Mixture, record: Record) -> dict[int, Frozen]:
     """
     frozen = {}
     for site in mixture.sites:
-        counts, weights = record.counts(site.index), record.weights(site.index)
+        counts, weights = record.sums.counts[site.index], record.sums.weights[site.index]
         if not counts.any():
             raise MocError("no row of the calibration decides a route: none has a prompt")
         order = sorted(range(len(counts)), key=lambda k: (-counts[k], -weights[k], k))
@@ -188,7 +188,7 @@ def _share(
     """The share of all choices that are the frozen ones, over all sites; the lowest site's."""
     same, made = [], []
     for site in mixture.sites:
-        counts = record.counts(site.index)
+        counts = record.sums.counts[site.index]
         same.append(counts[list(frozen[site.index].ids)].sum().item())
         made.append(counts.sum().item())
     shares = [part / whole if whole else 0.0 for part, whole in zip(same, made, strict=True)]

@@ -37,17 +37,17 @@ def check_stored(to: str, recipe: Recipe, base: BaseOptions) -> None:
 
 
 def open_for(
-    to: str, recipe: Recipe, open_with: Callable[[Recipe], LoadedRun]
+    to: str, recipe: Recipe, open_with: Callable[..., LoadedRun]
 ) -> tuple[LoadedRun, tuple[str, ...]]:
     """Return the run on the base that a format needs; a sentence where it is another than trained.
 
-    `open_with` opens the run with another recipe.
+    `open_with` opens the run with a `recipe`.
     """
     quantization = asked_for(recipe.model)
     if not find_format(to).whole or quantization is None:
-        return open_with(recipe), ()
-    as_trained = parity.reference(open_with(recipe))
-    whole = open_with(unquantized(recipe))
+        return open_with(recipe=recipe), ()
+    as_trained = parity.reference(open_with(recipe=recipe))
+    whole = open_with(recipe=unquantized(recipe))
     figures = parity.compare(as_trained, parity.reference(whole).logits)
     note = (
         f"Written from the unquantised base, in {whole.dtype}; trained on it in {quantization}. "

@@ -18,16 +18,16 @@ from moc_cli.nn.mixture import Mixture
 
 def matrices(record: Record) -> dict[str, Any]:
     """Return share, counts, weight, probability (S, S) and the decisions of a site."""
-    layout = record.layout
+    layout, sums = record.layout, record.sums
     size = len(layout.names)
     share, weight, probability = np.zeros((3, size, size))
     counts = np.zeros((size, size), dtype=int)
     for site in range(size):
         members, decisions = layout.members(site), max(record.decisions(site), 1)
-        counts[site, members] = record.counts(site).round()
-        share[site, members] = record.counts(site) / (decisions * layout.top_k)
-        weight[site, members] = record.weights(site) / decisions
-        probability[site, members] = record.probabilities(site) / decisions
+        counts[site, members] = sums.counts[site].round()
+        share[site, members] = sums.counts[site] / (decisions * layout.top_k)
+        weight[site, members] = sums.weights[site] / decisions
+        probability[site, members] = sums.probabilities[site] / decisions
     return {
         "decisions": round(record.decisions(0)),
         "counts": counts.tolist(),
@@ -57,7 +57,7 @@ def per_site(record: Record, level: str, alpha: LearnedAlpha | None = None) -> l
     layout, sums, rows = record.layout, record.sums, []
     weights = [] if alpha is None else alpha.logits.detach().sigmoid().tolist()
     for site, name in enumerate(layout.names):
-        members, counts = layout.members(site), record.counts(site)
+        members, counts = layout.members(site), sums.counts[site]
         decisions, seen = max(record.decisions(site), 1), max(sums.rows[site].item(), 1)
         share = counts / counts.sum().clamp(min=1)
         entropy = _entropy(share)
@@ -136,7 +136,7 @@ def _across(record: Record, mixture: Mixture, block: str, other: str) -> float |
         members = record.layout.members(site.index)
         theirs = [mixture.sites[m].block == other for m in members]
         if site.block == block and any(theirs):
-            counts = record.counts(site.index)
+            counts = record.sums.counts[site.index]
             total += counts.sum().item()
             across += counts[torch.tensor(theirs)].sum().item()
     return across / total if total else None

@@ -105,21 +105,9 @@ class Record:
         """Whether nothing was decided."""
         return not bool(self.sums.counts.any())
 
-    def counts(self, site: int) -> Tensor:
-        """How often the site chose each member of its pool, (N,)."""
-        return self.sums.counts[site]
-
-    def weights(self, site: int) -> Tensor:
-        """The sum of the weights that it gave them, (N,)."""
-        return self.sums.weights[site]
-
-    def probabilities(self, site: int) -> Tensor:
-        """The sum over decisions of their mean probabilities, (N,)."""
-        return self.sums.probabilities[site]
-
     def decisions(self, site: int) -> float:
         """How often the site decided; each decision chooses `top_k` controls."""
-        return self.counts(site).sum().item() / self.layout.top_k
+        return self.sums.counts[site].sum().item() / self.layout.top_k
 
     def table(self, pool: str) -> Tensor:
         """Counts of one pool, (its sites, its controls)."""

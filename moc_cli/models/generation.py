@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from moc_cli.models.families import Family
 from moc_cli.models.masks import inside_padding, valid_tokens
 from moc_cli.models.packing import packed_forward
 from moc_cli.nn.forward import Forward
@@ -74,18 +75,17 @@ class GenerationTracker:
 
     `new_store` makes what a generation remembers. With `running` the new tokens of a generation
     without a cache vote too; with `votes` false no token votes for another, with `by_row` each row
-    decides for itself in training too. `runner` is the module that sees every forward, with its
-    token ids and mask. `fill` makes what a settled store needs for a compiled generation, whose
-    `copies` of a row share its routes.
+    decides for itself in training too. `fill` makes what a settled store needs for a compiled
+    generation, whose `copies` of a row share its routes. `runner` is the module that sees every
+    forward, with its token ids and mask.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         mixture: Routed,
+        family: Family,
         *,
-        causal: bool,
-        runner: nn.Module,
         new_store: Callable[[], Store],
         running: bool = False,
         votes: bool = True,
@@ -94,7 +94,7 @@ class GenerationTracker:
     ) -> None:
         self.model = model
         self.mixture = mixture
-        self.causal = causal
+        self.causal = family.causal
         self.running = running
         self.votes = votes
         self.by_row = by_row
@@ -102,10 +102,11 @@ class GenerationTracker:
         self._new_store = new_store
         self._fill = fill
         self._number = next(_OWNERS)
-        self._names = list(signature(runner.forward).parameters)
+        self.runner = find_runner(model, family)
+        self._names = list(signature(self.runner.forward).parameters)
         self._handles = [
-            runner.register_forward_pre_hook(self._before, with_kwargs=True),
-            runner.register_forward_hook(self._after),
+            self.runner.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.runner.register_forward_hook(self._after),
         ]
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate  # over the class's own
@@ -253,6 +254,20 @@ class GenerationTracker:
             generation = _GENERATION.get()
             if self._fill and generation and generation.compiled and current.store.settled:
                 self._fill(current.store, current.copies)
+
+
+def find_runner(model: PreTrainedModel, family: Family) -> nn.Module:
+    """The innermost module around the layers that takes token ids and their mask.
+
+    As a rule that is the base model; but OPT's head calls the base's decoder past the base.
+    """
+    path = family.layers
+    while "." in path:
+        path = path.rpartition(".")[0]
+        module = model.base_model.get_submodule(path)
+        if {"input_ids", "attention_mask"} <= signature(module.forward).parameters.keys():
+            return module
+    return model.base_model
 
 
 def _marked(rows: Tensor | None) -> Tensor | None:

@@ -6,7 +6,6 @@ controls.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -151,19 +150,17 @@ class HookedModel:
             self._handles.append(layer.register_forward_hook(self._after_layer))
         if mixture.routing.top_k and mixture.routing.balance_weight:
             self._handles.append(FollowLoss(mixture).register(model))
-        runner = find_runner(model, family)
         self.tracker = GenerationTracker(
             model,
             mixture,
-            causal=family.causal,
-            runner=runner,
+            family,
             new_store=mixture.new_store,
             running=mixture.routing.decode == "running",
             votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
             by_row=mixture.routing.level == "sample",
             fill=mixture.fill,
         )
-        before = runner.register_forward_pre_hook(self._before_layers)
+        before = self.tracker.runner.register_forward_pre_hook(self._before_layers)
         self._handles.append(before)  # after the tracker's own, which begins the forward
 
     def remove(self) -> None:
@@ -244,20 +241,6 @@ def find_module(layer: nn.Module, paths: str | Sequence[str]) -> nn.Module | Non
 
 def _listed(paths: str | Sequence[str]) -> Sequence[str]:
     return [paths] if isinstance(paths, str) else paths
-
-
-def find_runner(model: PreTrainedModel, family: Family) -> nn.Module:
-    """The innermost module around the layers that takes token ids and their mask.
-
-    As a rule that is the base model; but OPT's head calls the base's decoder past the base.
-    """
-    path = family.layers
-    while "." in path:
-        path = path.rpartition(".")[0]
-        module = model.base_model.get_submodule(path)
-        if {"input_ids", "attention_mask"} <= signature(module.forward).parameters.keys():
-            return module
-    return model.base_model
 
 
 def describe_layers(model: PreTrainedModel) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from moc_cli.models.families import Family
-from moc_cli.models.generation import GenerationTracker
-from moc_cli.models.hooks import FollowLoss, find_layers, find_runner
+from moc_cli.models.generation import GenerationTracker, find_runner
+from moc_cli.models.hooks import FollowLoss, find_layers
 from moc_cli.nn.layer_mixture import LayerMixture, LayerSite
 from moc_cli.nn.vote import Route
 
@@ -110,9 +110,7 @@ class LayerMixedModel:
         if len(set(getattr(model.config.get_text_config(), "layer_types", None) or [])) > 1:
             self._handles.append(runner.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self._handles.append(runner.register_forward_hook(self._forget))
-        self.tracker = GenerationTracker(
-            model, mixture, causal=family.causal, new_store=LayerStore, runner=runner
-        )
+        self.tracker = GenerationTracker(model, mixture, family, new_store=LayerStore)
 
     def remove(self) -> None:
         """Take every hook and the mixture out of the model again."""

@@ -38,14 +38,10 @@ class Control(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x (V, S, d) and weights (V,), None for 1 -> (V, S, d) in x's type."""
-        return _product(x, self.A, self.B, weight)
-
-
-def _product(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None) -> Tensor:
-    hidden = F.linear(x, A.to(x.dtype))
-    if weight is not None:
-        hidden = (hidden * weight[:, None, None]).to(x.dtype)
-    return F.linear(hidden, B.to(x.dtype))
+        hidden = F.linear(x, self.A.to(x.dtype))
+        if weight is not None:
+            hidden = (hidden * weight[:, None, None]).to(x.dtype)
+        return F.linear(hidden, self.B.to(x.dtype))
 
 
 class LearnedAlpha(nn.Module):

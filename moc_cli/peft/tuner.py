@@ -174,19 +174,11 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         return peft_config
 
     def _check_merge_allowed(self) -> NoReturn:
-        """Never: peft asks for a ValueError where a method cannot be merged."""
+        """Called before every merge: peft asks for a ValueError where a method cannot be merged."""
         raise ValueError(
             "controls act on the state beside a whole block and are chosen by the input: there is "
             "no weight to fold them into"
         )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: there is no weight to merge into."""
-        self._check_merge_allowed()
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Refused: there is no weight to merge into."""
-        self._check_merge_allowed()
 
     def unload(self) -> nn.Module:
         """Take every set out; the base model is as it came."""

@@ -220,8 +220,7 @@ def _group(
         if controls is None:
             continue
         rows = [row for row, other in enumerate(spread) if other is controls]
-        gated = controls.mixture.routing.top_k > 0
-        store = RouteStore(gated=gated) if stored else None
+        store = controls.mixture.new_store() if stored else None
         groups.append(RowGroup(controls, torch.tensor(rows, device=x.device), store))
     return groups
 

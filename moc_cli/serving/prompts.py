@@ -56,7 +56,6 @@ def choose_frame(
 
     Where that is not known, the tokenizer's chat template is taken, or else none.
     """
-    check_frame(template)
     if template == "chat" and not tokenizer.chat_template:
         raise MocError("this tokenizer has no chat template", "use --template raw or commonsense")
     if template != "auto":

@@ -12,7 +12,7 @@ from moc_cli.errors import MocError
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.families import Family
 from moc_cli.models.generation import GenerationTracker
-from moc_cli.models.hooks import BlockHook, find_layers, find_runner
+from moc_cli.models.hooks import BlockHook, find_layers
 from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
 from moc_cli.recipe.suggest import choices
 from moc_cli.serving.mixed_batch import ControlSet, MixedBatch
@@ -126,11 +126,7 @@ class Tenants:
                 hook = BlockHook(self._batch, (number, block))
                 self._handles += hook.register(layer, family.place(block))
         self._tracker = GenerationTracker(
-            self.model,
-            self._batch,
-            causal=family.causal,
-            new_store=self._batch.new_store,
-            runner=find_runner(self.model, family),
+            self.model, self._batch, family, new_store=self._batch.new_store
         )
 
 

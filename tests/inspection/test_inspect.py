@@ -153,7 +153,7 @@ def test_the_record_is_of_the_votes_that_scoring_takes(decoder, tmp_path, capsys
         rank(TextModel(opened.adapted, opened.tokenizer), examples, batch_size=3)
     record = recorder.record()
     assert found["counts"] == record.choices()
-    means = [(record.probabilities(s) / record.decisions(s)).tolist() for s in range(6)]
+    means = [(record.sums.probabilities[s] / record.decisions(s)).tolist() for s in range(6)]
     assert np.allclose(found["probability"], means, atol=1e-6)
 
 
