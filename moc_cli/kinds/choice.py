@@ -4,15 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from moc_cli.data.encode import Row, common_prefix, prompt_tokens
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.kinds.causal import Causal
+from moc_cli.kinds.kind import Tokenizer
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed
-from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
@@ -20,26 +18,21 @@ from moc_cli.scoring.generate import BEAMS, NEW_TOKENS, Answer, answer_length, g
 from moc_cli.scoring.rank import ItemScore, query_length, rank
 from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
 
+Questions = Sequence[ChoiceExample]
+
 
 @dataclass(frozen=True)
 class Choice(Causal):
     """Questions with options, answered by a language model; the prompt votes."""
 
     beams = BEAMS
-    watched_by: ScoringProtocol | None = "rank"
+    watched_by = "rank"
 
     def too_long(
-        self,
-        examples: Sequence[ChoiceExample],
-        tokenizer: PreTrainedTokenizerBase,
-        options: ScoringOptions,
-        limit: int,
+        self, examples: Questions, tokenizer: Tokenizer, options: ScoringOptions, limit: int
     ) -> dict[int, int]:
         """Questions whose prompt with an option, or with a generated answer, is too long."""
-        if options.protocol == "generate":
-            measure = answer_length
-        else:
-            measure = query_length
+        measure = answer_length if options.protocol == "generate" else query_length
         needed = {
             number: measure(tokenizer, example)
             for number, example in enumerate(examples)
@@ -49,9 +42,7 @@ class Choice(Causal):
         }
         return {number: tokens for number, tokens in needed.items() if tokens > limit}
 
-    def voters(
-        self, examples: Sequence[ChoiceExample], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> list[Row]:
+    def voters(self, examples: Questions, tokenizer: Tokenizer, max_length: int) -> list[Row]:
         """All that a question's candidates share with its prompt, which is never cut."""
         rows = []
         for example in examples:
@@ -63,7 +54,7 @@ class Choice(Causal):
     def score(
         self,
         model: TextModel,
-        examples: Sequence[ChoiceExample],
+        examples: Questions,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> Evaluation:
@@ -89,7 +80,7 @@ class Choice(Causal):
     def watch(
         self,
         model: TextModel,
-        examples: Sequence[ChoiceExample],
+        examples: Questions,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> dict[str, float]:

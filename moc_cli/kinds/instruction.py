@@ -8,12 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import NamedTuple, cast
 
 from moc_cli.data.custom.chat import chat_tokens
 from moc_cli.data.examples import ChatExample, InstructionExample
+from moc_cli.kinds.kind import Examples, Tokenizer
 from moc_cli.kinds.writing import Writing
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
@@ -33,11 +32,7 @@ class Instruction(Writing):
     votes = "the prompt"
 
     def too_long(
-        self,
-        examples: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        options: ScoringOptions,
-        limit: int,
+        self, examples: Examples, tokenizer: Tokenizer, options: ScoringOptions, limit: int
     ) -> dict[int, int]:
         """Rows whose own prompt and output are too long together."""
         long = [
@@ -52,7 +47,7 @@ class Instruction(Writing):
     def score(
         self,
         model: TextModel,
-        examples: Sequence[Any],
+        examples: Examples,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> Evaluation:
@@ -85,7 +80,7 @@ class Request(NamedTuple):
 
 
 def make_requests(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[InstructionExample | ChatExample]
+    tokenizer: Tokenizer, examples: Sequence[InstructionExample | ChatExample]
 ) -> list[Request]:
     """Return what is asked and right in each row; a row may write one token more, to end with."""
     chats = [row for row in examples if isinstance(row, ChatExample)]
@@ -100,9 +95,7 @@ def make_requests(
     ]
 
 
-def _chat_request(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]
-) -> Request:
+def _chat_request(tokenizer: Tokenizer, ids: list[int], learned: list[bool]) -> Request:
     """Cut a conversation at its answer, which is right as the chat template writes it."""
     first = learned.index(True)
     answer = ids[first:]

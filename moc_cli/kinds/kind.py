@@ -13,21 +13,25 @@ from moc_cli.data.encode import Encoded, Row
 from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import ScoringProtocol
+from moc_cli.recipe.tasks import ModelHead, ScoringProtocol
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.results import Evaluation, ScoringOptions
+
+Tokenizer = PreTrainedTokenizerBase
+Examples = Sequence[Any]
 
 
 class Kind(ABC):
     """What every kind of task does. `examples` are always of this kind."""
 
+    head: ModelHead
+    beams: int = 0  # with which answers are generated, where that is the protocol
+    watched_by: ScoringProtocol | None = None  # in training; None: by losses of rows that are cut
+
     @classmethod
     def of(cls, data: DataSection) -> Self:
         """Return the kind of the tasks in a recipe's data section."""
         return cls()
-
-    beams: int = 0  # with which answers are generated, where that is the protocol
-    watched_by: ScoringProtocol | None = None  # in training; None: by losses of rows that are cut
 
     @property
     @abstractmethod
@@ -39,14 +43,14 @@ class Kind(ABC):
         """What results.json adds on how the kind is scored."""
         return {}
 
-    @abstractmethod
     def model_arguments(self) -> dict[str, Any]:
         """Return what a model is loaded as: kind, and a classifier's labels and type of problem.
 
         Raises DataError where a custom dataset has to be read first to know it.
         """
+        return {"kind": self.head.name}
 
-    def check(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def check(self, examples: Examples, tokenizer: Tokenizer) -> list[str]:
         """Raise DataError naming every example that the tokenizer cannot take; return what it does
         not write of the others.
         """
@@ -54,21 +58,12 @@ class Kind(ABC):
 
     @abstractmethod
     def encode(
-        self,
-        examples: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        train_on_inputs: bool,
+        self, examples: Examples, tokenizer: Tokenizer, *, max_length: int, train_on_inputs: bool
     ) -> Encoded:
         """Encode examples for training; rows are cut to `max_length` tokens."""
 
     def too_long(
-        self,
-        examples: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        options: ScoringOptions,
-        limit: int,
+        self, examples: Examples, tokenizer: Tokenizer, options: ScoringOptions, limit: int
     ) -> dict[int, int]:
         """Return which examples need more than `limit` tokens to be scored, and how many each.
 
@@ -76,20 +71,16 @@ class Kind(ABC):
         """
         return {}
 
-    def has_targets(
-        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> bool:
+    def has_targets(self, examples: Examples, tokenizer: Tokenizer, max_length: int) -> bool:
         """Return whether any of the examples has an answer left in `max_length` tokens."""
         return True
 
     @abstractmethod
-    def voters(
-        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> list[Row]:
+    def voters(self, examples: Examples, tokenizer: Tokenizer, max_length: int) -> list[Row]:
         """Return for each example the tokens that vote on routes when it is scored."""
 
     @abstractmethod
-    def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Row], tokenizer: Tokenizer) -> dict[str, Tensor]:
         """Pad rows to one batch: input_ids, attention_mask (B, T) and labels."""
 
     @abstractmethod
@@ -108,7 +99,7 @@ class Kind(ABC):
     def score(
         self,
         model: TextModel,
-        examples: Sequence[Any],
+        examples: Examples,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> Evaluation:
@@ -118,7 +109,7 @@ class Kind(ABC):
     def watch(
         self,
         model: TextModel,
-        examples: Sequence[Any],
+        examples: Examples,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> dict[str, float]:
@@ -126,10 +117,7 @@ class Kind(ABC):
 
     @abstractmethod
     def row_losses(
-        self,
-        model: TextModel,
-        examples: Sequence[Any],
-        options: ScoringOptions,
+        self, model: TextModel, examples: Examples, options: ScoringOptions
     ) -> list[float]:
         """Return the mean loss of each row's targets, without rows whose answer was cut off."""
 

@@ -8,27 +8,23 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.batches import pad_batch
 from moc_cli.data.encode import Encoded, Row, encode_pairs
 from moc_cli.data.examples import PairExample
 from moc_cli.errors import DataError
-from moc_cli.kinds.kind import Kind
+from moc_cli.kinds.kind import Kind, Tokenizer
 from moc_cli.kinds.loss import ClassLoss, ScoreLoss, TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import CLASSIFIER
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
-from moc_cli.scoring.classify import classify, pair_loss
+from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.forward import Progress, evaluating
 from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
 
-
-def id2label(labels: Sequence[str | int]) -> dict[str, str]:
-    """The names of the classes as transformers writes them: {"0": "bad", "1": "good"}."""
-    return {str(number): str(label) for number, label in enumerate(labels)}
+Texts = Sequence[PairExample]
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,8 @@ class Pairs(Kind):
     `metrics`: the main one first. `num_labels`: outputs of the head, 1 for a regression, 0 while
     the rows of a custom dataset are not read. `labels`: the classes, as the user wrote them.
     """
+
+    head = CLASSIFIER
 
     metrics: tuple[str, ...]
     num_labels: int
@@ -58,30 +56,23 @@ class Pairs(Kind):
         if not self.num_labels:
             raise DataError("data.labels are known only when the rows are read")
         problem = "regression" if self.num_labels == 1 else "single_label_classification"
-        arguments = {"kind": CLASSIFIER.name, "num_labels": self.num_labels}
-        names = {"id2label": id2label(self.labels)} if self.labels else {}
-        return arguments | {"problem_type": problem} | names
+        arguments = {"num_labels": self.num_labels, "problem_type": problem}
+        names = {str(number): str(label) for number, label in enumerate(self.labels)}
+        return super().model_arguments() | arguments | ({"id2label": names} if names else {})
 
     def encode(
-        self,
-        examples: Sequence[PairExample],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        train_on_inputs: bool,
+        self, examples: Texts, tokenizer: Tokenizer, *, max_length: int, train_on_inputs: bool
     ) -> Encoded:
         """Encode texts or pairs, each with its one label; `train_on_inputs` has no meaning here."""
         return encode_pairs(examples, tokenizer, max_length=max_length)
 
-    def voters(
-        self, examples: Sequence[PairExample], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> list[Row]:
+    def voters(self, examples: Texts, tokenizer: Tokenizer, max_length: int) -> list[Row]:
         """All tokens that the model sees."""
         return encode_pairs(examples, tokenizer, max_length=max_length).rows
 
-    def collate(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Row], tokenizer: Tokenizer) -> dict[str, Tensor]:
         """Pad on the right; labels (B,)."""
-        batch = pad_batch(rows, tokenizer, side=CLASSIFIER.side)
+        batch = pad_batch(rows, tokenizer, side=self.head.side)
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
 
     def made_up_label(self, ids: list[int], rng: random.Random) -> int | float:
@@ -90,7 +81,7 @@ class Pairs(Kind):
 
     def forward(self, model: TextModel, rows: Sequence[Row], device: torch.device) -> None:
         """With the logits of each row."""
-        batch = pad_batch(rows, model.tokenizer, side=CLASSIFIER.side)
+        batch = pad_batch(rows, model.tokenizer, side=self.head.side)
         model.adapted.model(**{name: value.to(device) for name, value in batch.items()})
 
     def score_made_up(self, model: TextModel, rows: int, tokens: int, device: torch.device) -> None:
@@ -101,7 +92,7 @@ class Pairs(Kind):
     def score(
         self,
         model: TextModel,
-        examples: Sequence[PairExample],
+        examples: Texts,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> Evaluation:
@@ -109,14 +100,7 @@ class Pairs(Kind):
         task = single_task(examples)
         begin = time.perf_counter()
         size = BatchSize(options.batch_size)
-        items = classify(
-            model,
-            examples,
-            batch_size=size,
-            max_length=options.max_length,
-            names=tuple(map(str, self.labels)),
-            on_progress=on_progress,
-        )
+        items = self._classify(model, examples, options, size, on_progress)
         seconds = time.perf_counter() - begin
         labels = [item.label for item in items]
         predictions = [item.prediction for item in items]
@@ -126,36 +110,37 @@ class Pairs(Kind):
     def watch(
         self,
         model: TextModel,
-        examples: Sequence[PairExample],
+        examples: Texts,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> dict[str, float]:
         """Return the loss and every metric."""
-        items = classify(
-            model,
-            examples,
-            batch_size=options.batch_size,
-            max_length=options.max_length,
-            on_progress=on_progress,
-        )
+        items = self._classify(model, examples, options, BatchSize(options.batch_size), on_progress)
         labels, predictions = [i.label for i in items], [i.prediction for i in items]
         values = {name: metrics.METRICS[name](labels, predictions) for name in self.metrics}
         return {"loss": pair_loss(items)} | values
 
-    def row_losses(
+    def row_losses(self, model: TextModel, examples: Texts, options: ScoringOptions) -> list[float]:
+        """Return each row's loss."""
+        items = self._classify(model, examples, options, BatchSize(options.batch_size))
+        return [pair_loss([item]) for item in items]
+
+    def _classify(
         self,
         model: TextModel,
-        examples: Sequence[PairExample],
+        examples: Texts,
         options: ScoringOptions,
-    ) -> list[float]:
-        """Return each row's loss."""
-        items = classify(
+        size: BatchSize,
+        on_progress: Progress | None = None,
+    ) -> list[PairScore]:
+        return classify(
             model,
             examples,
-            batch_size=options.batch_size,
+            batch_size=size,
             max_length=options.max_length,
+            names=tuple(map(str, self.labels)),
+            on_progress=on_progress,
         )
-        return [pair_loss([item]) for item in items]
 
     def prompt(self, example: PairExample) -> str:
         """The text, or both on lines of their own."""

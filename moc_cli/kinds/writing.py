@@ -2,14 +2,12 @@
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from moc_cli.data.encode import Row
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
+from moc_cli.kinds.kind import Examples, Tokenizer
 from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
 from moc_cli.scoring.batch_size import BatchSize
@@ -33,9 +31,7 @@ class Writing(Causal):
         """Which tokens vote when texts are scored."""
         return {"votes": self.votes}
 
-    def voters(
-        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> list[Row]:
+    def voters(self, examples: Examples, tokenizer: Tokenizer, max_length: int) -> list[Row]:
         """What comes before the answer, or where nothing does the first token."""
         encoded = self.encode_answers(examples, tokenizer, max_length)
         pairs = zip(encoded.rows, encoded.prompt_lengths, strict=True)
@@ -45,7 +41,7 @@ class Writing(Causal):
     def score(
         self,
         model: TextModel,
-        examples: Sequence[Any],
+        examples: Examples,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> Evaluation:
@@ -62,7 +58,7 @@ class Writing(Causal):
     def watch(
         self,
         model: TextModel,
-        examples: Sequence[Any],
+        examples: Examples,
         options: ScoringOptions,
         on_progress: Progress | None = None,
     ) -> dict[str, float]:

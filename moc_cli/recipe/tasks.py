@@ -99,9 +99,8 @@ class Task:
     `metrics`: the first is the one that tables and model selection use. `hub`: split name ->
     where it lies, for every split that has labels (empty: the rows are inside this package).
     `no_split`: why a usual split is not among them. `scored`: the splits whose scores are reported.
-    `columns` and `labels`, the names of the
-    classes, are a classifier's; `answers` are the option words that LLM-Adapters looks for in a
-    text.
+    `columns` and `labels`, the names of the classes, are a classifier's; `answers` are the option
+    words that LLM-Adapters looks for in a text.
     """
 
     kind: TaskKind
