@@ -35,7 +35,6 @@ from moc_cli.training.loop_types import (
     warmup_steps,
 )
 from moc_cli.training.step_errors import refusal
-from moc_cli.training.usage import Usage
 from moc_cli.training.windows import Windows
 
 
@@ -71,7 +70,7 @@ class Loop:
         self.windows = Windows(data.collate, pin=self.device.type == "cuda")
         self.gradients = Gradients(adapted, data, settings, accelerator, self.processes)
         self.named = adapted.named_trainables()
-        self.usage = Usage(adapted.recorder(detailed=False))
+        self.recorder = adapted.recorder(detailed=False)  # of choices since the last log line
         self.optimizer = optim.make_optimizer(adapted, settings)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
         self.total = total_steps(settings, data.batches)
@@ -115,7 +114,8 @@ class Loop:
             self.counters = replace(resume.counters)
             self.adapted.load_state(resume.trainables)
             optim.load_optimizer_tensors(self.optimizer, self.named, resume.optimizer)
-            self.usage.resume(resume.counters.choices)
+            if self.recorder is not None and self.counters.choices is not None:
+                self.recorder.resume(self.counters.choices)
             rng.restore(resume.rng)
             self.saved_step = self.counters.step
         self.plan = self.data.batches.epoch(self.counters.epoch)
@@ -139,12 +139,10 @@ class Loop:
         used = memory.measure(model, self.named.values(), optimizer, self.peaks, self.processes)
         return Outcome(
             stopped="finished" if self.last() else "early",
-            total=self.total,
             counters=counters,
             epochs=self.epoch(),
             padding_share=1.0 - counters.tokens / max(1, counters.positions),
             memory=used,
-            checkpoint=self.checkpoints.path(counters.step),
         )
 
     def epoch(self) -> float:
@@ -160,7 +158,8 @@ class Loop:
         finite, and when the window does not fit in memory.
         """
         started, before = time.perf_counter(), rng.capture()
-        self.usage.mark()
+        if self.recorder is not None:
+            self.recorder.mark()
         first, n = self.counters.batch, self.settings.window
         window = self.plan[first : first + n]
         batches = self.windows.take(window)
@@ -192,13 +191,15 @@ class Loop:
 
     def count_choices(self) -> None:
         """Count what the last forward chose: what processes choose together, in the first alone."""
-        if self.processes.main or not self.settings.routing_sync:
-            self.usage.count()
+        counts = self.processes.main or not self.settings.routing_sync
+        if self.recorder is not None and counts:
+            self.recorder.count()
 
     def keep(self, random_state: dict[str, Tensor]) -> None:
         """Write a checkpoint of the state before a step that was not taken."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.usage.rewind()
+        if self.recorder is not None:
+            self.recorder.rewind()
         self.save(random_state)
 
     def rate_factor(self, step: int) -> float:
@@ -225,8 +226,7 @@ class Loop:
     def report(self, value: float) -> StepReport:
         """Return what an observer sees of the step just done."""
         c = self.counters
-        counted = c.examples, c.tokens, c.seconds
-        return StepReport(c.step, self.total, self.epoch(), value, *counted, self.peaks.training)
+        return StepReport(c.step, value, c.examples, c.tokens, c.seconds, self.peaks.training)
 
     # Between two steps
 
@@ -299,7 +299,7 @@ class Loop:
         """Write the means since the last line, and start new ones."""
         c, mark = self.counters, self.marked
         seconds = max(c.seconds - mark.seconds, 1e-9)
-        record = {
+        record: dict[str, Any] = {
             "step": c.step,
             "epoch": self.epoch(),
             "loss": c.loss_sum / max(1, c.loss_steps),
@@ -315,7 +315,9 @@ class Loop:
             "tokens_per_second": (c.tokens - mark.tokens) / seconds,
             "memory": self.peaks.training,
         }
-        self.write(record | self.usage.line() | {MEASURED: measured})
+        if self.recorder is not None:
+            record["routing"] = self.recorder.record(reset=True).use()
+        self.write(record | {MEASURED: measured})
         c.loss_sum, c.loss_steps = 0.0, 0
         self.marked = replace(c)
 
@@ -325,7 +327,8 @@ class Loop:
 
     def save(self, random_state: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint of this step, with the random state of now or the one given."""
-        self.counters.choices = self.usage.state()
+        if self.recorder is not None:
+            self.counters.choices = self.recorder.record().choices()
         self.processes.on_main(lambda: self.write_checkpoint(random_state or rng.capture()))
         self.saved_step = self.counters.step
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -78,8 +77,6 @@ class StepReport:
     """What an observer sees after each step; numbers count from the run's first step."""
 
     step: int
-    total: int
-    epoch: float
     loss: float
     examples: int
     tokens: int
@@ -92,12 +89,10 @@ class Outcome:
     """How training ended: `finished` all its steps, or stopped `early` for want of progress."""
 
     stopped: str
-    total: int
     counters: Counters
     epochs: float
     padding_share: float
     memory: Memory
-    checkpoint: Path
 
 
 def total_steps(settings: Settings, batches: Epochs) -> int:

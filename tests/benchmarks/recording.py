@@ -27,7 +27,6 @@ from moc_cli.training.checkpoint import Checkpoints
 from moc_cli.training.interrupt import Interrupt
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
-from moc_cli.training.usage import Usage
 
 ARMS = ("counted", "plain", "plain again")
 
@@ -56,13 +55,13 @@ def make(recipe: Recipe, folder: Path) -> Loop:
     return loop
 
 
-def block(loop: Loop, usages: dict[str, Usage], steps: int, orders: Iterator) -> dict[str, float]:
-    """Time of some steps and their log line under each usage, which take turns at every step."""
-    times = dict.fromkeys(usages, 0.0)
+def block(loop: Loop, recorders: dict, steps: int, orders: Iterator) -> dict[str, float]:
+    """Time of some steps and their log line with each recorder, which take turns at every step."""
+    times = dict.fromkeys(recorders, 0.0)
     for step in range(1, steps + 1):
         counters = replace(loop.counters)
         for arm in next(orders):
-            loop.counters, loop.usage = replace(counters), usages[arm]
+            loop.counters, loop.recorder = replace(counters), recorders[arm]
             loop.plan, loop.marked = loop.data.batches.epoch(counters.epoch), counters
             begin = time.process_time()
             loop.train_step()
@@ -86,9 +85,9 @@ def main() -> None:
     orders = cycle(permutations(ARMS))
     with tempfile.TemporaryDirectory() as name:
         loop = make(recipe, Path(name))
-        usages = {arm: Usage(None) for arm in ARMS} | {"counted": loop.usage}
-        block(loop, usages, 3, orders)
-        times = [block(loop, usages, given.steps, orders) for _ in range(given.pairs)]
+        recorders = dict.fromkeys(ARMS) | {"counted": loop.recorder}
+        block(loop, recorders, 3, orders)
+        times = [block(loop, recorders, given.steps, orders) for _ in range(given.pairs)]
         lines = Path(name, "metrics.jsonl").read_text().splitlines()
     counted, plain, again = (np.array([one[arm] for one in times]) for arm in ARMS)
     print(

@@ -26,7 +26,6 @@ from moc_cli.training.loop_types import Data, Settings
 from moc_cli.training.memory import tensor_bytes
 from moc_cli.training.recompute import recompute_layers
 from moc_cli.training.sharding import check_sharding, shard_layers
-from moc_cli.training.usage import Usage
 
 CPU = torch.device("cpu")
 FOUR_BITS = "4 bits"
@@ -77,15 +76,15 @@ class Trained:
         accelerator = Accelerator(cpu=True)
         gradients = Gradients(self.adapted, data, settings, accelerator, group)
         self.model.train()
-        usage = Usage(self.adapted.recorder(detailed=False))
+        recorder = self.adapted.recorder(detailed=False)
         sums = gradients.of_window(
             make_window(family),
             (0, 0),
             signal=None,
-            after_forward=usage.count,
+            after_forward=(lambda: None) if recorder is None else recorder.count,
             meanwhile=lambda: None,
         )
-        self.choices = usage.state()
+        self.choices = None if recorder is None else recorder.record().choices()
         self.losses = sums.losses
         named = self.adapted.named_trainables()
         self.gradients = {name: parameter.grad for name, parameter in named.items()}
