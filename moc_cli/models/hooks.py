@@ -148,7 +148,7 @@ class HookedModel:
             self._handles += hook.register(layers[site.layer], family.place(site.block))
         for layer in layers:
             self._handles.append(layer.register_forward_hook(self._after_layer))
-        if mixture.routing.top_k and mixture.routing.balance_weight:
+        if mixture.top_k and mixture.balance_weight:
             self._handles.append(FollowLoss(mixture).register(model))
         self.tracker = GenerationTracker(
             model,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from moc_cli.nn.forward import Forward
@@ -13,12 +14,14 @@ from moc_cli.nn.watch import Decision, Watcher, new_decisions
 class MixtureBase(nn.Module):
     """Decides at each of its `sites` which `top_k` members of the site's pool are used.
 
-    `current` is the running forward. A mixture that is not `active` adds nothing.
+    `current` is the running forward. A mixture that is not `active` adds nothing. `balance_weight`
+    is λ of one site's balance loss.
     """
 
     sites: list[Any]
     pools: dict[str, list[int]]
     top_k: int
+    balance_weight: float
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,11 +31,9 @@ class MixtureBase(nn.Module):
         self.watchers: list[Watcher] = []
 
     def balance(self) -> float | None:
-        """The weighted balance loss of the last training forward, read from the device; for logs.
-
-        None where there is no gate.
-        """
-        raise NotImplementedError
+        """λ·Σ_sites of the last training forward, read from the device; for logs."""
+        losses = [site.loss for site in self.sites if site.loss is not None]
+        return self.balance_weight * torch.stack(losses).sum().item() if losses else None
 
     def watching(self) -> Sequence[Watcher]:
         """Who sees what happens now: nobody in a recompute, or where a decision is repeated."""

@@ -133,8 +133,3 @@ class LayerMixture(MixtureBase):
         if self.weight is None:
             h = inject(h, self.weight_logits.sum(), lambda: 0.0)
         return inject(h, loss, self.current.scaled(self.balance_weight, self.loss_scale))
-
-    def balance(self) -> float | None:
-        """λ·Σ_t L·P̄_j of the last training forward, read from the device; for logs."""
-        losses = [site.loss for site in self.sites if site.loss is not None]
-        return self.balance_weight * torch.stack(losses).sum().item() if losses else None

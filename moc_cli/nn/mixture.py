@@ -73,6 +73,9 @@ class Mixture(MixtureBase):
                 pool = self.pools.setdefault(name, [])
                 self.sites.append(Site(len(self.sites), layer, block, name, len(pool)))
                 pool.append(self.sites[-1].index)
+        self.balance_weight = routing.balance_weight
+        if routing.balance_reduce == "mean":
+            self.balance_weight /= len(self.sites)
         self.gates = nn.ModuleDict()
         self.alpha: LearnedAlpha | None = None
         if routing.top_k and routing.learn_alpha:
@@ -166,13 +169,11 @@ class Mixture(MixtureBase):
             return self._products(site, read, None)
         route, balance = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
-        shown = balance is not None and self.routing.balance_weight > 0
+        shown = balance is not None and self.balance_weight > 0
         site.balance = balance.detach() if balance is not None and shown else None
         update = self._products(site, read, route)
         if balance is not None:
-            weight = self.routing.balance_weight * balance.size
-            if self.routing.balance_reduce == "mean":
-                weight /= len(self.sites)
+            weight = self.balance_weight * balance.size
             weight /= 1 if self.joint is None else self.joint.world  # each adds its part
             coefficient = self.current.scaled(weight, self.loss_scale)
             return inject(update, balance.means, coefficient, balance.slope)
@@ -271,7 +272,7 @@ class Mixture(MixtureBase):
         ballot = poll(p, voters, k, routing.vote)
         # In training there is always something to learn from, if only with weight 0: every
         # parameter has a gradient.
-        balanced = self.training and (routing.balance_weight > 0 or routing.constant_weights)
+        balanced = self.training and (self.balance_weight > 0 or routing.constant_weights)
         share = voters.picks(p, k) if balanced else None
         joint = self.joint if self.training else None
         if joint is not None:
@@ -306,13 +307,3 @@ class Mixture(MixtureBase):
         """Who decides: a batch does so in training alone."""
         level = self.routing.level
         return "sample" if level == "batch" and not self.training else level
-
-    def balance(self) -> float | None:
-        """λ·Σ_sites of the last training forward (or λ·mean), read from the device; for logs."""
-        losses = [site.loss for site in self.sites if site.loss is not None]
-        if not losses:
-            return None
-        total = torch.stack(losses).sum()
-        if self.routing.balance_reduce == "mean":
-            total = total / len(self.sites)
-        return self.routing.balance_weight * total.item()

@@ -18,6 +18,7 @@ from moc_cli.planning.batches import Work
 from moc_cli.planning.cards import Card
 from moc_cli.planning.evaluation import scoring_of
 from moc_cli.planning.fake_device import META
+from moc_cli.planning.live_memory import highest
 from moc_cli.planning.replay import Measured, replay
 from moc_cli.planning.time import REACHED_BYTES, seconds_of
 from moc_cli.recipe.quantization import Quantization, unquantized
@@ -49,8 +50,7 @@ class Footprint:
     @property
     def parts(self) -> dict[str, int]:
         """The bytes by part at the highest peak of a step."""
-        steps = [self.phases[name] for name in ("forward", "loss", "backward", "optimizer")]
-        return max(steps, key=lambda parts: sum(parts.values()))
+        return highest(self.phases[name] for name in ("forward", "loss", "backward", "optimizer"))
 
 
 def footprint(recipe: Recipe, work: Work, card: Card | None, *, whole: bool) -> Footprint:

@@ -19,13 +19,17 @@ class Now(NamedTuple):
     part: str
 
 
+def highest(phases: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The bytes by part of the phase in which they are the most."""
+    return max(phases, key=lambda parts: sum(parts.values()))
+
+
 class LiveMemory(TorchDispatchMode):
     """Within it every new storage on `device` counts until it is freed, each one once.
 
     A storage belongs to the part that `now()` names when it is made. `live` holds the bytes of each
-    part now; `peaks` those at the highest total in each phase since `restart`, and `parts` those at
-    the highest of all, which is `peak`. What a kernel allocates for itself and gives back is not
-    seen.
+    part now; `peaks` those at the highest total in each phase since `restart`. What a kernel
+    allocates for itself and gives back is not seen.
     """
 
     def __init__(self, device: str, now: Callable[[], Now]) -> None:
@@ -52,11 +56,6 @@ class LiveMemory(TorchDispatchMode):
     def peak(self) -> int:
         """The highest total."""
         return max(self._highest.values())
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """The bytes of each part at the highest total."""
-        return self.peaks[max(self._highest, key=self._highest.__getitem__)]
 
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that are there already to a part."""

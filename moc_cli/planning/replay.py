@@ -100,21 +100,11 @@ class Measured:
     """What a step took.
 
     `phases` are the bytes by part at the peak of each phase: weights, controls, gradients,
-    optimizer, activations and loss; `peak` and `parts` are of the phase with the highest.
+    optimizer, activations and loss.
     """
 
     phases: dict[str, dict[str, int]]
     fake: FakeDevice
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """The bytes by part at the peak."""
-        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
-
-    @property
-    def peak(self) -> int:
-        """The bytes at the peak."""
-        return sum(self.parts.values())
 
 
 def replay(
