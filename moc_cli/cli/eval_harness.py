@@ -38,19 +38,23 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     folder = options.output_dir or home
     check_output(folder, within=run.path if run and not options.output_dir else None)
     tasks = lm_eval_tasks.load_tasks(options)
-    report = lm_eval_tasks.run(options, tasks, load_model(options, recipe), folder)
-    results = report.folder.to_json()
+    model = load_model(options, recipe)
+    written, by_model = lm_eval_tasks.run(options, tasks, model, folder)
+    results = written.to_json()
     if json:
         print_json(results | {"folder": str(folder)})
         return
-    for model, table in report.tables().items():
-        print(printable(f"{model}\n{table}" if options.base else table))
+    from lm_eval.utils import make_table
+
+    for name, tables in by_model.items():
+        title = f"{name}\n" if options.base else ""
+        print(printable(f"{title}{make_table(tables)}"))
     print(f"lm_eval {results['lm_eval_version']}; only contexts vote on routes")
     if results["limited"]:
         print(f"limited: the first {options.limit} rows of each task")
     if cut := max(entry["cut"] for entry in results["tasks"].values()):
         print(f"{cut:,} contexts were longer than the model takes: their ends were kept")
-    say(f"every item: {report.folder.samples_file}")
+    say(f"every item: {written.samples_file}")
 
 
 def _read_recipe(options: "EvalOptions", run: RunFolder) -> "Recipe":

@@ -68,20 +68,25 @@ def sweep(
     folders = [Path(place) for place in (wanted.output_dir, wanted.results_dir) if place]
     for folder in folders:
         check_folder(folder)
+    from moc_cli.report.progress import WorkProgress
     from moc_cli.signals import EndedBySignal
-    from moc_cli.sweep.execute import Execution, check_folders
+    from moc_cli.sweep.execute import Execution
 
-    finished = check_folders(plan)
+    plan.find_finished()
     if dry_run:
-        _list(plan, finished, count, json)
+        _list(plan, count, json)
         return
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     again = _again(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
-    execution = Execution(plan, count, gpus, say, finished)
+    execution = Execution(plan, count, gpus, say)
     stopped = None
     try:
-        _run(execution, again)
+        total, before = plan.total(), len(plan.finished)
+        if before:
+            say(f"{before} of {total} runs are finished from before")
+        with WorkProgress("runs", total - before, every=total) as bar:
+            execution.run_all(lambda done: bar.observe(done - before), again)
     except EndedBySignal as stop:
         stopped = stop
     _show(execution, folders[-1], json)
@@ -94,12 +99,12 @@ def sweep(
         raise typer.Exit(2)
 
 
-def _list(plan: "Plan", finished: set[str], jobs: int, json: bool) -> None:
+def _list(plan: "Plan", jobs: int, json: bool) -> None:
     """Print which runs the sweep needs, and which of them are finished."""
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.sweep_tables import plan_table
 
-    listed = plan.listed(finished)
+    listed = plan.listed()
     if json:
         print_json({"runs": [{"name": name, "finished": done} for name, done in listed]})
         return
@@ -114,24 +119,13 @@ def _show(execution: "Execution", folder: Path, json: bool) -> None:
     from moc_cli.sweep.figure import draw
     from moc_cli.sweep.summary import summarize
 
-    summary = summarize(execution.plan, execution.finished) | {"failed": execution.failed}
+    summary = summarize(execution.plan) | {"failed": execution.failed}
     files = write_record(folder / SUMMARY, summary, draw(summary))
     if json:
         print_json(summary)
         return
     print_table(*sweep_tables(summary))
     say(f"Written: {', '.join(map(str, files))}")
-
-
-def _run(execution: "Execution", again: str) -> None:
-    """Train what is not finished, under a progress bar."""
-    from moc_cli.report.progress import WorkProgress
-
-    total, before = execution.plan.total(), len(execution.finished)
-    if before:
-        execution.say(f"{before} of {total} runs are finished from before")
-    with WorkProgress("runs", total - before, every=total) as bar:
-        execution.run_all(lambda done: bar.observe(done - before), again)
 
 
 def _sweep(name: str, vary: list[str], seeds: str | None, output_dir: Path | None) -> "Sweep":

@@ -9,9 +9,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,20 +45,6 @@ class LmEvalFolder(ResultsFolder):
         }
 
 
-@dataclass(frozen=True)
-class LmEvalReport:
-    """The results folder, and lm_eval's results of this call by model (`model`, `base model`)."""
-
-    folder: LmEvalFolder
-    results: dict[str, dict[str, Any]]
-
-    def tables(self) -> dict[str, str]:
-        """Return lm_eval's own table, in Markdown, of each model."""
-        from lm_eval.utils import make_table
-
-        return {model: make_table(results) for model, results in self.results.items()}
-
-
 def label(options: EvalOptions) -> str:
     """The name of the results folder."""
     shots = "" if options.num_fewshot is None else f"-{options.num_fewshot}-shot"
@@ -86,16 +70,16 @@ def load_tasks(options: EvalOptions) -> dict[str, dict[str, Any]]:
             "lm-eval ls tasks lists them; --tasks-path DIR adds your own",
         )
     loaded, wrong = {}, []
-    with lm_eval_seeds():
-        for name in names:
-            try:
-                loaded[name] = dict(manager.load([name]))
-            except (OSError, ValueError, ImportError) as error:
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                wrong.append(f"--harness: the rows of '{name}' are out of reach: {first}")
-                continue
-            for task in loaded[name]["tasks"].values():
-                _set_shots(task, options.num_fewshot)
+    set_seeds()
+    for name in names:
+        try:
+            loaded[name] = dict(manager.load([name]))
+        except (OSError, ValueError, ImportError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            wrong.append(f"--harness: the rows of '{name}' are out of reach: {first}")
+            continue
+        for task in loaded[name]["tasks"].values():
+            _set_shots(task, options.num_fewshot)
     if wrong:
         raise DataError(
             "\n".join(wrong),
@@ -132,8 +116,11 @@ def run(
     tasks: dict[str, dict[str, Any]],
     model: LoadedModel,
     folder: Path,
-) -> LmEvalReport:
-    """Run the tasks; results.json and samples.jsonl are written after each name."""
+) -> tuple[LmEvalFolder, dict[str, dict[str, Any]]]:
+    """Run the tasks; results.json and samples.jsonl are written after each name.
+
+    Returns their folder, and lm_eval's results by model (`model`, `base model`).
+    """
     conditions = {
         "suite": "lm-evaluation-harness",
         "protocol": "harness",
@@ -141,21 +128,22 @@ def run(
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
     }
-    report = LmEvalReport(LmEvalFolder(folder, model_facts(model) | conditions), {})
+    written = LmEvalFolder(folder, model_facts(model) | conditions)
+    by_model: dict[str, dict[str, Any]] = {}
     for name, loaded in tasks.items():
         results, entries = _evaluate(options, name, loaded, model)
-        _merge(report.results.setdefault("model", {}), results)
+        _merge(by_model.setdefault("model", {}), results)
         if options.base:
             with model.adapted.disabled():
                 base, bare = _evaluate(options, f"{name} (base)", loaded, model)
-            _merge(report.results.setdefault("base model", {}), base)
+            _merge(by_model.setdefault("base model", {}), base)
             for task, entry in entries.items():
                 for metric, score in entry["metrics"].items():
                     score["base"] = bare[task]["metrics"][metric]["value"]
                 entry["base_source"] = "scored beside it"
         for task, entry in entries.items():
-            report.folder.add(task, entry, _samples(results["samples"].get(task, [])))
-    return report
+            written.add(task, entry, _samples(results["samples"].get(task, [])))
+    return written, by_model
 
 
 def _merge(merged: dict[str, Any], results: dict[str, Any]) -> None:
@@ -173,7 +161,8 @@ def _evaluate(
     from moc_cli.evaluation.lm_eval_model import MocLM
 
     begin = time.perf_counter()
-    with ProgressPerKind(name) as progress, lm_eval_seeds():
+    set_seeds()
+    with ProgressPerKind(name) as progress:
         language_model = MocLM(
             model,
             batch_size=options.rows_per_batch("auto"),
@@ -280,21 +269,13 @@ class ProgressPerKind(ExitStack):
         self._bar.observe(done, total)
 
 
-@contextmanager
-def lm_eval_seeds() -> Iterator[None]:
-    """Within it random numbers start from the seeds of lm_eval's own command."""
+def set_seeds() -> None:
+    """Start random numbers from the seeds of lm_eval's own command."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(DEFAULT_RANDOM_SEED)
-        np.random.seed(DEFAULT_OTHER_SEED)
-        torch.manual_seed(DEFAULT_OTHER_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
 def no_telemetry() -> None:

@@ -8,11 +8,6 @@ from moc_cli.recipe.methods import METHODS
 LEVELS = {"sample": "one per row", "token": "one per token", "batch": "one per batch"}
 
 
-def last_part(path: object) -> str:
-    """Return the last part of a path, also of one written on Windows."""
-    return PurePosixPath(str(path).replace("\\", "/")).name
-
-
 def run_name(path: object) -> str:
     """Return a run folder's name; with its parent where it is named as a method, as glue/x/moc.
 
@@ -28,7 +23,7 @@ def subtitle(routing: dict[str, Any]) -> str:
     """Return run, model and method, without the folders in which they lie."""
     model = str(routing["model"])
     if model.startswith(("/", ".", "~")) or "\\" in model:  # a local folder, not a name of the hub
-        model = last_part(model)
+        model = PurePosixPath(model.replace("\\", "/")).name
     section = routing["method"]
     words = {"rank": "rank", "top_k": "top", "alpha": "alpha"}
     method = [str(section.get("name", "moc"))]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from moc_cli.comparison.runs import PACKED
-from moc_cli.errors import MocError
 from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moc_cli.processes import PARENT
 from moc_cli.recipe.load import dump
@@ -75,13 +74,12 @@ class Job:
 
 @dataclass
 class Execution:
-    """The state of a sweep: names of runs that are finished, and why others failed."""
+    """A sweep at work: `failed` says by names of runs why they failed."""
 
     plan: Plan
     jobs: int
     gpus: int
     say: Callable[[str], None]
-    finished: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
 
     def run_all(self, observe: Callable[[int], None], again: str) -> None:
@@ -110,7 +108,7 @@ class Execution:
                     if job.process is not None:
                         job.process.wait()
             raise EndedBySignal(
-                f"stopped; {len(self.finished)} of {self.plan.total()} runs are finished",
+                f"stopped; {len(self.plan.finished)} of {self.plan.total()} runs are finished",
                 f"continue with: {again}",
                 number,
             ) from None
@@ -123,15 +121,15 @@ class Execution:
                 self.say(f"{job.run.name}: failed: {self.failed[job.run.name]}")
                 continue
             keep_small_files(job.run)
-            self.finished.add(job.run.name)
+            self.plan.finished.add(job.run.name)
             self.say(f"{job.run.name}: {_scores(job.run)}")
-            observe(len(self.finished))
+            observe(len(self.plan.finished))
 
     def _startable(self, working: list[Job]) -> Iterator[PlannedRun]:
         if len(working) >= self.jobs:
             return  # the usual case, five times a second: the plan is not looked through
-        busy = {job.run.name for job in working}
-        for run in self.plan.next_runs(self.finished, {*self.failed}):
+        busy = {job.run.name for job in working} | self.failed.keys()
+        for run in self.plan.next_runs():
             if len(working) >= self.jobs:
                 return
             if run.name not in busy:
@@ -224,17 +222,3 @@ def _last_words(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = [line for line in lines if line.startswith("Error: ")]
     return f"{(said or lines or ['no word'])[-1].removeprefix('Error: ')} (see {log})"
-
-
-def check_folders(plan: Plan) -> set[str]:
-    """Return the names of finished runs; MocError where folders hold runs of other recipes."""
-    finished, wrong = set(), []
-    for run in plan.runs:
-        try:
-            if run.is_finished(len(plan.sweep.evaluations)):
-                finished.add(run.name)
-        except MocError as error:
-            wrong.append(error.message)
-    if wrong:
-        raise MocError("\n".join(wrong), "take another folder: --output-dir OTHER")
-    return finished

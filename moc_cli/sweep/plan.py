@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moc_cli.errors import MocError, RunError
 from moc_cli.recipe.load import load_recipe
@@ -53,68 +52,73 @@ class PlannedRun:
 
 @dataclass
 class Plan:
-    """All runs that a sweep may need; `choices` grows as searches are done."""
+    """All runs that a sweep may need, and the names of those that are `finished`.
+
+    `choices` grows as searches are done.
+    """
 
     sweep: Sweep
     runs: list[PlannedRun]
+    finished: set[str] = field(default_factory=set)
     choices: dict[Cell, PlannedRun] = field(default_factory=dict)
 
-    def next_runs(self, finished: set[str], failed: set[str]) -> Iterator[PlannedRun]:
+    def find_finished(self) -> None:
+        """Look which runs are finished; MocError where folders hold runs of other recipes."""
+        wrong = []
+        for run in self.runs:
+            try:
+                if run.is_finished(len(self.sweep.evaluations)):
+                    self.finished.add(run.name)
+            except MocError as error:
+                wrong.append(error.message)
+        if wrong:
+            raise MocError("\n".join(wrong), "take another folder: --output-dir OTHER")
+
+    def next_runs(self) -> Iterator[PlannedRun]:
         """Yield the runs that can start now, in their order.
 
         Those of later seeds wait until all candidates of their cell are finished, and only the
-        chosen one has them. `finished` and `failed` hold names.
+        chosen one has them.
         """
         for run in self.runs:
-            if run.name in finished or run.name in failed:
-                continue
-            if self.is_needed(run, finished):
+            if run.name not in self.finished and self.is_needed(run):
                 yield run
 
-    def is_needed(self, run: PlannedRun, finished: set[str]) -> bool:
+    def is_needed(self, run: PlannedRun) -> bool:
         """Whether a run is tried, or has the chosen candidate; not if that is not known yet."""
-        if run.candidate is None or run.seed == self.first_seed:
+        if run.candidate is None or run.seed == self.runs[0].seed:
             return True
-        chosen = self.chosen(run.cell, finished)
+        chosen = self.chosen(run.cell)
         return chosen is not None and chosen.candidate == run.candidate
 
-    @property
-    def first_seed(self) -> int:
-        """The seed on which candidates are tried."""
-        return self.runs[0].seed
-
-    def tried(self, cell: Cell) -> list[PlannedRun]:
-        """The runs of a cell on the first seed."""
-        return [run for run in self.runs if run.cell == cell and run.seed == self.first_seed]
-
-    def chosen(self, cell: Cell, finished: set[str]) -> PlannedRun | None:
+    def chosen(self, cell: Cell) -> PlannedRun | None:
         """Return the first seed's run of a cell's best candidate; None until all are finished."""
-        tried = self.tried(cell)
-        if any(run.name not in finished for run in tried):
+        first = self.runs[0].seed
+        tried = [run for run in self.runs if run.cell == cell and run.seed == first]
+        if any(run.name not in self.finished for run in tried):
             return None
         if cell not in self.choices:
             self.choices[cell] = tried[0] if len(tried) == 1 else best_of(tried)
         return self.choices[cell]
 
-    def counting(self, cell: Cell, finished: set[str]) -> list[PlannedRun]:
+    def counting(self, cell: Cell) -> list[PlannedRun]:
         """Return the finished runs of a cell's chosen candidate, by seed."""
-        own = [run for run in self.runs if run.cell == cell and run.name in finished]
-        chosen = self.chosen(cell, finished)
-        if chosen is not None:
-            return [run for run in own if run.candidate == chosen.candidate]
-        return [run for run in own if run.candidate is None]
+        chosen = self.chosen(cell)
+        candidate = None if chosen is None else chosen.candidate
+        own = [run for run in self.runs if run.cell == cell and run.name in self.finished]
+        return [run for run in own if run.candidate == candidate]
 
-    def listed(self, finished: set[str]) -> list[tuple[str, bool]]:
+    def listed(self) -> list[tuple[str, bool]]:
         """Return every run that is needed, in order, and whether it is finished.
 
         A run of a later seed whose candidate is not chosen yet has `*` in its place.
         """
         names: dict[str, bool] = {}
         for run in self.runs:
-            if self.is_needed(run, finished):
-                names[run.name] = run.name in finished
-            elif self.chosen(run.cell, finished) is None:
-                names[f"{_name(run.cell, None)}/*/seed-{run.seed}"] = False
+            if self.is_needed(run):
+                names[run.name] = run.name in self.finished
+            elif self.chosen(run.cell) is None:
+                names[f"{_name(run.cell)}/*/seed-{run.seed}"] = False
         return list(names.items())
 
     def total(self) -> int:
@@ -140,49 +144,52 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
     """
     runs: list[PlannedRun] = []
     mistakes: dict[str, str] = {}
-    combinations = [(cell, one) for cell in sweep.cells for one in sweep.candidates]
-    loaded: dict[Any, Recipe] = {}
-    varied = [change for cell, one in combinations for change in _varied(cell, one)]
-    if own := list(check_keys([*sweep.common, *varied, *changes])):
-        raise MocError("\n".join(own))
-    for cell, candidate in combinations:
-        common, own = [*sweep.common, "output.output_dir=run"], _varied(cell, candidate)
+    settings = {
+        (cell, candidate): (*cell, candidate) if candidate else cell
+        for cell in sweep.cells
+        for candidate in sweep.candidates
+    }
+    loaded: dict[Cell, Recipe] = {}
+    varied = [change for own in settings.values() for change in _varied(own)]
+    if refused := list(check_keys([*sweep.common, *varied, *changes])):
+        raise MocError("\n".join(refused))
+    for own in settings.values():
+        common = [*sweep.common, "output.output_dir=run"]
         try:
-            loaded[cell, candidate] = load_recipe(sweep.recipe, common, own)
+            loaded[own] = load_recipe(sweep.recipe, common, _varied(own))
             if changes:
-                load_recipe(sweep.recipe, [*common, *own, *changes])
+                load_recipe(sweep.recipe, [*common, *_varied(own), *changes])
         except MocError as error:
             for line in error.message.splitlines():
-                mistakes.setdefault(line, _name(cell, candidate))
+                mistakes.setdefault(line, _name(own))
     if mistakes:
         lines = [f"{line} (first in {name})" for line, name in mistakes.items()]
         raise MocError("\n".join(lines), "moc train RECIPE --dry-run --set ... shows one run")
     recipe = next(iter(loaded.values()))
     _check_choice(sweep, recipe)
     for seed in sweep.seeds or (recipe.seed,):
-        for cell, candidate in combinations:
-            name = f"{_name(cell, candidate)}/seed-{seed}"
+        for (cell, candidate), own in settings.items():
+            name = f"{_name(own)}/seed-{seed}"
             folder = RunFolder(Path(sweep.output_dir) / name)
-            results = RunFolder(Path(sweep.results_dir or sweep.output_dir) / name)
+            output = loaded[own].output.model_copy(update={"output_dir": str(folder.path)})
             runs.append(
                 PlannedRun(
                     name=name,
                     cell=cell,
                     candidate=candidate,
                     seed=seed,
-                    recipe=_with_folder(loaded[cell, candidate], seed, folder),
-                    changes=(*sweep.common, *_varied(cell, candidate), *changes, f"seed={seed}"),
+                    recipe=loaded[own].model_copy(update={"seed": seed, "output": output}),
+                    changes=(*sweep.common, *_varied(own), *changes, f"seed={seed}"),
                     folder=folder,
-                    results=results,
+                    results=RunFolder(Path(sweep.results_dir or sweep.output_dir) / name),
                 )
             )
     rows = list(dict.fromkeys(sweep.row(run.cell) for run in runs))
     return Plan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
 
 
-def _varied(cell: Cell, candidate: Setting | None) -> list[str]:
+def _varied(settings: Cell) -> list[str]:
     """Return the changes of the recipe that are a run's own."""
-    settings = [*cell, *([] if candidate is None else [candidate])]
     return [change for setting in settings for change in setting.changes]
 
 
@@ -202,9 +209,8 @@ def _with_folder(recipe: Recipe, seed: int, folder: RunFolder) -> Recipe:
     return recipe.model_copy(update={"seed": seed})
 
 
-def _name(cell: Cell, candidate: Setting | None) -> str:
+def _name(settings: Cell) -> str:
     """Return the path of a run below the sweep's folder, but for its seed."""
-    settings = [*cell, *([] if candidate is None else [candidate])]
     return "/".join(_part(setting) for setting in settings)
 
 

@@ -28,20 +28,20 @@ class Column:
     runs: list[PlannedRun]
 
 
-def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
+def summarize(plan: Plan) -> dict[str, Any]:
     """Return what sweep.json holds: every run, the scores of every cell, and the differences.
 
     A row is a combination of the groups that are not compared. Scores are main metrics, of the
     training's own final scoring; intervals need the items of an evaluation (`eval` in the sweep).
     """
     sweep = plan.sweep
-    group = sweep.compared_group
+    group, finished = sweep.compared_group, [r for r in plan.runs if r.name in plan.finished]
     rows: dict[str, list[Column]] = {}
     for cell in sweep.cells:
-        runs = plan.counting(cell, finished)
+        runs = plan.counting(cell)
         value = next((one.name for one in cell if one.group == group), sweep.name)
         rows.setdefault(sweep.row(cell), []).append(Column(cell, value, runs))
-    table = [_row(row, columns, plan, finished) for row, columns in rows.items()]
+    table = [_row(row, columns, plan) for row, columns in rows.items()]
     average = _average(table, sweep.reference)
     for row in table:
         for tasks in row["differences"].values():
@@ -54,10 +54,10 @@ def summarize(plan: Plan, finished: set[str]) -> dict[str, Any]:
         "compared": group,
         "chosen": sweep.chosen_group,
         "reference": sweep.reference,
-        "finished": len(finished & {run.name for run in plan.runs}),
+        "finished": len(finished),
         "needed": plan.total(),
-        "conditions": _conditions([run for run in plan.runs if run.name in finished]),
-        "runs": [_run(run) for run in plan.runs if run.name in finished],
+        "conditions": _conditions(finished),
+        "runs": [_run(run) for run in finished],
         "rows": table,
         "average": average,
         "confidence": CONFIDENCE,
@@ -92,9 +92,9 @@ def _run(run: PlannedRun) -> dict[str, Any]:
     }
 
 
-def _row(name: str, columns: Sequence[Column], plan: Plan, finished: set[str]) -> dict[str, Any]:
+def _row(name: str, columns: Sequence[Column], plan: Plan) -> dict[str, Any]:
     """Return a row of the table: its cells by the value that is compared, and their differences."""
-    cells = {column.value: _cell(column, plan, finished) for column in columns if column.runs}
+    cells = {column.value: _cell(column, plan) for column in columns if column.runs}
     reference = next((c for c in columns if c.value == plan.sweep.reference and c.runs), None)
     differences: dict[str, Any] = {}
     for column in columns:
@@ -108,9 +108,9 @@ def _row(name: str, columns: Sequence[Column], plan: Plan, finished: set[str]) -
     return {"name": name, "cells": cells, "differences": differences}
 
 
-def _cell(column: Column, plan: Plan, finished: set[str]) -> dict[str, Any]:
+def _cell(column: Column, plan: Plan) -> dict[str, Any]:
     results = [run.results.read_results() for run in column.runs]
-    chosen = plan.chosen(column.cell, finished)
+    chosen = plan.chosen(column.cell)
     tasks = {}
     for task, entry in results[0]["tasks"].items():
         values = [main_score(result["tasks"][task])["value"] for result in results]

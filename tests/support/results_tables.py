@@ -12,7 +12,6 @@ from support.machine import ROOT
 from moc_cli.recipe.sweep import read_sweep
 from moc_cli.report.sweep_tables import sweep_tables
 from moc_cli.report.tables import FittedTable
-from moc_cli.sweep.execute import check_folders
 from moc_cli.sweep.plan import make_plan
 from moc_cli.sweep.summary import summarize
 
@@ -23,7 +22,8 @@ BLOCK = re.compile(r"(<!-- sweep: ([\w-]+) -->\n).*?(<!-- end of sweep -->\n)", 
 def tables(name: str) -> str:
     """Return the Markdown of a shipped sweep's results: conditions, then its tables."""
     plan = make_plan(read_sweep(name), [])
-    summary = summarize(plan, check_folders(plan))
+    plan.find_finished()
+    summary = summarize(plan)
     return "\n".join(["", *_conditions(summary), *_markdown(summary)]) + "\n"
 
 
