@@ -10,11 +10,11 @@ from moc_cli.data.batches import collate, pad_batch
 from moc_cli.data.custom.chat import check_chats
 from moc_cli.data.encode import IGNORED, Encoded, Row, encode_chats, encode_texts, has_target
 from moc_cli.data.examples import ChatExample
-from moc_cli.kinds.kind import Examples, Kind, Tokenizer
+from moc_cli.kinds.kind import Examples, Kind, Observe, Tokenizer
 from moc_cli.kinds.loss import LanguageLoss, TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.tasks import LANGUAGE
-from moc_cli.scoring.forward import Progress, call, position_ids
+from moc_cli.scoring.forward import call, position_ids
 from moc_cli.scoring.likelihood import Query, likelihoods
 from moc_cli.scoring.loss import HeldOutLoss, lm_loss
 from moc_cli.scoring.results import ScoringOptions
@@ -77,16 +77,11 @@ class Causal(Kind):
         likelihoods(model, queries, batch_size=rows)
 
     def answer_loss(
-        self,
-        model: TextModel,
-        examples: Examples,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
     ) -> HeldOutLoss:
         """Compute the loss of the answers' tokens; rows are cut to `options.max_length`."""
         encoded = self.encode_answers(examples, model.tokenizer, options.max_length)
-        size = options.batch_size
-        return lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
+        return lm_loss(model, encoded, batch_size=options.batch_size, on_progress=observe)
 
     def row_losses(
         self, model: TextModel, examples: Examples, options: ScoringOptions

@@ -4,25 +4,23 @@ An output is generated greedily from the prompt, with one token more than the ri
 matches if it is the right one but for white space at both ends.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from moc_cli.data.custom.chat import chat_tokens
 from moc_cli.data.examples import ChatExample, InstructionExample
-from moc_cli.kinds.kind import Examples, Tokenizer
+from moc_cli.kinds.kind import Examples, Observe, Tokenizer
 from moc_cli.kinds.writing import Writing
 from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed, prompt_ids
 from moc_cli.scoring import metrics
-from moc_cli.scoring.batch_size import BatchSize
-from moc_cli.scoring.forward import Limits, Progress
+from moc_cli.scoring.forward import Limits
 from moc_cli.scoring.generate import write
 from moc_cli.scoring.loss import TextScore
-from moc_cli.scoring.results import Evaluation, ScoringOptions
+from moc_cli.scoring.results import Score, ScoringOptions
 
 
 class Instruction(Writing):
@@ -44,31 +42,27 @@ class Instruction(Writing):
         lengths = [len(request.prompt) + request.new for request in requests]
         return {n: length for n, length in zip(long, lengths, strict=True) if length > limit}
 
-    def score(
-        self,
-        model: TextModel,
-        examples: Examples,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
-    ) -> Evaluation:
-        """Score outputs: first the exact matches, for which prompts are not cut."""
-        begin = time.perf_counter()
-        texts = super().score(model, examples, options, on_progress)
+    def score_items(
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
+    ) -> Sequence[TextScore]:
+        """Compute losses, and have outputs written, for which prompts are not cut."""
+        items = super().score_items(model, examples, options, observe)
         requests = make_requests(model.tokenizer, examples)
         with compiled_generation(model.adapted.model, options.torch_compile):
-            outputs = _write(model, requests, texts.batch, on_progress)
-        items = [
+            outputs = _write(model, requests, options, observe)
+        return [
             replace(item, label=request.output, prediction=output)
-            for item, request, output in zip(
-                cast(Sequence[TextScore], texts.items), requests, outputs, strict=True
-            )
+            for item, request, output in zip(items, requests, outputs, strict=True)
         ]
-        n, seconds = len(items), time.perf_counter() - begin
+
+    def measure(self, items: Sequence[TextScore], examples: Examples) -> dict[str, Score]:
+        """The outputs that match exactly, and the perplexity."""
+        n = len(items)
         # What always giving the most frequent output would score.
         constant = Counter(item.label for item in items).most_common(1)[0][1] / n
         right = [int(item.correct is True) for item in items]
         exact = {"exact_match": metrics.measure("accuracy", [1] * n, right, constant)}
-        return replace(texts, metrics=exact | texts.metrics, items=items, seconds=seconds)
+        return exact | super().measure(items, examples)
 
 
 class Request(NamedTuple):
@@ -106,8 +100,8 @@ def _chat_request(tokenizer: Tokenizer, ids: list[int], learned: list[bool]) -> 
 def _write(
     model: TextModel,
     requests: Sequence[Request],
-    size: BatchSize,
-    on_progress: Progress | None,
+    options: ScoringOptions,
+    observe: Observe,
 ) -> list[str]:
     """Write an output for every prompt, white space at its ends left out.
 
@@ -118,5 +112,5 @@ def _write(
     limits = Limits.of(model.adapted.model)
     for prompt, count in zip(prompts, new, strict=True):
         limits.check([prompt], "a prompt with its output", count)
-    texts = write(model, prompts, new, batch_size=size, on_progress=on_progress)
+    texts = write(model, prompts, new, batch_size=options.batch_size, on_progress=observe)
     return [text.strip() for text in texts]

@@ -1,8 +1,10 @@
 """What every kind of task does."""
 
 import random
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -14,11 +16,13 @@ from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import ModelHead, ScoringProtocol
+from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
-from moc_cli.scoring.results import Evaluation, ScoringOptions
+from moc_cli.scoring.results import Evaluation, Item, Score, ScoringOptions, single_task
 
 Tokenizer = PreTrainedTokenizerBase
 Examples = Sequence[Any]
+Observe = Progress | None  # called with the examples done and their number
 
 
 class Kind(ABC):
@@ -95,23 +99,29 @@ class Kind(ABC):
     def score_made_up(self, model: TextModel, rows: int, tokens: int, device: torch.device) -> None:
         """Score rows of so many made-up tokens, with the code of every evaluation."""
 
-    @abstractmethod
     def score(
-        self,
-        model: TextModel,
-        examples: Examples,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
     ) -> Evaluation:
         """Score one task's examples: every metric with its standard error."""
+        task, size = single_task(examples), BatchSize.of(options.batch_size)
+        begin = time.perf_counter()
+        items = self.score_items(model, examples, replace(options, batch_size=size), observe)
+        seconds = time.perf_counter() - begin
+        return Evaluation(task, self.measure(items, examples), items, seconds, size)
+
+    @abstractmethod
+    def score_items(
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
+    ) -> Sequence[Item]:
+        """Return what each example's score is made of."""
+
+    @abstractmethod
+    def measure(self, items: Sequence[Any], examples: Examples) -> dict[str, Score]:
+        """Return every metric of scored items, the main one first."""
 
     @abstractmethod
     def watch(
-        self,
-        model: TextModel,
-        examples: Examples,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
     ) -> dict[str, float]:
         """Return the numbers that training is watched by: the loss and the task's metrics."""
 

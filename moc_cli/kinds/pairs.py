@@ -1,7 +1,6 @@
 """One text or two with a class or a score: a classifier with a fresh head predicts it."""
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,16 +12,15 @@ from moc_cli.data.batches import pad_batch
 from moc_cli.data.encode import Encoded, Row, encode_pairs
 from moc_cli.data.examples import PairExample
 from moc_cli.errors import DataError
-from moc_cli.kinds.kind import Kind, Tokenizer
+from moc_cli.kinds.kind import Kind, Observe, Tokenizer
 from moc_cli.kinds.loss import ClassLoss, ScoreLoss, TaskLoss
 from moc_cli.methods import TextModel
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import CLASSIFIER
 from moc_cli.scoring import metrics
-from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
-from moc_cli.scoring.forward import Progress, evaluating
-from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
+from moc_cli.scoring.forward import evaluating
+from moc_cli.scoring.results import Score, ScoringOptions
 
 Texts = Sequence[PairExample]
 
@@ -89,58 +87,36 @@ class Pairs(Kind):
         with evaluating(model.adapted.model):
             self.forward(model, [{"input_ids": [1] * tokens}] * rows, device)
 
-    def score(
-        self,
-        model: TextModel,
-        examples: Texts,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
-    ) -> Evaluation:
-        """Classify a task's examples: each of its metrics."""
-        task = single_task(examples)
-        begin = time.perf_counter()
-        size = BatchSize(options.batch_size)
-        items = self._classify(model, examples, options, size, on_progress)
-        seconds = time.perf_counter() - begin
-        labels = [item.label for item in items]
-        predictions = [item.prediction for item in items]
-        scores = {name: metrics.measure(name, labels, predictions) for name in self.metrics}
-        return Evaluation(task, scores, items, seconds, size)
+    def score_items(
+        self, model: TextModel, examples: Texts, options: ScoringOptions, observe: Observe = None
+    ) -> list[PairScore]:
+        """Classify examples."""
+        return classify(
+            model,
+            examples,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            names=tuple(map(str, self.labels)),
+            on_progress=observe,
+        )
+
+    def measure(self, items: Sequence[PairScore], examples: Texts) -> dict[str, Score]:
+        """Each of the task's metrics."""
+        labels, predictions = [i.label for i in items], [i.prediction for i in items]
+        return {name: metrics.measure(name, labels, predictions) for name in self.metrics}
 
     def watch(
-        self,
-        model: TextModel,
-        examples: Texts,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
+        self, model: TextModel, examples: Texts, options: ScoringOptions, observe: Observe = None
     ) -> dict[str, float]:
         """Return the loss and every metric."""
-        items = self._classify(model, examples, options, BatchSize(options.batch_size), on_progress)
+        items = self.score_items(model, examples, options, observe)
         labels, predictions = [i.label for i in items], [i.prediction for i in items]
         values = {name: metrics.METRICS[name](labels, predictions) for name in self.metrics}
         return {"loss": pair_loss(items)} | values
 
     def row_losses(self, model: TextModel, examples: Texts, options: ScoringOptions) -> list[float]:
         """Return each row's loss."""
-        items = self._classify(model, examples, options, BatchSize(options.batch_size))
-        return [pair_loss([item]) for item in items]
-
-    def _classify(
-        self,
-        model: TextModel,
-        examples: Texts,
-        options: ScoringOptions,
-        size: BatchSize,
-        on_progress: Progress | None = None,
-    ) -> list[PairScore]:
-        return classify(
-            model,
-            examples,
-            batch_size=size,
-            max_length=options.max_length,
-            names=tuple(map(str, self.labels)),
-            on_progress=on_progress,
-        )
+        return [pair_loss([item]) for item in self.score_items(model, examples, options)]
 
     def prompt(self, example: PairExample) -> str:
         """The text, or both on lines of their own."""

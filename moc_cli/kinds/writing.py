@@ -1,19 +1,17 @@
 """Texts to be written: the perplexity of what is to be learned."""
 
 import math
-import time
+from collections.abc import Sequence
 from typing import Any
 
 from moc_cli.data.encode import Row
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
 from moc_cli.kinds.causal import Causal
-from moc_cli.kinds.kind import Examples, Tokenizer
+from moc_cli.kinds.kind import Examples, Observe, Tokenizer
 from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
-from moc_cli.scoring.batch_size import BatchSize
-from moc_cli.scoring.forward import Progress
-from moc_cli.scoring.loss import TextScore, lm_loss
-from moc_cli.scoring.results import Evaluation, ScoringOptions, single_task
+from moc_cli.scoring.loss import TextScore
+from moc_cli.scoring.results import Score, ScoringOptions
 
 
 class Writing(Causal):
@@ -38,32 +36,22 @@ class Writing(Causal):
         prompts = [row["input_ids"][:length] for row, length in pairs]
         return [{"input_ids": prompt, "labels": prompt} for prompt in prompts]
 
-    def score(
-        self,
-        model: TextModel,
-        examples: Examples,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
-    ) -> Evaluation:
-        """Score texts, cut to `max_length` tokens: the perplexity."""
-        task = single_task(examples)
-        begin = time.perf_counter()
-        size = BatchSize(options.batch_size)
-        encoded = self.encode_answers(examples, model.tokenizer, options.max_length)
-        held_out = lm_loss(model, encoded, batch_size=size, on_progress=on_progress)
-        items = [TextScore(loss, tokens) for loss, tokens in held_out.rows]
-        scores = {"perplexity": metrics.perplexity(held_out.rows)}
-        return Evaluation(task, scores, items, time.perf_counter() - begin, size)
+    def score_items(
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
+    ) -> Sequence[TextScore]:
+        """Compute the losses of texts, cut to `max_length` tokens."""
+        held_out = self.answer_loss(model, examples, options, observe)
+        return [TextScore(loss, tokens) for loss, tokens in held_out.rows]
+
+    def measure(self, items: Sequence[TextScore], examples: Examples) -> dict[str, Score]:
+        """The perplexity."""
+        return {"perplexity": metrics.perplexity([(item.loss, item.tokens) for item in items])}
 
     def watch(
-        self,
-        model: TextModel,
-        examples: Examples,
-        options: ScoringOptions,
-        on_progress: Progress | None = None,
+        self, model: TextModel, examples: Examples, options: ScoringOptions, observe: Observe = None
     ) -> dict[str, float]:
         """Return loss and perplexity; nothing is generated while a model trains."""
-        held_out = self.answer_loss(model, examples, options, on_progress)
+        held_out = self.answer_loss(model, examples, options, observe)
         return {"loss": held_out.loss, "perplexity": math.exp(held_out.loss)}
 
     def prompt(self, example: InstructionExample | ChatExample | TextExample) -> str:

@@ -225,7 +225,7 @@ def _eval(recipe: Sections) -> Iterator[BrokenRule]:
         yield BrokenRule("eval.protocol", message, of_tasks)
     metric = scoring.metric_for_best_model
     for name in data.tasks if metric is not None else ():
-        allowed = find_task(data.suite, name, data.format).watched_metrics
+        allowed = (*find_task(data.suite, name, data.format).metrics, "loss")
         if metric not in allowed:
             subject = f"task '{name}'" if tasks or not data.format else f"format '{data.format}'"
             message = f"{subject} has no {metric}; allowed: {', '.join(allowed)}"

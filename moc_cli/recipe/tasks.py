@@ -118,11 +118,6 @@ class Task:
         return 1 if self.kind is REGRESSION else len(self.labels)
 
     @property
-    def watched_metrics(self) -> tuple[str, ...]:
-        """What `metric_for_best_model` may be, the main one first; all while it is unknown."""
-        return (*self.metrics, "loss")
-
-    @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have labels."""
         return tuple(self.hub) or ("train", "validation", "test")

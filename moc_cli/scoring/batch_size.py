@@ -37,6 +37,11 @@ class BatchSize:
     used: int = 0
     halved: int = 0
 
+    @classmethod
+    def of(cls, size: "BatchSizeOption | BatchSize") -> "BatchSize":
+        """Return a size that counts: itself, or one of an option."""
+        return size if isinstance(size, BatchSize) else cls(size)
+
 
 @dataclass(frozen=True)
 class RowCost:
@@ -67,7 +72,7 @@ def run_batches(
     Joint: of several processes each works on its share of the batches, all get all results, and an
     error of one ends all. They call `on_progress` together, after each has done one batch.
     """
-    size = size if isinstance(size, BatchSize) else BatchSize(size)
+    size = BatchSize.of(size)
     order = sorted(range(len(costs)), key=lambda item: (-costs[item].tokens, item))
     if not order:
         return []

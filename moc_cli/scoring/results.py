@@ -9,6 +9,7 @@ from moc_cli.errors import DataError
 from moc_cli.recipe.sections import TooLong
 from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
+from moc_cli.scoring.generate import Answer
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ScoringOptions:
     rows that are `too_long` for the model. Whether the generation of answers is compiled.
     """
 
-    batch_size: BatchSizeOption = "auto"
+    batch_size: BatchSizeOption | BatchSize = "auto"
     max_length: int = 0
     protocol: ScoringProtocol = "rank"
     too_long: TooLong = "leave_out"
@@ -47,8 +48,7 @@ class Score:
 class Evaluation:
     """A scored task: its metrics by name, the main one first, and every item.
 
-    `seconds` is what scoring took, `batch` the batch size that was used; `unparsed` counts the
-    generated texts that held no answer (None where none are generated).
+    `seconds` is what scoring took, `batch` the batch size that was used.
     """
 
     task: str
@@ -56,7 +56,6 @@ class Evaluation:
     items: Sequence[Item]
     seconds: float
     batch: BatchSize = field(default_factory=BatchSize)
-    unparsed: int | None = None
 
     @property
     def metric(self) -> str:
@@ -67,6 +66,12 @@ class Evaluation:
     def main(self) -> Score:
         """The score by the main metric."""
         return self.metrics[self.metric]
+
+    @property
+    def unparsed(self) -> int | None:
+        """How many generated answers hold no option word; None where none are generated."""
+        answers = [item.answer for item in self.items if isinstance(item, Answer)]
+        return answers.count(None) if answers else None
 
     @property
     def values(self) -> dict[str, float]:
