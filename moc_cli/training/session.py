@@ -59,6 +59,9 @@ class Session:
         forecast: Forecast | None = None,
     ) -> None:
         self.recipe = absolute_paths(recipe)
+        self.folder = RunFolder(self.recipe.output.output_dir)
+        limit = self.recipe.output.save_total_limit
+        self.checkpoints = Checkpoints(self.folder.checkpoints, limit)
         self.call = call
         self.allow_changed_base = allow_changed_base
         self.forecast = forecast
@@ -73,44 +76,36 @@ class Session:
         Returns what results.json holds.
         Raises MocError for what the user can correct, Interrupted after a signal.
         """
-        output, launch = self.recipe.output, self.recipe.launch
-        require_trackers(output.report_to)
-        trackers = RunFolder(output.output_dir).trackers
+        launch, report_to = self.recipe.launch, self.recipe.output.report_to
+        require_trackers(report_to)
         self.processes = join_launched(launch)
-        accelerator = make_accelerator(launch, output.report_to, trackers)
-        with self.claim(resume=resume is not None, overwrite=overwrite) as folder:
-            checkpoints = Checkpoints(folder.checkpoints, output.save_total_limit)
-            job = self.prepare(accelerator, folder, checkpoints, resume)
-            before = self.processes.on_main(lambda: self.open_folder(job, folder, checkpoints))
+        accelerator = make_accelerator(launch, report_to, self.folder.trackers)
+        with self.claim(resume=resume is not None, overwrite=overwrite) as self.folder:
+            job = self.prepare(accelerator, resume)
+            before = self.processes.on_main(lambda: self.open_folder(job))
             with self.interrupt:
                 try:
-                    return self.train_and_score(job, folder, checkpoints, before)
+                    return self.train_and_score(job, before)
                 except FileError as error:
                     hint = f"free some disk space, then: {self.again}"
                     raise FileError(error.message, error.hint or hint) from error
 
     def claim(self, *, resume: bool, overwrite: bool) -> RunFolder:
         """Claim the run's folder; of several processes the first one alone writes in it."""
-        path, claimed = self.recipe.output.output_dir, None
+        folder = self.folder
         with self.processes.main_first():
             if self.processes.main:
-                claimed = RunFolder.claim(path, call=self.call, resume=resume, overwrite=overwrite)
-        return claimed or RunFolder(path)
+                path, call = folder.path, self.call
+                folder = RunFolder.claim(path, call=call, resume=resume, overwrite=overwrite)
+        return folder
 
-    def prepare(
-        self,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        checkpoints: Checkpoints,
-        resume: str | None,
-    ) -> Job:
+    def prepare(self, accelerator: Accelerator, resume: str | None) -> Job:
         """Make everything ready, before a file is touched."""
         snapshot = resumed = None
         if resume is not None:
-            find = partial(self.find_checkpoint, checkpoints, resume, folder)
-            snapshot = self.processes.on_main(find)
+            snapshot = self.processes.on_main(partial(self.find_checkpoint, resume))
         if snapshot is not None:
-            tensors = self.processes.on_main(folder.base_tensors)
+            tensors = self.processes.on_main(self.folder.base_tensors)
             resumed = Resume(snapshot, tensors, self.allow_changed_base)
         return prepare(
             self.recipe,
@@ -121,17 +116,15 @@ class Session:
             forecast=self.forecast,
         )
 
-    def find_checkpoint(
-        self, checkpoints: Checkpoints, resume: str, folder: RunFolder
-    ) -> Snapshot | None:
+    def find_checkpoint(self, resume: str) -> Snapshot | None:
         """Return the checkpoint to go on from; None where `auto` finds none.
 
         Raises RunError when it is damaged.
         """
         if resume == "auto":
-            newest = checkpoints.newest(self.say)
+            newest = self.checkpoints.newest(self.say)
             if newest is None:
-                self.say(f"no checkpoint in {folder.path}: starting from the first step")
+                self.say(f"no checkpoint in {self.folder.path}: starting from the first step")
                 return None
             path, snapshot = newest
         else:
@@ -139,20 +132,20 @@ class Session:
         self.say(lines.labelled("resume", f"{path}, step {snapshot.counters.step}"))
         return snapshot
 
-    def open_folder(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Scores:
+    def open_folder(self, job: Job) -> Scores:
         """Begin the run folder, or go on in it; return the scores before training known from it.
 
         Checkpoints beyond the resumed one are moved aside.
         """
-        snapshot, fresh = job.snapshot, job.snapshot is None
+        snapshot, fresh, folder = job.snapshot, job.snapshot is None, self.folder
         history, before = ([], {}) if fresh else known_of(folder, self.say)
         folder.begin(dump(job.recipe), fresh=fresh)
         step = snapshot.counters.step if snapshot else 0
         if snapshot is not None:
-            for path in checkpoints.set_aside_after(step):
+            for path in self.checkpoints.set_aside_after(step):
                 self.say(f"moved a later checkpoint to {path}")
             if self.allow_changed_base:  # it is now a checkpoint of a run on this base
-                checkpoints.save(replace(snapshot, identity=job.identity))
+                self.checkpoints.save(replace(snapshot, identity=job.identity))
         environment = describe_environment(
             job.accelerator.device,
             job.recipe,
@@ -166,20 +159,18 @@ class Session:
         folder.write_trained_rows(row_hashes(job.rows.splits.train))
         return before
 
-    def train_and_score(
-        self, job: Job, folder: RunFolder, checkpoints: Checkpoints, before: Scores
-    ) -> dict[str, Any]:
+    def train_and_score(self, job: Job, before: Scores) -> dict[str, Any]:
         """Score, train, keep the best controls, score again, and write the results."""
         if job.recipe.eval.before and not before:
             progress = "stopped before the first step"
             for name in job.rows.splits.tests:
                 before[name] = self.score(job, name, "before", progress).values
         begun = {"format": FORMAT, "status": "running", "before": before}
-        self.processes.on_main(lambda: folder.write_results(begun))
+        self.processes.on_main(lambda: self.folder.write_results(begun))
         if job.snapshot is None:
             self.begin_controls(job)
-        outcome = self.fit(job, folder, checkpoints)
-        chosen = self.keep_controls(job, folder, checkpoints, outcome)
+        outcome = self.fit(job)
+        chosen = self.keep_controls(job, outcome)
         recorder = job.built.adapted.recorder(detailed=False)
         with recorder or nullcontext():
             after, unscored = self.score_trained(job)
@@ -188,7 +179,7 @@ class Session:
         results |= {"controls": chosen, "routing": routing}
         if unscored:
             results["unscored"] = {name: error.message for name, error in unscored.items()}
-        self.processes.on_main(lambda: folder.write_results(results))
+        self.processes.on_main(lambda: self.folder.write_results(results))
         if unscored:
             why = "; ".join(f"{name}: {error.message}" for name, error in unscored.items())
             error = MocError(
@@ -206,7 +197,7 @@ class Session:
             rows = begin_controls(adapted, method, job.rows.data, device, self.processes)
             self.say(lines.labelled("init", f"{method.init}, over {rows} training rows"))
 
-    def fit(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> Outcome:
+    def fit(self, job: Job) -> Outcome:
         """Run the loop under a progress bar."""
         settings = job.settings
         trackers = start_trackers(job.accelerator, job.recipe)
@@ -227,8 +218,8 @@ class Session:
             job.rows.data,
             settings,
             accelerator=job.accelerator,
-            checkpoints=checkpoints,
-            log=MetricsLog(folder.metrics, trackers),
+            checkpoints=self.checkpoints,
+            log=MetricsLog(self.folder.metrics, trackers),
             identity=job.identity,
             evaluate=watch if settings.eval_strategy != "no" else None,
             interrupt=self.interrupt,
@@ -267,22 +258,20 @@ class Session:
 
             return job.rows.kind.score(job.model, examples, job.scoring, observe)
 
-    def keep_controls(
-        self, job: Job, folder: RunFolder, checkpoints: Checkpoints, outcome: Outcome
-    ) -> dict[str, Any]:
+    def keep_controls(self, job: Job, outcome: Outcome) -> dict[str, Any]:
         """Save the best checkpoint's controls, or the last ones, and say which."""
         adapted, step, name = job.built.adapted, outcome.counters.step, "last"
         best, on_main = outcome.counters.best_step, self.processes.on_main
-        if best is not None and best not in on_main(checkpoints.steps):
+        if best is not None and best not in on_main(self.checkpoints.steps):
             # It lies in the folder of the run that this one was continued from.
             self.say(f"the best step, {best}, has no checkpoint here: keeping the last controls")
         elif best is not None:
             name = f"best {job.settings.metric}"
             if best != step:
-                saved = partial(read_checkpoint, checkpoints.path(best))
+                saved = partial(read_checkpoint, self.checkpoints.path(best))
                 adapted.load_state(on_main(lambda: saved().trainables))
                 step = best
         config = adapted.adapter_config() | build.base_facts(job.recipe, job.built)
         payload = save(adapted.state(), {"format": "pt"})
-        on_main(lambda: folder.save_controls(config | {"step": step}, payload))
+        on_main(lambda: self.folder.save_controls(config | {"step": step}, payload))
         return {"step": step, "chosen": name}

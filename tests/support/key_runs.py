@@ -272,8 +272,7 @@ class KeyRun:
         with _threads_kept():
             launch, report_to = self.recipe.launch, self.recipe.output.report_to
             made = accelerator.make_accelerator(launch, report_to, folder.trackers)
-            checkpoints = Checkpoints(folder.checkpoints)
-            return self._session().prepare(made, folder, checkpoints, None)
+            return self._session().prepare(made, None)
 
     def _session(self) -> Session:
         return Session(self.loaded, call=Call("moc train"), say=lambda text: None)
