@@ -5,6 +5,7 @@ whether it is quantised or not.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,13 +19,13 @@ from moc_cli.models.weight_files import loaded_weight_files
 Weights = Mapping[str, "StoredWeight"]  # by the name of the parameter
 
 
+@dataclass(frozen=True)
 class StoredWeight:
     """One weight in a safetensors file; `values` are read at each call."""
 
-    def __init__(self, path: Path, key: str, dtype: torch.dtype) -> None:
-        self.path = path
-        self.key = key
-        self.dtype = dtype  # in which it would be loaded
+    path: Path
+    key: str
+    dtype: torch.dtype  # in which it would be loaded
 
     def values(self) -> Tensor:
         """Return the weight in the type of the file."""

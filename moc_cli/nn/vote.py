@@ -63,11 +63,6 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def own_picks(p: Tensor, k: int) -> Tensor:
-    """1 where a control is among the token's own k most probable, else 0; like p, no gradient."""
-    return torch.zeros_like(p).scatter_(-1, top_k(p.detach(), k), 1.0)
-
-
 @dataclass(frozen=True)
 class Vote:
     """How the tokens of a decision rank the controls of the pool.
@@ -84,7 +79,9 @@ class Vote:
 
 
 def _count_picks(p: Tensor, weight: Tensor, k: int) -> Tensor:
-    return (own_picks(p, k) * weight[..., None]).sum(dim=1)
+    """How many tokens have a control among their own k most probable."""
+    picks = torch.zeros_like(p).scatter_(-1, top_k(p, k), 1.0)
+    return (picks * weight[..., None]).sum(dim=1)
 
 
 VOTES: dict[str, Vote] = {"mean": Vote(), "mode": Vote(_count_picks)}

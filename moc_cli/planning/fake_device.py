@@ -46,7 +46,7 @@ class Sync(NamedTuple):
     line: str
 
 
-class Work(NamedTuple):
+class Kernel(NamedTuple):
     """What a kernel does: operations of matrix products, bytes read and written, and whether in
     half precision.
     """
@@ -69,7 +69,7 @@ class FakeDevice(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.syncs: Counter[Sync] = Counter()
         self.kernels: Counter[str] = Counter()
-        self.work: Counter[Work] = Counter()
+        self.work: Counter[Kernel] = Counter()
         self._phase = phase
         self._attention = _cpu_attention if like == "cpu" else _cuda_attention
         self._dropout = F.dropout if like == "cpu" else _cuda_dropout(F.dropout)
@@ -138,7 +138,7 @@ class FakeDevice(TorchDispatchMode):
             tensors = [tensor for tensor in (*given, *made) if tensor.is_meta]
             moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             half = any(tensor.dtype in HALF for tensor in tensors)
-            self.work[Work(flops, moved, half)] += 1
+            self.work[Kernel(flops, moved, half)] += 1
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -17,10 +17,9 @@ from moc_cli.models.quantization import linear_weights
 from moc_cli.planning.batches import Work
 from moc_cli.planning.cards import Card
 from moc_cli.planning.evaluation import scoring_of
-from moc_cli.planning.fake_device import META
+from moc_cli.planning.fake_device import META, Kernel
 from moc_cli.planning.live_memory import highest
 from moc_cli.planning.replay import Measured, replay
-from moc_cli.planning.time import REACHED_BYTES, seconds_of
 from moc_cli.recipe.quantization import Quantization, unquantized
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
@@ -35,6 +34,11 @@ FEW, FEW_WITH_POOL = (3, 5), (3, 5, 7)
 FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 BLOCK_OF_MOMENTS = 256  # numbers that share a scale in 8-bit moments
 SMALLEST_8BIT = 4096  # parameters with fewer numbers keep moments of 32 bits
+# Shares of the listed rates that kernels of training reach, and seconds between two kernels:
+# assumed, where nothing has been measured.
+REACHED_OPERATIONS = 0.65
+REACHED_BYTES = 0.75
+LAUNCH = 5e-6
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,24 @@ def _drawn_out(few: Mapping[int, Footprint], layers: int) -> Footprint:
     known = all(one.seconds is not None for one in few.values())
     seconds = grown(lambda one: one.seconds or 0) if known else None
     return Footprint(phases, seconds, round(grown(lambda one: one.trained)))
+
+
+def seconds_of(work: Mapping[Kernel, int], card: Card, *, tf32: bool = False) -> float | None:
+    """Return how long kernels take one after another; None where the card's rates are not known.
+
+    Each takes as long as its operations or its bytes, whichever is more, or as its start. With
+    `tf32` products of float32 are made in TF32, where the card has it.
+    """
+    if card.half is None or card.single is None or card.bandwidth is None:
+        return None
+    seconds = 0.0
+    for kernel, count in work.items():
+        single = card.tf32 if tf32 and card.tf32 is not None else card.single
+        rate = card.half if kernel.half else single
+        operations = kernel.flops / (rate * REACHED_OPERATIONS)
+        moving = kernel.moved / (card.bandwidth * REACHED_BYTES)
+        seconds += count * max(operations, moving, LAUNCH)
+    return seconds
 
 
 def quantized(

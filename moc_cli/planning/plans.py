@@ -99,16 +99,6 @@ class Planner:
         return self._known[key]
 
 
-def _beside(taken: Footprint) -> dict[str, int]:
-    """Return the bytes of every part: those of a step at its peak; of evaluation, saving and
-    resuming, each beside what is kept.
-    """
-    parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | taken.parts
-    kept = sum(parts[name] for name in KEPT)
-    beside = {name: max(0, sum(taken.phases[name].values()) - kept) for name in BESIDE}
-    return parts | beside
-
-
 def _plan(
     recipe: Recipe,
     changes: Sequence[str],
@@ -117,11 +107,14 @@ def _plan(
     times: float | None,
     card: Card | None,
 ) -> Plan:
-    """Return the plan of a training with so many micro-batches."""
-    parts, step, seconds = _beside(taken), sum(taken.parts.values()), taken.seconds
+    """Return the plan of a training with so many micro-batches; its parts are those of a step at
+    its peak, and evaluation, saving and resuming, each beside what is kept.
+    """
+    step, seconds = sum(taken.parts.values()), taken.seconds
+    parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | taken.parts
     kept = sum(parts[name] for name in KEPT)
-    others = max(parts[name] for name in BESIDE)
-    needed = max(step, kept + others)
+    parts |= {name: max(0, sum(taken.phases[name].values()) - kept) for name in BESIDE}
+    needed = max(step, kept + max(parts[name] for name in BESIDE))
     parts["overhead"] = CONTEXT + round(FRAGMENTS * needed)
     peak = needed + parts["overhead"]
     train = recipe.train

@@ -21,11 +21,10 @@ from moc_cli.models.quantization import parts
 from moc_cli.planning import session
 from moc_cli.planning.batches import Rows, Work, full_batch, read_rows
 from moc_cli.planning.cards import CARDS, Card, card_of, find_card
-from moc_cli.planning.fake_device import Work as Kernel
+from moc_cli.planning.fake_device import Kernel
 from moc_cli.planning.fit import fitting_mode
-from moc_cli.planning.footprint import Footprint, footprint
+from moc_cli.planning.footprint import Footprint, footprint, seconds_of
 from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_beside
-from moc_cli.planning.time import seconds_of
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.plan_table import PARTS, parts_table, plans_table, wire_table
