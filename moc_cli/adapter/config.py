@@ -33,16 +33,14 @@ class LayerPlace(Section):
 
 
 class Fingerprints(Section):
-    """Hashes of samples of the base's parameters, rounded to each of two types."""
+    """Hashes of samples of the base's parameters, rounded to each of two types; `unquantized_`: of
+    those outside of linear weights.
+    """
 
-    bfloat16: Sha | None = Field(default=None, description="of the samples in bfloat16")
-    float16: Sha | None = Field(default=None, description="of the samples in float16")
-    unquantized_bfloat16: Sha | None = Field(
-        default=None, description="of those outside of linear weights, in bfloat16"
-    )
-    unquantized_float16: Sha | None = Field(
-        default=None, description="of those outside of linear weights, in float16"
-    )
+    bfloat16: Sha | None = None
+    float16: Sha | None = None
+    unquantized_bfloat16: Sha | None = None
+    unquantized_float16: Sha | None = None
 
 
 class BaseQuantization(Section):

@@ -33,9 +33,6 @@ class _OneDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return model
-
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         return optimizer
 
