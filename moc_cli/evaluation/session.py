@@ -79,8 +79,7 @@ def join_others(options: EvalOptions, recipe: Recipe | None = None) -> Processes
     """Join the other processes that a launcher has started; `recipe` is the run's."""
     launch = LaunchSection() if recipe is None else recipe.launch
     update = {} if options.device is None else {"device": options.device}
-    join_launched(launch.model_copy(update=update))
-    return processes.current()
+    return join_launched(launch.model_copy(update=update))
 
 
 def _read_rows(

@@ -165,20 +165,25 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
     if mistakes:
         lines = [f"{line} (first in {name})" for line, name in mistakes.items()]
         raise MocError("\n".join(lines), "moc train RECIPE --dry-run --set ... shows one run")
-    recipe = next(iter(loaded.values()))
-    _check_choice(sweep, recipe)
-    for seed in sweep.seeds or (recipe.seed,):
+    first = next(iter(loaded.values()))
+    if sweep.chosen_group is not None and first.eval.eval_strategy == "no":
+        raise RunError(
+            f"'choose: {sweep.chosen_group}' takes the value with the best validation rows, and "
+            "eval.eval_strategy is no",
+            "set eval.eval_strategy to epoch or steps",
+        )
+    for seed in sweep.seeds or (first.seed,):
         for (cell, candidate), own in settings.items():
             name = f"{_name(own)}/seed-{seed}"
             folder = RunFolder(Path(sweep.output_dir) / name)
-            output = loaded[own].output.model_copy(update={"output_dir": str(folder.path)})
+            recipe = loaded[own].changed(output={"output_dir": str(folder.path)})
             runs.append(
                 PlannedRun(
                     name=name,
                     cell=cell,
                     candidate=candidate,
                     seed=seed,
-                    recipe=loaded[own].model_copy(update={"seed": seed, "output": output}),
+                    recipe=recipe.model_copy(update={"seed": seed}),
                     changes=(*sweep.common, *_varied(own), *changes, f"seed={seed}"),
                     folder=folder,
                     results=RunFolder(Path(sweep.results_dir or sweep.output_dir) / name),
@@ -191,22 +196,6 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
 def _varied(settings: Cell) -> list[str]:
     """Return the changes of the recipe that are a run's own."""
     return [change for setting in settings for change in setting.changes]
-
-
-def _check_choice(sweep: Sweep, recipe: Recipe) -> None:
-    if sweep.chosen_group is None:
-        return
-    if recipe.eval.eval_strategy == "no":
-        raise RunError(
-            f"'choose: {sweep.chosen_group}' takes the value with the best validation rows, and "
-            "eval.eval_strategy is no",
-            "set eval.eval_strategy to epoch or steps",
-        )
-
-
-def _with_folder(recipe: Recipe, seed: int, folder: RunFolder) -> Recipe:
-    recipe = recipe.changed(output={"output_dir": str(folder.path)})
-    return recipe.model_copy(update={"seed": seed})
 
 
 def _name(settings: Cell) -> str:

@@ -96,16 +96,17 @@ def _row(name: str, columns: Sequence[Column], plan: Plan) -> dict[str, Any]:
     """Return a row of the table: its cells by the value that is compared, and their differences."""
     cells = {column.value: _cell(column, plan) for column in columns if column.runs}
     reference = next((c for c in columns if c.value == plan.sweep.reference and c.runs), None)
-    differences: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for column in columns:
         if reference is None or column is reference or not column.runs:
             continue
-        differences[column.value] = {
-            task: _difference(task, reference.runs, column.runs)
-            for task in cells[column.value]["tasks"]
-            if task in cells[reference.value]["tasks"]
+        first, second = (cells[each.value]["tasks"] for each in (reference, column))
+        compared[column.value] = {
+            task: _difference(task, reference, column, first[task], second[task])
+            for task in second
+            if task in first
         }
-    return {"name": name, "cells": cells, "differences": differences}
+    return {"name": name, "cells": cells, "differences": compared}
 
 
 def _cell(column: Column, plan: Plan) -> dict[str, Any]:
@@ -132,55 +133,41 @@ def _cell(column: Column, plan: Plan) -> dict[str, Any]:
 
 
 def _difference(
-    task: str, reference: Sequence[PlannedRun], runs: Sequence[PlannedRun]
+    task: str,
+    reference: Column,
+    column: Column,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the difference of the mean scores, with an interval over items and seeds.
+    """Return the difference of two cells' mean scores, with an interval over items and seeds.
 
     `resampled` holds the resampled differences (R,); None where the items are not kept.
     """
-    first, second = ([_value(run, task) for run in side] for side in (reference, runs))
-    metric = str(runs[0].results.read_results()["tasks"][task]["metric"])
-    difference: dict[str, Any] = {
-        "metric": metric,
-        "mean": statistics.fmean(second) - statistics.fmean(first),
-        "seeds": [len(first), len(second)],
-        "low": None,
-        "high": None,
-        "items": None,
-        "resampled": None,
+    resampled, items = _resampled(task, second["metric"], reference.runs, column.runs)
+    low, high = (None, None) if resampled is None else interval(resampled)
+    return {
+        "metric": second["metric"],
+        "mean": second["mean"] - first["mean"],
+        "seeds": [len(first["values"]), len(second["values"])],
+        "low": low,
+        "high": high,
+        "items": items,
+        "resampled": resampled,
     }
-    resampled = _resampled(task, metric, reference, runs)
-    if resampled is not None:
-        values, items = resampled
-        low, high = interval(values)
-        difference |= {"low": low, "high": high, "items": items, "resampled": values}
-    return difference
-
-
-def _value(run: PlannedRun, task: str) -> float:
-    return float(main_score(run.results.read_results()["tasks"][task])["value"])
 
 
 def _resampled(
     task: str, metric: str, reference: Sequence[PlannedRun], runs: Sequence[PlannedRun]
-) -> tuple[np.ndarray, int] | None:
+) -> tuple[np.ndarray | None, int | None]:
     """Return resampled differences (R,) of the mean scores, and the number of items."""
-    anchor = _items(reference[0]).get(task)
-    if not anchor:
-        return None
-    stacked: list[np.ndarray] = []
-    labels: np.ndarray | None = None
-    for run in (*reference, *runs):
-        items = _items(run).get(task)
-        pairs = pair(anchor, items or [])
-        values = sides(metric, pairs) if len(pairs.second) == len(anchor) else None
-        if values is None:
-            return None
-        labels = values[0]
-        stacked.append(values[2])
-    assert labels is not None
-    scores = differences(task, metric, labels, np.stack(stacked), seeds=len(reference))
-    return scores, len(labels)
+    anchor = _items(reference[0]).get(task, [])
+    pairs = [pair(anchor, _items(run).get(task, [])) for run in (*reference, *runs)]
+    whole = [each for each in pairs if anchor and len(each.second) == len(anchor)]
+    columns = [side for side in (sides(metric, each) for each in whole) if side is not None]
+    if len(columns) < len(pairs):
+        return None, None
+    labels, predictions = columns[0][0], np.stack([second for _, _, second in columns])
+    return differences(task, metric, labels, predictions, seeds=len(reference)), len(labels)
 
 
 def _items(run: PlannedRun) -> Items:
