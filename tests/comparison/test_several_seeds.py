@@ -1,4 +1,4 @@
-"""The bootstrap over items and seeds against one that is written out in loops."""
+"""The bootstrap of several seeds, against one that is written out in loops."""
 
 import math
 import zlib
