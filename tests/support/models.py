@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -259,14 +259,15 @@ def all_float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _byte_level() -> Tokenizer:
+def _byte_level(phrases: Sequence[str] = ()) -> Tokenizer:
     """One token a byte, but spaces merge with spaces and with a following t.
 
     As in real vocabularies, the tokens of a prompt that ends in spaces are then not a prefix of the
     tokens of prompt and answer.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*SPECIAL_TOKENS, *alphabet, *("".join(pair) for pair in MERGES)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the last ones are no ASCII bytes
+    kept = alphabet[: len(alphabet) - len(phrases)]
+    words = [*SPECIAL_TOKENS, *kept, *phrases, *("".join(pair) for pair in MERGES)]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -274,9 +275,14 @@ def _byte_level() -> Tokenizer:
     return tokenizer
 
 
-def make_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer for tiny decoders; adds no special tokens by itself."""
-    return PreTrainedTokenizerFast(tokenizer_object=_byte_level(), **_SPECIAL)
+def make_byte_tokenizer(phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer for tiny decoders; adds no special tokens by itself.
+
+    Each of `phrases` is one token. They take the places of bytes that ASCII text does not have.
+    """
+    tokenizer = _byte_level(phrases)
+    tokenizer.add_tokens(list(phrases))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
 
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:

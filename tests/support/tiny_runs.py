@@ -8,9 +8,20 @@ from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_m
 from support.rows import choice_rows, pair_rows, write_rows
 
 from moc_cli.cli import run
+from moc_cli.data.commonsense import QUESTION
+from moc_cli.data.prompts import HEADER, INDENT
 from moc_cli.training.log import MEASURED
 
 MOC = {"name": "moc", "rank": 4, "gate": {"projection_dim": 8}}
+# Of every prompt of `choices_run`: as tokens of one byte they would be most of a run's work.
+PHRASES = (
+    HEADER,
+    f"{INDENT}### Instruction:\n{INDENT}",
+    f"{INDENT}### Response:\n{INDENT}",
+    QUESTION.rstrip(),
+    "Answer format: answer1/answer2/answer3",
+    "the correct answer is",
+)
 
 
 def save_model(folder: Path, family: str) -> None:
@@ -20,7 +31,7 @@ def save_model(folder: Path, family: str) -> None:
         make_pair_tokenizer().save_pretrained(folder)
     else:
         make_tiny_model(family).save_pretrained(folder)
-        make_byte_tokenizer().save_pretrained(folder)
+        make_byte_tokenizer(PHRASES).save_pretrained(folder)
 
 
 def train_on_rows(
