@@ -9,7 +9,7 @@ be equal: hashes of the controls and of all checkpoints' adapter, optimizer and 
 line of metrics, the scores. The model has dropout; steps are of two micro-batches, bucketed by
 length, the last one of an epoch of one; a checkpoint is written at every step. Kills that come too
 late, because this run was faster, do not count. Every run is a fork of this process, which has
-imported what a run imports; the signal test in test_resume.py starts the program itself.
+imported what a run imports; tests/cli and tests/launching start the program itself.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def make_model(folder: Path, dropout: float = 0.1) -> Path:
 
 
 def start(recipe: Path, *options: str) -> BaseProcess:
-    """Start `moc train` in a new process, its remarks in a file beside the recipe."""
+    """Start `moc train` in a copy of this process, its remarks in a file beside the recipe."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = get_context("fork").Process(target=_train, args=(recipe, options))
     process.start()

@@ -1,5 +1,6 @@
 """Processes as a launcher starts them, for tests: forked, each with the launcher's variables."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,17 +8,19 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
     SubprocessHandler,
 )
 
 from moc_cli.cli import run
+from moc_cli.models.load import load_model
 from moc_cli.processes import WORLD_SIZES
 
 SECONDS = 120.0
@@ -42,8 +45,8 @@ class Said(NamedTuple):
 class Command:
     """`moc ARGUMENTS` in a copy of this process, with other variables; its streams are files.
 
-    The processes that it starts are copies of it too, unless they shall be `new`: each then
-    imports all libraries again.
+    The processes that it starts are copies of it too. With `new` the first of them is a new
+    process, which imports all libraries again.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Command:
         *,
         new: bool = False,
     ) -> None:
+        _make_tables()
         folder.mkdir(parents=True)
         self.folder = folder
         self.process: BaseProcess = get_context("fork").Process(
@@ -66,6 +70,12 @@ class Command:
         self.process.join(SECONDS)
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
         return Said(self.process.exitcode, out, err)
+
+
+@cache
+def _make_tables() -> None:
+    """Load a model: what transformers makes of its tables the first time, every copy then has."""
+    load_model("builtin:world-llama", kind="causal")
 
 
 class _Copy:
@@ -106,8 +116,15 @@ def _run(arguments: list[str], folder: Path, environ: dict[str, str], new: bool)
     os.environ.update({"OMP_NUM_THREADS": "1", **environ})
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    if not new:
-        SubprocessHandler._popen = lambda handler, words, environ: _Copy(words, environ)
+    start = SubprocessHandler._popen
+
+    def started(handler: SubprocessHandler, words: tuple, environ: dict[str, str]) -> Any:
+        if new and handler.local_rank_id == 0:
+            return start(handler, words, environ)
+        return _Copy(words, environ)
+
+    SubprocessHandler._popen = started
+    gc.freeze()  # a collection would look through all that the parent has made
     _exit_with(arguments)
 
 

@@ -4,10 +4,9 @@
 """
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from support.kill_trials import (
     differences,
@@ -19,6 +18,7 @@ from support.kill_trials import (
     wait_for,
     write_recipe,
 )
+from support.launched import Command
 
 STEPS = 11
 
@@ -48,16 +48,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_to_go_on(tmp_path, left_alon
     model, reference, _ = left_alone
     folder = tmp_path / "run"
     recipe = write_recipe(folder, model, STEPS)
-    command = [sys.executable, "-m", "moc_cli", "train", str(recipe)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(folder / "checkpoints", lambda: process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130
-    assert "stopped after step" in said
-    assert f"continue with: moc train {recipe} --resume auto" in said
-    assert "Traceback" not in said
+    moc = Command(["train", str(recipe)], tmp_path / "said")
+    wait_for(folder / "checkpoints", lambda: not moc.process.is_alive())
+    psutil.Process(moc.process.pid).send_signal(signal.SIGINT)
+    said = moc.wait()
+    assert said.code == 130
+    assert "stopped after step" in said.err
+    assert f"continue with: moc train {recipe} --resume auto" in said.err
+    assert "Traceback" not in said.err
     finish(recipe, "--resume", "auto")
     assert differences(reference, fingerprint(folder)) == []
