@@ -115,7 +115,7 @@ class FigureFrame:
         layout = self.figure.get_layout_engine()
         assert layout is not None
         layout.execute(self.figure)
-        self.figure.set_layout_engine("none")
+        self.figure.set_layout_engine(None)  # "none" keeps one that draws twice
         for axes in self.figure.axes:
             left, bottom, width, height = axes.get_position(original=True).bounds
             axes.set_position((round(left, 5), round(bottom, 5), round(width, 5), round(height, 5)))
