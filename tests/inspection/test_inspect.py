@@ -269,11 +269,11 @@ def test_each_recipe_is_read_once(decoder, tmp_path, capsys, recipes_read):
 
 
 def test_what_cannot_be_inspected_is_said(decoder, encoder, tmp_path, capsys):
-    control = train(decoder.parent, "method=control", "method.rank=4")
+    control = train(decoder.parent, "method=control", "method.rank=4", "train.max_steps=1")
     assert "its controls are all local" in refuse(capsys, control)
     told = refuse(capsys, decoder, "--compare", encoder)
     assert "4 sites (0.attn to 1.ffn), this run 6 sites" in told
-    unshared = train(decoder.parent, "method.share_gate=false")
+    unshared = train(decoder.parent, "method.share_gate=false", "train.max_steps=1")
     assert "pools attn and ffn" in refuse(capsys, decoder, "--compare", unshared)
     assert "did you mean '1.ffn'" in refuse(capsys, decoder, "--text", "a", "--site", "1.fnn")
     assert "give a text too" in refuse(capsys, decoder, "--site", "1.ffn")

@@ -3,15 +3,19 @@
 import base64
 import hashlib
 import re
+import struct
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from support.routing import NASTY, TASKS, full_routing, named, routing_of
 
-from moc_cli.inspection.figures import draw_figures
+from moc_cli.inspection.figures import FIGURES, draw_figures
 from moc_cli.inspection.page import TOKENS, build_page
-from moc_cli.report.figure_style import FigureFrame, figure_style
+from moc_cli.inspection.results import draw
+from moc_cli.report.figure_style import DPI, FigureFrame, figure_style
 
 
 class Page(HTMLParser):
@@ -57,19 +61,38 @@ def section_of(text: str, name: str) -> Page:
     return Page(section[: section.index("</section>")])
 
 
-def page_of(routing: dict[str, Any]) -> tuple[dict[str, FigureFrame], str]:
-    """Return the figures of a routing, and its page."""
-    with figure_style():
-        frames = draw_figures(routing)
-        figures = {name: (frame, frame.save("svg")) for name, frame in frames.items()}
-    return frames, build_page(routing, figures)
-
-
 @pytest.fixture(scope="module")
 def full() -> tuple[dict[str, Any], dict[str, FigureFrame], str]:
     """A routing with something for every figure, the figures, and the page."""
     routing = full_routing(12, 3, 2)
-    return routing, *page_of(routing)
+    with figure_style():
+        frames = draw_figures(routing)
+        figures = {name: (frame, frame.save("svg")) for name, frame in frames.items()}
+    return routing, frames, build_page(routing, figures)
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Path]]:
+    """A routing with difficult names, and all files that are drawn from it."""
+    routing = named(full_routing(4), NASTY + "$style <!-- ]]>")
+    routing["warnings"] = [{"name": "one_token", "message": NASTY, "key": "</code>"}]
+    return routing, draw(routing, tmp_path_factory.mktemp("nasty"))
+
+
+def test_every_picture_is_written_and_readable(nasty) -> None:
+    paths = nasty[1]
+    expected = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")} | {"routing.html"}
+    assert {path.name for path in paths} == expected
+    assert {*paths} == {*paths[0].parent.iterdir()}
+    for path in paths:
+        if path.suffix == ".png":
+            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+            width, height = struct.unpack(">II", path.read_bytes()[16:24])
+            assert width == 6 * DPI["png"]
+            assert 400 < height < 2800
+        elif path.suffix == ".svg":
+            root = ElementTree.fromstring(path.read_text())
+            assert root.get("width") == "432pt"  # 6 inches
 
 
 def test_every_cell_of_the_map_has_its_values_as_a_title(full) -> None:
@@ -168,10 +191,9 @@ def test_the_page_is_readable_in_the_dark(full) -> None:
     assert re.search(r"^svg \{[^}]*background: #fff", style, re.MULTILINE)
 
 
-def test_names_cannot_leave_their_place_in_the_page(full) -> None:
-    routing = named(full_routing(4), NASTY + "$style <!-- ]]>")
-    routing["warnings"] = [{"name": "one_token", "message": NASTY, "key": "</code>"}]
-    page, plain = Page(page_of(routing)[1]), Page(full[2])
+def test_names_cannot_leave_their_place_in_the_page(full, nasty) -> None:
+    routing, paths = nasty
+    page, plain = Page(paths[-1].read_text()), Page(full[2])
     assert {tag for tag, _, _ in page.elements} == {tag for tag, _, _ in plain.elements}
     assert page.texts("p", **{"class": "warning"}) == [f"Warning: {NASTY}"]
     name = list(routing["tasks"])[0]
@@ -189,7 +211,10 @@ def test_a_number_that_json_cannot_spell_is_a_dash() -> None:
 
 def test_the_page_without_charts_is_complete() -> None:
     """No history, one task, no comparison: their sections go, the tables stay."""
-    page = Page(page_of(routing_of(4, TASKS[:1], history=[]))[1])
+    routing = routing_of(4, TASKS[:1], history=[])
+    empty = b'<svg viewBox="0 0 1 1"/>'  # this test looks at no picture
+    figures = {name: (frame, empty) for name, frame in draw_figures(routing).items()}
+    page = Page(build_page(routing, figures))
     sections = [own["id"] for tag, own, _ in page.elements if tag == "section"]
     figures = ["routing-map", "routing-cross", "routing-layers"]
     assert sections == [*figures, "summary", "sites", "controls"]
