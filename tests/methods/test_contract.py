@@ -67,12 +67,37 @@ def logits(model: nn.Module, family: str) -> torch.Tensor:
         return model(**make_batch(side="left" if family in DECODERS else "right")).logits
 
 
+def expected_size(adapted: Adapted, sizes: dict[str, torch.Size], method: str) -> int:
+    """The formula for the number of trained values; `sizes`: the linear modules of the base."""
+    layers = 2
+    if method in ("moc", "moc-linear", "moc-options", "control"):
+        cosine, linear = GATE * WIDTH + 2 * layers * GATE + 1, 2 * layers * WIDTH
+        gates = {
+            "moc": cosine,
+            "moc-options": cosine + 2 * layers,
+            "moc-linear": linear,
+            "control": 0,
+        }
+        return 2 * layers * 2 * RANK * WIDTH + gates[method]
+    targets = [n.removeprefix("base_model.model.") for n in adapted.named_trainables()]
+    targets = [n.removesuffix(".lora_A.weight") for n in targets if "lora_A" in n]
+    assert len(targets) >= 3 * layers
+    expected = sum(RANK * sum(sizes[name]) for name in targets)
+    expected += sum(sizes[name][0] for name in targets) if method == "dora" else 0
+    return expected + (GATE * WIDTH + layers * GATE + 1 if method == "molex" else 0)
+
+
 @every
 def test_the_base_at_init_when_disabled_and_after_detaching(method, family):
+    """And the number of parameters is its formula."""
     model = make_tiny(family)
     attributes, before = set(vars(model)), copy.deepcopy(model.state_dict())
+    sizes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    total = sum(p.numel() for p in model.parameters())
     expected = logits(model, family)
     adapted = attach(model, METHODS[method], seed=1)
+    counts, size = adapted.counts(), expected_size(adapted, sizes, method)
+    assert (counts.adapter, counts.modules, counts.base) == (size, 0, total)
     slack = 1e-4 if method in THE_BASE_UP_TO_ROUNDING_AT_INIT else 0
     same = (logits(model, family) - expected).abs().max() <= slack
     assert same == (method not in NOT_THE_BASE_AT_INIT)
@@ -109,33 +134,6 @@ def test_one_step_changes_the_adapter_alone_and_its_state_brings_it_back(method,
     other = make(method, family)
     other.load_state(adapted.state())
     assert torch.equal(logits(other.model, family), logits(model, family))
-
-
-@every
-def test_the_number_of_parameters_is_its_formula(method, family):
-    base = make_tiny(family)
-    sizes = {n: m.weight.shape for n, m in base.named_modules() if isinstance(m, nn.Linear)}
-    total, layers = sum(p.numel() for p in base.parameters()), 2
-    adapted = attach(base, METHODS[method], seed=1)
-    controls = 2 * layers * 2 * RANK * WIDTH
-    if method in ("moc", "moc-linear", "moc-options", "control"):
-        cosine, linear = GATE * WIDTH + 2 * layers * GATE + 1, 2 * layers * WIDTH
-        gates = {
-            "moc": cosine,
-            "moc-options": cosine + 2 * layers,
-            "moc-linear": linear,
-            "control": 0,
-        }
-        expected = controls + gates[method]
-    else:
-        targets = [n.removeprefix("base_model.model.") for n in adapted.named_trainables()]
-        targets = [n.removesuffix(".lora_A.weight") for n in targets if "lora_A" in n]
-        assert len(targets) >= 3 * layers
-        expected = sum(RANK * sum(sizes[name]) for name in targets)
-        expected += sum(sizes[name][0] for name in targets) if method == "dora" else 0
-        expected += GATE * WIDTH + layers * GATE + 1 if method == "molex" else 0
-    counts = adapted.counts()
-    assert (counts.adapter, counts.modules, counts.base) == (expected, 0, total)
 
 
 # Of moc and molex: tests/models/test_ports.py and tests/nn/test_molex.py, with two forwards each.

@@ -218,13 +218,13 @@ def by_plain_generate(found, tokenizer: Tokenizer, example: ChoiceExample, **opt
 def test_generated_answers_are_those_of_plain_generate(
     routed: Adapted, byte_tokenizer: Tokenizer
 ) -> None:
-    items = ITEMS[:12]
+    items = ITEMS[:8]
     expected = [by_plain_generate(routed, byte_tokenizer, item).strip() for item in items]
     model = TextModel(routed, byte_tokenizer)
-    for batch_size in (1, 8, 64):
+    for batch_size in (1, 3, 64):
         found = generate(model, items[::-1], batch_size=batch_size)[::-1]
         assert [answer.output for answer in found] == expected
-    assert len(set(expected)) > 6
+    assert len(set(expected)) > 4
     greedy = [by_plain_generate(routed, byte_tokenizer, item, num_beams=1) for item in items[:4]]
     assert greedy != expected[:4]
 
