@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.combinations import half_of_product
 from support.messages import refused
 from support.models import DECODERS, FAMILIES, make_batch, make_tiny, tiny_config
 from support.processes import run_program
@@ -91,9 +92,9 @@ def by_peft(family: str, **changes) -> nn.Module:
     return adapted.eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("family", "init", "magnitude"), half_of_product(["llama", "bert"], INITS, [False, True])
+)
 def test_trains_exactly_as_peft_alone(family, init, magnitude):
     options = {"lora_dropout": 0.2, "use_dora": magnitude}
     theirs = by_peft(family, init_lora_weights=True if init == "default" else init, **options)

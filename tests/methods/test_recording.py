@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.combinations import half_of_product
 from support.group import run_together, saved
 from support.messages import refused
 from support.models import make_tiny, train_controls
@@ -154,10 +155,14 @@ def check(record: Record, expected: Recount, *, exact: bool = True) -> None:
         assert np.allclose(ours, theirs, **close)
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("level", "k"), [("sample", 1), ("sample", 2), ("batch", 1), ("token", 2)])
-def test_training_is_counted_as_a_recount_does(level, k, checkpointing, rows):
+ROUTES = [("sample", 1), ("sample", 2), ("batch", 1), ("token", 2)]
+
+
+@pytest.mark.parametrize(
+    ("route", "checkpointing", "rows"), half_of_product(ROUTES, [False, True], [1, 16])
+)
+def test_training_is_counted_as_a_recount_does(route, checkpointing, rows):
+    level, k = route
     adapted = make(level=level, top_k=k)
     model = adapted.model.train()
     if checkpointing:

@@ -6,6 +6,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from support.combinations import half_of_product
 from support.messages import refused, warned
 from support.models import DECODERS, FAMILIES, make_tiny_model
 from torch import nn
@@ -113,9 +114,11 @@ def test_a_family_that_cannot_is_refused_by_name(tmp_path) -> None:
             make(str(tmp_path), kind="classification", quantization=NF4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", [NF4, INT8], ids=str)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    ("method", "quantization", "dtype"),
+    half_of_product(METHODS, [NF4, INT8], ["float32", "bfloat16"]),
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_every_method_learns_over_a_quantised_base(
     llama, method: MethodConfig, quantization: Quantization, dtype: str
 ) -> None:

@@ -1,10 +1,10 @@
 """Each gate, vote, level, estimator and balance loss against the naive reference, in float64."""
 
-import itertools
 from typing import get_args
 
 import pytest
 import torch
+from support.combinations import half_of_product
 from support.messages import refused
 from support.reference import Settings, best, site_update
 from torch import nn
@@ -63,7 +63,7 @@ def gate_of(mixture: Mixture, site) -> dict[str, torch.Tensor]:
 
 EVERY = [
     dict(zip(("gate", "vote", "level", "estimator", "top_k"), values, strict=True))
-    for values in itertools.product(
+    for values in half_of_product(
         ("linear", "cosine"),
         ("mean", "mode"),
         ("batch", "sample", "token"),
