@@ -35,7 +35,6 @@ from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.rules import broken_rules
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.tasks import HEADS, ModelHead
 from moc_cli.report.output import say
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.training import build, checkpoint
@@ -88,11 +87,6 @@ class LoadedRun(LoadedModel):
     def kind(self) -> Kind:
         """The kind of the tasks that it was trained on."""
         return make_kind(self.recipe.data)
-
-    @property
-    def head(self) -> ModelHead:
-        """What it is loaded as: a language model or a classifier."""
-        return HEADS[self.base["kind"]]
 
 
 def open_run(

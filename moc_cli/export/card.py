@@ -22,7 +22,7 @@ def base_code(trained: LoadedRun) -> str:
 
     Its name stands in `base`, as a local path is nobody else's business.
     """
-    model, base, auto = trained.recipe.model, trained.base, trained.head.auto_class
+    model, base, auto = trained.recipe.model, trained.base, trained.kind.head.auto_class
     lines = [f"from transformers import {auto}"]
     name = "base"
     if model.model_name_or_path.startswith(BUILTIN):
@@ -47,7 +47,7 @@ def base_code(trained: LoadedRun) -> str:
 
 def whole_code(trained: LoadedRun, arguments: str) -> str:
     """Python that loads a complete model from `folder` into `model`."""
-    auto, attention = trained.head.auto_class, trained.recipe.model.attn_implementation
+    auto, attention = trained.kind.head.auto_class, trained.recipe.model.attn_implementation
     chosen = f", attn_implementation={attention!r}" if attention else ""
     return (
         f"from transformers import {auto}\n\n"
@@ -98,7 +98,7 @@ def _front(trained: LoadedRun, written: Written) -> str:
     lines = [f"library_name: {written.library}"]
     if not name.startswith(BUILTIN) and not _is_local(name):
         lines.append(f"base_model: {json.dumps(name)}")
-    lines.append(f"pipeline_tag: {trained.head.pipeline_tag}")
+    lines.append(f"pipeline_tag: {trained.kind.head.pipeline_tag}")
     lines.append("tags:")
     lines += [f"- {tag}" for tag in dict.fromkeys(tags)]
     return "\n".join(["---", *lines, "---"])

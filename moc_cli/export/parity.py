@@ -96,7 +96,7 @@ def reference(trained: LoadedRun) -> Reference:
     limit = max_positions(trained.adapted.model) or LONGEST
     encoded = [dict(trained.tokenizer(text)) for text in TEXTS]
     rows = [{name: values[:limit] for name, values in row.items()} for row in encoded]
-    inputs = pad_batch(rows, trained.tokenizer, side=trained.head.side)
+    inputs = pad_batch(rows, trained.tokenizer, side=trained.kind.head.side)
     with evaluating(trained.adapted.model) as device:
         moved = {name: value.to(device) for name, value in inputs.items()}
         logits = trained.adapted.model(**moved).logits.float().cpu()

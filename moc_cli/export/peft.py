@@ -108,5 +108,5 @@ def _facts(trained: LoadedRun) -> dict[str, Any]:
     return {
         "base_model_name_or_path": trained.recipe.model.model_name_or_path,
         "revision": trained.recipe.model.revision,
-        "task_type": trained.head.task_type,
+        "task_type": trained.kind.head.task_type,
     }

@@ -62,7 +62,7 @@ def export(trained: LoadedRun, folder: Path, options: Options) -> Written:
     """
     model = trained.adapted.model
     expected = parity.reference(trained)
-    write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.head, folder)
+    write(model, trained.tokenizer, trained.adapted.adapter_config(), trained.kind.head, folder)
     return Written(
         loading=whole_code(trained, "trust_remote_code=True"),
         expected=expected,

@@ -145,7 +145,8 @@ def load_model(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_one_sentence("weights", name), _quiet():
         torch.manual_seed(seed)
-        model, info = auto_class(kind).from_pretrained(resolve(name), **options, **labels)
+        auto = getattr(transformers, HEADS[kind].auto_class)
+        model, info = auto.from_pretrained(resolve(name), **options, **labels)
     keep_differentiable(model)
     mismatched = {key: (stored, wanted) for key, stored, wanted in info["mismatched_keys"]}
     absent = info["missing_keys"] | mismatched.keys()
@@ -202,11 +203,6 @@ def build_meta(
     return model
 
 
-def auto_class(kind: HeadName) -> Any:
-    """Return the class of transformers that loads models with such a head."""
-    return getattr(transformers, HEADS[kind].auto_class)
-
-
 def _on_meta(
     name: str,
     kind: HeadName,
@@ -218,7 +214,8 @@ def _on_meta(
     for key, value in labels.items():
         setattr(config, key, value)
     with _in_one_sentence("config", name), torch.device("meta"):
-        model: PreTrainedModel = auto_class(kind).from_config(config, **options)
+        auto = getattr(transformers, HEADS[kind].auto_class)
+        model: PreTrainedModel = auto.from_config(config, **options)
         return model
 
 

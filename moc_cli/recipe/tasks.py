@@ -59,7 +59,7 @@ class TaskKind:
     @property
     def classifier(self) -> bool:
         """Whether a fresh head learns it, not a language model; False while it is not known."""
-        return self.head is CLASSIFIER
+        return self.head not in (None, LANGUAGE)
 
     def protocol(self, wanted: ScoringProtocol) -> ScoringProtocol:
         """Return how it is scored: as `wanted` where the kind leaves a choice."""

@@ -128,7 +128,7 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
     assert ("text of the trained model" in purposes) == ("perplexity" in scores)
     assert kept.data.labels == (["blue", "red"] if kind == "classification" else None)
     opened = open_run(tmp_path / "run")
-    assert (opened.head is LANGUAGE) == (KINDS[kind][1] == "llama")
+    assert (opened.kind.head is LANGUAGE) == (KINDS[kind][1] == "llama")
 
     assert (
         run(["eval", str(tmp_path / "run"), "--json", "--output-dir", str(tmp_path / "eval")]) == 0

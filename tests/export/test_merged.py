@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from support.models import make_byte_tokenizer, make_tiny_model
 
 from moc_cli.export import Options, merged, parity
+from moc_cli.kinds import Choice
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import LoraMethod
-from moc_cli.recipe.tasks import LANGUAGE
 
 
 def test_updates_are_added_in_float32_and_rounded_once(tmp_path, monkeypatch):
@@ -28,7 +28,7 @@ def test_updates_are_added_in_float32_and_rounded_once(tmp_path, monkeypatch):
         adapted=adapted,
         dtype="bfloat16",
         tokenizer=make_byte_tokenizer(),
-        head=LANGUAGE,
+        kind=Choice(),
         recipe=SimpleNamespace(model=SimpleNamespace(attn_implementation=None)),
     )
     merged.export(trained, tmp_path, Options())
