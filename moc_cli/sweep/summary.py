@@ -97,12 +97,14 @@ def _row(name: str, columns: Sequence[Column], plan: Plan) -> dict[str, Any]:
     cells = {column.value: _cell(column, plan) for column in columns if column.runs}
     reference = next((c for c in columns if c.value == plan.sweep.reference and c.runs), None)
     compared: dict[str, Any] = {}
+    anchors = [] if reference is None else list(map(_items, reference.runs))
     for column in columns:
         if reference is None or column is reference or not column.runs:
             continue
         first, second = (cells[each.value]["tasks"] for each in (reference, column))
+        items = [*anchors, *map(_items, column.runs)]
         compared[column.value] = {
-            task: _difference(task, reference, column, first[task], second[task])
+            task: _difference(task, items, first[task], second[task])
             for task in second
             if task in first
         }
@@ -134,40 +136,41 @@ def _cell(column: Column, plan: Plan) -> dict[str, Any]:
 
 def _difference(
     task: str,
-    reference: Column,
-    column: Column,
+    items: Sequence[Items],
     first: Mapping[str, Any],
     second: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the difference of two cells' mean scores, with an interval over items and seeds.
 
-    `resampled` holds the resampled differences (R,); None where the items are not kept.
+    `items` are those of each run, first the reference's. `resampled` holds the resampled
+    differences (R,); None where the items are not kept.
     """
-    resampled, items = _resampled(task, second["metric"], reference.runs, column.runs)
+    seeds = len(first["values"])
+    resampled, count = _resampled(task, second["metric"], items, seeds)
     low, high = (None, None) if resampled is None else interval(resampled)
     return {
         "metric": second["metric"],
         "mean": second["mean"] - first["mean"],
-        "seeds": [len(first["values"]), len(second["values"])],
+        "seeds": [seeds, len(second["values"])],
         "low": low,
         "high": high,
-        "items": items,
+        "items": count,
         "resampled": resampled,
     }
 
 
 def _resampled(
-    task: str, metric: str, reference: Sequence[PlannedRun], runs: Sequence[PlannedRun]
+    task: str, metric: str, items: Sequence[Items], seeds: int
 ) -> tuple[np.ndarray | None, int | None]:
     """Return resampled differences (R,) of the mean scores, and the number of items."""
-    anchor = _items(reference[0]).get(task, [])
-    pairs = [pair(anchor, _items(run).get(task, [])) for run in (*reference, *runs)]
+    anchor = items[0].get(task, [])
+    pairs = [pair(anchor, run.get(task, [])) for run in items]
     whole = [each for each in pairs if anchor and len(each.second) == len(anchor)]
     columns = [side for side in (sides(metric, each) for each in whole) if side is not None]
     if len(columns) < len(pairs):
         return None, None
     labels, predictions = columns[0][0], np.stack([second for _, _, second in columns])
-    return differences(task, metric, labels, predictions, seeds=len(reference)), len(labels)
+    return differences(task, metric, labels, predictions, seeds=seeds), len(labels)
 
 
 def _items(run: PlannedRun) -> Items:

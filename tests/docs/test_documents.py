@@ -17,7 +17,7 @@ from moc_cli.planning import plans
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh ?(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
 # So that the commands take seconds; nothing else is changed.
-SHORT = " --set train.max_steps=2 --set eval.max_samples=16"
+SHORT = " --set train.max_steps=2 --set eval.max_samples=16 --set data.max_train_samples=64"
 FEW = " --limit 16"
 NARROW = " --set data.max_length=16"
 

@@ -58,11 +58,12 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
             "data.path": str(data),
             "data.tasks": ["boolq"],
             "data.train_on_inputs": True,
-            "data.max_train_samples": 6,
-            "train.max_steps": 6,
+            "data.max_train_samples": 3,
+            "train.max_steps": 3,
             "train.per_device_train_batch_size": 1,
-            "train.warmup_steps": 1,
-            "train.learning_rate": 3e-3,
+            "train.lr_scheduler_type": "constant",
+            "train.warmup_steps": 0,
+            "train.learning_rate": 2e-3,
             "eval.before": False,
             "eval.max_samples": 1,
             "output.save_strategy": "no",
@@ -76,7 +77,7 @@ def test_smollm2_learns_from_boolq(tmp_path, real_weights, real_data):
     trained = lm_loss(TextModel(adapted, tokenizer), encoded, batch_size=8).loss
     with adapted.disabled():
         untrained = lm_loss(TextModel(adapted, tokenizer), encoded, batch_size=8).loss
-    # Seen: 4.16 without, 1.71 with the controls.
+    # Seen: 4.16 without, 2.14 with the controls.
     print(f"held-out loss {untrained:.3f} -> {trained:.3f}")
     assert trained < untrained - 1.0
 
