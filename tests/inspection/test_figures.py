@@ -133,6 +133,17 @@ def test_the_same_routing_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) 
     assert matplotlib.rcParams["font.size"] == 20
 
 
+def test_a_figure_is_drawn_once_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = framed("routing-distance", full_routing(4)).settle()
+    draw_figure, drawings = Figure.draw, []
+    monkeypatch.setattr(
+        Figure, "draw", lambda *given: (drawings.append(given), draw_figure(*given))
+    )
+    with figure_style():
+        frame.save("svg")
+    assert len(drawings) == 1
+
+
 def test_the_map_shows_every_share() -> None:
     routing = routing_of(60, TASKS[:2])
     (mesh,) = meshes(drawn("routing-map", routing))
