@@ -58,7 +58,8 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
         return PairExample(task, first, second, number(fields, columns["label"]))
 
     builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
-    return builders.get(found.format, pair)
+    builders |= {"classification": pair, "regression": pair}
+    return builders[found.format]
 
 
 def _turns(
