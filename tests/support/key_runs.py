@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from peft.tuners.lora import LoraLayer
 from support.models import make_byte_tokenizer, make_pair_tokenizer, make_tiny_model
 from support.rows import choice_rows, pair_rows, write_rows
+from support.tiny_runs import PHRASES
 from support.toy import ToyAdapted, toy_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -78,7 +79,7 @@ def make_bases(folder: Path) -> None:
     dataset with columns for each format, `parts` one on a folder of files.
     """
     llama, bert, other = folder / "llama", folder / "bert", folder / "other"
-    tokenizer = make_byte_tokenizer()
+    tokenizer = make_byte_tokenizer(PHRASES)
     tokenizer.chat_template = CHAT_TEMPLATE
     for path, seed in ((llama, 0), (other, 1)):
         make_tiny_model("llama", seed=seed).save_pretrained(path)
