@@ -213,8 +213,8 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     """
     checked = check_adapter(model, folder)
     config, names = checked.config, tuple(checked.config.modules)
-    if checked.remark:
-        warnings.warn(checked.remark, stacklevel=2)
+    if checked.note:
+        warnings.warn(checked.note, stacklevel=2)
     state = read_state(checked.adapter)
     before = _copies(model, names)
     adapted = place(model, config.method, new_modules=names, seed=checked.seed)

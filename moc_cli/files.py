@@ -129,8 +129,8 @@ def lock(
     """Lock an existing folder for this process; return the descriptor that holds the lock.
 
     None where another process has it, unless `wait`. Closing the descriptor gives it back, and so
-    does the end of the process. Where the file system has no locks there is none, and `say` is
-    told. Raises FileError where the lock file cannot be opened.
+    does the end of the process. Where the file system has no locks there is none, and `say` gets
+    a note. Raises FileError where the lock file cannot be opened.
     """
     import fcntl
 

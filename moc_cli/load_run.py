@@ -120,9 +120,9 @@ def open_run(
         raise RunError(error.message, HINT) from error
     built = build.build(recipe, chosen, tokenizer)
     _check_weights(folder, recipe, saved, built, base)
-    remark = compare_quantization(saved, built.quantization)
-    if remark:
-        say(remark)
+    note = compare_quantization(saved, built.quantization)
+    if note:
+        say(note)
     _check_vocabulary(folder, hash_vocabulary(tokenizer), base)
     built.adapted.load_state(state)
     built.adapted.model.train(False)

@@ -96,7 +96,7 @@ class Processes:
             distributed.all_gather_object(values, value)
         return cast(list[T], values)
 
-    def told_by_main(self, error: MocError) -> MocError:
+    def reported_by_main(self, error: MocError) -> MocError:
         """An error that all processes meet, to be raised: only the first one tells it."""
         return error if self.main else Elsewhere(error.message, error.hint)
 
@@ -120,9 +120,9 @@ class Processes:
             yield
             return
         if not self.main:
-            told = self._from_main(None)
-            if told is not None:
-                raise Elsewhere(*told)
+            error = self._from_main(None)
+            if error is not None:
+                raise Elsewhere(*error)
             yield
             return
         try:
@@ -145,8 +145,8 @@ class Processes:
             value = work()
         except MocError as own:
             error = own
-        told = None if error is None else (error.message, error.hint, host_name())
-        done = self.gather((value, told))
+        report = None if error is None else (error.message, error.hint, host_name())
+        done = self.gather((value, report))
         for rank, (_, other) in enumerate(done):
             if other is None:
                 continue

@@ -3,7 +3,7 @@
 Other processors round in another way, and nearly equal votes then choose other controls: so keys,
 types, lengths, strings and whole numbers are compared exactly, scores with a wide tolerance, and
 what follows from choices by its shape. MOC_FROZEN=exact compares every number, to 1e-6, on the
-machine that froze them. What changes on purpose is written anew, with its reason:
+machine that froze them. What changes on purpose is written again, with its reason:
 
     python tests/support/freeze.py --write "results.json has format 2"
 """

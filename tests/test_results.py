@@ -40,7 +40,7 @@ EVALUATED = {
             **{"rows_sha256": "0" * 64, "batch_size": 8, "halved": 0},
             "base": {
                 **{"metric": "accuracy", "value": 0.25, "stderr": 0.2, "majority": 0.6},
-                **{"n": 20, "seconds": 9.0, "unparsed": 5, "source": "scored beside it"},
+                **{"n": 20, "seconds": 9.0, "unparsed": 5, "source": "scored with it"},
             },
         },
     },
@@ -83,7 +83,7 @@ def test_evaluations_of_format_1_become_format_2() -> None:
         "metrics": {"accuracy": score},
         **{"seconds": 2.0, "unparsed": 3, "rows": 20, "limited": False},
         **{"rows_sha256": "0" * 64, "batch_size": 8, "halved": 0},
-        "base_source": "scored beside it",
+        "base_source": "scored with it",
     }
 
 

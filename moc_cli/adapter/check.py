@@ -39,14 +39,14 @@ _PEFT = ("peft_type", "r", "lora_alpha", "use_dora", "target_modules")
 class CheckedAdapter:
     """An adapter that fits a model: what to place, with which seed, and the base's fingerprint.
 
-    `remark` says where the base is quantised in another way than in training.
+    `note` says where the base is quantised in another way than in training.
     """
 
     adapter: Adapter
     config: AdapterConfig
     seed: int
     base: dict[str, str]
-    remark: str | None
+    note: str | None
 
 
 def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
@@ -77,12 +77,12 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> CheckedAdapter:
         )
     _check_fit(model, adapter, config, peft)
     seed = 42 if config.seed is None else config.seed
-    remark = compare_quantization(config.model_dump(), of_model(model))
-    return CheckedAdapter(adapter, config, seed, base, remark)
+    note = compare_quantization(config.model_dump(), of_model(model))
+    return CheckedAdapter(adapter, config, seed, base, note)
 
 
 def open_adapter(folder: str | Path) -> tuple[Adapter, AdapterConfig, dict[str, Any]]:
-    """Read a folder's config and header: the adapter, its checked config, peft's fields beside it.
+    """Read a folder's config and header: the adapter, its checked config, peft's fields.
 
     Raises RunError where they cannot be trusted, or declare more than the payload holds.
     """
@@ -206,10 +206,10 @@ def compare_quantization(expected: Mapping[str, Any], now: Quantization | None) 
     then = of_arguments(expected.get("base_quantization"))
     if then == now:
         return None
-    words = [str(one) if one else "unquantised" for one in (then, now)]
+    weights = [str(one) if one else "unquantised" for one in (then, now)]
     return (
-        f"the controls were trained on a base with {words[0]} weights, and here they are "
-        f"{words[1]}: outputs differ a little"
+        f"the controls were trained on a base with {weights[0]} weights, and here they are "
+        f"{weights[1]}: outputs differ a little"
     )
 
 

@@ -53,7 +53,7 @@ class BaseQuantization(Section):
 
 
 class AdapterConfig(Section):
-    """Everything an adapter folder says; peft's own fields of lora and dora stand beside it."""
+    """Everything an adapter folder says; with peft's own fields for lora and dora."""
 
     format: Literal[1, 2] = Field(description="version of this file")
     method: MethodSection = Field(description="what was trained")
@@ -79,15 +79,15 @@ class AdapterConfig(Section):
 
 
 def parse_adapter(raw: dict[str, Any], where: str) -> tuple[AdapterConfig, dict[str, Any]]:
-    """Return the checked config, and peft's fields beside it; raises RunError naming `where`."""
+    """Return the checked config, and peft's fields; raises RunError naming `where`."""
     own = {key: value for key, value in raw.items() if key in AdapterConfig.model_fields}
-    beside = {key: value for key, value in raw.items() if key not in own}
+    peft_fields = {key: value for key, value in raw.items() if key not in own}
     method = raw.get("method")
     name = method.get("name") if isinstance(method, dict) else method
     if name not in ("lora", "dora"):
-        own, beside = raw, {}
+        own, peft_fields = raw, {}
     try:
-        return AdapterConfig.model_validate(own), beside
+        return AdapterConfig.model_validate(own), peft_fields
     except ValidationError as error:
         details = error.errors(include_url=False)
         shown = "; ".join(dict.fromkeys(_sentence(one) for one in details[:3]))

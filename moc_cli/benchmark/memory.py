@@ -1,4 +1,4 @@
-"""The peak memory of one training step: told by the allocator of a GPU, counted on a CPU."""
+"""The peak memory of one training step: read from the allocator of a GPU, counted on a CPU."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +14,7 @@ from moc_cli.training.memory import tensor_bytes
 @dataclass(frozen=True)
 class Memory:
     """Bytes that a step takes at most, and those `kept` between steps: weights, trained parameters
-    and the optimizer's state. None where nothing tells them.
+    and the optimizer's state. None where they are not known.
     """
 
     peak: int | None

@@ -27,16 +27,16 @@ def run(
 
     Raises MocError for a GPU with other work, and naming a variant that does not fit in memory.
     """
-    variants = [_told(variant) for variant in variants]
+    variants = [_with_rows(variant) for variant in variants]
     first, training = variants[0].recipe, options.lengths is None
     with tempfile.TemporaryDirectory(prefix="moc-bench-") as name:
         folder = Path(name)
         accelerator = make_accelerator(first.launch, (), folder)
         device = accelerator.device
         load = check_idle(device)
-        clock, clock_name, remark = choose_clock(load)
-        if remark is not None:
-            say(remark)
+        clock, clock_name, note = choose_clock(load)
+        if note is not None:
+            say(note)
         bases = Bases(device, options.layers)
         arms = variants if training else with_bases(variants)
         with WorkProgress("bench", options.turns * len(arms)) as bar:
@@ -62,8 +62,8 @@ def run(
     }
 
 
-def _told(variant: Variant) -> Variant:
-    """Return a variant whose recipe knows what custom rows tell: their format and labels."""
+def _with_rows(variant: Variant) -> Variant:
+    """Return a variant whose recipe knows what custom rows say: their format and labels."""
     if not variant.recipe.data.custom:
         return variant
     return replace(variant, recipe=build.read_rows(variant.recipe)[0])

@@ -51,7 +51,7 @@ class Options:
 class Turn:
     """What one training step, or one batch of texts, took and took in.
 
-    `working`: bytes beyond those of the model, where they are told.
+    `working`: bytes beyond those of the model, where they are known.
     """
 
     seconds: float

@@ -62,8 +62,8 @@ def compare(
     from moc_cli.report.comparison_tables import comparison_tables
 
     print_table(*comparison_tables(results, width=out().width))
-    for remark in comparison.remarks:
-        say(f"- {remark}")
+    for note in comparison.notes:
+        say(f"- {note}")
     if comparison.commands:
         say("For intervals of the differences, score every item of each run:")
         for command in comparison.commands:

@@ -49,8 +49,8 @@ def import_controls(
     from moc_cli.runs import Call
     from moc_cli.training.take_in import take_in
 
-    words = [program(), "import", str(controls), recipe, *repeated("--set", changes)]
-    call = Call(shlex.join(words), None if output_dir is None else str(output_dir))
+    command = [program(), "import", str(controls), recipe, *repeated("--set", changes)]
+    call = Call(shlex.join(command), None if output_dir is None else str(output_dir))
     run = take_in(loaded, controls, call=call, overwrite=overwrite)
     taken = run.read_recipe(trust_remote_code=True)
     if json:

@@ -99,7 +99,7 @@ def split_names(text: str | None) -> list[str]:
 
 
 def repeated(option: str, texts: Sequence[str]) -> list[str]:
-    """Return the words of a command that give an option once for each text."""
+    """Return the arguments of a command that give an option once for each text."""
     return [word for text in texts for word in (option, text)]
 
 

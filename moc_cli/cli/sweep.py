@@ -175,8 +175,8 @@ def _again(
     output_dir: Path | None,
 ) -> str:
     """Return the command that goes on."""
-    words = [program(), "sweep", sweep, *repeated("--set", changes), *repeated("--vary", vary)]
+    command = [program(), "sweep", sweep, *repeated("--set", changes), *repeated("--vary", vary)]
     for option, value in (("--seeds", seeds), ("--jobs", jobs), ("--output-dir", output_dir)):
         if value not in (None, "auto"):
-            words += [option, str(value)]
-    return shlex.join(words)
+            command += [option, str(value)]
+    return shlex.join(command)

@@ -108,10 +108,10 @@ def train(
     from moc_cli.runs import Call
 
     def command(changes: list[str]) -> str:
-        words = [program(), "train", recipe, *repeated("--set", changes)]
+        command = [program(), "train", recipe, *repeated("--set", changes)]
         if seeds is not None:
-            words += ["--seeds", str(seeds)]
-        return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
+            command += ["--seeds", str(seeds)]
+        return shlex.join([*command, *(["--trust-remote-code"] if trust_remote_code else [])])
 
     call = Call(command(changes), None if output_dir is None else str(output_dir))
     code = run_together(

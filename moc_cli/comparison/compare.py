@@ -1,4 +1,4 @@
-"""`moc compare`: scores, differences and remarks of several runs."""
+"""`moc compare`: scores, differences and notes of several runs."""
 
 import shlex
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Comparison:
     label: str
     tasks: list[str]
     differences: list[Difference]
-    remarks: list[str]
+    notes: list[str]
     commands: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Comparison:
             "differences": [asdict(difference) for difference in self.differences],
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
-            "remarks": self.remarks,
+            "notes": self.notes,
             "missing_items": self.commands,
         }
 
@@ -63,17 +63,17 @@ def compare(
     """
     label = _choose_scores(runs, label)
     tasks = _choose_tasks(runs, label, tasks)
-    remarks = conditions.remarks(runs, label, tasks)
+    notes = conditions.notes(runs, label, tasks)
     differences: list[Difference] = []
     first = runs[0]
     others = [run for run in runs[1:] if label in run.scores and label in first.scores]
-    items = {run.name: _items(run, label, remarks) for run in [first, *others] if others}
+    items = {run.name: _items(run, label, notes) for run in [first, *others] if others}
     for run in others:
-        differences += _differences(first, run, label, tasks, items, remarks)
+        differences += _differences(first, run, label, tasks, items, notes)
     if not others:
-        remarks.append("No two runs have scores: there are no differences to show.")
+        notes.append("No two runs have scores: there are no differences to show.")
     commands = _commands(runs, program) if label == FINAL else []
-    return Comparison(list(runs), label, tasks, differences, remarks, commands)
+    return Comparison(list(runs), label, tasks, differences, notes, commands)
 
 
 def method_name(run: Run) -> str:
@@ -170,12 +170,12 @@ def _matches(task: str, name: str) -> bool:
     return task == name or task.startswith(f"{name} (")
 
 
-def _items(run: Run, label: str, remarks: list[str]) -> Items:
-    """Return a run's scored items; where they cannot be trusted, none and a remark."""
+def _items(run: Run, label: str, notes: list[str]) -> Items:
+    """Return a run's scored items; where they cannot be trusted, none and a note."""
     try:
         return read_items(run.scores[label])
     except RunError as error:
-        remarks.append(f"{error.message}: no items of {run.name} are used.")
+        notes.append(f"{error.message}: no items of {run.name} are used.")
         return {}
 
 
@@ -185,7 +185,7 @@ def _differences(
     label: str,
     tasks: Sequence[str],
     items: dict[str, Items],
-    remarks: list[str],
+    notes: list[str],
 ) -> list[Difference]:
     """Return every task's difference of `run` to `first`, then that of the average."""
     ours, theirs = run.scores[label].tasks, first.scores[label].tasks
@@ -196,10 +196,10 @@ def _differences(
         if task not in ours or task not in theirs:
             if task in ours or task in theirs:
                 lacking = first if task in ours else run
-                remarks.append(f"{lacking.name} has no score of {task}: it is in no difference.")
+                notes.append(f"{lacking.name} has no score of {task}: it is in no difference.")
             continue
         pairs = pair(items[first.name].get(task, []), items[run.name].get(task, []))
-        remarks += _pairing_remarks(task, first, run, pairs)
+        notes += _pairing_notes(task, first, run, pairs)
         for metric, score in ours[task]["metrics"].items():
             before = theirs[task]["metrics"].get(metric, {}).get("value")
             if before is None or score["value"] is None:
@@ -219,19 +219,19 @@ def _differences(
     return differences
 
 
-def _pairing_remarks(task: str, first: Run, run: Run, pairs: Pairs) -> list[str]:
-    remarks = []
+def _pairing_notes(task: str, first: Run, run: Run, pairs: Pairs) -> list[str]:
+    notes = []
     if pairs.unpaired:
-        remarks.append(
+        notes.append(
             f"{task}: {pairs.unpaired:,} items are in only one of {first.name} and {run.name}; "
             "the difference is on those that both have."
         )
     if pairs.relabelled:
-        remarks.append(
+        notes.append(
             f"{task}: {pairs.relabelled:,} items have another label in {first.name} than in "
             f"{run.name} and are left out: the rows are not the same."
         )
-    return remarks
+    return notes
 
 
 def _commands(runs: Sequence[Run], program: str) -> list[str]:

@@ -18,7 +18,7 @@ SETTINGS = (
 )
 
 
-def remarks(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str]:
+def notes(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str]:
     """Return a sentence for each condition that differs, then those about single runs.
 
     `label` names the scores that are compared.

@@ -19,7 +19,7 @@ Side = Literal["left", "right"]
 
 
 class Batches:
-    """Row numbers in batches, for every epoch anew, as a pure function of (seed, epoch).
+    """Row numbers in batches, for each epoch in a new order, as a pure function of (seed, epoch).
 
     The rows are shuffled. With `group_by_length`, each pool of 50 batches of them is then sorted
     by length and cut into batches, and all batches are shuffled; with `even` it is sorted and dealt

@@ -42,8 +42,8 @@ def encode_cached(
     """Return encoded rows, from the cache or by `encode`, and what is to be said of it.
 
     `arguments` are all that `encode` depends on beside examples and tokenizer. Few rows, tokenizers
-    written in Python and chat templates that write the date are encoded anew each time. A file that
-    is damaged or cannot be written is as if it were not there.
+    written in Python and chat templates that write the date are encoded each time. A file that is
+    damaged or cannot be written is as if it were not there.
     """
     folder = cache_folder("rows")
     if folder is None or len(examples) < SMALLEST or not _is_lasting(tokenizer):
@@ -52,7 +52,7 @@ def encode_cached(
     with contextlib.suppress(OSError, ValueError, KeyError, safetensors.SafetensorError):
         encoded = _read(path)
         os.utime(path)
-        return encoded, f"rows were tokenised before: {path} (MOC_CACHE=off tokenises them anew)"
+        return encoded, f"rows were tokenised before: {path} (MOC_CACHE=off tokenises them again)"
     encoded = encode()
     try:
         write_bytes_atomic(path, _to_bytes(encoded))

@@ -140,7 +140,7 @@ def run(
             for task, entry in entries.items():
                 for metric, score in entry["metrics"].items():
                     score["base"] = bare[task]["metrics"][metric]["value"]
-                entry["base_source"] = "scored beside it"
+                entry["base_source"] = "scored with it"
         for task, entry in entries.items():
             written.add(task, entry, _samples(results["samples"].get(task, [])))
     return written, by_model

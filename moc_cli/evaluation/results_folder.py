@@ -1,7 +1,7 @@
 """The files of an evaluation: results.json, and a line of samples.jsonl for every item.
 
 Both are written after every task. A folder holds one set of conditions: tasks scored later under
-the same conditions are added, under others the folder begins anew. Several calls may write into one
+the same conditions are added, under others the folder starts over. Several calls may write into one
 folder at the same time.
 """
 
@@ -79,7 +79,7 @@ class ResultsFolder:
     def add(self, task: str, entry: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
         """Add a scored task and write both files; the samples first, so that none is missing.
 
-        Raises FileError where another call has begun the folder anew in the meantime.
+        Raises FileError where another call has started the folder over in the meantime.
         """
         with locked(self.folder):
             differing = self._continue()

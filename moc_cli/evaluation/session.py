@@ -182,7 +182,7 @@ def score_rows(
             base, values, source = None, None, None
             if job.base:
                 base = _score(job, model, task, base=True)
-                values, source = base.values, "scored beside it"
+                values, source = base.values, "scored with it"
             elif score := find_score(base_scores, task, evaluation):
                 values, source = dict(score.values), score.source
             entry = make_entry(task, evaluation, values, source)

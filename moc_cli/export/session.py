@@ -58,7 +58,7 @@ def export_run(
         check_online()
     folder = RunFolder.open(run)
     recipe = folder.read_recipe(trust_remote_code=trust_remote_code)
-    folder.read_evaluations()  # damage is told before weights are loaded; the card reads them again
+    folder.read_evaluations()  # damage is reported before weights load; the card reads them again
     check_format(to, recipe, options)
     check_stored(to, recipe, base)
     open_with = partial(open_run, run, device=device, base=base, exact=True)

@@ -1,7 +1,7 @@
 """Which routes matter: the loss of the same rows with one site's routed controls made local.
 
 At that site α·g_t + (1−α)·Σ π_k·g_k becomes (α + (1−α)·Σ π_k)·g_t, everywhere else all stays; the
-sites after it decide anew on what reaches them.
+sites after it decide again on what reaches them.
 """
 
 import math

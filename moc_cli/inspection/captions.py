@@ -25,9 +25,9 @@ def subtitle(routing: dict[str, Any]) -> str:
     if model.startswith(("/", ".", "~")) or "\\" in model:  # a local folder, not a name of the hub
         model = PurePosixPath(model.replace("\\", "/")).name
     section = routing["method"]
-    words = {"rank": "rank", "top_k": "top", "alpha": "alpha"}
+    names = {"rank": "rank", "top_k": "top", "alpha": "alpha"}
     method = [str(section.get("name", "moc"))]
-    method += [f"{word} {section[key]}" for key, word in words.items() if key in section]
+    method += [f"{word} {section[key]}" for key, word in names.items() if key in section]
     parts = (run_name(routing["run"]), model, ", ".join(method))
     return " · ".join(part for part in parts if part)
 

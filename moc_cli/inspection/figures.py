@@ -76,8 +76,8 @@ def site_map(routing: dict[str, Any]) -> FigureFrame:
     bars.locator_params("y", nbins=3)
     for place, (block, colour) in zip((0.90, 0.99), BLOCK_COLOURS.items(), strict=True):
         if block in sites.blocks:
-            words = {"s": BLOCK_WORDS[block], "size": SMALL, "color": colour, "ha": "right"}
-            bars.text(place, 1.02, transform=bars.transAxes, **words)
+            label = {"s": BLOCK_WORDS[block], "size": SMALL, "color": colour, "ha": "right"}
+            bars.text(place, 1.02, transform=bars.transAxes, **label)
     colour_bar(frame, mesh, [bars, axes], SHARE, size=0.75)
     return frame
 

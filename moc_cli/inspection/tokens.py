@@ -26,7 +26,7 @@ class Votes:
         self.margins: dict[int, float] = {}
 
     def decided(self, site: Any, decision: Decision) -> None:
-        """Keep what the site was told and what it chose, as numbers of all sites."""
+        """Keep the probabilities that the site got and what it chose, as numbers of all sites."""
         assert decision.probabilities is not None
         members = torch.tensor(self._mixture.pools[site.pool])
         ids = decision.route.ids.cpu()

@@ -15,7 +15,7 @@ from moc_cli.report.characters import printable
 from moc_cli.signals import stop_number
 
 # A process that fails waits so many seconds for the launcher to end it, as it does when another
-# one has failed first: that one's error is then the reason, and is told already.
+# one has failed first: that one's error is then the reason, and is reported already.
 PATIENCE = 5.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -40,7 +40,7 @@ def run_as_one(
 ) -> int:
     """Do the work of one of several processes, and return its exit code.
 
-    What goes wrong in the first one is raised. Another one ends after it, and tells only what it
+    What goes wrong in the first one is raised. Another one ends after it, and reports only what it
     alone has met. `explain` returns what the user reads of an error; None for a bug.
     """
     stop_with_parent()
@@ -59,7 +59,7 @@ def _run(
         code = call()
     except Exception as caught:
         if place.rank == 0:
-            # Where another one was lost on this machine, the `moc` that has started both tells it.
+            # Another one that was lost on this machine is reported by the `moc` that started both.
             if isinstance(caught, LostProcess) and started_by_moc():
                 if caught.stopped_by is not None:
                     _end_by_signal(caught.stopped_by)
@@ -86,8 +86,8 @@ def _end_by_signal(number: int) -> None:
 def _tell(place: Place, error: Exception, explained: MocError | None) -> None:
     """Print an error that this process alone has met, on the stream that is silent otherwise.
 
-    What another one tells is left out, and so is what all processes of a machine meet alike before
-    they join.
+    What another one reports is left out, and so is what all processes of a machine meet alike
+    before they join.
     """
     import traceback
 

@@ -57,7 +57,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 def known_place(environ: Mapping[str, str]) -> Place | None:
     """Return this process's place, or None where it is alone or its place is not known yet.
 
-    What is wrong with a launcher's variables is told when the command begins.
+    What is wrong with a launcher's variables is reported when the command begins.
     """
     try:
         return find_place(environ)

@@ -97,7 +97,7 @@ def _configured(*, on_gpu: bool) -> Plan | None:
     except (ValueError, TypeError, AttributeError) as error:
         raise MocError(
             f"{file}: not a configuration of local processes: {error}",
-            f"write it anew with accelerate config, or say --set {KEY}=N",
+            f"write it again with accelerate config, or say --set {KEY}=N",
         ) from error
 
 

@@ -54,7 +54,7 @@ def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progres
     given.signals_to_handle = "SIGQUIT"  # the others are forwarded here
     os.environ[PARENT] = str(os.getpid())
     forwarded = Forwarded()
-    with handled(forwarded.forward, heeded((signal.SIGINT, *STOPS))), _no_remarks():
+    with handled(forwarded.forward, heeded((signal.SIGINT, *STOPS))), _quiet_launcher():
         try:
             multi_gpu_launcher(given)
         except ChildFailedError as error:
@@ -100,7 +100,7 @@ def explain_ends(
 
 
 @contextmanager
-def _no_remarks() -> Iterator[None]:
+def _quiet_launcher() -> Iterator[None]:
     """Within it torch's launcher logs nothing: its tables of errors repeat what is said already."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

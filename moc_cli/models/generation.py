@@ -210,7 +210,7 @@ class GenerationTracker:
 
     def _copies(self, rows: int) -> tuple[int, bool]:
         """How many rows of a generation's forward stand for one of its prompt, as beams do, and
-        whether it had a forward before; later ones of `running` decide for each beam anew.
+        whether it had a forward before; later ones of `running` decide for each beam again.
         """
         generation = _GENERATION.get()
         if generation is None or generation.tracker is not self:

@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 @contextmanager
 def known_padding(mask: Tensor | None) -> Iterator[None]:
-    """Within it models that attend through sdpa are told whether `mask` (B, T), on the CPU, marks
+    """Within it models that attend through sdpa know whether `mask` (B, T), on the CPU, marks
     padding.
 
     transformers looks for it in the mask on the device, because sdpa is faster without a mask, and

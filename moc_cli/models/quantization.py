@@ -1,4 +1,4 @@
-"""Bases whose linear weights bitsandbytes keeps in 4 or 8 bits, and the one door to that package.
+"""Bases whose linear weights bitsandbytes keeps in 4 or 8 bits, and all use of that package.
 
 It is imported only where something asks for it. A quantised parameter is known by its class's name,
 so that nothing has to be imported to see that there is none.
@@ -146,7 +146,7 @@ def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Linear]]:
 def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit weights in the form that has gradients.
 
-    On a CPU with AVX512-BF16 bitsandbytes packs a weight anew in the first forward of an
+    On a CPU with AVX512-BF16 bitsandbytes packs a weight again in the first forward of an
     evaluation, for a kernel without gradients: a later training would be wrong without an error.
     A weight that is packed so already is unpacked.
     """

@@ -66,7 +66,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 
 
 def may_exceed(texts: Sequence[str], limit: int) -> bool:
-    """Whether texts may together have more tokens than `limit`, told from their bytes: a token
+    """Whether texts may together have more tokens than `limit`, estimated from their bytes: a token
     stands for one byte at least, but for the few special ones.
     """
     return sum(len(text.encode()) for text in texts) + _SPECIAL > limit

@@ -26,7 +26,7 @@ class _Inject(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, value: Tensor, slope: Tensor, coefficient: Coefficient
     ) -> Tensor:
-        # Not saved for the backward pass: a layer that is computed anew ends at the last of these.
+        # Not saved for the backward pass: a layer that is recomputed ends at the last of these.
         ctx.slope, ctx.coefficient = slope, coefficient
         return x.view_as(x)
 

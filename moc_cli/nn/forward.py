@@ -82,7 +82,7 @@ class Forward:
     `loss_scale` is what the model's own loss was multiplied by, known when its backward begins.
 
     `pools`, `prepared` and `voters` are what all sites of a forward share. They are kept where
-    `shape` is known, as it is in a forward of a model, and made anew for each site elsewhere.
+    `shape` is known, as it is in a forward of a model, and made again for each site elsewhere.
     """
 
     valid: Tensor | None = None

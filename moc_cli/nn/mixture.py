@@ -219,7 +219,7 @@ class Mixture(MixtureBase):
     def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.
 
-        None elsewhere: in training, in a prefill, and where each token is routed anew; nor where
+        None elsewhere: in training, in a prefill, and where each token is routed again; nor where
         the controls want gradients, which copies made in an earlier step would not pass on.
         """
         store = self.current.store

@@ -108,7 +108,7 @@ class FakeDevice(TorchDispatchMode):
         return attend
 
     def forget(self) -> None:
-        """Count anew from here."""
+        """Count again from here."""
         self.syncs.clear()
         self.kernels.clear()
         self.work.clear()

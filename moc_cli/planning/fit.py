@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.errors import MocError
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.cards import Card, card_of
-from moc_cli.planning.plans import CONTEXT, MODES, Planner, changes_to, cheapest, settings_beside
+from moc_cli.planning.plans import CONTEXT, MODES, Planner, alternatives_to, changes_to, cheapest
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.lines import labelled
 from moc_cli.report.numbers import byte_size
@@ -82,7 +82,7 @@ class Forecast:
         return chosen, plan.step_bytes
 
     def _way_out(self, recipe: Recipe, chosen: Recipe, planner: Planner) -> str:
-        best = cheapest([planner.plan(setting) for setting in settings_beside(chosen)])
+        best = cheapest([planner.plan(setting) for setting in alternatives_to(chosen)])
         anyway = "--force trains all the same"
         if best is None:
             return f"take a shorter data.max_length or a smaller model; {anyway}"

@@ -148,8 +148,8 @@ def quantized(
 ) -> Footprint:
     """Return a footprint with the linear weights of the layers in 4 or 8 bits.
 
-    A product makes its weight anew in the compute type, one weight at a time; that also takes time,
-    in the forward and the backward pass, and once more where layers are computed anew.
+    Each product makes its weight in the compute type, one at a time; that also takes time, in
+    the forward and the backward pass, and once more where layers are recomputed.
     """
     shape = build.base_shape(unquantized(recipe))
     names = {name for name in linear_weights(shape) if in_a_layer(name)}

@@ -21,7 +21,7 @@ MODES = ("none", "selective", "full", "offload")  # from the fastest on
 CONTEXT = 600_000_000
 FRAGMENTS = 0.02
 KEPT = ("weights", "controls", "optimizer", "buffer")  # parts that are there between steps too
-BESIDE = ("evaluation", "checkpoint_saving", "resume")  # what comes instead of a step
+OTHER_PHASES = ("evaluation", "checkpoint_saving", "resume")  # what comes instead of a step
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _plan(
     step, seconds = sum(taken.parts.values()), taken.seconds
     parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | taken.parts
     kept = sum(parts[name] for name in KEPT)
-    parts |= {name: max(0, sum(taken.phases[name].values()) - kept) for name in BESIDE}
-    needed = max(step, kept + max(parts[name] for name in BESIDE))
+    parts |= {name: max(0, sum(taken.phases[name].values()) - kept) for name in OTHER_PHASES}
+    needed = max(step, kept + max(parts[name] for name in OTHER_PHASES))
     parts["overhead"] = CONTEXT + round(FRAGMENTS * needed)
     peak = needed + parts["overhead"]
     train = recipe.train
@@ -136,9 +136,9 @@ def _plan(
     )
 
 
-def settings_beside(own: Recipe) -> list[Recipe]:
+def alternatives_to(own: Recipe) -> list[Recipe]:
     """Return settings to choose from instead of a recipe's own, of those that recipes allow: each
-    way to compute layers anew, micro-batches of the recipe's size and of a quarter of it (else of 1
+    way to recompute layers, micro-batches of the recipe's size and of a quarter of it (else of 1
     row), and the base in 4 bits too.
 
     The rows a step stay as many.

@@ -1,4 +1,4 @@
-"""Results of meta kernels, remembered: shapes alone decide them, and torch works out each anew."""
+"""Results of meta kernels, remembered: shapes alone decide them, and torch works each out again."""
 
 from collections.abc import Iterable
 from functools import cache

@@ -1,4 +1,4 @@
-"""`moc plan`: the recipe's own setting, others beside it, and the cheapest that fits the card."""
+"""`moc plan`: the recipe's own setting, alternatives to it, and the cheapest that fits the card."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Any
 from moc_cli.planning.batches import read_rows
 from moc_cli.planning.cards import Card
 from moc_cli.planning.fit import fitting_mode
-from moc_cli.planning.plans import Plan, Planner, changes_to, cheapest, settings_beside
+from moc_cli.planning.plans import Plan, Planner, alternatives_to, changes_to, cheapest
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 
@@ -27,20 +27,20 @@ def run(
     """
     first, _ = variants[0]
     if first.data.custom:  # its rows say what the model has to be
-        told = build.read_rows(first)[0].data
-        variants = [(r.model_copy(update={"data": told}), changes) for r, changes in variants]
+        data = build.read_rows(first)[0].data
+        variants = [(r.model_copy(update={"data": data}), changes) for r, changes in variants]
         first, _ = variants[0]
     rows, unread = read_rows(first, build.base_shape(first))
     planner = Planner(card, rows)
     chosen = [fitting_mode(recipe, planner) for recipe, _ in variants]
-    beside = [settings_beside(own) for own in chosen]
-    total = len(chosen) + sum(map(len, beside))
+    alternatives = [alternatives_to(own) for own in chosen]
+    total = len(chosen) + sum(map(len, alternatives))
     plans: list[Plan] = []
-    for own, others, (_, changes) in zip(chosen, beside, variants, strict=True):
+    for own, others, (_, changes) in zip(chosen, alternatives, variants, strict=True):
         for setting in (own, *others):
             plans.append(planner.plan(setting, changes, whole=setting is own))
             observe(len(plans), total)
-    best = plans[0] if plans[0].fits else cheapest(plans[1 : len(beside[0]) + 1])
+    best = plans[0] if plans[0].fits else cheapest(plans[1 : len(alternatives[0]) + 1])
     return {
         "plans": [asdict(plan) for plan in plans],
         "recipe": name,

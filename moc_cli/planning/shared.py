@@ -75,7 +75,7 @@ def votes_of(recipe: Recipe, model: PreTrainedModel, launch: Launch) -> Traffic:
     """Return what each process sends in a step so that all vote together (method.routing.sync).
 
     A site joins its controls' mean probabilities and picks, and the number of voters; their
-    gradients travel too, and what layers that are computed anew vote again.
+    gradients travel too, and what layers that are recomputed vote again.
     """
     method, votes = recipe.method, Traffic(0, 0)
     if launch.processes == 1 or not (isinstance(method, MocMethod) and method.routing.sync):

@@ -18,7 +18,7 @@ def out() -> "Console":
 
 
 def err() -> "Console":
-    """Return the console of progress and remarks."""
+    """Return the console of progress and notes."""
     from moc_cli.report.console import SafeConsole
 
     return SafeConsole(stderr=True, highlight=False)
@@ -43,6 +43,6 @@ def print_table(*tables: "RenderableType") -> None:
 
 
 def say(text: str) -> None:
-    """Print a remark on stderr, as it is: no markup, no wrapping, no control characters."""
+    """Print a note on stderr, as it is: no markup, no wrapping, no control characters."""
     sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What `moc plan` tells, as tables."""
+"""What `moc plan` prints, as tables."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Standard output and error that end no command: what they refuse is dropped, and told at the end.
+"""Standard output and error that end no command: what they refuse is dropped and reported later.
 
 A log may lie on a full disk, its reader may leave, a stream may be closed from the start; hours of
 training must not be lost by that.

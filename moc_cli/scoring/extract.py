@@ -25,6 +25,6 @@ def extract(task: str, output: str, options: Sequence[str]) -> str | None:
     begin at one place.
     """
     known = TASKS["commonsense"].get(task)
-    words = known.answers if known else sorted(options, key=len, reverse=True)
-    match = re.search("|".join(map(re.escape, words)), output)
+    answers = known.answers if known else sorted(options, key=len, reverse=True)
+    match = re.search("|".join(map(re.escape, answers)), output)
     return match[0] if match else None

@@ -1,6 +1,6 @@
 """A conversation on the terminal: each message is answered after all messages before it.
 
-Each answer is computed anew from the complete conversation, so that all of it votes for the route.
+Each answer is computed again from the complete conversation, so that all of it votes for the route.
 With a template for single questions, each message is answered on its own.
 """
 
@@ -61,7 +61,7 @@ class Chat:
             if self.base:
                 self._answer("base: ", messages, base=True)
         except DataError as error:
-            self._say(f"{error.message}; /reset starts anew" if past else error.message)
+            self._say(f"{error.message}; /reset starts over" if past else error.message)
         except KeyboardInterrupt:
             self._write("\n")
             self._say("stopped; this message is left out of the conversation")

@@ -49,10 +49,10 @@ class PredictOptions:
         recipe = RunFolder.open(self.run).read_recipe(trust_remote_code=self.trust_remote_code)
         data = recipe.data
         if not data.kind.classifier:
-            words = ["moc", "generate", str(self.run), "--file", str(self.file)]
+            command = ["moc", "generate", str(self.run), "--file", str(self.file)]
             raise MocError(
                 f"{self.run} is a language model ({', '.join(data.tasks)}): it has no classes",
-                f"have it write: {shlex.join(words)}",
+                f"have it write: {shlex.join(command)}",
             )
         return recipe
 

@@ -144,5 +144,5 @@ def _shareable(
         if method.routing.level == "token":
             raise MocError(f"{folder} routes every token apart (method.routing.level: token)")
         if method.routing.decode == "running":
-            raise MocError(f"{folder} routes anew at every step (method.routing.decode: running)")
+            raise MocError(f"{folder} routes again at every step (method.routing.decode: running)")
     return method

@@ -85,7 +85,7 @@ class Execution:
     def run_all(self, observe: Callable[[int], None], again: str) -> None:
         """Train what is not finished; `observe` takes the number of finished runs.
 
-        A run that fails is told, and the others go on. Raises EndedBySignal after a signal,
+        A run that fails is reported, and the others go on. Raises EndedBySignal after a signal,
         when the runs at work have ended; `again` is the command that goes on.
         """
         working: list[Job] = []

@@ -59,7 +59,7 @@ def compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 class _Recomputing:
-    """Runs layers compiled, with what is computed anew around the compiled graph.
+    """Runs layers compiled, with what is recomputed around the compiled graph.
 
     The backward pass then runs the graph of the forward again.
     """
@@ -78,7 +78,7 @@ class _Recomputing:
         finally:
             for mixture in self._mixtures:
                 if mixture.current.ended:
-                    mixture.current.end()  # what was computed anew is not to be kept
+                    mixture.current.end()  # what was recomputed is not to be kept
 
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

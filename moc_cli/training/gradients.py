@@ -99,8 +99,8 @@ class Gradients:
         meanwhile()
         # The step's only wait for the device: all that decides whether it may be taken.
         *values, total = torch.cat([sums, norm.to(sums).reshape(1)]).tolist()
-        values, told = values[: len(batches)], values[len(batches) :]
-        short, *signals = told or flags
+        values, gathered = values[: len(batches)], values[len(batches) :]
+        short, *signals = gathered or flags
         heard = next((n for n, came in zip(SIGNALS, signals, strict=True) if came), None)
         return WindowSum(values, total, not short, heard)
 
@@ -176,7 +176,7 @@ class Bucket:
                 view.copy_(parameter.grad.flatten())
             parameter.grad = view.view_as(parameter)
         marks = torch.tensor(flags, dtype=numbers.dtype).to(numbers.device, non_blocking=True)
-        told = torch.cat([losses, marks])
-        numbers.zero_()[: len(told)] = told
+        sent = torch.cat([losses, marks])
+        numbers.zero_()[: len(sent)] = sent
         self._processes.sum(self._flat)
-        return told.copy_(numbers[: len(told)])
+        return sent.copy_(numbers[: len(sent)])

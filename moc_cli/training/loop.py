@@ -177,7 +177,7 @@ class Loop:
         if not (total.fits and total.finite):
             self.keep(before)
             place = self.counters, len(self.plan)
-            raise self.processes.told_by_main(
+            raise self.processes.reported_by_main(
                 refusal(total, window, batches, place, self.settings, self.command)
             )
         for group in self.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass computes anew instead of keeping it."""
+"""Activation checkpointing: what the backward pass recomputes instead of keeping it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,11 +45,11 @@ def recompute_mode(recipe: Recipe) -> str:
 
 
 def check_recompute(model: PreTrainedModel, mode: str) -> None:
-    """Raise MocError where a model's layers cannot be computed anew; its shapes suffice."""
+    """Raise MocError where a model's layers cannot be recomputed; its shapes suffice."""
     if mode != "none" and not model.supports_gradient_checkpointing:
         raise MocError(
-            f"train.activation_checkpointing: {type(model).__name__} cannot compute its layers "
-            f"anew, found {mode!r}",
+            f"train.activation_checkpointing: {type(model).__name__} cannot recompute its "
+            f"layers, found {mode!r}",
             "use --set train.activation_checkpointing=none",
         )
 
@@ -65,7 +65,7 @@ def prepare_layers(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def recompute_layers(model: PreTrainedModel, mode: str) -> None:
-    """Let a model compute its layers anew as `mode` says: none, selective, full or offload.
+    """Let a model recompute its layers as `mode` says: none, selective, full or offload.
 
     Gradients stay the same. Where a family leaves nothing to keep, `selective` is `full`. The
     embeddings are not differentiated, as they are by transformers' own switch: nothing below the

@@ -236,14 +236,14 @@ def check_facts(
 def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, Scores]:
     """Return when a run was started and resumed, and the untrained model's scores.
 
-    What is damaged is passed over with a sentence to `warn`: it is written anew.
+    What is damaged is passed over with a sentence to `warn`: it is written again.
     """
 
     def read(part: Callable[[], T]) -> T | None:
         try:
             return part()
         except RunError as error:
-            warn(f"{error.message}; it is written anew")
+            warn(f"{error.message}; it is written again")
             return None
 
     return read(folder.read_history) or [], read(folder.read_scores_before) or {}

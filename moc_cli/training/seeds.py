@@ -4,7 +4,7 @@
     OUTPUT_DIR/seed-43/   ...
     OUTPUT_DIR/seeds.json every seed's scores, mean, spread, and which run is the median
 
-Seeds are the recipe's, and the next ones. The model is loaded anew for each. An untrained language
+Seeds are the recipe's, and the next ones. The model is loaded again for each. An untrained language
 model is the same whatever the seed, so it is scored only once, in the first run.
 """
 

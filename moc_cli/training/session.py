@@ -186,7 +186,7 @@ class Session:
                 f"the training is finished and kept, but not all of it is scored: {why}",
                 next(iter(unscored.values())).hint or f"try again: {self.again}",
             )
-            raise self.processes.told_by_main(error)
+            raise self.processes.reported_by_main(error)
         return results
 
     def begin_controls(self, job: Job) -> None:

@@ -81,6 +81,6 @@ def out_of_memory(
         if splits:
             kept = f"the state before that step is kept; go on with {what}"
             return MocError(message, f"{kept}: {command} {smaller}")
-        anew = f"{command.removesuffix(' --resume auto')} --overwrite {smaller}"
-        return MocError(message, f"begin anew with {what}: {anew}")
+        over = f"{command.removesuffix(' --resume auto')} --overwrite {smaller}"
+        return MocError(message, f"start over with {what}: {over}")
     return MocError(message, "lower data.max_length, set train.bf16: true, or use another device")

@@ -238,9 +238,9 @@ def test_what_does_not_fit_in_memory_is_named(
 
 def test_beside_other_work_processor_time_counts() -> None:
     assert machine.choose_clock({"cpu_percent": 3})[1:] == ("elapsed", None)
-    _, name, remark = machine.choose_clock({"cpu_percent": 80})
+    _, name, note = machine.choose_clock({"cpu_percent": 80})
     assert name == "processor"
-    assert "busy for 80 %" in remark
+    assert "busy for 80 %" in note
 
 
 def have_gpu(free: float, used: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The door: help, sentences instead of tracebacks, exit codes, JSON, and how quickly it answers."""
+"""The command line: help, sentences instead of tracebacks, exit codes, JSON, quick answers."""
 
 import inspect
 import json

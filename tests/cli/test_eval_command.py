@@ -1,4 +1,4 @@
-"""`moc eval` through the door: what it writes, what it shows, and what it refuses."""
+"""`moc eval` as a user calls it: what it writes, what it shows, and what it refuses."""
 
 import gzip
 import json
@@ -112,7 +112,7 @@ def test_a_bare_model_stands_beside_its_runs(trained: Path, tmp_path: Path, answ
     assert bare["folder"] == "runs/eval/builtin--world-llama/builtin-rank-limit-30"
     task = bare["tasks"]["world"]
     beside = answer(trained, "--limit", 30, "--base", "--output-dir", "a")["tasks"]["world"]
-    assert beside["base_source"] == "scored beside it"
+    assert beside["base_source"] == "scored with it"
     assert main_score(beside)["base"] == main_score(task)["value"]
     found = answer(trained, "--limit", 30, "--output-dir", "b")["tasks"]["world"]
     assert main_score(found)["base"] == main_score(task)["value"]
@@ -301,7 +301,7 @@ def test_a_classifiers_run_refuses_what_is_for_questions(tmp_path: Path, answer)
     ]
 
 
-# Below the door
+# Below the command line
 
 
 def glue_rows(folder: Path, split: str, rows: int) -> None:
@@ -378,7 +378,7 @@ def test_ctrl_c_keeps_the_tasks_that_are_scored(
     assert lines[0]["prompt"] == prompt_hash(tasks[0].examples[0].eval_prompt)
 
 
-def test_a_folder_with_other_conditions_begins_anew(tmp_path: Path) -> None:
+def test_a_folder_with_other_conditions_begins_again(tmp_path: Path) -> None:
     conditions = {"limit": None, "run": "r", "protocol": "rank"}
     ResultsFolder(tmp_path, conditions).add("boolq", ENTRY, [SAMPLE])
     assert ResultsFolder(tmp_path, conditions).tasks == {"boolq": ENTRY}

@@ -265,8 +265,6 @@ def test_the_frame_follows_the_run_and_the_tokenizer() -> None:
     assert choose_frame("raw", "commonsense", templated)[0] == "raw"
     with refused(MocError):
         choose_frame("chat", None, plain)
-    with refused(MocError):
-        choose_frame("caht", None, plain)
 
 
 def test_conversations_in_each_frame() -> None:
@@ -317,8 +315,8 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
 def converse(
     me: Writer, lines: list[str | BaseException], **options: bool
 ) -> tuple[Chat, str, list[str]]:
-    """Hold a conversation: what was written, and the remarks."""
-    pending, written, remarks = iter(lines), [], []
+    """Hold a conversation: what was written, and the notes."""
+    pending, written, notes = iter(lines), [], []
 
     def read() -> str:
         line = next(pending, EOFError())
@@ -326,9 +324,9 @@ def converse(
             raise line
         return line
 
-    chat = Chat(me, read=read, write=written.append, say=remarks.append, **options)
+    chat = Chat(me, read=read, write=written.append, say=notes.append, **options)
     chat.run()
-    return chat, "".join(written), remarks
+    return chat, "".join(written), notes
 
 
 def test_a_conversation_goes_on_from_what_was_said(adapted: Adapted) -> None:
@@ -337,10 +335,10 @@ def test_a_conversation_goes_on_from_what_was_said(adapted: Adapted) -> None:
     second = me.answer(me.messages("Say:", first, "And?")).text
     alone = me.answer(me.messages("And?")).text
     assert second != alone
-    chat, written, remarks = converse(me, ["Say:", "", "And?", "/reset", "And?"])
+    chat, written, notes = converse(me, ["Say:", "", "And?", "/reset", "And?"])
     assert written == f"{first}\n{second}\n{alone}\n\n"
     assert chat.texts == ["And?", alone]
-    assert "cleared" in remarks
+    assert "cleared" in notes
     assert converse(me, ["/exit", "Say:"])[1] == ""
     assert converse(me, [KeyboardInterrupt()])[1] == "\n"
     assert "no command /rest" in converse(me, ["/rest"])[2][-1]
@@ -364,17 +362,17 @@ def test_a_turn_that_fails_leaves_no_trace(
     adapted: Adapted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     me = writer(adapted)
-    chat, _, remarks = converse(me, ["Say:", "x" * 600])
+    chat, _, notes = converse(me, ["Say:", "x" * 600])
     assert len(chat.texts) == 2
-    assert remarks[-1].endswith("the model takes 512 with its answer; /reset starts anew")
+    assert notes[-1].endswith("the model takes 512 with its answer; /reset starts over")
 
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Writer, "answer", stopped)
-    chat, _, remarks = converse(me, ["Say:"])
+    chat, _, notes = converse(me, ["Say:"])
     assert chat.texts == []
-    assert "stopped" in remarks[-1]
+    assert "stopped" in notes[-1]
 
 
 # The command

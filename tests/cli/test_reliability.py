@@ -131,14 +131,14 @@ def test_an_upload_that_fails_leaves_a_complete_export(
 
 @pytest.mark.parametrize("name", ["results.json", "environment.json"])
 @pytest.mark.parametrize("content", ["[]", '{"status": 3, "history": 1}', "[" * 5000])
-def test_a_damaged_small_file_is_written_anew(
+def test_a_damaged_small_file_is_written_again(
     name: str, content: str, trained: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / name).write_text(content)
     assert train(trained, copy, "--resume", "auto") == 0
     said = capsys.readouterr().err
     assert f"{copy / name} cannot be read" in said
-    assert "; it is written anew" in said
+    assert "; it is written again" in said
     assert RunFolder(copy).read_results()["status"] == "finished"
     assert len(RunFolder(copy).read_history()) == (1 if name == "environment.json" else 2)
 

@@ -1,4 +1,4 @@
-"""`moc train` from the door to the run folder, on tiny models, in this process."""
+"""`moc train` from the command line to the run folder, on tiny models, in this process."""
 
 import json
 import math

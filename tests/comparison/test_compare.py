@@ -192,7 +192,7 @@ def test_a_run_differs_from_its_copy_by_exactly_nothing(make: Make) -> None:
         write_eval(folder, {"world": choice_items(RIGHT["a"])})
     found = compare(read_runs([first, second]))
     assert [(one.value, one.low, one.high) for one in found.differences] == [(0, 0, 0)]
-    assert found.remarks == []
+    assert found.notes == []
 
 
 def test_metrics_of_classes_and_values_are_recomputed(make: Make) -> None:
@@ -278,7 +278,7 @@ def test_what_does_not_pair_is_left_out_and_said(make: Make) -> None:
     (one,) = found.differences
     assert one.items == 6
     assert one.value == pytest.approx((4 - 3) / 6)
-    said = " ".join(found.remarks)
+    said = " ".join(found.notes)
     assert "2 items are in only one of a and b" in said
     assert "1 items have another label in a than in b" in said
     assert "b has no score of only" in said
@@ -346,8 +346,8 @@ def test_each_condition_that_differs_is_said(
 ) -> None:
     base = ["data.train_on_inputs=false", "train.warmup_steps=0"]
     found = compare(read_runs([make("a", *base), make("b", *base, *overrides, **changes)]))
-    assert any(words in remark for remark in found.remarks), found.remarks
-    told = [remark for remark in found.remarks if "No two runs have scores" not in remark]
+    assert any(words in note for note in found.notes), found.notes
+    told = [note for note in found.notes if "No two runs have scores" not in note]
     assert len(told) == 1
 
 
@@ -372,16 +372,16 @@ def test_each_condition_of_a_scoring_that_differs_is_said(
         of_task = {key: value for key, value in given.items() if key in {*entry, "limited"}}
         results |= given | {"limit": given.get("limit", 9), "tasks": {"world": entry | of_task}}
         path.write_text(json.dumps(results))
-    (remark,) = compare(read_runs(folders)).remarks
-    assert words in remark
+    (note,) = compare(read_runs(folders)).notes
+    assert words in note
 
 
 def test_other_tasks_to_train_on_are_said(make: Make) -> None:
     runs = [
         make(task, f"data.tasks=[{task}]", recipe="glue/minilm/moc") for task in ("rte", "mrpc")
     ]
-    remarks = compare(read_runs(runs)).remarks
-    assert "Different tasks to train on: rte in rte; mrpc in mrpc." in remarks
+    notes = compare(read_runs(runs)).notes
+    assert "Different tasks to train on: rte in rte; mrpc in mrpc." in notes
 
 
 def test_scores_of_other_controls_or_of_changed_files_are_not_trusted(make: Make) -> None:
@@ -390,8 +390,8 @@ def test_scores_of_other_controls_or_of_changed_files_are_not_trusted(make: Make
     write_eval(second, {"world": choice_items(RIGHT["b"])})
     (second / "eval" / "rank" / "samples.jsonl").write_text("{}\n")
     found = compare(read_runs([first, second]))
-    assert any("a holds other controls" in remark for remark in found.remarks)
-    assert any("does not match the hash in results.json" in r for r in found.remarks)
+    assert any("a holds other controls" in note for note in found.notes)
+    assert any("does not match the hash in results.json" in r for r in found.notes)
     assert [one.low for one in found.differences] == [None]
 
 
@@ -425,7 +425,7 @@ def test_unfinished_runs_are_shown_with_their_curves(make: Make, capsys, tmp_pat
     assert shown.err == ""
     assert [one["status"] for one in found["runs"]] == ["not finished", "not finished"]
     assert found["differences"] == found["missing_items"] == []
-    assert "No two runs have scores: there are no differences to show." in found["remarks"]
+    assert "No two runs have scores: there are no differences to show." in found["notes"]
     assert json.loads((where / "comparison.json").read_text()) == found
     assert [Path(path).name for path in found["pictures"]] == ["loss.png", "loss.svg"]
 

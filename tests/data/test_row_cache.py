@@ -115,7 +115,7 @@ def test_other_versions_name_another_file(
     assert encode(SHORT, byte_tokenizer)[1] == "made"
 
 
-def test_a_damaged_file_is_written_anew(
+def test_a_damaged_file_is_written_again(
     folder: Path, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     made, _ = encode(QUESTIONS, byte_tokenizer)

@@ -43,8 +43,8 @@ def test_every_command_of_the_readme_runs(
         absent("no weights: make weights")
     (tmp_path / ".weights").symlink_to(weights)
     monkeypatch.chdir(tmp_path)
-    few = plans.settings_beside  # each is replayed; tests/planning knows that all can be planned
-    monkeypatch.setattr("moc_cli.planning.session.settings_beside", lambda own: few(own)[:1])
+    few = plans.alternatives_to  # each is replayed; tests/planning knows that all can be planned
+    monkeypatch.setattr("moc_cli.planning.session.alternatives_to", lambda own: few(own)[:1])
     assert {kind for kind, _ in BLOCKS} == {"", "hub", "weights"}
     for kind, text in BLOCKS:
         files = "".join(re.findall(r"^cat > .*?^END$\n", text, flags=re.M | re.S))
@@ -63,7 +63,7 @@ def test_the_readme_shows_every_command_in_the_order_of_the_help() -> None:
 
 
 def test_the_reference_has_every_key_of_a_recipe() -> None:
-    """Write it anew: PYTHONPATH=tests python -m support.recipe_table."""
+    """Write it again: PYTHONPATH=tests python -m support.recipe_table."""
     assert recipe_table.written() == recipe_table.table()
 
 

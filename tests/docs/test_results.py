@@ -4,7 +4,7 @@ from support.results_tables import BLOCK, DOCUMENT, document
 
 
 def test_every_table_is_made_from_the_kept_runs() -> None:
-    """Write it anew: PYTHONPATH=tests:. python -m support.results_tables."""
+    """Write it again: PYTHONPATH=tests:. python -m support.results_tables."""
     text = DOCUMENT.read_text(encoding="utf-8")
     assert BLOCK.search(text)
     assert document(text) == text

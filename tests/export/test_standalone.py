@@ -376,7 +376,7 @@ class TestFolder:
         with refused(ValueError):
             AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
 
-    def test_a_control_that_the_weights_lack_is_drawn_anew(
+    def test_a_control_that_the_weights_lack_is_drawn_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(make("llama", {}), tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""`moc inspect-routing` from the door to its files, on tiny runs, in this process."""
+"""`moc inspect-routing` from the command line to its files, on tiny runs, in this process."""
 
 import json
 import math

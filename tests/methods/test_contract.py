@@ -151,7 +151,7 @@ def test_gradients_are_equal_with_activation_checkpointing(method, family):
         assert torch.equal(grad, grads[1][name]), name
 
 
-# What a copy must bind anew are the ways into a model, which are the method's.
+# What a copy must bind again are the ways into a model, which are the method's.
 @pytest.mark.parametrize(("method", "family"), FEW)
 def test_copies_and_pickles_stand_alone(method, family):
     adapted = moved(make(method, family))

@@ -95,7 +95,7 @@ def probabilities(adapted: Adapted, x: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Recount:
-    """Sums by site, counted anew."""
+    """Sums by site, counted again."""
 
     counts: np.ndarray
     weight: np.ndarray

@@ -153,7 +153,7 @@ def test_an_init_that_rewrites_the_base_is_refused(llama, packed) -> None:
 
 
 def test_gradients_after_an_evaluation_are_those_before(llama, monkeypatch) -> None:
-    """As on a CPU with AVX512-BF16, where bitsandbytes packs weights anew for an evaluation."""
+    """As on a CPU with AVX512-BF16, where bitsandbytes packs weights again for an evaluation."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model = load(llama, NF4).model
     linear = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]

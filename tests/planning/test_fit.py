@@ -13,7 +13,7 @@ from moc_cli.errors import MocError
 from moc_cli.planning import fit
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.fit import Forecast
-from moc_cli.planning.plans import CONTEXT, Planner, settings_beside
+from moc_cli.planning.plans import CONTEXT, Planner, alternatives_to
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 
@@ -53,7 +53,7 @@ def test_a_run_that_fits_is_planned_and_trained(
 def test_a_run_that_does_not_fit_is_refused_unless_forced(
     needed: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "settings_beside", lambda recipe: settings_beside(recipe)[:2])
+    monkeypatch.setattr(fit, "alternatives_to", lambda recipe: alternatives_to(recipe)[:2])
     monkeypatch.setattr(fit, "free_bytes", lambda device: needed["full"])
     refusing, forced = (Forecast(lambda text: None, force=force) for force in (False, True))
     with refused(MocError, number=r"\d+\.\d MB"):

@@ -24,7 +24,7 @@ from moc_cli.planning.cards import CARDS, Card, card_of, find_card
 from moc_cli.planning.fake_device import Kernel
 from moc_cli.planning.fit import fitting_mode
 from moc_cli.planning.footprint import Footprint, footprint, seconds_of
-from moc_cli.planning.plans import KEPT, Planner, changes_to, cheapest, settings_beside
+from moc_cli.planning.plans import KEPT, Planner, alternatives_to, changes_to, cheapest
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report.plan_table import PARTS, parts_table, plans_table, wire_table
@@ -104,7 +104,7 @@ def test_packed_rows_are_planned(recipe: MakeRecipe, planner: Planner) -> None:
 
 def test_a_plan_adds_up_and_other_settings_take_less(recipe: MakeRecipe, planner: Planner) -> None:
     own, planner.card = recipe(), find_card("24GB")
-    settings = [own, *settings_beside(own)]
+    settings = [own, *alternatives_to(own)]
     assert len(settings) == 4 * 2 * 2
     plans = [planner.plan(setting) for setting in (*settings[:5], settings[8])]
     for plan in plans:
@@ -127,7 +127,7 @@ def test_a_plan_adds_up_and_other_settings_take_less(recipe: MakeRecipe, planner
 
 def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planner) -> None:
     own = recipe()
-    modes = [own, *settings_beside(own)[:3]]
+    modes = [own, *alternatives_to(own)[:3]]
     *larger, full, _ = (planner.plan(setting).peak_bytes for setting in modes)
     planner.card = Card("small", (min(larger) + full) // 2)
     best = cheapest([planner.plan(setting) for setting in modes])
@@ -157,7 +157,7 @@ def test_settings_beside_the_own_can_be_typed(
 ) -> None:
     given = change.replace("DEEP", str(folder / "deep"))
     own = recipe(given)
-    beside = settings_beside(own)
+    beside = alternatives_to(own)
     assert len(beside) == number - 1
     for setting in (own, *beside):
         train = setting.train
@@ -249,7 +249,7 @@ def test_time_is_that_of_operations_or_of_bytes() -> None:
 def test_the_command_prints_what_fits(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
+    monkeypatch.setattr(session, "alternatives_to", lambda recipe: [])
     command = ["plan", str(folder / "r.yaml"), "--gpu", "T4", "--set", "data.max_length=400"]
     assert run([*command, "--vary", "method.rank=4,6", "--json"]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -267,7 +267,7 @@ def test_the_command_prints_what_fits(
 def test_the_line_to_paste_trains_what_was_planned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
+    monkeypatch.setattr(session, "alternatives_to", lambda recipe: [])
     command = ["plan", "quickstart", "--gpu", "T4", "--methods", "lora", "--vary", "method.rank=4"]
     assert run([*command, "--set", "train.max_steps=9"]) == 0
     line = shlex.split(capsys.readouterr().err.partition("Fits: moc train quickstart ")[2])

@@ -109,7 +109,7 @@ def test_a_plan_of_several_processes() -> None:
 def test_the_command_plans_for_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "settings_beside", lambda recipe: [])
+    monkeypatch.setattr(session, "alternatives_to", lambda recipe: [])
     assert run(["plan", "quickstart", "--gpu", "T4", "--processes", "4", "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert (plan["processes"], plan["strategy"]) == (4, "ddp")

@@ -233,7 +233,7 @@ def test_progress_on_a_terminal_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert "2,000 tokens/s" in shown
 
 
-def test_remarks_cannot_move_the_cursor(capsys: pytest.CaptureFixture) -> None:
+def test_notes_cannot_move_the_cursor(capsys: pytest.CaptureFixture) -> None:
     output.say("a\x1b[31m[bold]b\nc\x07")
     assert capsys.readouterr().err == "a\\x1b[31m[bold]b\nc\\x07\n"
 

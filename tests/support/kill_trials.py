@@ -72,7 +72,7 @@ def make_model(folder: Path, dropout: float = 0.1) -> Path:
 
 
 def start(recipe: Path, *options: str) -> BaseProcess:
-    """Start `moc train` in a copy of this process, its remarks in a file beside the recipe."""
+    """Start `moc train` in a copy of this process, its notes in a file beside the recipe."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = get_context("fork").Process(target=_train, args=(recipe, options))
     process.start()
@@ -95,7 +95,7 @@ def write_recipe(folder: Path, model: Path, steps: int) -> Path:
 
 
 def finish(recipe: Path, *options: str) -> None:
-    """Run to the end; raises RuntimeError with the remarks when it fails."""
+    """Run to the end; raises RuntimeError with the notes when it fails."""
     process = start(recipe, *options)
     process.join()
     if process.exitcode != 0:

@@ -5,7 +5,7 @@
 
 compares the whole text with what the table holds for the running test: its first message with the
 first text, and so on. `pytest --write-messages PATH ...` writes the texts of the tests that it runs
-anew, and drops those of tests that are gone. Processes that a test forks keep `match=`.
+again, and drops those of tests that are gone. Processes that a test forks keep `match=`.
 """
 
 import re

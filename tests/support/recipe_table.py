@@ -1,6 +1,6 @@
 """The table of recipe keys in REFERENCE.md.
 
-Written anew by `PYTHONPATH=tests python -m support.recipe_table`.
+Written again by `PYTHONPATH=tests python -m support.recipe_table`.
 """
 
 from itertools import groupby

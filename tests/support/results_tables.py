@@ -1,6 +1,6 @@
 """The tables of recipes/RESULTS.md, from the small files of runs in recipes/results.
 
-Written anew by `PYTHONPATH=tests:. python -m support.results_tables`.
+Written again by `PYTHONPATH=tests:. python -m support.results_tables`.
 """
 
 import re
@@ -28,7 +28,7 @@ def tables(name: str) -> str:
 
 
 def document(text: str) -> str:
-    """Return RESULTS.md with every block written anew."""
+    """Return RESULTS.md with every block written again."""
     return BLOCK.sub(lambda block: block[1] + tables(block[2]) + block[3], text)
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Within it graphs and their breaks are counted anew; compiling is not ours, and slow."""
+    """Within it graphs and their breaks are counted again; compiling is not ours, and slow."""
     eager = partial(torch.compile, backend="eager")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "compile", eager)

@@ -39,7 +39,7 @@ def traced_layers() -> Iterator[None]:
 
 def test_gradients_are_equal_and_few_graphs_serve_all_lengths(traced_layers: None) -> None:
     """One graph for a layer whose input needs no gradient, the others for all other layers; the
-    backward pass computes layers anew with the same ones.
+    backward pass computes layers again with the same ones.
     """
     model = make_tiny_model("llama", num_hidden_layers=3).train()
     adapted = attach(model, MocMethod(rank=4), seed=1)

@@ -1,4 +1,4 @@
-"""Activations that are computed anew: the same gradients, less memory, nothing differentiated."""
+"""Activations that are recomputed: the same gradients, less memory, nothing differentiated."""
 
 from functools import cache
 from typing import Any

@@ -13,7 +13,7 @@ from moc_cli.recipe.suggest import did_you_mean, nearest
 from moc_cli.recipe.tasks import FORMATS, Format
 
 # What means something beside the columns of a format, always under these names.
-BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
+EXTRA_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "chat": {"tools": ("tools", "functions"), "system": ("system",)},
     "instruction": {"system": ("system",), "history": ("history",)},
 }
@@ -84,7 +84,7 @@ def find_columns(data: DataSection, train: Table) -> Columns:
     taken = set(read.values())
     read |= {
         key: next(name for name in names if name in columns)
-        for key, names in BESIDE.get(format_, {}).items()
+        for key, names in EXTRA_COLUMNS.get(format_, {}).items()
         if not set(names).isdisjoint(set(columns) - taken)
     }
     return Columns(format_, why, read, [name for name in columns if name not in read.values()])
