@@ -14,27 +14,33 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
 
-def differences(
+def resample_scores(
     task: str,
     metric: str,
     labels: np.ndarray,
     predictions: np.ndarray,
     *,
-    seeds: int = 1,
     resamples: int = RESAMPLES,
 ) -> np.ndarray:
-    """Return resampled differences of mean scores, second minus first, (R,), as fractions.
+    """Return the scores (S, R) of runs on resampled items, as fractions.
 
-    `labels` are (n,), `predictions` (S, n): those of the first `seeds` runs, then those of the
-    second side. For a perplexity they are the number of tokens of each text, and the runs' losses
-    summed over them. A task has its own resamples, whatever the other tasks are.
+    `labels` are (n,), `predictions` (S, n). For a perplexity they are the number of tokens of each
+    text, and the runs' losses summed over them. A task has its own resamples, the same ones
+    whatever the runs are.
     """
-    rng = np.random.default_rng([0, zlib.crc32(task.encode())])
-    drawn = []
-    for counts in draw_counts(rng, len(labels), resamples):
-        scores = np.stack([SCORES[metric](labels, run, counts) for run in predictions])
-        drawn.append(_drawn_mean(scores[seeds:], rng) - _drawn_mean(scores[:seeds], rng))
-    return np.concatenate(drawn)
+    drawn = draw_counts(_generator(0, task), len(labels), resamples)
+    parts = [[SCORES[metric](labels, run, counts) for run in predictions] for counts in drawn]
+    return np.asarray(np.concatenate(parts, axis=1))
+
+
+def difference_of_means(task: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return resampled differences of mean scores, second minus first, (R,).
+
+    `first` and `second` are the resampled scores (S, R) of each side's seeds.
+    """
+    rng = _generator(1, task)
+    difference: np.ndarray = _drawn_mean(second, rng) - _drawn_mean(first, rng)
+    return difference
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -42,6 +48,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [outside, 1 - outside])
     return float(low), float(high)
+
+
+def _generator(purpose: int, task: str) -> np.random.Generator:
+    return np.random.default_rng([purpose, zlib.crc32(task.encode())])
 
 
 def _drawn_mean(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.comparison.bootstrap import differences, interval
+from moc_cli.comparison.bootstrap import interval, resample_scores
 from moc_cli.scoring.metrics import SCORES, score
 
 BY_ITEM = ("accuracy", "exact_match")  # means of how many items are right
@@ -74,7 +74,8 @@ def difference(
     if values is None:
         return None
     labels, first, second = values
-    resampled = differences(task, metric, labels, np.stack([first, second]))
+    ours, theirs = resample_scores(task, metric, labels, np.stack([first, second]))
+    resampled = theirs - ours
     value = score(metric, labels, second) - score(metric, labels, first)
     return (
         Difference(run, task, metric, value, *interval(resampled), len(labels), *_only(pairs)),

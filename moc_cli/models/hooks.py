@@ -235,8 +235,12 @@ def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 
 def find_module(layer: nn.Module, paths: str | Sequence[str]) -> nn.Module | None:
     """The module at the first of the paths that a layer has; None where it has none of them."""
-    known = dict(layer.named_modules())
-    return next((known[path] for path in _listed(paths) if path in known), None)
+    for path in _listed(paths):
+        try:
+            return layer.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
 
 
 def _listed(paths: str | Sequence[str]) -> Sequence[str]:

@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from moc_cli.comparison.bootstrap import CONFIDENCE, RESAMPLES, differences, interval
-from moc_cli.comparison.pairs import pair, sides
+from moc_cli.comparison.bootstrap import (
+    CONFIDENCE,
+    RESAMPLES,
+    difference_of_means,
+    interval,
+    resample_scores,
+)
+from moc_cli.comparison.pairs import Item, pair, sides
 from moc_cli.comparison.runs import Items, evaluations, read_items
 from moc_cli.errors import RunError
 from moc_cli.results import main_score
@@ -94,21 +100,12 @@ def _run(run: PlannedRun) -> dict[str, Any]:
 
 def _row(name: str, columns: Sequence[Column], plan: Plan) -> dict[str, Any]:
     """Return a row of the table: its cells by the value that is compared, and their differences."""
-    cells = {column.value: _cell(column, plan) for column in columns if column.runs}
-    reference = next((c for c in columns if c.value == plan.sweep.reference and c.runs), None)
-    compared: dict[str, Any] = {}
-    anchors = [] if reference is None else list(map(_items, reference.runs))
-    for column in columns:
-        if reference is None or column is reference or not column.runs:
-            continue
-        first, second = (cells[each.value]["tasks"] for each in (reference, column))
-        items = [*anchors, *map(_items, column.runs)]
-        compared[column.value] = {
-            task: _difference(task, items, first[task], second[task])
-            for task in second
-            if task in first
-        }
-    return {"name": name, "cells": cells, "differences": compared}
+    whole = [column for column in columns if column.runs]
+    cells = {column.value: _cell(column, plan) for column in whole}
+    first = [column for column in whole if column.value == plan.sweep.reference]
+    others = [column for column in whole if column not in first]
+    differences = _differences(first[0], others, cells) if first else {}
+    return {"name": name, "cells": cells, "differences": differences}
 
 
 def _cell(column: Column, plan: Plan) -> dict[str, Any]:
@@ -134,43 +131,64 @@ def _cell(column: Column, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _differences(
+    reference: Column, others: Sequence[Column], cells: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return each column's differences to the reference, by task.
+
+    Each run is scored once on the resampled items of a task.
+    """
+    items = {column.value: list(map(_items, column.runs)) for column in [reference, *others]}
+    differences: dict[str, dict[str, Any]] = {column.value: {} for column in others}
+    for task, first in cells[reference.value]["tasks"].items():
+        anchor = items[reference.value][0].get(task, [])
+        scores = _resampled(task, first["metric"], items, anchor)
+        for value, entries in differences.items():
+            if task in cells[value]["tasks"]:
+                resampled = None
+                if reference.value in scores and value in scores:
+                    resampled = difference_of_means(task, scores[reference.value], scores[value])
+                second = cells[value]["tasks"][task]
+                entries[task] = _difference(first, second, resampled, len(anchor))
+    return differences
+
+
 def _difference(
-    task: str,
-    items: Sequence[Items],
-    first: Mapping[str, Any],
-    second: Mapping[str, Any],
+    first: Mapping[str, Any], second: Mapping[str, Any], resampled: np.ndarray | None, items: int
 ) -> dict[str, Any]:
     """Return the difference of two cells' mean scores, with an interval over items and seeds.
 
-    `items` are those of each run, first the reference's. `resampled` holds the resampled
-    differences (R,); None where the items are not kept.
+    `resampled` are differences (R,) over so many items; None where the items are not kept.
     """
-    seeds = len(first["values"])
-    resampled, count = _resampled(task, second["metric"], items, seeds)
     low, high = (None, None) if resampled is None else interval(resampled)
     return {
         "metric": second["metric"],
         "mean": second["mean"] - first["mean"],
-        "seeds": [seeds, len(second["values"])],
+        "seeds": [len(first["values"]), len(second["values"])],
         "low": low,
         "high": high,
-        "items": count,
+        "items": None if resampled is None else items,
         "resampled": resampled,
     }
 
 
 def _resampled(
-    task: str, metric: str, items: Sequence[Items], seeds: int
-) -> tuple[np.ndarray | None, int | None]:
-    """Return resampled differences (R,) of the mean scores, and the number of items."""
-    anchor = items[0].get(task, [])
-    pairs = [pair(anchor, run.get(task, [])) for run in items]
-    whole = [each for each in pairs if anchor and len(each.second) == len(anchor)]
-    columns = [side for side in (sides(metric, each) for each in whole) if side is not None]
-    if len(columns) < len(pairs):
-        return None, None
-    labels, predictions = columns[0][0], np.stack([second for _, _, second in columns])
-    return differences(task, metric, labels, predictions, seeds=seeds), len(labels)
+    task: str, metric: str, items: Mapping[str, Sequence[Items]], anchor: Sequence[Item]
+) -> dict[str, np.ndarray]:
+    """Return the resampled scores (S, R) of each column whose runs all hold the anchor's items."""
+    labels, predictions = np.empty(0), dict[str, list[np.ndarray]]()
+    for value, runs in items.items():
+        pairs = [pair(anchor, run.get(task, [])) for run in runs]
+        whole = [each for each in pairs if anchor and len(each.second) == len(anchor)]
+        columns = [side for side in (sides(metric, each) for each in whole) if side is not None]
+        if len(columns) == len(runs):
+            labels = columns[0][0]
+            predictions[value] = [second for _, _, second in columns]
+    if not predictions:
+        return {}
+    scores = resample_scores(task, metric, labels, np.stack(sum(predictions.values(), [])))
+    ends = np.cumsum([len(runs) for runs in predictions.values()])[:-1]
+    return dict(zip(predictions, np.split(scores, ends), strict=True))
 
 
 def _items(run: PlannedRun) -> Items:

@@ -20,7 +20,8 @@ def differences(
 ) -> np.ndarray:
     """The resampled differences of two runs."""
     task, runs = given.pop("task", "a"), np.stack([first, second])
-    return bootstrap.differences(task, metric, labels, runs, **given)
+    first, second = bootstrap.resample_scores(task, metric, labels, runs, **given)
+    return second - first
 
 
 def classes(n: int, seed: int, rights: tuple[float, float] = (0.7, 0.8)) -> Runs:

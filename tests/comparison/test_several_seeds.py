@@ -8,14 +8,21 @@ import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import matthews_corrcoef
 
-from moc_cli.comparison.bootstrap import differences
+from moc_cli.comparison.bootstrap import difference_of_means, resample_scores
 
 RESAMPLES = 40
 
 
+def differences(
+    metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int, resamples: int
+) -> np.ndarray:
+    scores = resample_scores("t", metric, labels, runs, resamples=resamples)
+    return difference_of_means("t", scores[:seeds], scores[seeds:])
+
+
 def naive(metric: str, labels: np.ndarray, runs: np.ndarray, seeds: int) -> list[float]:
-    rng = np.random.default_rng([0, zlib.crc32(b"t")])
-    rows = rng.integers(len(labels), size=(RESAMPLES, len(labels)))
+    items, rng = (np.random.default_rng([purpose, zlib.crc32(b"t")]) for purpose in (0, 1))
+    rows = items.integers(len(labels), size=(RESAMPLES, len(labels)))
     own = [rng.integers(n, size=(n, RESAMPLES)) for n in (len(runs) - seeds, seeds)]
 
     def score(run: np.ndarray, chosen: np.ndarray) -> float:
@@ -51,14 +58,14 @@ def test_it_is_that_of_loops(metric: str) -> None:
         runs = labels * rng.uniform(1, 3, size=(5, 30))
     else:
         labels, runs = rng.integers(2, size=30), rng.integers(2, size=(5, 30))
-    values = differences("t", metric, labels, runs, seeds=2, resamples=RESAMPLES)
+    values = differences(metric, labels, runs, 2, RESAMPLES)
     assert values == pytest.approx(naive(metric, labels, runs, seeds=2), abs=1e-12)
 
 
 def test_the_correlation_of_equal_values_is_none() -> None:
     """Of two items every second resample holds one of them twice."""
     labels, runs = np.array([1000.1, 1000.4]), np.array([[0.1, 0.4], [0.3, 0.3]])
-    values = differences("t", "pearson", labels, runs, seeds=1, resamples=200)
+    values = differences("pearson", labels, runs, 1, 200)
     both = values[values != 0]
     assert both == pytest.approx(np.full(len(both), -1.0), abs=1e-6)
     assert 60 < len(both) < 140
@@ -70,7 +77,7 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     alike = np.repeat([[1] * 25 + [0] * 25], 4, axis=0)
     apart = np.stack([np.ones(50, int), np.zeros(50, int)] * 2)
     spread = [
-        np.std(differences("t", "accuracy", labels, runs, seeds=2, resamples=500))
+        np.std(differences("accuracy", labels, runs, 2, 500))
         for runs in (alike, np.concatenate([alike[:2], apart[:2]]))
     ]
     assert spread[0] == 0

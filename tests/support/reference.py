@@ -34,8 +34,8 @@ def read_by_a_control(x: Tensor, s: Settings) -> Tensor:
 def gate_logits(x: Tensor, gate: dict[str, Tensor], kind: str) -> Tensor:
     """One token's logits over the pool: x (d,) -> (N,)."""
     if kind == "linear":
-        return torch.stack([(row * x).sum() for row in gate["weight"]])
-    features = torch.stack([(row * x).sum() for row in gate["projection"]])
+        return gate["weight"] @ x
+    features = gate["projection"] @ x
     temperature = torch.exp(
         torch.minimum(gate["log_temperature"], torch.tensor(100.0, dtype=x.dtype).log())
     )
