@@ -1,8 +1,10 @@
 """A kind of task is an object: how its rows are encoded, trained on, scored and shown.
 
-    Choice    questions with options: the commonsense suite and the builtin one
-    Pairs     one text or two with a class or a score: GLUE, custom classification and regression
-    Writing   texts to be written: custom chat; PlainText and Instruction beside it
+    Choice       questions with options: the commonsense suite and the builtin one
+    Pairs        one text or two with a class or a score: GLUE, custom classification and regression
+    Instruction  custom instructions with an output
+    Writing      custom conversations
+    PlainText    custom texts without a prompt
 
 What can be said without torch (protocols, prompt frames, metrics to watch) is in `recipe.tasks`.
 """

@@ -1,5 +1,7 @@
 """`moc sweep`: which runs are trained, what a second call finds, and what is said of the scores."""
 
+import gzip
+import hashlib
 import json
 import sys
 from contextlib import redirect_stdout
@@ -99,6 +101,24 @@ def test_it_searches_trains_the_other_seeds_and_compares(
     assert run(["sweep", sweep, "--json"]) == 0
     assert not started
     assert json.loads(capsys.readouterr().out) == summary
+    # Each side's interval is made from its own items: here r4 is right everywhere, r2 nowhere.
+    for folder in (tmp_path / "kept").glob("r[24]/*/*/eval/*"):
+        answer_all(folder, right="r4" in folder.parts)
+    assert run(["sweep", sweep, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    difference = row["differences"]["r4"]["ARC-Easy"]
+    assert (difference["low"], difference["high"]) == (1.0, 1.0)
+
+
+def answer_all(folder: Path, *, right: bool) -> None:
+    """Let every answer of a kept evaluation be right, or wrong."""
+    samples, results = folder / "samples.jsonl.gz", folder / "results.json"
+    items = [json.loads(line) for line in gzip.decompress(samples.read_bytes()).splitlines()]
+    lines = [json.dumps(item | {"correct": right}) + "\n" for item in items]
+    samples.write_bytes(gzip.compress("".join(lines).encode()))
+    content = json.loads(results.read_text())
+    content["samples_sha256"] = hashlib.sha256("".join(lines).encode()).hexdigest()
+    results.write_text(json.dumps(content))
 
 
 def _rank(validation: dict[str, Any]) -> float:
