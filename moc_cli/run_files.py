@@ -46,7 +46,7 @@ class Shape(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
 
 
-class Score(Shape):
+class ScoreEntry(Shape):
     """One metric; `before` and `base` are those of the model without the method."""
 
     value: float | None
@@ -57,11 +57,11 @@ class Score(Shape):
     base: float | None = None
 
 
-class Entry(Shape):
+class TaskEntry(Shape):
     """A scored task."""
 
     metric: str
-    metrics: dict[str, Score]
+    metrics: dict[str, ScoreEntry]
     rows: Whole = absent()
     limited: bool = absent()
     rows_sha256: str = absent()
@@ -123,7 +123,7 @@ class Running(Shape):
 class Finished(Shape):
     """results.json of a finished run."""
 
-    tasks: dict[str, Entry]
+    tasks: dict[str, TaskEntry]
     average: float | None = None
     protocol: str
     train_on_inputs: bool
@@ -140,7 +140,7 @@ class Finished(Shape):
 class Evaluated(Shape):
     """results.json of `moc eval`."""
 
-    tasks: dict[str, Entry]
+    tasks: dict[str, TaskEntry]
     protocol: str
     limit: Whole | None = None
     samples_sha256: str = absent()
@@ -227,7 +227,7 @@ class Benched(Shape):
     repeats: Whole
 
 
-class Routed(Shape):
+class RoutingJson(Shape):
     """routing.json."""
 
     run: str

@@ -16,7 +16,7 @@ from moc_cli.recipe.methods import (
     LoraMethod,
     MethodConfig,
     MethodSection,
-    Placement,
+    PlacementSection,
 )
 from moc_cli.recipe.tasks import HeadName
 from moc_cli.recipe.types import Count, Positive, Section, Seed, Text
@@ -57,7 +57,9 @@ class AdapterConfig(Section):
 
     format: Literal[1, 2] = Field(description="version of this file")
     method: MethodSection = Field(description="what was trained")
-    placement: Placement | LayerPlace | None = Field(default=None, description="where it sits")
+    placement: PlacementSection | LayerPlace | None = Field(
+        default=None, description="where it sits"
+    )
     modules: list[Name] = Field(default=[], description="modules saved whole, as a classifier")
     base_model_name_or_path: Name = Field(description="the base, as it was named in training")
     revision: Name | None = Field(default=None, description="the base's revision on the hub")

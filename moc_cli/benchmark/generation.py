@@ -10,9 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moc_cli.benchmark.machine import Clock
-from moc_cli.benchmark.memory import Memory
+from moc_cli.benchmark.memory import StepMemory
 from moc_cli.benchmark.models import Bases, sharing_copy
-from moc_cli.benchmark.turns import Lengths, Measured, Options, Turn, naming, take_turns, timed
+from moc_cli.benchmark.turns import (
+    BenchmarkOptions,
+    Lengths,
+    Turn,
+    VariantMeasurement,
+    naming,
+    take_turns,
+    timed,
+)
 from moc_cli.benchmark.variants import Variant
 from moc_cli.errors import MocError
 from moc_cli.models.compiled_generation import compiled_generation
@@ -30,10 +38,10 @@ def measure_generation(
     variants: Sequence[Variant],
     bases: Bases,
     device: torch.device,
-    options: Options,
+    options: BenchmarkOptions,
     clock: Clock,
     bar: WorkProgress,
-) -> list[Measured]:
+) -> list[VariantMeasurement]:
     """Let every variant write greedily; the bare bases are among them.
 
     A batch has `eval.per_device_eval_batch_size` prompts, one for `auto`. Raises MocError where a
@@ -53,7 +61,7 @@ def measure_generation(
 
     turns = take_turns(variants, write, options, device, bar)
     return [
-        Measured(variant, taken, _memory(model, max(turn.working for turn in taken)))
+        VariantMeasurement(variant, taken, _memory(model, max(turn.working for turn in taken)))
         for variant, taken, model in zip(variants, turns, models, strict=True)
     ]
 
@@ -102,6 +110,6 @@ def _write(model: Any, ids: Tensor, new: int, clock: Clock) -> Turn:
     return Turn(seconds, len(ids), len(ids) * new, working)
 
 
-def _memory(model: PreTrainedModel, working: int) -> Memory:
+def _memory(model: PreTrainedModel, working: int) -> StepMemory:
     kept = tensor_bytes([*model.parameters(), *model.buffers()])
-    return Memory(kept + working if working else None, kept)
+    return StepMemory(kept + working if working else None, kept)

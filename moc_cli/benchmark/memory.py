@@ -12,7 +12,7 @@ from moc_cli.training.memory import tensor_bytes
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes that a step takes at most, and those `kept` between steps: weights, trained parameters
     and the optimizer's state. None where they are not known.
     """
@@ -26,17 +26,17 @@ class Memory:
         return None if self.peak is None else self.peak - self.kept
 
 
-def measure_peak(loop: Loop) -> Memory:
+def measure_peak(loop: Loop) -> StepMemory:
     """Take one more step, and return what its model alone needs; the other models do not count."""
     kept = tensor_bytes(_kept(loop))
     if loop.device.type != "cuda":
-        return Memory(_counted_peak(loop), kept)
+        return StepMemory(_counted_peak(loop), kept)
     torch.cuda.synchronize(loop.device)
     torch.cuda.reset_peak_memory_stats(loop.device)
     before = torch.cuda.memory_allocated(loop.device)
     loop.train_step()
     torch.cuda.synchronize(loop.device)
-    return Memory(torch.cuda.max_memory_allocated(loop.device) - before + kept, kept)
+    return StepMemory(torch.cuda.max_memory_allocated(loop.device) - before + kept, kept)
 
 
 def _counted_peak(loop: Loop) -> int:

@@ -11,7 +11,7 @@ from moc_cli.benchmark.machine import check_idle, choose_clock
 from moc_cli.benchmark.models import Bases
 from moc_cli.benchmark.steps import measure_steps
 from moc_cli.benchmark.summary import CONFIDENCE, summarize
-from moc_cli.benchmark.turns import Options
+from moc_cli.benchmark.turns import BenchmarkOptions
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
 from moc_cli.training import build
@@ -21,7 +21,7 @@ from moc_cli.training.memory import ALLOCATED, COUNTED
 
 
 def run(
-    recipe: str, variants: Sequence[Variant], options: Options, say: Callable[[str], None]
+    recipe: str, variants: Sequence[Variant], options: BenchmarkOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure and return what `moc bench --json` prints; messages go to `say`.
 

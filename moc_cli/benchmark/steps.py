@@ -10,7 +10,14 @@ from moc_cli.benchmark.machine import Clock
 from moc_cli.benchmark.memory import measure_peak
 from moc_cli.benchmark.models import Bases, sharing_copy
 from moc_cli.benchmark.rows import make_rows
-from moc_cli.benchmark.turns import Measured, Options, Turn, naming, take_turns, timed
+from moc_cli.benchmark.turns import (
+    BenchmarkOptions,
+    Turn,
+    VariantMeasurement,
+    naming,
+    take_turns,
+    timed,
+)
 from moc_cli.benchmark.variants import Variant
 from moc_cli.data.batches import padding_tokenizer
 from moc_cli.data.encode import Encoded
@@ -29,10 +36,10 @@ def measure_steps(
     bases: Bases,
     accelerator: Accelerator,
     folder: Path,
-    options: Options,
+    options: BenchmarkOptions,
     clock: Clock,
     bar: WorkProgress,
-) -> list[Measured]:
+) -> list[VariantMeasurement]:
     """Train every variant; those with equal batch sizes take the same batches.
 
     Raises MocError naming a variant whose step does not fit in memory.
@@ -53,7 +60,7 @@ def measure_steps(
     turns = take_turns(variants, step, options, accelerator.device, bar)
     memories = [measure_peak(loop) for loop in loops]
     return [
-        Measured(variant, taken, memory, loop.adapted.counts().trainable)
+        VariantMeasurement(variant, taken, memory, loop.adapted.counts().trainable)
         for variant, loop, taken, memory in zip(variants, loops, turns, memories, strict=True)
     ]
 

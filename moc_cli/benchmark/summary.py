@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from moc_cli.benchmark.turns import Measured
+from moc_cli.benchmark.turns import VariantMeasurement
 from moc_cli.benchmark.variants import BASE, Variant
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
-def summarize(measured: Sequence[Measured], *, training: bool) -> dict[str, dict[str, Any]]:
+def summarize(
+    measured: Sequence[VariantMeasurement], *, training: bool
+) -> dict[str, dict[str, Any]]:
     """Return an entry for each variant, by its name.
 
     Ratios are of the seconds of a training step and of bytes, or of the tokens per second of
@@ -69,7 +71,7 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(result.low), float(result.high)]
 
 
-def _values(result: Measured, training: bool) -> dict[str, np.ndarray]:
+def _values(result: VariantMeasurement, training: bool) -> dict[str, np.ndarray]:
     """Return what is shown of a variant, each as the values of its turns."""
     seconds, examples, tokens = (
         np.array([getattr(turn, name) for turn in result.turns])
@@ -81,7 +83,9 @@ def _values(result: Measured, training: bool) -> dict[str, np.ndarray]:
     return {"batch_seconds": seconds} | speed
 
 
-def _counterpart(variant: Variant, method: str, among: Sequence[Measured]) -> Measured | None:
+def _counterpart(
+    variant: Variant, method: str, among: Sequence[VariantMeasurement]
+) -> VariantMeasurement | None:
     """Return what was measured of the first variant of a method that shares the tried values."""
     for other in among:
         if other.variant.method == method and other.variant.shared == variant.shared:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moc_cli.benchmark.machine import Clock
-from moc_cli.benchmark.memory import Memory
+from moc_cli.benchmark.memory import StepMemory
 from moc_cli.benchmark.variants import Variant
 from moc_cli.errors import MocError
 from moc_cli.report.progress import WorkProgress
@@ -30,7 +30,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchmarkOptions:
     """How to measure: turns that count and turns before them, how many of the model's layers (None:
     all), whether rows are the recipe's own; `lengths` of texts where generation is measured.
     """
@@ -61,19 +61,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Measured:
+class VariantMeasurement:
     """A variant's turns, its memory, and of a training the number of trained parameters."""
 
     variant: Variant
     turns: list[Turn]
-    memory: Memory
+    memory: StepMemory
     trained: int | None = None
 
 
 def take_turns(
     variants: Sequence[Variant],
     work: Callable[[int], Turn],
-    options: Options,
+    options: BenchmarkOptions,
     device: torch.device,
     bar: WorkProgress,
 ) -> list[list[Turn]]:

@@ -22,7 +22,7 @@ from moc_cli.errors import MocError, explain_system
 from moc_cli.processes import PARENT, check_one_process, launched, leave
 
 if TYPE_CHECKING:
-    from moc_cli.launching.place import Place
+    from moc_cli.launching.place import ProcessRank
 
 # Each command's module in this folder, and the function or the group in it. `moc --help` lists them
 # in this order, that of the README; typer puts a group of commands last.
@@ -115,7 +115,7 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _place() -> "Place | None":
+def _place() -> "ProcessRank | None":
     """Return this process's place among those that a launcher has started, if there are others."""
     if launched() == 1:
         return None
@@ -124,7 +124,7 @@ def _place() -> "Place | None":
     return known_place(os.environ)
 
 
-def _run(arguments: list[str], place: "Place | None") -> int:
+def _run(arguments: list[str], place: "ProcessRank | None") -> int:
     """Run one command, and tell what goes wrong."""
     try:
         if place is None:

@@ -92,12 +92,12 @@ def bench(
     check_folder(folder)
     from moc_cli.benchmark.figure import PICTURES, draw
     from moc_cli.benchmark.session import run
-    from moc_cli.benchmark.turns import Lengths, Options
+    from moc_cli.benchmark.turns import BenchmarkOptions, Lengths
     from moc_cli.report.benchmark_table import benchmark_table
     from moc_cli.report.output import print_json, print_table, say
 
     check_own(folder, RECORD, Benched, PICTURES, command="moc bench")
-    options = Options(
+    options = BenchmarkOptions(
         repeats=repeats,
         warmup=warmup,
         layers=layers,

@@ -53,7 +53,7 @@ def export(
 ) -> None:
     """Write a run in another format, and check its logits in a fresh process."""
     from moc_cli.errors import MocError
-    from moc_cli.export import DTYPES, Options
+    from moc_cli.export import DTYPES, ExportOptions
     from moc_cli.recipe.suggest import choices
 
     if dtype is not None and dtype not in DTYPES:
@@ -69,7 +69,7 @@ def export(
         run,
         to,
         output_dir,
-        Options(dtype=chosen, calibration=calibration),
+        ExportOptions(dtype=chosen, calibration=calibration),
         device=device,
         trust_remote_code=trust_remote_code,
         base=BaseOptions(base_path, allow_changed_base),

@@ -12,7 +12,7 @@ from moc_cli.cli.options import JsonOption, SetOption, program, repeated, write_
 if TYPE_CHECKING:
     from moc_cli.recipe.sweep import Sweep
     from moc_cli.sweep.execute import Execution
-    from moc_cli.sweep.plan import Plan
+    from moc_cli.sweep.plan import SweepPlan
 
 SUMMARY = "sweep.json"
 
@@ -99,7 +99,7 @@ def sweep(
         raise typer.Exit(2)
 
 
-def _list(plan: "Plan", jobs: int, json: bool) -> None:
+def _list(plan: "SweepPlan", jobs: int, json: bool) -> None:
     """Print which runs the sweep needs, and which of them are finished."""
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.sweep_tables import plan_table

@@ -9,7 +9,7 @@ import numpy as np
 
 from moc_cli.comparison import conditions
 from moc_cli.comparison.bootstrap import CONFIDENCE, RESAMPLES
-from moc_cli.comparison.pairs import Difference, Pairs, average_difference, difference, pair
+from moc_cli.comparison.pairs import Difference, PairedItems, average_difference, difference, pair
 from moc_cli.comparison.runs import FINAL, Items, Run, read_items
 from moc_cli.errors import RunError
 from moc_cli.recipe.suggest import choices
@@ -219,7 +219,7 @@ def _differences(
     return differences
 
 
-def _pairing_notes(task: str, first: Run, run: Run, pairs: Pairs) -> list[str]:
+def _pairing_notes(task: str, first: Run, run: Run, pairs: PairedItems) -> list[str]:
     notes = []
     if pairs.unpaired:
         notes.append(

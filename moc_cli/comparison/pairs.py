@@ -35,7 +35,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairedItems:
     """Items of two runs that are the same question with the same label.
 
     `unpaired` counts the items that only one run has, `relabelled` the questions whose labels
@@ -48,14 +48,14 @@ class Pairs:
     relabelled: int
 
 
-def pair(first: Sequence[Item], second: Sequence[Item]) -> Pairs:
+def pair(first: Sequence[Item], second: Sequence[Item]) -> PairedItems:
     """Match items by row and by the hash of their prompt."""
     by_key = {(item["row"], item["prompt"]): item for item in first}
     keys = [(item["row"], item["prompt"]) for item in second]
     matched = [(by_key[key], item) for key, item in zip(keys, second, strict=True) if key in by_key]
     # A text has no label of its own.
     same = [(ours, theirs) for ours, theirs in matched if ours.get("label") == theirs.get("label")]
-    return Pairs(
+    return PairedItems(
         [ours for ours, _ in same],
         [theirs for _, theirs in same],
         unpaired=len(first) + len(second) - 2 * len(matched),
@@ -64,7 +64,7 @@ def pair(first: Sequence[Item], second: Sequence[Item]) -> Pairs:
 
 
 def difference(
-    run: str, task: str, metric: str, pairs: Pairs
+    run: str, task: str, metric: str, pairs: PairedItems
 ) -> tuple[Difference, np.ndarray] | None:
     """Return the difference with its interval, and the resampled differences (R,).
 
@@ -97,7 +97,7 @@ def average_difference(
     return Difference(run, "average", "", value, *ends, sum(task.items for task in tasks))
 
 
-def sides(metric: str, pairs: Pairs) -> Sides | None:
+def sides(metric: str, pairs: PairedItems) -> Sides | None:
     """Return what the bootstrap takes for this metric; None where the items do not hold it."""
     if metric in BY_ITEM:  # an answer that could not be parsed is wrong, whatever its label
         right = _column(pairs, "correct", int)
@@ -115,7 +115,7 @@ def sides(metric: str, pairs: Pairs) -> Sides | None:
     return labels[0], *predictions
 
 
-def _column(pairs: Pairs, key: str, kind: type) -> tuple[np.ndarray, np.ndarray] | None:
+def _column(pairs: PairedItems, key: str, kind: type) -> tuple[np.ndarray, np.ndarray] | None:
     """Return a value of both runs' items, (n,) each; None where an item lacks it."""
     if any(item.get(key) is None for item in (*pairs.first, *pairs.second)):
         return None
@@ -128,7 +128,7 @@ def _column(pairs: Pairs, key: str, kind: type) -> tuple[np.ndarray, np.ndarray]
         return None  # another kind of value than this metric is made from
 
 
-def _only(pairs: Pairs) -> tuple[int | None, int | None]:
+def _only(pairs: PairedItems) -> tuple[int | None, int | None]:
     """Count the items that only the first run has right, and those that only the second has."""
     right = _column(pairs, "correct", bool)
     if right is None:

@@ -23,7 +23,7 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What a user may choose.
 
     `dtype` is the type of the numbers in the file, None the format's own choice; `calibration` the
@@ -35,7 +35,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """A format's module, what it is in a few words, and the types that its file may have; none: the
     run's own type alone. `whole`: it holds the weights of the base, which must not be quantised.
     """
@@ -50,25 +50,27 @@ class Format:
         return import_module(self.module)
 
 
-FORMATS: dict[str, Format] = {
-    "controls": Format("moc_cli.export.controls", "two files for load_controls", DTYPES),
-    "peft": Format("moc_cli.export.peft", "an adapter folder of peft", ("float32",)),
-    "standalone": Format(
+FORMATS: dict[str, ExportFormat] = {
+    "controls": ExportFormat("moc_cli.export.controls", "two files for load_controls", DTYPES),
+    "peft": ExportFormat("moc_cli.export.peft", "an adapter folder of peft", ("float32",)),
+    "standalone": ExportFormat(
         "moc_cli.export.standalone", "a Hugging Face folder that needs no moc", whole=True
     ),
-    "static": Format("moc_cli.export.static", "frozen routes", ("float32",)),
-    "merged": Format("moc_cli.export.merged", "lora, dora and pissa only", DTYPES, whole=True),
+    "static": ExportFormat("moc_cli.export.static", "frozen routes", ("float32",)),
+    "merged": ExportFormat(
+        "moc_cli.export.merged", "lora, dora and pissa only", DTYPES, whole=True
+    ),
 }
 
 
-def find_format(name: str) -> Format:
+def find_format(name: str) -> ExportFormat:
     """Return a format; raises MocError with the names of all formats for an unknown one."""
     if name not in FORMATS:
         raise MocError(f"--to {name!r} is not a format{choices(name, FORMATS)}")
     return FORMATS[name]
 
 
-def check_format(name: str, recipe: "Recipe", options: Options) -> None:
+def check_format(name: str, recipe: "Recipe", options: ExportOptions) -> None:
     """Raise MocError where a format cannot hold a run, or not in the type of the options."""
     format = find_format(name)
     refuse = getattr(format.load(), "check", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.errors import MocError, first_line
-from moc_cli.export import Options, check_format, find_format, parity
+from moc_cli.export import ExportOptions, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
 from moc_cli.export.unquantized import check_stored, open_for
@@ -39,7 +39,7 @@ def export_run(
     run: Path,
     to: str,
     output: Path,
-    options: Options,
+    options: ExportOptions,
     *,
     device: str | None = None,
     trust_remote_code: bool = False,

@@ -9,7 +9,7 @@ from moc_cli.files import to_plain, write_bytes_atomic, write_text_atomic
 from moc_cli.inspection.figures import FIGURES, draw_figures
 from moc_cli.inspection.page import build_page
 from moc_cli.report.figure_style import figure_style
-from moc_cli.run_files import Routed, check_own
+from moc_cli.run_files import RoutingJson, check_own
 
 RECORD, PAGE = "routing.json", "routing.html"
 
@@ -17,7 +17,7 @@ RECORD, PAGE = "routing.json", "routing.html"
 def check_output(folder: Path) -> None:
     """Raise FileError where `write_results` would replace or remove files of others."""
     pictures = [f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")]
-    check_own(folder, RECORD, Routed, [PAGE, *pictures], command="moc inspect-routing")
+    check_own(folder, RECORD, RoutingJson, [PAGE, *pictures], command="moc inspect-routing")
 
 
 def write_results(routing: dict[str, Any], folder: Path) -> list[Path]:

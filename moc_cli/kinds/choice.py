@@ -11,7 +11,7 @@ from moc_cli.methods import TextModel
 from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed
 from moc_cli.scoring import metrics
-from moc_cli.scoring.generate import BEAMS, NEW_TOKENS, Answer, answer_length, generate
+from moc_cli.scoring.generate import BEAMS, NEW_TOKENS, ExtractedAnswer, answer_length, generate
 from moc_cli.scoring.rank import ItemScore, query_length, rank
 from moc_cli.scoring.results import Score, ScoringOptions
 
@@ -50,7 +50,7 @@ class Choice(Causal):
 
     def score_items(
         self, model: TextModel, examples: Choices, options: ScoringOptions, observe: Observe = None
-    ) -> Sequence[ItemScore | Answer]:
+    ) -> Sequence[ItemScore | ExtractedAnswer]:
         """Rank the options of questions, or have answers generated."""
         size = options.batch_size
         if options.protocol != "generate":
@@ -58,7 +58,9 @@ class Choice(Causal):
         with compiled_generation(model.adapted.model, options.torch_compile):
             return generate(model, examples, batch_size=size, on_progress=observe)
 
-    def measure(self, items: Sequence[ItemScore | Answer], examples: Choices) -> dict[str, Score]:
+    def measure(
+        self, items: Sequence[ItemScore | ExtractedAnswer], examples: Choices
+    ) -> dict[str, Score]:
         """The accuracy."""
         # -1 marks an answer without an option: it equals no label.
         predictions = [-1 if item.prediction is None else item.prediction for item in items]

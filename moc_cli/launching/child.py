@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from moc_cli import processes
 from moc_cli.errors import MocError
-from moc_cli.launching.place import Place
+from moc_cli.launching.place import ProcessRank
 from moc_cli.processes import PARENT, Elsewhere, LostProcess
 from moc_cli.report.characters import printable
 from moc_cli.signals import stop_number
@@ -36,7 +36,7 @@ def stop_with_parent() -> None:
 
 
 def run_as_one(
-    place: Place, call: Callable[[], int], explain: Callable[[Exception], MocError | None]
+    place: ProcessRank, call: Callable[[], int], explain: Callable[[Exception], MocError | None]
 ) -> int:
     """Do the work of one of several processes, and return its exit code.
 
@@ -52,7 +52,7 @@ def run_as_one(
 
 
 def _run(
-    place: Place, call: Callable[[], int], explain: Callable[[Exception], MocError | None]
+    place: ProcessRank, call: Callable[[], int], explain: Callable[[Exception], MocError | None]
 ) -> int:
     error = None
     try:
@@ -83,7 +83,7 @@ def _end_by_signal(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def _tell(place: Place, error: Exception, explained: MocError | None) -> None:
+def _tell(place: ProcessRank, error: Exception, explained: MocError | None) -> None:
     """Print an error that this process alone has met, on the stream that is silent otherwise.
 
     What another one reports is left out, and so is what all processes of a machine meet alike

@@ -13,7 +13,7 @@ FIRST_HOST = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessRank:
     """One of `world` processes, by `rank`; by `local_rank` among the `local_world` of its machine.
 
     0 processes on its machine means that their number is not known.
@@ -26,7 +26,7 @@ class Place:
     local_world: int = 0
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_place(environ: Mapping[str, str]) -> ProcessRank | None:
     """Return this process's place among several; None where it is the only one.
 
     Raises MocError where the variables say that there are others, and not which one this is.
@@ -51,10 +51,10 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     local_world = _number(environ, launcher, 3) or 0
     if not local_world and environ.get("SLURM_STEP_NUM_NODES") == "1":
         local_world = world
-    return Place(_name(environ, launcher, world, rank), world, rank, local_rank, local_world)
+    return ProcessRank(_name(environ, launcher, world, rank), world, rank, local_rank, local_world)
 
 
-def known_place(environ: Mapping[str, str]) -> Place | None:
+def known_place(environ: Mapping[str, str]) -> ProcessRank | None:
     """Return this process's place, or None where it is alone or its place is not known yet.
 
     What is wrong with a launcher's variables is reported when the command begins.
@@ -65,7 +65,7 @@ def known_place(environ: Mapping[str, str]) -> Place | None:
         return None
 
 
-def take_place(environ: MutableMapping[str, str]) -> Place | None:
+def take_place(environ: MutableMapping[str, str]) -> ProcessRank | None:
     """Set the variables of torchrun, by which processes find each other, and return the place.
 
     Raises MocError where nothing says on which machine the first process runs.

@@ -13,7 +13,7 @@ KEY = "launch.num_processes"
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """`processes` in all, equally many on each of `machines`, of which this one is `rank`.
 
     `why` says who chose their number. `port` 0 is a free one; `gpu_ids` is "all" or a list with
@@ -34,7 +34,7 @@ class Plan:
         return self.processes // self.machines
 
 
-def make_plan(launch: LaunchSection) -> Plan:
+def make_plan(launch: LaunchSection) -> LaunchPlan:
     """Choose by the recipe, else by accelerate's configuration file, else one for each GPU.
 
     Raises MocError where this machine has too few GPUs for it.
@@ -52,7 +52,7 @@ def make_plan(launch: LaunchSection) -> Plan:
     return plan
 
 
-def _chosen(launch: LaunchSection, gpus: int) -> Plan:
+def _chosen(launch: LaunchSection, gpus: int) -> LaunchPlan:
     machines, port = launch.num_machines, launch.main_process_port
     if port is None:
         port = USUAL_PORT if machines > 1 else 0
@@ -63,17 +63,17 @@ def _chosen(launch: LaunchSection, gpus: int) -> Plan:
         "port": port,
     }
     if launch.num_processes != "auto":
-        return Plan(launch.num_processes, KEY, **place)
+        return LaunchPlan(launch.num_processes, KEY, **place)
     configured = _configured(on_gpu=gpus > 0) if machines == 1 else None
     if configured is not None:
         return configured
     if gpus:
         each = f" on each of {machines} machines" if machines > 1 else ""
-        return Plan(gpus * machines, f"{_gpus(gpus)}{each}", **place)
-    return Plan(machines, "no GPU", **place)
+        return LaunchPlan(gpus * machines, f"{_gpus(gpus)}{each}", **place)
+    return LaunchPlan(machines, "no GPU", **place)
 
 
-def _configured(*, on_gpu: bool) -> Plan | None:
+def _configured(*, on_gpu: bool) -> LaunchPlan | None:
     """Return what `accelerate config` has written, or None where there is nothing to go by."""
     from accelerate.commands import config as accelerate
 
@@ -85,7 +85,7 @@ def _configured(*, on_gpu: bool) -> Plan | None:
         processes, machines = int(config.num_processes), int(config.num_machines)
         if not on_gpu and not config.use_cpu:  # written for GPUs
             return None
-        return Plan(
+        return LaunchPlan(
             max(processes, 1),
             file,
             machines=machines,
@@ -105,7 +105,7 @@ def _gpus(count: int) -> str:
     return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
-def launcher_arguments(plan: Plan, command: Sequence[str]) -> list[str]:
+def launcher_arguments(plan: LaunchPlan, command: Sequence[str]) -> list[str]:
     """Return the arguments of `accelerate launch` that start `moc COMMAND` by this plan."""
     place = ["--num_machines", str(plan.machines), "--machine_rank", str(plan.rank)]
     if plan.ip is not None:

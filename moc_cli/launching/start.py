@@ -12,12 +12,12 @@ import psutil
 from moc_cli import processes
 from moc_cli.errors import MocError
 from moc_cli.launching.place import THREADS, threads_of_each
-from moc_cli.launching.plan import Plan, launcher_arguments
+from moc_cli.launching.plan import LaunchPlan, launcher_arguments
 from moc_cli.processes import PARENT
 from moc_cli.report.output import say
 from moc_cli.signals import STOPS, EndedBySignal, Stopped, handled, heeded
 
-Progress = Callable[[], tuple[str, str | None]]
+ChildProgress = Callable[[], tuple[str, str | None]]
 OTHER_MACHINE = "the processes on this machine have ended; machine 0 says why"
 
 
@@ -37,7 +37,9 @@ class Forwarded:
             child.send_signal(number)
 
 
-def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progress) -> int:
+def start(
+    plan: LaunchPlan, command: Sequence[str], *, seconds: int, progress: ChildProgress
+) -> int:
     """Run `moc COMMAND` in the processes of a plan; return the exit code of the whole.
 
     `progress` says how far they came, and how to continue. Raises EndedBySignal where a signal
@@ -73,7 +75,7 @@ def start(plan: Plan, command: Sequence[str], *, seconds: int, progress: Progres
 
 
 def explain_ends(
-    ends: Mapping[int, int], plan: Plan, forwarded: int | None, progress: Progress
+    ends: Mapping[int, int], plan: LaunchPlan, forwarded: int | None, progress: ChildProgress
 ) -> int:
     """Return the exit code for processes that failed, as of one; raise EndedBySignal
     where no process has reported the signal.

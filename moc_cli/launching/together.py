@@ -12,7 +12,7 @@ from moc_cli.report.lines import labelled
 from moc_cli.report.output import say
 
 if TYPE_CHECKING:
-    from moc_cli.launching.start import Progress
+    from moc_cli.launching.start import ChildProgress
 
 
 def run_together(
@@ -21,7 +21,7 @@ def run_together(
     *,
     key: str = f"--set {KEY}=",
     rows: Sequence[int] = (),
-    progress: "Progress" = lambda: ("", None),
+    progress: "ChildProgress" = lambda: ("", None),
 ) -> int | None:
     """Start the processes of `moc COMMAND` and return their exit code; None for this one alone.
 

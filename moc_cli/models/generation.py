@@ -47,7 +47,7 @@ class Store(Protocol):
     def settle(self) -> None: ...
 
 
-class Routed(Protocol):
+class RoutedMixture(Protocol):
     """A mixture: it reads `current`, the running forward."""
 
     training: bool
@@ -83,7 +83,7 @@ class GenerationTracker:
     def __init__(
         self,
         model: PreTrainedModel,
-        mixture: Routed,
+        mixture: RoutedMixture,
         family: Family,
         *,
         new_store: Callable[[], Store],

@@ -20,7 +20,7 @@ from moc_cli.run_files import Shape, read_object
 SMALLEST = 2**30  # bytes of files; less is hashed in a second
 
 
-class Entry(Shape):
+class TensorDescriptions(Shape):
     """A description of each tensor, by name."""
 
     tensors: dict[str, str]
@@ -39,7 +39,7 @@ def recall(
         return describe()
     path = folder / f"{_key(files, facts)}.json"
     with contextlib.suppress(RunError):
-        kept: dict[str, str] = read_object(path, Entry)["tensors"]
+        kept: dict[str, str] = read_object(path, TensorDescriptions)["tensors"]
         return kept
     tensors = describe()
     with contextlib.suppress(FileError):

@@ -135,7 +135,7 @@ class _Stack(torch.autograd.Function):
         return None, None, *sums[0].unbind(), *(matrix.t() for matrix in sums[1].unbind())
 
 
-class _LowRank(torch.autograd.Function):
+class _LowRankProducts(torch.autograd.Function):
     """The products of chosen pairs; its backward adds to the running sums of their gradients."""
 
     @staticmethod
@@ -199,7 +199,7 @@ def low_rank(
     Nothing is read from the device. Kept for the backward pass: x, and A x (weighed, where the
     weights want no gradient). Second derivatives raise RuntimeError.
     """
-    result: tuple[Tensor, Tensor] = _LowRank.apply(x, weights, sums, rows, index)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _LowRankProducts.apply(x, weights, sums, rows, index)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -22,7 +22,7 @@ from moc_cli.nn.gate import GATES, Gate, probabilities
 from moc_cli.nn.routing import Routing
 from moc_cli.nn.site import Site
 from moc_cli.nn.vote import (
-    Balance,
+    BalanceLoss,
     JointVotes,
     Level,
     Route,
@@ -251,7 +251,7 @@ class Mixture(MixtureBase):
             count = 1 + min(used, len(pool))
         store.stacks[site.index] = self.combine(site, route).stack(dtype, count)
 
-    def route(self, site: Site, x: Tensor) -> tuple[Route, Balance | None]:
+    def route(self, site: Site, x: Tensor) -> tuple[Route, BalanceLoss | None]:
         """The site's route for x (B, T, d), and its balance loss while training.
 
         Training votes at `level`. Evaluation gives each row its own route (each token at level

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moc_cli.nn.vote import Balance
+from moc_cli.nn.vote import BalanceLoss
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Site:
     place: Tensor | None = None
     members: Tensor | None = None
     choice: Tensor | None = None
-    balance: Balance | None = None
+    balance: BalanceLoss | None = None
 
     @property
     def loss(self) -> Tensor | None:

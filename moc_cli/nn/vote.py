@@ -176,9 +176,9 @@ class Voters:
         groups = p.reshape(*self.shares.shape, -1)
         return (groups * self.shares[..., None]).sum(dim=1)
 
-    def balance(self, means: Tensor, share: Tensor, size: int) -> "Balance":
+    def balance(self, means: Tensor, share: Tensor, size: int) -> "BalanceLoss":
         """The balance loss of a site with these means (V, N) and shares (N,) of the picks."""
-        return Balance(means, share[None] if len(means) == 1 else self.portions * share, size)
+        return BalanceLoss(means, share[None] if len(means) == 1 else self.portions * share, size)
 
     def picks(self, p: Tensor, k: int) -> Tensor:
         """The share (N,) of the tokens' own picks, their k most probable, that went to each."""
@@ -233,7 +233,7 @@ def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
 
 
 @dataclass(frozen=True)
-class Balance:
+class BalanceLoss:
     """The balance loss of one site, N · Σ_j f_j·P_j; balanced use gives 1.
 
     P_j are the mean probabilities over all real tokens, f_j the shares of the picks that went to
@@ -251,8 +251,8 @@ class Balance:
         """The loss."""
         return self.size * (self.slope * self.means).sum()
 
-    def detach(self) -> "Balance":
-        return Balance(self.means.detach(), self.slope, self.size)
+    def detach(self) -> "BalanceLoss":
+        return BalanceLoss(self.means.detach(), self.slope, self.size)
 
 
 def shares_of(route: Route, size: int, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from moc_cli.planning.cards import Card
 from moc_cli.planning.evaluation import scoring_of
 from moc_cli.planning.fake_device import META, Kernel
 from moc_cli.planning.live_memory import highest
-from moc_cli.planning.replay import Measured, replay
+from moc_cli.planning.replay import StepMeasurement, replay
 from moc_cli.recipe.quantization import Quantization, unquantized
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
@@ -184,7 +184,7 @@ def _bytes_of_a_number(quantization: Quantization) -> tuple[float, int]:
 
 
 def _with_own_optimizer(
-    measured: Measured, adapted: Adapted, kind: str
+    measured: StepMeasurement, adapted: Adapted, kind: str
 ) -> dict[str, dict[str, int]]:
     """Return the bytes with moments of 8 bits where the optimizer keeps them so."""
     if not kind.endswith("8bit"):

@@ -93,7 +93,7 @@ class Phases:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepMeasurement:
     """What a step took.
 
     `phases` are the bytes by part at the peak of each phase: weights, controls, gradients,
@@ -112,7 +112,7 @@ def replay(
     like: str = "cuda",
     *,
     scoring: Scoring | None = None,
-) -> Measured:
+) -> StepMeasurement:
     """Take a step on a batch, with a model on the meta device as if on `like`.
 
     The loop is the one of `moc train`, after earlier steps: the optimizer's state is there, and
@@ -147,7 +147,7 @@ def replay(
                 phases.enter("evaluation")
                 memory.look()
                 score(adapted, scoring)
-    return Measured(memory.peaks, fake)
+    return StepMeasurement(memory.peaks, fake)
 
 
 def _take_steps_before(loop: Loop, memory: LiveMemory, *, foreach: bool) -> None:

@@ -11,14 +11,14 @@ from moc_cli.planning.plans import Plan, Planner, alternatives_to, changes_to, c
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
 
-Progress = Callable[[int, int], None]  # settings done, settings in all
+PlanProgress = Callable[[int, int], None]  # settings done, settings in all
 
 
 def run(
     name: str,
     variants: Sequence[tuple[Recipe, Sequence[str]]],
     card: Card | None,
-    observe: Progress,
+    observe: PlanProgress,
 ) -> dict[str, Any]:
     """Return what `moc plan --json` prints for variants of the recipe `name`, its own first.
 

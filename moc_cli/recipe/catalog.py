@@ -11,7 +11,7 @@ SWEEPS, RESULTS = "sweeps", "results"  # folders beside the recipes that hold no
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-class Entry(NamedTuple):
+class ShippedRecipe(NamedTuple):
     """A shipped recipe: the name to call it by, its file, and its first line of comment."""
 
     name: str
@@ -25,22 +25,22 @@ def folder() -> Path:
     return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
 
 
-def entries() -> list[Entry]:
+def entries() -> list[ShippedRecipe]:
     """Return every shipped recipe, ordered by name."""
     root = folder()
     # The kept results hold thousands of files: they are not looked through.
     inner = [path for path in root.glob("*/") if path.name not in (SWEEPS, RESULTS)]
     paths = [*root.glob("*.yaml"), *(path for place in inner for path in place.rglob("*.yaml"))]
     return [
-        Entry(path.relative_to(root).with_suffix("").as_posix(), path, _summary(path))
+        ShippedRecipe(path.relative_to(root).with_suffix("").as_posix(), path, _summary(path))
         for path in sorted(paths)
     ]
 
 
-def shipped_sweeps() -> list[Entry]:
+def shipped_sweeps() -> list[ShippedRecipe]:
     """Return every shipped sweep, ordered by name."""
     paths = sorted((folder() / SWEEPS).glob("*.yaml"))
-    return [Entry(path.stem, path, _summary(path)) for path in paths]
+    return [ShippedRecipe(path.stem, path, _summary(path)) for path in paths]
 
 
 def find_sweep(name: str) -> Path:
@@ -62,7 +62,7 @@ def find_sweep(name: str) -> Path:
     )
 
 
-def shipped(name: str) -> Entry:
+def shipped(name: str) -> ShippedRecipe:
     """Return the shipped recipe of this name. Raises RecipeError naming the nearest."""
     recipes, wanted = {entry.name: entry for entry in entries()}, _plain(name)
     if wanted in recipes:

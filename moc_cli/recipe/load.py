@@ -29,7 +29,7 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 }
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a value was written. `order` sorts places: (0, line) in the file, (1, n) for the n-th
     override.
     """
@@ -43,10 +43,10 @@ class Draft:
     """A recipe before validation: its values, the place of each path, and the mistakes so far."""
 
     values: dict[str, Any]
-    places: dict[reader.Path, Place]
-    problems: list[tuple[Place, Problem]] = field(default_factory=list)
+    places: dict[reader.Path, Position]
+    problems: list[tuple[Position, Problem]] = field(default_factory=list)
 
-    def place(self, path: reader.Path) -> Place:
+    def place(self, path: reader.Path) -> Position:
         """Return where `path`, or the nearest section around it, was written."""
         while path not in self.places:
             path = path[:-1]
@@ -55,7 +55,7 @@ class Draft:
     def is_override(self, path: reader.Path) -> bool:
         return self.place(path).order[0] == 1
 
-    def report(self, path: reader.Path, message: str, place: Place | None = None) -> None:
+    def report(self, path: reader.Path, message: str, place: Position | None = None) -> None:
         if path == ("method", "name") and isinstance(self.values.get("method"), str):
             path = ("method",)
         place = place or self.place(path)
@@ -124,7 +124,7 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 def _read(path: Path) -> Draft:
     """Return the file as a draft. Raises RecipeError where there is nothing to validate."""
     name = shown(path)
-    draft = Draft({}, {(): Place((0, 0), name)})
+    draft = Draft({}, {(): Position((0, 0), name)})
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -135,9 +135,11 @@ def _read(path: Path) -> Draft:
         raise RecipeError(str(problem), problems=(problem,)) from error
     document = reader.read_yaml(text)
     for written, line in document.lines.items():
-        draft.places[written] = Place((0, line), f"{name}:{line}") if written else draft.places[()]
+        draft.places[written] = (
+            Position((0, line), f"{name}:{line}") if written else draft.places[()]
+        )
     for line, written, message in document.mistakes:
-        place = Place((0, line), f"{name}:{line}" if line else name)
+        place = Position((0, line), f"{name}:{line}" if line else name)
         draft.report(written, message, place)
     if isinstance(document.value, dict):
         draft.values = document.value
@@ -148,7 +150,7 @@ def _read(path: Path) -> Draft:
     if value is None:
         message = "the recipe is empty; moc recipes copy quickstart gives one to start from"
     if not document.mistakes:
-        draft.report((), message, Place((0, 1), f"{name}:1"))
+        draft.report((), message, Position((0, 1), f"{name}:1"))
     raise draft.error()
 
 
@@ -156,7 +158,7 @@ def _apply(draft: Draft, overrides: Sequence[tuple[str, str]]) -> None:
     """Apply `key=value` texts, each with its option: sections first, otherwise in their order."""
     changes = []
     for index, (option, text) in enumerate(overrides):
-        place = Place((1, index), f"{option} {text if len(text) <= 80 else f'{text[:77]}...'}")
+        place = Position((1, index), f"{option} {text if len(text) <= 80 else f'{text[:77]}...'}")
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):

@@ -31,7 +31,7 @@ Alpha = Share | Literal["learned"]
 Sites = Literal["attn", "ffn", "attn+ffn"]
 
 
-class Place(Section):
+class PlaceSection(Section):
     """Where one control is attached: paths of modules inside a layer; "" is the layer itself."""
 
     read: Paths = Field(
@@ -43,12 +43,12 @@ class Place(Section):
     )
 
 
-class Placement(Section):
+class PlacementSection(Section):
     """Where the controls are attached in a model whose family is not built in."""
 
     layers: Text = Field(description="path of the list of layers inside the base model")
-    attn: Place = Field(description="where the control of the attention block is attached")
-    ffn: Place = Field(description="where the control of the FFN block is attached")
+    attn: PlaceSection = Field(description="where the control of the attention block is attached")
+    ffn: PlaceSection = Field(description="where the control of the FFN block is attached")
     causal: bool = Field(description="true for a decoder, false for an encoder")
     multiplier: Text | None = Field(
         default=None,
@@ -57,7 +57,7 @@ class Placement(Section):
     )
 
 
-class _Gate(Section):
+class _GateSection(Section):
     """What the gates of controls and of layers share."""
 
     kind: Literal["cosine", "linear"] = Field(
@@ -73,7 +73,7 @@ class _Gate(Section):
     )
 
 
-class Gate(_Gate):
+class GateSection(_GateSection):
     """How the gate scores the controls."""
 
     estimator: Literal["renormalized", "straight_through", "probability"] = Field(
@@ -82,7 +82,7 @@ class Gate(_Gate):
     )
 
 
-class Routing(Section):
+class RoutingSection(Section):
     """Which tokens decide about the routed controls, and how their votes are counted."""
 
     level: Literal["batch", "sample", "token"] = Field(
@@ -107,7 +107,7 @@ class Routing(Section):
     )
 
 
-class Balance(Section):
+class BalanceSection(Section):
     """The loss that keeps all controls in use."""
 
     weight: AtLeastZero = Field(default=0.01, description="factor lambda of the loss; 0: no loss")
@@ -136,7 +136,7 @@ class _Controls(Section):
         description="what a control reads, rms: the state divided by its root mean square",
     )
     sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
-    placement: Placement | None = Field(
+    placement: PlacementSection | None = Field(
         default=None,
         description="where controls are attached, for a model whose family is not built in",
     )
@@ -157,9 +157,9 @@ class MocMethod(_Controls):
     )
     alpha_start: OpenShare = Field(default=0.95, description="first value of a learned alpha")
     top_k: Count = Field(default=1, description="number K of routed controls; 0: method control")
-    gate: Gate = section("how controls are scored")
-    routing: Routing = section("which tokens decide about the routed controls, and how")
-    balance: Balance = section("the load-balance loss")
+    gate: GateSection = section("how controls are scored")
+    routing: RoutingSection = section("which tokens decide about the routed controls, and how")
+    balance: BalanceSection = section("the load-balance loss")
 
 
 class ControlMethod(_Controls):
@@ -175,7 +175,7 @@ Init = Literal[
 MixWeight = PositiveShare | Literal["learned"]
 
 
-class _LowRank(Section):
+class _LowRankMethod(Section):
     """What the methods of low-rank updates share."""
 
     name: str
@@ -189,33 +189,33 @@ class _LowRank(Section):
     )
 
 
-class LoraMethod(_LowRank):
+class LoraMethod(_LowRankMethod):
     """LoRA through peft: W x + alpha/rank · B A x in chosen linear modules."""
 
     name: Literal["lora"] = Field(default="lora", description="name of the method")
     init: Init = Field(default="default", description="initialization of A and B, by peft's names")
 
 
-class DoraMethod(_LowRank):
+class DoraMethod(_LowRankMethod):
     """DoRA through peft: LoRA on the direction of each weight, and a learned magnitude."""
 
     name: Literal["dora"] = Field(default="dora", description="name of the method")
     init: Init = Field(default="default", description="initialization of A and B, by peft's names")
 
 
-class LayerGate(_Gate):
+class LayerGateSection(_GateSection):
     """How the gate scores the layers."""
 
     bias: bool = Field(default=False, description="a bias in the gate's linear map")
 
 
-class LayerBalance(Section):
+class LayerBalanceSection(Section):
     """The loss that keeps all layers in use."""
 
     weight: AtLeastZero = Field(default=0.01, description="factor lambda of the loss; 0: no loss")
 
 
-class MolexMethod(_LowRank):
+class MolexMethod(_LowRankMethod):
     """Mixture of Layer Experts: each layer, with LoRA, mixed with another that a gate picks."""
 
     name: Literal["molex"] = Field(default="molex", description="name of the method")
@@ -233,8 +233,8 @@ class MolexMethod(_LowRank):
         description="numbers, from 0, of the layers that mix in a second one, which may be any "
         "layer; null: all",
     )
-    gate: LayerGate = section("how layers are scored")
-    balance: LayerBalance = section("the load-balance loss")
+    gate: LayerGateSection = section("how layers are scored")
+    balance: LayerBalanceSection = section("the load-balance loss")
 
 
 MethodConfig = MocMethod | ControlMethod | LoraMethod | DoraMethod | MolexMethod

@@ -15,7 +15,7 @@ from moc_cli.report.numbers import MISSING, decimal, hundredths, percent
 from moc_cli.report.tables import FittedTable
 
 Routing = Mapping[str, Any]
-Rows = tuple[list[str], list[list[str]]]  # the headings, and the cells of each row
+HeadedRows = tuple[list[str], list[list[str]]]  # the headings, and the cells of each row
 
 # Shares of 0, 1/8, ... 1 after a square root, so that small ones can be told apart.
 RAMP = " .:-=+*#@"
@@ -118,7 +118,7 @@ def _color(share: float) -> str:
     return "rgb({},{},{})".format(*SCALE[_level(share)])
 
 
-def summary_rows(routing: Routing) -> Rows:
+def summary_rows(routing: Routing) -> HeadedRows:
     """Return what holds for the whole model, beside what chance or an even use would give."""
     summary = routing["summary"]
     pools = [site["pool"] for site in routing["sites"]]
@@ -155,7 +155,7 @@ def summary_view(routing: Routing) -> RenderableType:
     return FittedTable("Routing", *summary_rows(routing), notes=[note])
 
 
-def site_rows(routing: Routing) -> Rows:
+def site_rows(routing: Routing) -> HeadedRows:
     """Return the numbers of every site, in their order."""
     names = [site["name"] for site in routing["sites"]]
     head = ["site", "top", "share %", "local %", "effective", "entropy", "lead"]
@@ -188,7 +188,7 @@ def site_view(routing: Routing) -> RenderableType:
     return FittedTable("Sites", head, shown, notes=notes)
 
 
-def control_rows(routing: Routing) -> Rows:
+def control_rows(routing: Routing) -> HeadedRows:
     """Return the numbers of every control, the most chosen first."""
     names = [site["name"] for site in routing["sites"]]
     rows = []

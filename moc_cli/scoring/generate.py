@@ -23,7 +23,7 @@ NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Answer:
+class ExtractedAnswer:
     """One question: the right option, the one that was answered (None: no option of this row),
     the text, and the option word found in it (None: there is none).
     """
@@ -49,7 +49,7 @@ def generate(
     *,
     batch_size: BatchSizeOption | BatchSize,
     on_progress: Progress | None = None,
-) -> list[Answer]:
+) -> list[ExtractedAnswer]:
     """Answer every question, in the order of the examples.
 
     Prompts are never cut: raises DataError where one leaves the model no room for 32 tokens more.
@@ -108,12 +108,12 @@ def answer_length(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) ->
     return len(prompt_ids(tokenizer, [example.eval_prompt])[0]) + NEW_TOKENS
 
 
-def _judge(example: ChoiceExample, text: str) -> Answer:
+def _judge(example: ChoiceExample, text: str) -> ExtractedAnswer:
     words = [candidate.removeprefix(ANSWER) for candidate in example.candidates]
     output = response(text)
     answer = extract(example.task, output, words)
     prediction = words.index(answer) if answer in words else None
-    return Answer(example.label, prediction, output, answer)
+    return ExtractedAnswer(example.label, prediction, output, answer)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from moc_cli.errors import DataError
 from moc_cli.recipe.sections import TooLong
 from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
-from moc_cli.scoring.generate import Answer
+from moc_cli.scoring.generate import ExtractedAnswer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Evaluation:
     @property
     def unparsed(self) -> int | None:
         """How many generated answers hold no option word; None where none are generated."""
-        answers = [item.answer for item in self.items if isinstance(item, Answer)]
+        answers = [item.answer for item in self.items if isinstance(item, ExtractedAnswer)]
         return answers.count(None) if answers else None
 
     @property

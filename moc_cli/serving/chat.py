@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from moc_cli.errors import DataError
 from moc_cli.serving.prompts import SINGLE, Message
-from moc_cli.serving.text import Answer, Writer
+from moc_cli.serving.text import GeneratedText, Writer
 
 HELP = "/reset clears the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
@@ -68,7 +68,7 @@ class Chat:
         else:
             self.texts += [line, answer.text]
 
-    def _answer(self, label: str, messages: list[Message], *, base: bool) -> Answer:
+    def _answer(self, label: str, messages: list[Message], *, base: bool) -> GeneratedText:
         self._write(label)
         answer = self.writer.answer(messages, self._write, base=base)
         self._write("\n")

@@ -13,7 +13,7 @@ from moc_cli.report.progress import WorkProgress
 from moc_cli.serving.chat import Chat
 from moc_cli.serving.options import GenerateOptions
 from moc_cli.serving.prompts import Message, check_system, choose_frame
-from moc_cli.serving.text import Answer, Writer, write
+from moc_cli.serving.text import GeneratedText, Writer, write
 from moc_cli.training.device_checks import check_compiler
 
 LISTED = 5  # prompts that an error names; the others are counted
@@ -101,7 +101,7 @@ def _check_lengths(writer: Writer, conversations: Sequence[Sequence[Message]]) -
 
 def _answer(
     writer: Writer, messages: Sequence[Message], label: str, json: bool, *, base: bool = False
-) -> Answer:
+) -> GeneratedText:
     """Answer once; write the answer as it comes, unless it goes into JSON."""
     if json:
         answer = writer.answer(messages, base=base)
@@ -116,5 +116,5 @@ def _answer(
     return answer
 
 
-def _facts(answer: Answer) -> dict[str, Any]:
+def _facts(answer: GeneratedText) -> dict[str, Any]:
     return vars(answer) | {"tokens_per_second": answer.tokens_per_second}

@@ -28,7 +28,7 @@ JOINERS = "\u200c\u200d"  # they shape letters and emoji, and steer no terminal
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedText:
     """A generated text, its number of tokens and the prompt's, the seconds that it took, and
     whether it `ended` with an end token rather than at the limit.
     """
@@ -87,7 +87,7 @@ class Writer(TextModel):
 
     def answer(
         self, messages: Sequence[Message], on_text: OnText | None = None, *, base: bool = False
-    ) -> Answer:
+    ) -> GeneratedText:
         """Answer the last message; `on_text` gets the text as it comes (of a beam search, at once).
 
         With `base` the method is switched off. Every answer starts from the same seed.
@@ -98,7 +98,7 @@ class Writer(TextModel):
         with self.adapted.disabled():
             return self._generate(ids, on_text)
 
-    def _generate(self, ids: list[int], on_text: OnText | None) -> Answer:
+    def _generate(self, ids: list[int], on_text: OnText | None) -> GeneratedText:
         model: Any = self.adapted.model
         ends = end_tokens(model, self.tokenizer)
         if self.frame == "chat":
@@ -123,7 +123,7 @@ class Writer(TextModel):
         if on_text and streamer is None:
             on_text(text)
         ended = bool(tokens) and tokens[-1] in ends
-        return Answer(text, len(ids), len(tokens), seconds, ended)
+        return GeneratedText(text, len(ids), len(tokens), seconds, ended)
 
     def _options(self, room: int, ends: list[int]) -> dict[str, Any]:
         """Return every option that changes the choice: a checkpoint may bring its own defaults."""

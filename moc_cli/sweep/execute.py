@@ -22,7 +22,7 @@ from moc_cli.recipe.sweep import Sweep
 from moc_cli.results import main_score
 from moc_cli.run_files import Sample, read_lines
 from moc_cli.signals import EndedBySignal, handled, stop_number
-from moc_cli.sweep.plan import Plan, PlannedRun
+from moc_cli.sweep.plan import PlannedRun, SweepPlan
 
 POLL = 0.2  # seconds between two looks at the processes
 # What is kept of an item: what names it, and what a score is made from.
@@ -47,7 +47,7 @@ def start(
 
 
 @dataclass
-class Job:
+class ActiveRun:
     """A run that is at work: its commands in turn, the one that runs now, and its log."""
 
     run: PlannedRun
@@ -76,7 +76,7 @@ class Job:
 class Execution:
     """A sweep at work: `failed` says by names of runs why they failed."""
 
-    plan: Plan
+    plan: SweepPlan
     jobs: int
     gpus: int
     say: Callable[[str], None]
@@ -88,7 +88,7 @@ class Execution:
         A run that fails is reported, and the others go on. Raises EndedBySignal after a signal,
         when the runs at work have ended; `again` is the command that goes on.
         """
-        working: list[Job] = []
+        working: list[ActiveRun] = []
         try:
             while True:
                 self._collect(working, observe)
@@ -113,7 +113,7 @@ class Execution:
                 number,
             ) from None
 
-    def _collect(self, working: list[Job], observe: Callable[[int], None]) -> None:
+    def _collect(self, working: list[ActiveRun], observe: Callable[[int], None]) -> None:
         for job in [job for job in working if job.is_done()]:
             working.remove(job)
             if job.code:
@@ -125,7 +125,7 @@ class Execution:
             self.say(f"{job.run.name}: {_scores(job.run)}")
             observe(len(self.plan.finished))
 
-    def _startable(self, working: list[Job]) -> Iterator[PlannedRun]:
+    def _startable(self, working: list[ActiveRun]) -> Iterator[PlannedRun]:
         if len(working) >= self.jobs:
             return  # the usual case, five times a second: the plan is not looked through
         busy = {job.run.name for job in working} | self.failed.keys()
@@ -135,11 +135,11 @@ class Execution:
             if run.name not in busy:
                 yield run
 
-    def _start(self, run: PlannedRun, slot: int) -> Job:
+    def _start(self, run: PlannedRun, slot: int) -> ActiveRun:
         path = Path(self.plan.sweep.output_dir) / "logs" / (run.name.replace("/", "--") + ".log")
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("a", encoding="utf-8")
-        return Job(run, commands(self.plan.sweep, run), self._share(slot), slot, log)
+        return ActiveRun(run, commands(self.plan.sweep, run), self._share(slot), slot, log)
 
     def _share(self, slot: int) -> dict[str, str]:
         """Return the environment that gives a run its own GPU, or its share of the processors."""

@@ -51,7 +51,7 @@ class PlannedRun:
 
 
 @dataclass
-class Plan:
+class SweepPlan:
     """All runs that a sweep may need, and the names of those that are `finished`.
 
     `choices` grows as searches are done.
@@ -136,7 +136,7 @@ def best_of(runs: Sequence[PlannedRun]) -> PlannedRun:
     return runs[best(range(len(runs)), key=lambda number: values[number][1])]
 
 
-def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
+def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
     """Return all runs of a sweep, `changes` being the `--set` of the command line.
 
     A row of the table is trained whole before the next one is begun.
@@ -190,7 +190,7 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> Plan:
                 )
             )
     rows = list(dict.fromkeys(sweep.row(run.cell) for run in runs))
-    return Plan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
+    return SweepPlan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
 
 
 def _varied(settings: Cell) -> list[str]:

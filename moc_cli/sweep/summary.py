@@ -20,7 +20,7 @@ from moc_cli.comparison.pairs import Item, pair, sides
 from moc_cli.comparison.runs import Items, evaluations, read_items
 from moc_cli.errors import RunError
 from moc_cli.results import main_score
-from moc_cli.sweep.plan import Cell, Plan, PlannedRun
+from moc_cli.sweep.plan import Cell, PlannedRun, SweepPlan
 
 VERSIONS = ("python", "torch", "transformers")
 
@@ -34,7 +34,7 @@ class Column:
     runs: list[PlannedRun]
 
 
-def summarize(plan: Plan) -> dict[str, Any]:
+def summarize(plan: SweepPlan) -> dict[str, Any]:
     """Return what sweep.json holds: every run, the scores of every cell, and the differences.
 
     A row is a combination of the groups that are not compared. Scores are main metrics, of the
@@ -98,7 +98,7 @@ def _run(run: PlannedRun) -> dict[str, Any]:
     }
 
 
-def _row(name: str, columns: Sequence[Column], plan: Plan) -> dict[str, Any]:
+def _row(name: str, columns: Sequence[Column], plan: SweepPlan) -> dict[str, Any]:
     """Return a row of the table: its cells by the value that is compared, and their differences."""
     whole = [column for column in columns if column.runs]
     cells = {column.value: _cell(column, plan) for column in whole}
@@ -108,7 +108,7 @@ def _row(name: str, columns: Sequence[Column], plan: Plan) -> dict[str, Any]:
     return {"name": name, "cells": cells, "differences": differences}
 
 
-def _cell(column: Column, plan: Plan) -> dict[str, Any]:
+def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
     results = [run.results.read_results() for run in column.runs]
     chosen = plan.chosen(column.cell)
     tasks = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from moc_cli.data.batches import Grouping
 from moc_cli.kinds.loss import LanguageLoss, TaskLoss
 from moc_cli.training.checkpoint import Counters
-from moc_cli.training.memory import Memory
+from moc_cli.training.memory import TrainingMemory
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -92,7 +92,7 @@ class Outcome:
     counters: Counters
     epochs: float
     padding_share: float
-    memory: Memory
+    memory: TrainingMemory
 
 
 def total_steps(settings: Settings, batches: Epochs) -> int:

@@ -20,7 +20,7 @@ COUNTED = "peak of all tensors"  # counted while one step runs
 
 
 @dataclass(frozen=True)
-class Memory:
+class TrainingMemory:
     """Bytes of the frozen weights, the trainables, the optimizer, and the peak of `kind`: that of
     the training steps, and that of evaluations between them (None where there were none).
     """
@@ -64,13 +64,13 @@ def measure(
     optimizer: int,
     peaks: Peaks,
     processes: Processes,
-) -> Memory:
+) -> TrainingMemory:
     """Return what a training takes, with the largest peaks of all processes; joint.
 
     `optimizer` is the size of its state in bytes.
     """
     evaluation = [peak for peak in processes.gather(peaks.evaluation) if peak is not None]
-    return Memory(
+    return TrainingMemory(
         weights=tensor_bytes(p for p in model.parameters() if not p.requires_grad),
         trainable=tensor_bytes(trainables),
         optimizer=optimizer,

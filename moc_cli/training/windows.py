@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Rows = list[list[int]]  # of each micro-batch, its row numbers
+MicroBatches = list[list[int]]  # of each micro-batch, its row numbers
 Batches = list[dict[str, Tensor]]
 
 
@@ -17,18 +17,18 @@ class Windows:
     def __init__(self, collate: Callable[[list[int]], dict[str, Tensor]], *, pin: bool) -> None:
         self._collate = collate
         self._pin = pin
-        self._ahead: tuple[Rows, Batches] = ([], [])
+        self._ahead: tuple[MicroBatches, Batches] = ([], [])
 
-    def take(self, rows: Rows) -> Batches:
+    def take(self, rows: MicroBatches) -> Batches:
         """Return the micro-batches of these rows."""
         known, batches = self._ahead
         return batches if known == rows else self._make(rows)
 
-    def ahead(self, rows: Rows) -> None:
+    def ahead(self, rows: MicroBatches) -> None:
         """Make the micro-batches that will be taken next; none at the end of an epoch."""
         self._ahead = (rows, self._make(rows))
 
-    def _make(self, rows: Rows) -> Batches:
+    def _make(self, rows: MicroBatches) -> Batches:
         batches = [self._collate(numbers) for numbers in rows]
         if not self._pin:
             return batches

@@ -11,11 +11,11 @@ from support.messages import refused
 from support.tiny_runs import save_model
 
 from moc_cli.benchmark import machine, turns
-from moc_cli.benchmark.memory import Memory
+from moc_cli.benchmark.memory import StepMemory
 from moc_cli.benchmark.models import random_base, sharing_copy
 from moc_cli.benchmark.rows import make_rows
 from moc_cli.benchmark.summary import summarize
-from moc_cli.benchmark.turns import Measured, Turn
+from moc_cli.benchmark.turns import Turn, VariantMeasurement
 from moc_cli.benchmark.variants import make_variants, with_bases
 from moc_cli.cli import run
 from moc_cli.data.encode import IGNORED
@@ -174,7 +174,9 @@ def test_a_ratio_is_of_the_same_turn() -> None:
     """What slows all of a turn, such as other work, changes times and no ratio."""
     slow = np.array([1, 1, 5, 1, 9])
     measured = [
-        Measured(variant, [Turn(0.1 * n * factor, 2, 8) for n in slow], Memory(100 * factor, 50), 7)
+        VariantMeasurement(
+            variant, [Turn(0.1 * n * factor, 2, 8) for n in slow], StepMemory(100 * factor, 50), 7
+        )
         for variant, factor in zip(
             make_variants("quickstart", [], ["control", "moc"], []), (1, 2), strict=True
         )

@@ -24,7 +24,7 @@ from plans import MIX, at_own_lengths
 from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META
-from moc_cli.planning.replay import Measured, replay
+from moc_cli.planning.replay import StepMeasurement, replay
 from moc_cli.recipe.load import load_recipe
 from moc_cli.training import build
 
@@ -166,7 +166,7 @@ def counts(case: Case) -> Iterator[Line]:
         yield Line(f"kernels of a layer, {way}, moc / control", 1.3, ratio)
 
 
-def _replayed(method: str, layers: int) -> Measured:
+def _replayed(method: str, layers: int) -> StepMeasurement:
     changes = [f"method={method}", "train.gradient_accumulation_steps=1"]
     recipe = load_recipe("commonsense/llama2-7b/moc", changes)
     config = build.base_shape(recipe).config

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.export import FORMATS, Format, parity
+from moc_cli.export import FORMATS, ExportFormat, parity
 from moc_cli.export.parity import Written
 from moc_cli.load_run import open_run
 
@@ -274,7 +274,7 @@ def test_no_format_is_done_without_a_proof(moc, tmp_path, capsys, monkeypatch):
         "raise ValueError('nothing to load')", parity.reference(trained)
     )
     monkeypatch.setitem(sys.modules, "empty_format", format_)
-    monkeypatch.setitem(FORMATS, "empty", Format("empty_format", "nothing"))
+    monkeypatch.setitem(FORMATS, "empty", ExportFormat("empty_format", "nothing"))
     code, said = export(capsys, moc, "--to", "empty", "--output-dir", tmp_path / "out")
     assert code == 2
     assert "nothing to load" in said["error"]

@@ -11,8 +11,8 @@ from support.messages import refused
 
 from moc_cli.cli import run
 from moc_cli.launching import child
-from moc_cli.launching.place import Place
-from moc_cli.launching.plan import Plan
+from moc_cli.launching.place import ProcessRank
+from moc_cli.launching.plan import LaunchPlan
 from moc_cli.launching.start import explain_ends
 from moc_cli.processes import PARENT, LostProcess
 from moc_cli.signals import EndedBySignal, Stopped
@@ -48,7 +48,7 @@ def test_one_exit_code(
     said: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert explain_ends(ends, Plan(2, ""), forwarded, nothing) == code
+    assert explain_ends(ends, LaunchPlan(2, ""), forwarded, nothing) == code
     error = capsys.readouterr().err
     assert (said in error) if said else not error
 
@@ -64,14 +64,14 @@ def test_one_exit_code(
 )
 def test_a_process_that_cannot_speak_is_told_of(ends: dict[int, int], code: int) -> None:
     with refused(EndedBySignal, host=f"(?<=on ){re.escape(HOST)}(?= was)") as caught:
-        explain_ends(ends, Plan(2, ""), None, lambda: (" after step 3", "resume"))
+        explain_ends(ends, LaunchPlan(2, ""), None, lambda: (" after step 3", "resume"))
     assert caught.value.exit_code == code
 
 
 def test_a_machine_without_the_first_process_names_the_one_with_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert explain_ends({2: 2, 3: 143}, Plan(4, "", machines=2, rank=1), None, nothing) == 2
+    assert explain_ends({2: 2, 3: 143}, LaunchPlan(4, "", machines=2, rank=1), None, nothing) == 2
     assert "machine 0 says why" in capsys.readouterr().err
 
 
@@ -133,4 +133,4 @@ def test_who_is_ended_because_another_was_lost_says_nothing(
     monkeypatch.setattr("os.kill", end)
     monkeypatch.setattr("time.sleep", wait)
     with pytest.raises(EndedBy):
-        child.run_as_one(Place("moc", 2, 0, 0), lost, lambda _: None)
+        child.run_as_one(ProcessRank("moc", 2, 0, 0), lost, lambda _: None)

@@ -9,7 +9,7 @@ from support.messages import refused
 from moc_cli.cli import run
 from moc_cli.errors import MocError
 from moc_cli.launching import together
-from moc_cli.launching.place import Place, find_place, known_place, take_place
+from moc_cli.launching.place import ProcessRank, find_place, known_place, take_place
 from moc_cli.recipe.launch import LaunchSection
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -32,22 +32,22 @@ SECOND = (2, 1, 1, 2)  # world, rank, local rank, processes on the machine
 @pytest.mark.parametrize(
     ("environ", "place"),
     [
-        (TORCHRUN, Place("torchrun or accelerate launch", 4, 3, 1, 2)),
-        (OPEN_MPI, Place("mpirun", *SECOND)),
-        (MVAPICH, Place("mpirun of MVAPICH", *SECOND)),
-        (MPICH, Place("mpirun of MPICH or Intel MPI", *SECOND)),
-        (ONE_HOST, Place("srun", *SECOND)),
+        (TORCHRUN, ProcessRank("torchrun or accelerate launch", 4, 3, 1, 2)),
+        (OPEN_MPI, ProcessRank("mpirun", *SECOND)),
+        (MVAPICH, ProcessRank("mpirun of MVAPICH", *SECOND)),
+        (MPICH, ProcessRank("mpirun of MPICH or Intel MPI", *SECOND)),
+        (ONE_HOST, ProcessRank("srun", *SECOND)),
         # srun with MPI's own way to meet
         (
             {"PMI_SIZE": "2", "PMI_RANK": "1"} | ONE_HOST,
-            Place("mpirun of MPICH or Intel MPI", *SECOND),
+            ProcessRank("mpirun of MPICH or Intel MPI", *SECOND),
         ),
         # srun has started the launcher
-        (TORCHRUN | SRUN, Place("torchrun or accelerate launch", 4, 3, 1, 2)),
+        (TORCHRUN | SRUN, ProcessRank("torchrun or accelerate launch", 4, 3, 1, 2)),
     ],
 )
 def test_one_of_several_gets_the_variables_of_torchrun(
-    environ: dict[str, str], place: Place
+    environ: dict[str, str], place: ProcessRank
 ) -> None:
     environ = environ | ({"MASTER_ADDR": "10.0.0.1"} if "RANK" in environ else {})
     assert known_place(environ) == take_place(environ) == place
@@ -113,7 +113,7 @@ def test_a_process_that_is_alone(
     [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"PMI_SIZE": "2", "PMI_RANK": "0"}],
 )
 def test_half_of_a_place_is_refused(
-    read: Callable[[dict], Place | None], environ: dict[str, str]
+    read: Callable[[dict], ProcessRank | None], environ: dict[str, str]
 ) -> None:
     with refused(MocError):
         read(dict(environ))

@@ -15,7 +15,7 @@ from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META, FakeDevice
 from moc_cli.planning.live_memory import LiveMemory, Now, highest
-from moc_cli.planning.replay import STEPS, Measured, Phases, counted, make_loop, replay
+from moc_cli.planning.replay import STEPS, Phases, StepMeasurement, counted, make_loop, replay
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Settings
 from moc_cli.training.recompute import recompute_layers
@@ -42,14 +42,14 @@ def batch(rows: int = 8, tokens: int = 48) -> dict[str, torch.Tensor]:
 
 
 @cache
-def step(method: str, layers: int) -> Measured:
+def step(method: str, layers: int) -> StepMeasurement:
     """A later step: the first one also puts on the device what stays there."""
     adapted = attach(shapes_of(num_hidden_layers=layers), METHODS[method])
     replay(adapted, batch(), LanguageLoss, Settings())
     return replay(adapted, batch(), LanguageLoss, Settings())
 
 
-def syncs_in(measured: Measured, part: str) -> int:
+def syncs_in(measured: StepMeasurement, part: str) -> int:
     return sum(count for sync, count in measured.fake.syncs.items() if part in sync.line)
 
 

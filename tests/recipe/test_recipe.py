@@ -14,7 +14,7 @@ from support.messages import refused
 from moc_cli.errors import RecipeError
 from moc_cli.recipe.catalog import entries
 from moc_cli.recipe.load import dump, load_recipe
-from moc_cli.recipe.methods import METHODS, Placement
+from moc_cli.recipe.methods import METHODS, PlacementSection
 from moc_cli.recipe.reader import parse_scalar, read_yaml
 from moc_cli.recipe.reference import Key, json_schema, keys
 from moc_cli.recipe.schema import Recipe
@@ -156,7 +156,7 @@ def test_every_key_is_described_in_plain_english(key: Key) -> None:
 def test_the_reference_shows_defaults_as_they_are_written() -> None:
     """Every default of the reference is a value that the recipe takes."""
     places = {"layers": "x", "attn": {"read": "x", "write": "x"}, "causal": True}
-    placement = Placement.model_validate(places | {"ffn": places["attn"]})
+    placement = PlacementSection.model_validate(places | {"ffn": places["attn"]})
     for key in KEYS:
         if key.default:
             value = read_yaml(key.default)

@@ -19,13 +19,13 @@ from moc_cli.recipe.methods import MocMethod
 from moc_cli.scoring import generate as generating
 from moc_cli.scoring import likelihood
 from moc_cli.scoring.forward import pad
-from moc_cli.scoring.generate import Answer, generate
+from moc_cli.scoring.generate import ExtractedAnswer, generate
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import ItemScore, query_of, rank
 
 MARGIN = 1e-3
 ITEMS = [*MIXED, *(question(number) for number in range(13, 50))]
-Found = list[ItemScore] | list[Answer]
+Found = list[ItemScore] | list[ExtractedAnswer]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from moc_cli.methods import Adapted, attach
 from moc_cli.models.lean import keep_less
 from moc_cli.planning.fake_device import META
 from moc_cli.planning.live_memory import highest
-from moc_cli.planning.replay import Measured, replay
+from moc_cli.planning.replay import StepMeasurement, replay
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
 from moc_cli.recipe.sections import TrainSection
 from moc_cli.training.loop_types import Settings
@@ -74,7 +74,7 @@ def shapes() -> PreTrainedModel:
 
 
 @cache
-def step(mode: str) -> Measured:
+def step(mode: str) -> StepMeasurement:
     adapted = attach(shapes(), METHODS["control"])
     recompute_layers(adapted.model, mode)
     ids = torch.full((16, 128), 7)
