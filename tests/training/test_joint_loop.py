@@ -42,6 +42,8 @@ STEPS = 5
 SETTINGS = Settings(
     seed=3,
     learning_rate=0.02,
+    # At 1e-8 AdamW's first step makes a gradient that is mere rounding as large as any other one.
+    epsilon=1e-4,
     max_steps=STEPS,
     gradient_accumulation_steps=4,
     logging_steps=2,
@@ -187,18 +189,18 @@ def test_several_processes_train_what_one_does(tmp_path: Path) -> None:
         run_together(joint, world, tmp_path)
         for method in SEPARATE if world == 2 else ("moc",):
             alone, together = (tmp_path / f"{method} {n}" for n in (1, world))
-            assert farthest(alone, together) < 5e-6, method
+            assert farthest(alone, together) < 1e-6, method
             assert same_lines(alone, together), method
             assert choices(alone) == choices(together), method
-        assert farthest(tmp_path / "moc 1", tmp_path / f"on {world}") < 5e-6
+        assert farthest(tmp_path / "moc 1", tmp_path / f"on {world}") < 1e-6
         # Those that vote together are one batch.
         train("sync", tmp_path / f"sync as {world}", 1, joined=world)
         alone, together = tmp_path / f"sync as {world}", tmp_path / f"sync {world}"
-        assert farthest(alone, together) < 5e-6
+        assert farthest(alone, together) < 1e-6
         assert choices(alone) == choices(together)
         assert same_lines(alone, together, leave_out=frozenset({"epoch"}))  # of other micro-batches
     # Dropout of several processes is that of each micro-batch.
-    assert farthest(tmp_path / "lora, dropout 2", tmp_path / "lora, dropout 4") < 5e-6
+    assert farthest(tmp_path / "lora, dropout 2", tmp_path / "lora, dropout 4") < 1e-6
     assert farthest(tmp_path / "lora, dropout 1", tmp_path / "lora, dropout 2") > 1e-3
     assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps() == [3]
     assert Checkpoints(tmp_path / "short" / "checkpoints").steps() == [1]
