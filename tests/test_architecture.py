@@ -51,7 +51,10 @@ LIGHT = {
     "__init__",
     "__main__",
 }
-LIGHT_FILES = {"adapter/folder.py", "adapter/config.py", "adapter/__init__.py"}
+LIGHT_FILES = {
+    *("adapter/folder.py", "adapter/config.py", "adapter/__init__.py"),
+    "training/changes.py",
+}
 # The rooms and files that may import a library.
 AT_HOME = {
     "peft": {"methods/half.py", "methods/low_rank.py", "peft"},
@@ -227,6 +230,7 @@ CODES = {
     "train quickstart --set train.max_step=3": 2,
     "train nowhere.yaml": 2,
     "trian": 2,
+    "sweep quickstart --vary method.top_k=0,1 --dry-run": 0,
 }
 
 

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from moc_cli.errors import MocError
-from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.load import finish_recipe, read_draft
 from moc_cli.recipe.methods import METHODS
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
@@ -69,7 +69,8 @@ def make_variants(
             raise MocError(f"--methods: '{name}' is no method{choices(name, list(METHODS))}")
     if not methods:
         raise MocError("--methods names no method", f"known: {', '.join(METHODS)}")
-    own = load_recipe(recipe, changes)
+    draft = read_draft(recipe)
+    own = finish_recipe(draft, changes)
     tried = [_values(text) for text in vary]
     _refuse_repeated("--methods", methods)
     _refuse_repeated("--vary", [key for key, _ in tried])
@@ -86,7 +87,7 @@ def make_variants(
         fitting = [texts for key, texts in tried if _has(name, key)]
         for combination in product(*fitting):
             chosen = _of_method(own, name, changes)
-            changed = load_recipe(recipe, chosen, combination)
+            changed = finish_recipe(draft, chosen, combination)
             variants.append(Variant(changed, combination, all_changes=(*chosen, *combination)))
     return variants
 

@@ -64,7 +64,7 @@ def sweep(
 
     wanted = _sweep(sweep, vary or [], seeds, output_dir)
     plan = make_plan(wanted, set_ or [])
-    count, gpus = _count_jobs(jobs)
+    given = _read_jobs(jobs)
     folders = [Path(place) for place in (wanted.output_dir, wanted.results_dir) if place]
     for folder in folders:
         check_folder(folder)
@@ -74,12 +74,13 @@ def sweep(
 
     plan.find_finished()
     if dry_run:
-        _list(plan, count, json)
+        _list(plan, given, json)
         return
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     again = _again(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
-    execution = Execution(plan, count, gpus, say)
+    gpus = _count_gpus() if any(plan.next_runs()) else 0
+    execution = Execution(plan, given or max(1, gpus), gpus, say)
     stopped = None
     try:
         total, before = plan.total(), len(plan.finished)
@@ -99,7 +100,7 @@ def sweep(
         raise typer.Exit(2)
 
 
-def _list(plan: "SweepPlan", jobs: int, json: bool) -> None:
+def _list(plan: "SweepPlan", jobs: int | None, json: bool) -> None:
     """Print which runs the sweep needs, and which of them are finished."""
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.sweep_tables import plan_table
@@ -109,7 +110,8 @@ def _list(plan: "SweepPlan", jobs: int, json: bool) -> None:
         print_json({"runs": [{"name": name, "finished": done} for name, done in listed]})
         return
     print_table(plan_table(listed))
-    say(f"{plan.total()} runs are needed, {jobs} at the same time")
+    many = "one per GPU (at least 1)" if jobs is None else str(jobs)
+    say(f"{plan.total()} runs are needed, {many} at the same time")
 
 
 def _show(execution: "Execution", folder: Path, json: bool) -> None:
@@ -154,16 +156,19 @@ def _sweep(name: str, vary: list[str], seeds: str | None, output_dir: Path | Non
     return wanted
 
 
-def _count_jobs(text: str) -> tuple[int, int]:
-    """Return how many runs are trained at the same time, and how many GPUs there are."""
+def _read_jobs(text: str) -> int | None:
+    """Return how many runs are trained at the same time; None: as many as there are GPUs."""
     from moc_cli.errors import MocError
 
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
         raise MocError(f"--jobs: found {text!r}; allowed: auto or a whole number")
+    return None if text == "auto" else int(text)
+
+
+def _count_gpus() -> int:
     import torch
 
-    gpus = torch.cuda.device_count()
-    return (max(1, gpus) if text == "auto" else int(text)), gpus
+    return torch.cuda.device_count()
 
 
 def _again(

@@ -12,8 +12,9 @@ from moc_cli.models.compiled_generation import compiled_generation
 from moc_cli.models.tokens import may_exceed
 from moc_cli.scoring import metrics
 from moc_cli.scoring.generate import BEAMS, NEW_TOKENS, ExtractedAnswer, answer_length, generate
+from moc_cli.scoring.metrics import Score
 from moc_cli.scoring.rank import ItemScore, query_length, rank
-from moc_cli.scoring.results import Score, ScoringOptions
+from moc_cli.scoring.results import ScoringOptions
 
 Choices = Sequence[ChoiceExample]
 

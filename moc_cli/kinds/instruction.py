@@ -20,7 +20,8 @@ from moc_cli.scoring import metrics
 from moc_cli.scoring.forward import Limits
 from moc_cli.scoring.generate import write
 from moc_cli.scoring.loss import TextScore
-from moc_cli.scoring.results import Score, ScoringOptions
+from moc_cli.scoring.metrics import Score
+from moc_cli.scoring.results import ScoringOptions
 
 
 class Instruction(Writing):

@@ -18,7 +18,8 @@ from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import ModelHead, ScoringProtocol
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
-from moc_cli.scoring.results import Evaluation, Item, Score, ScoringOptions, single_task
+from moc_cli.scoring.metrics import Score
+from moc_cli.scoring.results import Evaluation, Item, ScoringOptions, single_task
 
 Tokenizer = PreTrainedTokenizerBase
 Examples = Sequence[Any]

@@ -20,7 +20,8 @@ from moc_cli.recipe.tasks import CLASSIFIER
 from moc_cli.scoring import metrics
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.forward import evaluating
-from moc_cli.scoring.results import Score, ScoringOptions
+from moc_cli.scoring.metrics import Score
+from moc_cli.scoring.results import ScoringOptions
 
 Texts = Sequence[PairExample]
 

@@ -11,7 +11,8 @@ from moc_cli.kinds.kind import Examples, Observe, Tokenizer
 from moc_cli.methods import TextModel
 from moc_cli.scoring import metrics
 from moc_cli.scoring.loss import TextScore
-from moc_cli.scoring.results import Score, ScoringOptions
+from moc_cli.scoring.metrics import Score
+from moc_cli.scoring.results import ScoringOptions
 
 
 class Writing(Causal):

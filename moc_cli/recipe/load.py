@@ -46,6 +46,9 @@ class Draft:
     places: dict[reader.Path, Position]
     problems: list[tuple[Position, Problem]] = field(default_factory=list)
 
+    def copy(self) -> "Draft":
+        return Draft(copy.deepcopy(self.values), dict(self.places), list(self.problems))
+
     def place(self, path: reader.Path) -> Position:
         """Return where `path`, or the nearest section around it, was written."""
         while path not in self.places:
@@ -81,7 +84,14 @@ def load_recipe(
 
     Raises RecipeError with one line per mistake, in the order of the file, then of the overrides.
     """
-    draft = _read(find_recipe(name))
+    return finish_recipe(read_draft(name), overrides, varied)
+
+
+def finish_recipe(
+    draft: Draft, overrides: Sequence[str] = (), varied: Sequence[str] = ()
+) -> Recipe:
+    """Return the recipe of a draft with overrides applied, as `load_recipe`; the draft is kept."""
+    draft = draft.copy()
     _apply(draft, [*(("--set", o) for o in overrides), *(("--vary", v) for v in varied)])
     recipe, wrong = _validate(draft)
     if recipe is not None:
@@ -121,8 +131,11 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
 _Dumper.add_representer(list, _Dumper.represent_list)
 
 
-def _read(path: Path) -> Draft:
-    """Return the file as a draft. Raises RecipeError where there is nothing to validate."""
+def read_draft(name: str | Path) -> Draft:
+    """Return the recipe at a path or of a shipped name, for `finish_recipe` to take any number of
+    times. Raises RecipeError where there is nothing to validate.
+    """
+    path = find_recipe(name)
     name = shown(path)
     draft = Draft({}, {(): Position((0, 0), name)})
     try:

@@ -4,22 +4,36 @@ A metric is written once, as scores (R,) of labels and predictions (n,) and of c
 often each item counts, n in all. Each item once gives the score itself; counts of items drawn with
 replacement give the resamples behind standard errors and intervals. A correlation of constant
 predictions is 0: they tell nothing about the labels.
+
+No torch here: finished runs are compared without it.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from moc_cli.data.examples import ChoiceExample
 from moc_cli.errors import DataError
-from moc_cli.scoring.results import Score
 
 RESAMPLES = 1000  # of the bootstrap
 DRAWN_AT_ONCE = 2_000_000  # counts in one array of resamples: 16 MB
 ROUNDING = 1e-12  # a variance that is this part of the items' is one of equal values
 Labels = Sequence[int | float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric on n items: value and standard error as fractions, and what the best constant
+    answer would score (each None where there is no such thing). A perplexity is no fraction.
+    """
+
+    value: float
+    stderr: float | None
+    majority: float | None
+    n: int
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from moc_cli.recipe.sections import TooLong
 from moc_cli.recipe.tasks import ScoringProtocol
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
 from moc_cli.scoring.generate import ExtractedAnswer
+from moc_cli.scoring.metrics import Score
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,6 @@ class Item(Protocol):
 
     def sample(self) -> dict[str, Any]:
         """Return what samples.jsonl says of it."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric on n items: value and standard error as fractions, and what the best constant
-    answer would score (each None where there is no such thing). A perplexity is no fraction.
-    """
-
-    value: float
-    stderr: float | None
-    majority: float | None
-    n: int
 
 
 @dataclass(frozen=True)

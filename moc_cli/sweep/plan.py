@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moc_cli.errors import MocError, RunError
-from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.load import finish_recipe, read_draft
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sweep import Setting, Sweep, check_keys
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import RunFolder
+from moc_cli.training.changes import is_finished
 
 Cell = tuple[Setting, ...]
 
@@ -37,8 +38,6 @@ class PlannedRun:
 
         Raises RunError where its folder holds another one.
         """
-        from moc_cli.training.resume import is_finished
-
         scored = [*self.results.path.glob("eval/*/results.json")]
         return is_finished(self.recipe, self.results) and len(scored) >= evaluations
 
@@ -153,12 +152,12 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
     varied = [change for own in settings.values() for change in _varied(own)]
     if refused := list(check_keys([*sweep.common, *varied, *changes])):
         raise MocError("\n".join(refused))
+    draft, common = read_draft(sweep.recipe), [*sweep.common, "output.output_dir=run"]
     for own in settings.values():
-        common = [*sweep.common, "output.output_dir=run"]
         try:
-            loaded[own] = load_recipe(sweep.recipe, common, _varied(own))
+            loaded[own] = finish_recipe(draft, common, _varied(own))
             if changes:
-                load_recipe(sweep.recipe, [*common, *_varied(own), *changes])
+                finish_recipe(draft, [*common, *_varied(own), *changes])
         except MocError as error:
             for line in error.message.splitlines():
                 mistakes.setdefault(line, _name(own))

@@ -18,13 +18,14 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import build
+from moc_cli.training.changes import check_recipe
 from moc_cli.training.checkpoint import Snapshot
 from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.device_checks import check_device_keys
 from moc_cli.training.environment import describe_device
 from moc_cli.training.loop_types import Settings
 from moc_cli.training.memory import tensor_bytes
-from moc_cli.training.resume import check_facts, check_recipe, check_weights, keep_place
+from moc_cli.training.resume import check_facts, check_weights, keep_place
 from moc_cli.training.sharding import check_sharding, shard_layers, splits
 
 Say = Callable[[str], None]

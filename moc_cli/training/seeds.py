@@ -25,8 +25,8 @@ from moc_cli.runs import Call, RunFolder
 from moc_cli.signals import stop_number
 from moc_cli.training.accelerator import join_launched
 from moc_cli.training.build import read_rows
+from moc_cli.training.changes import is_finished
 from moc_cli.training.interrupt import Interrupted
-from moc_cli.training.resume import is_finished
 from moc_cli.training.session import Session
 
 SUMMARY = "seeds.json"

@@ -19,7 +19,7 @@ from moc_cli.recipe.reader import parse_scalar, read_yaml
 from moc_cli.recipe.reference import Key, json_schema, keys
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import nearest
-from moc_cli.training.resume import check_recipe
+from moc_cli.training.changes import check_recipe
 
 GOOD = """\
 model:

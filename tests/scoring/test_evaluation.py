@@ -21,8 +21,9 @@ from moc_cli.kinds import Choice, Pairs
 from moc_cli.methods import TextModel, bare
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.loss import lm_loss
+from moc_cli.scoring.metrics import Score
 from moc_cli.scoring.rank import ItemScore, rank
-from moc_cli.scoring.results import Evaluation, Score, ScoringOptions, average
+from moc_cli.scoring.results import Evaluation, ScoringOptions, average
 
 MakeModel = Callable[..., PreTrainedModel]
 CLOSE = 2e-4  # float32 sums of log-probabilities, in different orders of the same products

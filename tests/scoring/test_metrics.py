@@ -21,13 +21,13 @@ from moc_cli.recipe.tasks import TASKS
 from moc_cli.scoring.metrics import (
     METRICS,
     SCORES,
+    Score,
     draw_counts,
     majority,
     majority_choice,
     measure,
     perplexity,
 )
-from moc_cli.scoring.results import Score
 
 # 3 found of class 1, 1 found wrongly, 2 missed, 4 rightly left: out of 10.
 LABELS = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,6 +13,13 @@ import pytest
 
 from moc_cli.cli import run
 from moc_cli.sweep import execute
+
+WITHOUT_TORCH = """
+import sys
+sys.modules |= {"torch": None, "transformers": None}
+from moc_cli.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
 
 
 class Ended:
@@ -101,6 +109,12 @@ def test_it_searches_trains_the_other_seeds_and_compares(
     assert run(["sweep", sweep, "--json"]) == 0
     assert not started
     assert json.loads(capsys.readouterr().out) == summary
+    answer = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "sweep", sweep, "--json"],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(answer.stdout) == summary
     # Each side's interval is made from its own items: here r4 is right everywhere, r2 nowhere.
     for folder in (tmp_path / "kept").glob("r[24]/*/*/eval/*"):
         answer_all(folder, right="r4" in folder.parts)

@@ -20,12 +20,12 @@ from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import attach
 from moc_cli.processes import Elsewhere, Processes
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
+from moc_cli.training.changes import check_recipe
 from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Data, Settings
-from moc_cli.training.resume import check_recipe
 
 METHODS: dict[str, Any] = {
     "moc": MocMethod(rank=4, top_k=2, routing={"level": "sample"}, gate={"projection_dim": 8}),

@@ -141,7 +141,7 @@ def test_the_command_refuses_before_weights_load(tmp_path, monkeypatch, capsys) 
 
 
 def test_a_checkpoint_from_before_a_key_was_there_resumes(tmp_path) -> None:
-    from moc_cli.training.resume import check_recipe
+    from moc_cli.training.changes import check_recipe
 
     now = recipe_with().model_dump(mode="json")
     then = now | {"train": {key: value for key, value in now["train"].items() if key != "optim"}}

@@ -1,0 +1,142 @@
+"""What may change in a recipe when its run is resumed, and whether a folder holds its run, done.
+
+No torch here: a sweep compares recipes to see which runs are finished.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from moc_cli.errors import RunError
+from moc_cli.files import flatten
+from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.paths import PATH_KEYS, absolute_path, absolute_paths
+from moc_cli.recipe.reference import keys
+from moc_cli.recipe.schema import Recipe
+from moc_cli.runs import RunFolder
+
+# Key or section -> what the user is warned of when it changed; "" where no warning is needed.
+FROM_HERE, FOLLOWS = "from this step on", "the rate follows the new number of steps"
+CHANGEABLE = {
+    "output": "",
+    "launch.num_processes": "",
+    "launch.num_machines": "",
+    "launch.machine_rank": "",
+    "launch.main_process_ip": "",
+    "launch.main_process_port": "",
+    "launch.ddp_timeout": "",
+    "launch": "results may differ in their last bits",
+    "model.model_name_or_path": "the same weights in another place",
+    "model.tokenizer_name": "the same vocabulary in another place",
+    "data.path": "",
+    "train.num_train_epochs": FOLLOWS,
+    "train.max_steps": FOLLOWS,
+    "train.learning_rate": FROM_HERE,
+    "train.loraplus_lr_ratio": FROM_HERE,
+    "method.gate.learning_rate": FROM_HERE,
+    "train.max_grad_norm": FROM_HERE,
+    "train.activation_checkpointing": "",
+    "train.gradient_checkpointing": "",
+    "train.tf32": "results may differ in their last bits",
+    "train.torch_compile": "results may differ in their last bits",
+    "train.packing": "results may differ in their last bits",
+    "eval.per_device_eval_batch_size": "",
+    "eval.eval_strategy": FROM_HERE,
+    "eval.eval_steps": FROM_HERE,
+    "eval.early_stopping_patience": FROM_HERE,
+    "eval.torch_compile": "",
+    "eval.before": "",
+}
+# What a resume may change, and with which another run is trained.
+IN_USE = {key for key, rule in CHANGEABLE.items() if rule in (FROM_HERE, FOLLOWS)}
+LENGTH = {"train.max_steps", "train.num_train_epochs"}
+SAME_OPTIMIZERS = {"adamw", "adamw_fused"}  # one state, on a GPU and where there is none
+BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+
+
+def check_recipe(
+    saved: dict[str, Any], wanted: dict[str, Any], processes: tuple[int, int] = (1, 1)
+) -> list[str]:
+    """Return a sentence on each harmless change of the recipe, or of the number of processes.
+
+    `processes`: then and now. Raises RunError naming every key that makes it another run.
+    """
+    before, after = flatten(saved), flatten(wanted)
+    old_world, world = processes
+    then, now = rows_a_step(before, old_world), rows_a_step(after, world)
+    defaults = _defaults()
+    changes, refused = [], []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if key in PATH_KEYS:  # older runs kept paths as they were typed
+            old, new = absolute_path(old), absolute_path(new)
+        if old == new:
+            continue
+        if key not in before and new == defaults.get(key):  # a key of later versions
+            continue
+        if key in BATCH_KEYS and then == now:
+            continue  # see `keep_place`
+        if key == "train.optim" and {old, new} == SAME_OPTIMIZERS:
+            changes.append(f"{key}: {old} -> {new}; {CHANGEABLE['launch']}")
+            continue
+        rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
+        if not rule:
+            refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")
+        elif CHANGEABLE[rule]:
+            changes.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
+    hint = "resume with the old values, or start another run: --output-dir OTHER"
+    if old_world != world and then == now:
+        dropout = "; dropout draws other masks" if 1 in processes else ""
+        changes.append(f"processes: {old_world} -> {world}; {now} rows a step as before{dropout}")
+    elif old_world != world:
+        refused.append(f"rows a step ({then} in {old_world} processes then, {now} in {world} now)")
+        size, steps = BATCH_KEYS
+        fitting, rest = divmod(then, after[size] * world)
+        if not rest:
+            hint = f"resume with --set {steps}={fitting}"
+    if refused:
+        recipe = "the recipe is not the one this run was started with"
+        raise RunError(f"{recipe}: {', '.join(refused)}", hint)
+    return changes
+
+
+def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether a folder holds the run of a recipe, done; a longer one is to be continued.
+
+    Raises RunError where the folder holds a run of another recipe.
+    """
+    if not (folder.path / "results.json").is_file():
+        return False
+    results = folder.read_results()
+    if results.get("status") != "finished" or results.get("unscored"):
+        return False
+    saved = load_recipe(folder.recipe_file).model_dump(mode="json")
+    wanted = absolute_paths(recipe).model_dump(mode="json")
+    for key, value in wanted["data"].items():
+        if value is None:  # read from the rows of a custom dataset
+            wanted["data"][key] = saved["data"][key]
+    check_recipe(saved, wanted)
+    before, after = flatten(saved), flatten(wanted)
+    changed = {key for key in IN_USE if before.get(key) != after.get(key)}
+    if changed - LENGTH:
+        raise RunError(
+            f"{folder.path} is finished with another {', '.join(sorted(changed - LENGTH))}",
+            "take the values of then, or another folder: --output-dir OTHER",
+        )
+    return not changed
+
+
+def rows_a_step(recipe: Mapping[str, Any], processes: int) -> int:
+    """Rows of one optimizer step in all processes, of a recipe with dotted keys."""
+    size, steps = (int(recipe[key]) for key in BATCH_KEYS)
+    return size * steps * processes
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return {row.key: json.loads(row.default) for row in keys() if row.default}
+
+
+def _word(value: Any) -> str:
+    return "nothing" if value is None else str(value)
