@@ -139,7 +139,7 @@ def check_language_model(name: str, *, trust_remote_code: bool = False) -> None:
     config = load_config(name, trust_remote_code=trust_remote_code)
     heads = [head for head in config.architectures or () if head.endswith("Classification")]
     family = FAMILIES.get(config.model_type)
-    if heads or (family is not None and not family.causal):
+    if heads or (family is not None and not family.placement.causal):
         what = heads[0] if heads else config.model_type
         raise MocError(
             f"--model: '{name}' is not a language model but {what}",

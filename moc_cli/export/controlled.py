@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from moc_cli.models.families import Family, Place
 from moc_cli.models.hooks import HookedModel, cast_inputs, find_layers
+from moc_cli.models.placement import Place, Placement
 from moc_cli.nn.control import Control, LearnedAlpha
 from moc_cli.nn.gate import GATES
 from moc_cli.nn.mixture import Mixture
@@ -26,8 +26,8 @@ class Controlled:
             name: Place(**value) if isinstance(value, dict) else value
             for name, value in settings["placement"].items()
         }
-        family = Family(**places)
-        layers = find_layers(self, family)
+        placement = Placement(**places)
+        layers = find_layers(self, placement)
         device = next(layers.parameters()).device
         mixture = Mixture(
             len(layers),
@@ -38,7 +38,7 @@ class Controlled:
             Routing(**settings["routing"]),
             device="meta" if device.type == "meta" else "cpu",
         )
-        HookedModel(self, mixture.to(device), family)
+        HookedModel(self, mixture.to(device), placement)
         self._keep_in_fp32_modules_strict |= {"moc", *settings["modules"]}
         for name in settings["modules"]:
             self.get_submodule(name).register_forward_pre_hook(cast_inputs)

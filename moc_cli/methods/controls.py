@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.adapted import Placed
 from moc_cli.methods.size import check_size, one_device
-from moc_cli.models.families import Family, Place, find_family
+from moc_cli.models.families import find_family
 from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
+from moc_cli.models.placement import Place, Placement
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.routing import Routing
 from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
@@ -24,17 +25,17 @@ class ControlsMethod(Placed):
 
     def __init__(self, model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int):
         self._method = method
-        self.mixture, family = make_mixture(model, method, seed)
-        self._family = family
-        self._hooked = HookedModel(model, self.mixture, family)
+        self.mixture, placement = make_mixture(model, method, seed)
+        self._placement = placement
+        self._hooked = HookedModel(model, self.mixture, placement)
         self.tracker = self._hooked.tracker
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.mixture.named_parameters())
 
     def config(self) -> dict[str, Any]:
-        placement = asdict(self._family)
-        if not self._family.multiplier:
+        placement = asdict(self._placement)
+        if not self._placement.multiplier:
             del placement["multiplier"]
         return {"method": self._method.model_dump(mode="json"), "placement": placement}
 
@@ -44,18 +45,18 @@ class ControlsMethod(Placed):
 
 def make_mixture(
     model: PreTrainedModel, method: MocMethod | ControlMethod, seed: int, *, empty: bool = False
-) -> tuple[Mixture, Family]:
+) -> tuple[Mixture, Placement]:
     """The controls and gates that fit a model, on its device, and where they belong in it.
 
     With `empty` they are on the meta device, for numbers that are loaded later.
     """
-    family = _family(model, method)
+    placement = _placement(model, method)
     try:
         routing = _routing(method)
     except ValueError as error:  # kinds that exclude each other
         raise MocError(f"method.{error}") from error
     blocks = ("attn", "ffn") if method.sites == "attn+ffn" else (method.sites,)
-    layers = find_layers(model, family)
+    layers = find_layers(model, placement)
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
     _check_init(model, method)
@@ -65,13 +66,13 @@ def make_mixture(
         model.config.get_text_config().hidden_size,
         blocks,
         method.rank,
-        method.scale / _multiplier(model, family, layers[0]),
+        method.scale / _multiplier(model, placement, layers[0]),
         routing,
         generator=torch.Generator().manual_seed(seed),
         device="meta" if device.type == "meta" else "cpu",
     ).to(device)
     mixture.train(model.training)
-    return mixture, family
+    return mixture, placement
 
 
 def _routing(method: MocMethod | ControlMethod) -> Routing:
@@ -98,11 +99,11 @@ def _routing(method: MocMethod | ControlMethod) -> Routing:
     )
 
 
-def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family:
+def _placement(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Placement:
     place = method.placement
     if place is None:
-        return find_family(model.config.model_type, describe_layers(model))
-    return Family(
+        return find_family(model.config.model_type, describe_layers(model)).placement
+    return Placement(
         layers=place.layers,
         attn=Place(place.attn.read, place.attn.write),
         ffn=Place(place.ffn.read, place.ffn.write),
@@ -111,18 +112,18 @@ def _family(model: PreTrainedModel, method: MocMethod | ControlMethod) -> Family
     )
 
 
-def _multiplier(model: PreTrainedModel, family: Family, layer: nn.Module) -> float:
+def _multiplier(model: PreTrainedModel, placement: Placement, layer: nn.Module) -> float:
     """What the model multiplies a block's output with before it adds it to the residual stream.
 
     The place names a value of the config or, where the model computes it, an attribute of a layer.
     """
     config = model.config.get_text_config()
-    if family.multiplier:
-        value = getattr(config, family.multiplier, vars(layer).get(family.multiplier))
+    if placement.multiplier:
+        value = getattr(config, placement.multiplier, vars(layer).get(placement.multiplier))
         if isinstance(value, float | int) and value:
             return float(value)
         raise FamilyError(
-            f"placement: multiplier '{family.multiplier}' is {value!r} in the config of "
+            f"placement: multiplier '{placement.multiplier}' is {value!r} in the config of "
             f"{type(model).__name__}; it must be a number other than 0"
         )
     usual = {"residual_multiplier": getattr(config, "residual_multiplier", 1.0)} | vars(layer)

@@ -12,9 +12,10 @@ from moc_cli.errors import FamilyError, MocError
 from moc_cli.methods.adapted import Placed
 from moc_cli.methods.low_rank import LowRank
 from moc_cli.methods.size import one_device
-from moc_cli.models.families import FAMILIES, Family
+from moc_cli.models.families import FAMILIES
 from moc_cli.models.hooks import find_layers
 from moc_cli.models.layer_mixing import LayerMixedModel
+from moc_cli.models.placement import Placement
 from moc_cli.nn.layer_mixture import LayerMixture
 from moc_cli.recipe.methods import MolexMethod
 
@@ -25,12 +26,12 @@ class Molex(Placed):
     mixture: LayerMixture
 
     def __init__(self, model: PreTrainedModel, method: MolexMethod, seed: int) -> None:
-        family = _family(model)
-        layers = find_layers(model, family)
+        placement = _placement(model)
+        layers = find_layers(model, placement)
         device = one_device(layers)
         mixed = _mixed_layers(method, len(layers))
         self._method = method
-        self._family = family
+        self._placement = placement
         self.low_rank = LowRank(model, method, seed)
         self.mixture = LayerMixture(
             len(layers),
@@ -46,7 +47,7 @@ class Molex(Placed):
             device="meta" if device.type == "meta" else "cpu",
         ).to(device)
         self.mixture.train(model.training)
-        self._hooked = LayerMixedModel(model, self.mixture, family, mixed)
+        self._hooked = LayerMixedModel(model, self.mixture, placement, mixed)
         self.tracker = self._hooked.tracker
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -56,7 +57,7 @@ class Molex(Placed):
         """The method and its places; none of peft's fields, for peft would read LoRA alone."""
         return {
             "method": self._method.model_dump(mode="json"),
-            "placement": {"layers": self._family.layers, "causal": self._family.causal},
+            "placement": {"layers": self._placement.layers, "causal": self._placement.causal},
         }
 
     @contextmanager
@@ -83,11 +84,11 @@ def _mixed_layers(method: MolexMethod, layers: int) -> set[int]:
     return mixed
 
 
-def _family(model: PreTrainedModel) -> Family:
+def _placement(model: PreTrainedModel) -> Placement:
     model_type = model.config.model_type
     if model_type not in FAMILIES:
         raise FamilyError(
             f"molex needs to know where the layers are, and model_type '{model_type}' is not in "
             f"the table of families (known: {', '.join(sorted(FAMILIES))})"
         )
-    return FAMILIES[model_type]
+    return FAMILIES[model_type].placement

@@ -11,64 +11,6 @@ from moc_cli.errors import MocError
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.hooks import find_list
 
-_SPLIT = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-_BERT = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "intermediate.dense",
-    "output.dense",
-)
-
-# q, k, v, up and down in each family's words. Where a model computes several of them by one matrix,
-# that matrix is the target: phi3's and modernbert's up comes with its gate. Attention's output and,
-# where it stands apart, the gate are left out; so are DeBERTa's projections of positions and
-# qwen3_moe's experts, which are no linear modules.
-TARGETS: dict[str, tuple[str, ...]] = {
-    "llama": _SPLIT,
-    "mistral": _SPLIT,
-    "qwen2": _SPLIT,
-    "qwen3": _SPLIT,
-    "qwen3_moe": _SPLIT[:3],
-    "smollm3": _SPLIT,
-    "granite": _SPLIT,
-    "gemma2": _SPLIT,
-    "gemma3_text": _SPLIT,
-    "gemma3": _SPLIT,
-    "phi": (*_SPLIT[:3], "mlp.fc1", "mlp.fc2"),
-    "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "olmo2": _SPLIT,
-    "gpt_neox": ("attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    "cohere": _SPLIT,
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "deberta": ("attention.self.in_proj", "intermediate.dense", "output.dense"),
-    "deberta-v2": (
-        "attention.self.query_proj",
-        "attention.self.key_proj",
-        "attention.self.value_proj",
-        "intermediate.dense",
-        "output.dense",
-    ),
-    "distilbert": (
-        "attention.q_lin",
-        "attention.k_lin",
-        "attention.v_lin",
-        "ffn.lin1",
-        "ffn.lin2",
-    ),
-    "modernbert": ("attn.Wqkv", "mlp.Wi", "mlp.Wo"),
-}
-
 
 def find_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> list[str]:
     """The names in `model` of the linear modules to adapt; None: q, k, v, up and down.
@@ -78,12 +20,13 @@ def find_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> lis
     """
     linear = linear_modules(model)
     paths = sorted(set(linear.values()))
-    if targets is None:
-        targets = TARGETS.get(model.config.model_type)
+    family = FAMILIES.get(model.config.model_type)
+    if targets is None and family is not None:
+        targets = family.targets
     if targets is None:
         raise MocError(
             f"method.targets: what q, k, v, up and down are called in model_type "
-            f"'{model.config.model_type}' is not known (known: {', '.join(sorted(TARGETS))})",
+            f"'{model.config.model_type}' is not known (known: {', '.join(sorted(FAMILIES))})",
             hint=f"Name them: method.targets: [...]. {_listing(model, paths)}",
         )
     chosen: set[str] = set()
@@ -101,7 +44,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, str]:
     family = FAMILIES.get(model.config.model_type)
     below = r"(?:.*?\.)?\d+\."
     if family is not None:
-        layers = find_list(model, family)
+        layers = find_list(model, family.placement)
         name = next(name for name, module in model.named_modules() if module is layers)
         below = rf"{re.escape(name)}\.\d+\."
     linear = {}

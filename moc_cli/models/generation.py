@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from moc_cli.models.families import Family
 from moc_cli.models.masks import inside_padding, valid_tokens
 from moc_cli.models.packing import packed_forward
+from moc_cli.models.placement import Placement
 from moc_cli.nn.forward import Forward
 
 _STORE = "_moc_routes"  # where a cache carries the routes of its own generation
@@ -84,7 +84,7 @@ class GenerationTracker:
         self,
         model: PreTrainedModel,
         mixture: RoutedMixture,
-        family: Family,
+        placement: Placement,
         *,
         new_store: Callable[[], Store],
         running: bool = False,
@@ -94,7 +94,7 @@ class GenerationTracker:
     ) -> None:
         self.model = model
         self.mixture = mixture
-        self.causal = family.causal
+        self.causal = placement.causal
         self.running = running
         self.votes = votes
         self.by_row = by_row
@@ -102,7 +102,7 @@ class GenerationTracker:
         self._new_store = new_store
         self._fill = fill
         self._number = next(_OWNERS)
-        self.runner = find_runner(model, family)
+        self.runner = find_runner(model, placement)
         self._names = list(signature(self.runner.forward).parameters)
         self._handles = [
             self.runner.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -256,12 +256,12 @@ class GenerationTracker:
                 self._fill(current.store, current.copies)
 
 
-def find_runner(model: PreTrainedModel, family: Family) -> nn.Module:
+def find_runner(model: PreTrainedModel, placement: Placement) -> nn.Module:
     """The innermost module around the layers that takes token ids and their mask.
 
     As a rule that is the base model; but OPT's head calls the base's decoder past the base.
     """
-    path = family.layers
+    path = placement.layers
     while "." in path:
         path = path.rpartition(".")[0]
         module = model.base_model.get_submodule(path)

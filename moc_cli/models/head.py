@@ -13,14 +13,8 @@ from moc_cli.nn.token_loss import summed_loss, token_log_probs
 
 # Logits at a time, but at least those of so many positions: fewer leave a GPU idle.
 CHUNK, LEAST = 2**23, 256
-# What a family does to the logits of its head: the value of its configuration that says how much,
-# and how. No value: nothing.
-_VALUES = {
-    "cohere": "logit_scale",
-    "granite": "logits_scaling",
-    "gemma2": "final_logit_softcapping",
-    "gemma3_text": "final_logit_softcapping",
-}
+# What a family does to the logits of its head, by the value of its configuration that says how much
+# (`Family.logits`). No value: nothing.
 _CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logit_scale": lambda logits, scale: logits * scale,
     "logits_scaling": lambda logits, scale: logits / scale,
@@ -44,7 +38,7 @@ class Head:
             assert isinstance(model, PreTrainedModel)
             self._runner, self._module = model.base_model, model.get_output_embeddings()
             config = model.config.get_text_config()
-            key = _VALUES.get(model.config.model_type, "")
+            key = FAMILIES[model.config.model_type].logits
             self._change, self._value = _CHANGES.get(key), getattr(config, key, None)
             self._vocabulary: int = config.vocab_size
         self._known = signature(self._runner.forward).parameters
@@ -101,8 +95,10 @@ def in_table(model: nn.Module) -> bool:
     one from elsewhere may do something else between its base and its logits.
     """
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if family is None or not family.placement.causal:
+        return False
     own = type(model).__module__.startswith("transformers.")
-    if family is None or not family.causal or not own or not isinstance(model, PreTrainedModel):
+    if not own or not isinstance(model, PreTrainedModel):
         return False
     return model.get_output_embeddings() is not None
 

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moc_cli.errors import FamilyError, MocError
-from moc_cli.models.families import Family, Place
 from moc_cli.models.generation import GenerationTracker
+from moc_cli.models.placement import Place, Placement
 from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.forward import Forward
 from moc_cli.nn.mixture import Mixture
@@ -134,18 +134,23 @@ class HookedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, mixture: Mixture, family: Family, *, register: bool = True
+        self,
+        model: PreTrainedModel,
+        mixture: Mixture,
+        placement: Placement,
+        *,
+        register: bool = True,
     ) -> None:
         self.model = model
         self.mixture = mixture
-        layers = find_layers(model, family)  # resolves all paths before the first hook
+        layers = find_layers(model, placement)  # resolves all paths before the first hook
         self._registered = register
         if register:
             model.add_module("moc", mixture)
         self._handles: list[RemovableHandle] = []
         for site in mixture.sites:
             hook = BlockHook(mixture, site)
-            self._handles += hook.register(layers[site.layer], family.place(site.block))
+            self._handles += hook.register(layers[site.layer], placement.place(site.block))
         for layer in layers:
             self._handles.append(layer.register_forward_hook(self._after_layer))
         if mixture.top_k and mixture.balance_weight:
@@ -153,7 +158,7 @@ class HookedModel:
         self.tracker = GenerationTracker(
             model,
             mixture,
-            family,
+            placement,
             new_store=mixture.new_store,
             running=mixture.routing.decode == "running",
             votes=mixture.routing.top_k > 0 and mixture.routing.level != "token",
@@ -197,28 +202,28 @@ def cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def find_list(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+def find_list(model: PreTrainedModel, placement: Placement) -> nn.ModuleList:
     """The model's list of layers; raises FamilyError naming the lists that it has."""
     base = model.base_model
     try:
-        layers = base.get_submodule(family.layers)
+        layers = base.get_submodule(placement.layers)
     except AttributeError:
         layers = None
     if not isinstance(layers, nn.ModuleList):
         raise FamilyError(
-            f"placement: layers '{family.layers}' is not a list of layers of "
+            f"placement: layers '{placement.layers}' is not a list of layers of "
             f"{type(base).__name__}; it has: {describe_layers(model) or 'none'}"
         )
     return layers
 
 
-def find_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+def find_layers(model: PreTrainedModel, placement: Placement) -> nn.ModuleList:
     """The model's layers; raises FamilyError naming every place in them that does not exist."""
-    layers = find_list(model, family)
+    layers = find_list(model, placement)
     missing: dict[str, int] = {}
     for number, layer in enumerate(layers):
         for block in ("attn", "ffn"):
-            place = family.place(block)
+            place = placement.place(block)
             for end, paths in (("read", place.read), ("write", place.write)):
                 if find_module(layer, paths) is None:
                     named = " or ".join(f"'{path}'" for path in _listed(paths))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from moc_cli.models.families import Family
 from moc_cli.models.generation import GenerationTracker, find_runner
 from moc_cli.models.hooks import FollowLoss, find_layers
+from moc_cli.models.placement import Placement
 from moc_cli.nn.layer_mixture import LayerMixture, LayerSite
 from moc_cli.nn.vote import Route
 
@@ -88,16 +88,20 @@ class LayerMixedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, mixture: LayerMixture, family: Family, mixed: Collection[int]
+        self,
+        model: PreTrainedModel,
+        mixture: LayerMixture,
+        placement: Placement,
+        mixed: Collection[int],
     ) -> None:
         self.model = model
         self.mixture = mixture
-        self.layers = find_layers(model, family)
+        self.layers = find_layers(model, placement)
         self._parts: list[dict[str, Any]] | None = None
         self._rehearsing = False
         self._names = list(signature(self.layers[0].forward).parameters)
         model.add_module("moc", mixture)
-        runner = find_runner(model, family)
+        runner = find_runner(model, placement)
         # First among a layer's hooks, so that any other sees the mixed output. As partials of a
         # bound method, copies and pickles of the model keep their own.
         self._handles = [
@@ -110,7 +114,7 @@ class LayerMixedModel:
         if len(set(getattr(model.config.get_text_config(), "layer_types", None) or [])) > 1:
             self._handles.append(runner.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self._handles.append(runner.register_forward_hook(self._forget))
-        self.tracker = GenerationTracker(model, mixture, family, new_store=LayerStore)
+        self.tracker = GenerationTracker(model, mixture, placement, new_store=LayerStore)
 
     def remove(self) -> None:
         """Take every hook and the mixture out of the model again."""

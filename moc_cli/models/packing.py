@@ -33,7 +33,7 @@ def check_packing(model: PreTrainedModel) -> None:
     """
     if in_table(model):
         return
-    can = ", ".join(sorted(name for name, family in FAMILIES.items() if family.causal))
+    can = ", ".join(sorted(name for name, family in FAMILIES.items() if family.placement.causal))
     raise MocError(
         f"train.packing: {type(model).__name__} ({model.config.model_type}) is not known to keep "
         f"rows apart that lie end to end; families that do: {can}",

@@ -16,13 +16,13 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from moc_cli.errors import MocError
+from moc_cli.models.families import FAMILIES
 from moc_cli.recipe.quantization import Quantization
 
 # Of its modules that warn at each start: of a CPU kernel that it would have to fetch from the hub,
 # and that 8-bit products are made in float16.
 _NOTICES = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 _FOUR, _EIGHT = "Params4bit", "Int8Params"
-_UNABLE = {"deberta": "changes the product of its weights in place, which has no gradient then"}
 
 
 def make_config(
@@ -78,10 +78,11 @@ def choose(
             "leave model.load_in_4bit and model.load_in_8bit out, or give the unquantised model",
         )
     chosen = stored or asked
-    if chosen is not None and config.model_type in _UNABLE:
+    family = FAMILIES.get(config.model_type)
+    if chosen is not None and family is not None and family.writes_into_products:
         raise MocError(
             f"model '{name}' cannot have {chosen} weights: model_type '{config.model_type}' "
-            f"{_UNABLE[config.model_type]}",
+            "changes the product of its weights in place, which has no gradient then",
             "leave model.load_in_4bit and model.load_in_8bit out",
         )
     if chosen is not None:

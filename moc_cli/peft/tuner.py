@@ -16,6 +16,7 @@ from moc_cli.methods.controls import check_fresh, make_mixture
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.hooks import HookedModel
 from moc_cli.models.load import name_classes
+from moc_cli.models.placement import Placement
 from moc_cli.models.quantization import keep_differentiable
 from moc_cli.models.stored_weights import find_stored
 from moc_cli.nn.mixture import Mixture
@@ -36,16 +37,16 @@ class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has 
         self._model = (model,)  # not as a submodule: it holds this one
         self._hooked: HookedModel | None = None
         self._placed: str | None = None
-        self._families: dict[str, Any] = {}
+        self._placements: dict[str, Placement] = {}
         self._active_adapter = []
         self.merged_adapters = []
 
-    def add(self, name: str, mixture: Mixture, family: Any) -> None:
+    def add(self, name: str, mixture: Mixture, placement: Placement) -> None:
         """Keep a set, in place of one of the same name; it acts once it is made active."""
         if self._placed == name:
             self._show(None)
         self.moc_mixtures[name] = mixture
-        self._families[name] = family
+        self._placements[name] = placement
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one set the active one: the hooks of another leave the model first."""
@@ -71,7 +72,7 @@ class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has 
         if self._placed == adapter_name:
             self._show(None)
         super().delete_adapter(adapter_name)
-        self._families.pop(adapter_name, None)
+        self._placements.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -91,7 +92,7 @@ class ControlSets(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has 
         if name is not None:
             (model,) = self._model
             self._hooked = HookedModel(
-                model, self.moc_mixtures[name], self._families[name], register=False
+                model, self.moc_mixtures[name], self._placements[name], register=False
             )
 
 
@@ -130,7 +131,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         name_classes(model.config, config.id2label)
         # peft makes the first set under a context that empties all new modules.
         empty = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
-        mixture, family = make_mixture(model, config.section, config.seed, empty=empty)
+        mixture, placement = make_mixture(model, config.section, config.seed, empty=empty)
         control_sets = getattr(model, MODULE, None)
         if control_sets is None:
             control_sets = ControlSets(model)
@@ -139,7 +140,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
             raise MocError(
                 "the model holds controls of moc_cli.attach already", "detach them first"
             )
-        control_sets.add(adapter_name, mixture, family)
+        control_sets.add(adapter_name, mixture, placement)
         self.targeted_module_names = [MODULE]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         heads = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from moc_cli.adapter.check import check_adapter, check_free, read_state
 from moc_cli.errors import MocError
 from moc_cli.methods.controls import make_mixture
-from moc_cli.models.families import Family
 from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import BlockHook, find_layers
+from moc_cli.models.placement import Placement
 from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
 from moc_cli.recipe.suggest import choices
 from moc_cli.serving.mixed_batch import ControlSet, MixedBatch
@@ -38,7 +38,7 @@ class Tenants:
         self.model = model
         self._sets: dict[str, ControlSet] = {}
         self._batch = MixedBatch()
-        self._family: Family | None = None
+        self._placement: Placement | None = None
         self._handles: list[RemovableHandle] = []
         self._tracker: GenerationTracker | None = None
 
@@ -53,18 +53,18 @@ class Tenants:
             raise MocError(f"there is a control set '{name}' already", "give replace=True")
         checked = check_adapter(self.model, folder)
         method = _shareable(str(folder), checked.config.method, tuple(checked.config.modules))
-        mixture, family = make_mixture(self.model, method, checked.seed)
-        if self._family is not None and family != self._family:
+        mixture, placement = make_mixture(self.model, method, checked.seed)
+        if self._placement is not None and placement != self._placement:
             raise MocError(f"{folder} places its controls elsewhere than the sets that are here")
-        if self._family is not None and method.input_norm != self._batch.input_norm:
+        if self._placement is not None and method.input_norm != self._batch.input_norm:
             raise MocError(
                 f"{folder} has method.input_norm {method.input_norm}, and the sets that are here "
                 f"{self._batch.input_norm}; all sets of a batch read the same"
             )
         mixture.load_state_dict(read_state(checked.adapter), strict=True)
         mixture.requires_grad_(False).train(False)
-        if self._family is None:
-            self._place(family)
+        if self._placement is None:
+            self._place(placement)
             self._batch.input_norm = method.input_norm
         self._sets[name] = ControlSet(name, mixture)
         return self._sets[name].bytes
@@ -108,7 +108,7 @@ class Tenants:
         self._handles.clear()
         if self._tracker is not None:
             self._tracker.remove()
-        self._tracker = self._family = None
+        self._tracker = self._placement = None
         self._sets.clear()
         return self.model
 
@@ -118,15 +118,15 @@ class Tenants:
             raise MocError(f"no control set '{name}'{known}")
         return self._sets[name]
 
-    def _place(self, family: Family) -> None:
+    def _place(self, placement: Placement) -> None:
         """Register the hooks, once, at every block where a set may have a control."""
-        self._family = family
-        for number, layer in enumerate(find_layers(self.model, family)):
+        self._placement = placement
+        for number, layer in enumerate(find_layers(self.model, placement)):
             for block in ("attn", "ffn"):
                 hook = BlockHook(self._batch, (number, block))
-                self._handles += hook.register(layer, family.place(block))
+                self._handles += hook.register(layer, placement.place(block))
         self._tracker = GenerationTracker(
-            self.model, self._batch, family, new_store=self._batch.new_store
+            self.model, self._batch, placement, new_store=self._batch.new_store
         )
 
 

@@ -147,7 +147,7 @@ def leave_out_empty(encoded: Encoded, splits: Splits, max_length: int) -> tuple[
 def check_family(recipe: Recipe, model: PreTrainedModel) -> None:
     """Raise DataError where an encoder is to write text."""
     family = FAMILIES.get(model.config.model_type)
-    if family is None or family.causal or not model.can_generate():
+    if family is None or family.placement.causal or not model.can_generate():
         return
     data, name = recipe.data, recipe.model.model_name_or_path
     what = f"format '{data.format}'" if data.format else f"the suite '{data.suite}'"

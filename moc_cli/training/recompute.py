@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
+from moc_cli.models.families import FAMILIES
 from moc_cli.models.lean import keep_less
 from moc_cli.recipe.schema import Recipe
 
@@ -34,8 +35,6 @@ _ATTENTION = {
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,
 }
-# These families write into results of matrix products, which then cannot be kept for `selective`.
-_WRITES_INTO_RESULTS = {"deberta"}
 
 
 def recompute_mode(recipe: Recipe) -> str:
@@ -74,7 +73,8 @@ def recompute_layers(model: PreTrainedModel, mode: str) -> None:
     if mode == "none":
         return
     check_recompute(model, mode)
-    if model.config.model_type in _WRITES_INTO_RESULTS and mode == "selective":
+    family = FAMILIES.get(model.config.model_type)
+    if mode == "selective" and family is not None and family.writes_into_products:
         mode = "full"
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_FUNCTIONS[mode])
 

@@ -255,20 +255,14 @@ def states_of_width(layer: nn.Module, run: Callable[[], object]) -> dict[str, se
 @pytest.mark.parametrize("case", CASES)
 def test_no_other_place_is_right(case):
     """Each of the four places swapped for every other module in the layer that sees a state."""
-    family = TABLE[CASES[case][0]]
-    place = {
-        "layers": family.layers,
-        "attn": asdict(family.attn),
-        "ffn": asdict(family.ffn),
-        "causal": family.causal,
-        "multiplier": family.multiplier or None,
-    }
+    placement = TABLE[CASES[case][0]].placement
+    place = asdict(placement) | {"multiplier": placement.multiplier or None}
     with all_float64():
         model = make(case)
         batch = {name: value[:, 3:] for name, value in make_batch(4, "left").items()}
-        if not family.causal:
+        if not placement.causal:
             batch = {name: value.flip(1) for name, value in batch.items()}
-        layer = model.base_model.get_submodule(family.layers)[1]
+        layer = model.base_model.get_submodule(placement.layers)[1]
         places = states_of_width(layer, lambda: model(**batch))
         expected: dict[str, Tensor] = {}
 
@@ -302,7 +296,7 @@ def test_no_other_place_is_right(case):
 
 @pytest.mark.parametrize("multiplier", [None, "hidden_act"])
 def test_a_placement_must_know_what_the_model_multiplies_blocks_with(multiplier):
-    placement = asdict(TABLE["granite"]) | {"multiplier": multiplier}
+    placement = asdict(TABLE["granite"].placement) | {"multiplier": multiplier}
     model = make_tiny("granite")
     with refused(FamilyError):
         attach(model, moc(placement=placement))
@@ -311,7 +305,7 @@ def test_a_placement_must_know_what_the_model_multiplies_blocks_with(multiplier)
 
 def test_every_family_of_the_table_is_tested():
     assert set(TABLE) == set(FAMILIES)
-    assert {name: family.causal for name, family in TABLE.items()} == {
+    assert {name: family.placement.causal for name, family in TABLE.items()} == {
         name: name in DECODERS for name in FAMILIES
     }
 

@@ -81,7 +81,7 @@ def test_gradients_are_equal_with_activation_checkpointing(family, reentrant):
         grads.append({n: p.grad for n, p in adapted.named_trainables().items()})
         assert all(grad is not None for grad in grads[-1].values())
     # Every site really ran again, but for those that write outside the layer's checkpoint.
-    again = 1 if TABLE[family].attn.write == "" else 2
+    again = 1 if TABLE[family].placement.attn.write == "" else 2
     assert [len(seen) for seen in calls] == [2 * 4, again * 2 * 4]
     for name, grad in grads[0].items():
         # Reentrant checkpointing adds the two forwards' gradients in another order.

@@ -108,7 +108,7 @@ _CHANGES: dict[str, dict] = {
     },
 }
 FAMILIES = tuple(_CHANGES)
-DECODERS = tuple(family for family in FAMILIES if TABLE[family].causal)
+DECODERS = tuple(family for family in FAMILIES if TABLE[family].placement.causal)
 ENCODERS = tuple(family for family in FAMILIES if family not in DECODERS)
 # One decoder of each kind: one cache for all layers, windows, two types of layers (of masks; of
 # positions too), fused projections, the cache under another name.
