@@ -55,22 +55,23 @@ class Variant:
 
 
 def make_variants(
-    recipe: str, changes: Sequence[str], methods: Sequence[str], vary: Sequence[str]
+    recipe: str, changes: Sequence[str], methods: Sequence[str] | None, vary: Sequence[str]
 ) -> list[Variant]:
     """Return each method with each combination of the values tried, methods in their order.
 
-    `changes` are those of `--set`. A method's keys are tried with the methods that have them. A
-    method other than the recipe's has its own defaults; keys that it shares with a related method
-    (`control` with `moc`) have the recipe's values. Raises MocError for an unknown method, a wrong
-    key, and what is given twice.
+    `changes` are those of `--set`. Without `methods` it is the recipe's own. A method's keys are
+    tried with the methods that have them. A method other than the recipe's has its own defaults;
+    keys that it shares with a related method (`control` with `moc`) have the recipe's values.
+    Raises MocError for an unknown method, a wrong key, and what is given twice.
     """
-    for name in methods:
+    for name in methods or ():
         if name not in METHODS:
             raise MocError(f"--methods: '{name}' is no method{choices(name, list(METHODS))}")
-    if not methods:
+    if methods is not None and not methods:
         raise MocError("--methods names no method", f"known: {', '.join(METHODS)}")
     draft = read_draft(recipe)
     own = finish_recipe(draft, changes)
+    methods = methods or [own.method.name]
     tried = [_values(text) for text in vary]
     _refuse_repeated("--methods", methods)
     _refuse_repeated("--vary", [key for key, _ in tried])
@@ -87,7 +88,8 @@ def make_variants(
         fitting = [texts for key, texts in tried if _has(name, key)]
         for combination in product(*fitting):
             chosen = _of_method(own, name, changes)
-            changed = finish_recipe(draft, chosen, combination)
+            is_own = chosen == list(changes) and not combination
+            changed = own if is_own else finish_recipe(draft, chosen, combination)
             variants.append(Variant(changed, combination, all_changes=(*chosen, *combination)))
     return variants
 

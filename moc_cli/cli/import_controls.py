@@ -57,4 +57,4 @@ def import_controls(
         print_json({"run": run.path, "method": taken.method.model_dump(mode="json")})
         return
     say(f"Written: {run.path}, method {taken.method.name} of the controls")
-    show_next(use_commands(str(run.path)))
+    show_next(use_commands(str(run.path), taken))

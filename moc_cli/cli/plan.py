@@ -57,15 +57,13 @@ def plan(
     """
     from moc_cli.benchmark.variants import make_variants
     from moc_cli.planning.cards import find_card
-    from moc_cli.recipe.load import check_trust, load_recipe
+    from moc_cli.recipe.load import check_trust
 
     launch = {"num_processes": processes, "strategy": strategy}
     given = [f"launch.{key}={value}" for key, value in launch.items() if value is not None]
     set_ = [*(set_ or []), *given]
-    own = load_recipe(recipe, set_)
-    check_trust(own, recipe, granted=trust_remote_code)
-    names = split_names(methods) or [own.method.name]
-    variants = make_variants(recipe, set_, names, vary or [])
+    variants = make_variants(recipe, set_, split_names(methods) or None, vary or [])
+    check_trust(variants[0].recipe, recipe, granted=trust_remote_code)
     named = None if gpu is None else find_card(gpu)
     # Imported late: a mistake in the recipe is reported sooner.
     from moc_cli.planning.fit import card_here

@@ -181,6 +181,7 @@ def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> 
     from moc_cli.cli.try_next import comparison_commands, show_next, use_commands
     from moc_cli.report.score_tables import results_table
     from moc_cli.report.tables import memory_table, parameter_table, utilization_tables
+    from moc_cli.runs import RunFolder
 
     print_table(
         parameter_table(results["parameters"]),
@@ -190,13 +191,15 @@ def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> 
     )
     folder = recipe.output.output_dir
     say(summary_line(results, Path(folder)))
-    show_next([*use_commands(folder), *comparison_commands(recipe, folder, other)])
+    own = RunFolder(folder).read_recipe(trust_remote_code=True)
+    show_next([*use_commands(folder, own), *comparison_commands(recipe, folder, other)])
 
 
 def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
     from moc_cli.cli.try_next import seeds_commands, show_next, use_commands
     from moc_cli.report.comparison_tables import seeds_table
     from moc_cli.report.output import print_json, print_table, say
+    from moc_cli.runs import RunFolder
     from moc_cli.training.seeds import SUMMARY
 
     if json:
@@ -207,7 +210,8 @@ def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
     say(f"The median run by {median['by']} is seed {median['seed']}: {median['path']}")
     say(f"Written: {Path(recipe.output.output_dir) / SUMMARY}")
     runs = [run["path"] for run in summary["seeds"]]
-    show_next([*use_commands(median["path"]), *seeds_commands(runs)])
+    own = RunFolder(median["path"]).read_recipe(trust_remote_code=True)
+    show_next([*use_commands(median["path"], own), *seeds_commands(runs)])
 
 
 @contextmanager

@@ -17,14 +17,12 @@ _SHARED = {"moc": ("rank", "scale", "sites", "placement")}
 _SHARED["control"] = _SHARED["moc"]
 
 
-def use_commands(run: str) -> list[Command]:
+def use_commands(run: str, recipe: "Recipe") -> list[Command]:
     """Return the commands that use a finished run.
 
-    Its own recipe holds the format that was found in the rows, where the user's leaves it open.
+    `recipe` is the run's own: it holds the format that was found in the rows, where the user's
+    leaves it open.
     """
-    from moc_cli.runs import RunFolder
-
-    recipe = RunFolder(run).read_recipe(trust_remote_code=True)
 
     def command(name: str, *options: str) -> str:
         return shlex.join([program(), name, run, *options])

@@ -21,6 +21,7 @@ from moc_cli.cli import run
 from moc_cli.data.encode import IGNORED
 from moc_cli.errors import MocError
 from moc_cli.recipe.load import load_recipe
+from moc_cli.recipe.schema import RecipeFile
 
 SHORT = ["--set", "data.max_length=12", "--set", "train.per_device_train_batch_size=2"]
 TINY = [*SHORT, "--set", "method.rank=4", "--layers", "1", "--repeats", "2", "--warmup", "0"]
@@ -188,6 +189,18 @@ def test_a_ratio_is_of_the_same_turn() -> None:
     assert entry["ratio_to_lora"] is None
     assert entry["peak_bytes_to_control"] == 2
     assert entry["working_bytes_to_control"] == 3
+
+
+def test_a_recipe_is_parsed_once_and_validated_once_for_each_variant(
+    recipes_read: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validated = []
+    validate = RecipeFile.model_validate
+    monkeypatch.setattr(RecipeFile, "model_validate", lambda v: validated.append(v) or validate(v))
+    make_variants("quickstart", [], None, [])
+    assert (len(recipes_read), len(validated)) == (1, 1)
+    make_variants("quickstart", [], ["moc", "control"], ["train.bf16=true,false"])
+    assert (len(recipes_read), len(validated)) == (2, 1 + 1 + 4)
 
 
 def test_kin_share_their_keys_and_others_have_their_defaults() -> None:

@@ -124,7 +124,7 @@ def test_own_rows_are_trained_on_and_scored_and_scored_again(kind, tmp_path, cap
         assert scores[main]["value"] > 0.5
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert kept.data.format == kind
-    purposes = [purpose for _, purpose in use_commands(str(tmp_path / "run"))]
+    purposes = [purpose for _, purpose in use_commands(str(tmp_path / "run"), kept)]
     assert ("text of the trained model" in purposes) == ("perplexity" in scores)
     assert kept.data.labels == (["blue", "red"] if kind == "classification" else None)
     opened = open_run(tmp_path / "run")
