@@ -86,7 +86,7 @@ class LoadedRun(LoadedModel):
     @property
     def kind(self) -> Kind:
         """The kind of the tasks that it was trained on."""
-        return make_kind(self.recipe.data)
+        return make_kind(self.recipe.data.task)
 
 
 def open_run(
@@ -112,7 +112,7 @@ def open_run(
     saved, state = _read_saved(folder, recipe)
     chosen = make_accelerator(recipe.launch, (), folder.path).device
     check_device_keys(recipe, chosen, training=False)
-    precision = "highest" if exact else matmul_precision(recipe, chosen)
+    precision = "highest" if exact else matmul_precision(chosen, tf32=recipe.train.tf32)
     torch.set_float32_matmul_precision(precision)
     try:
         tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)

@@ -65,6 +65,21 @@ AT_HOME = {
     "datasets": {"data"},
     "accelerate": {"training", "scoring/batch_size.py", "benchmark", "processes.py", "launching"},
 }
+# The rooms that take values out of a recipe, not a recipe or its sections; only a method's own
+# section goes to the rooms that place it.
+WITHOUT_RECIPE = {
+    "nn",
+    "models",
+    "methods",
+    "adapter",
+    "scoring",
+    "kinds",
+    "peft",
+    "report",
+    "launching",
+    "api",
+}
+RECIPE = ("moc_cli.recipe.schema", "moc_cli.recipe.sections")
 LONGEST = 350  # lines; at 300 a file is worth another look
 
 
@@ -142,6 +157,10 @@ def offences(path: Path) -> Iterator[str]:
     for library, places in AT_HOME.items():
         if library in libraries and own not in places and name not in places:
             yield f"{name}: {library} belongs in {', '.join(sorted(places))}"
+    if own in WITHOUT_RECIPE:
+        for module in sorted(imports(path, for_types=True)):
+            if module.startswith(RECIPE):
+                yield f"{name}: {own} takes values, not {module}"
     if own == "nn":
         for library in sorted(libraries - {"moc_cli", "torch"} - set(sys.stdlib_module_names)):
             yield f"{name}: nn knows torch alone, not {library}"
@@ -183,6 +202,13 @@ def test_the_checks_see_what_they_forbid(tmp_path: Path, monkeypatch: pytest.Mon
     light.parent.mkdir()
     light.write_text('"""A table."""\nimport scipy.stats\n')
     assert list(offences(light)) == ["report/light.py: imports scipy at its start"]
+    low = tmp_path / "moc_cli" / "scoring" / "low.py"
+    low.parent.mkdir()
+    low.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from moc_cli.recipe.schema import Recipe\n"
+    )
+    assert "scoring/low.py: scoring takes values, not moc_cli.recipe.schema.Recipe" in offences(low)
     stray = tmp_path / "moc_cli" / "attic" / "old.py"
     stray.parent.mkdir()
     stray.write_text("")

@@ -22,7 +22,7 @@ def make_rows(recipe: Recipe, model: PreTrainedModel, number: int, *, own: bool)
     """
     if own:
         return _own_rows(recipe, embeddings(model))
-    kind = make_kind(recipe.data)
+    kind = make_kind(recipe.data.task)
     length = min(recipe.data.max_length, max_positions(model) or recipe.data.max_length)
     rng = random.Random(recipe.seed)
     rows: list[Row] = []
@@ -37,7 +37,7 @@ def _own_rows(recipe: Recipe, vocabulary: int) -> Encoded:
     examples = splits.train
     if len(examples) > SAMPLE:
         examples = random.Random(recipe.seed).sample(examples, SAMPLE)
-    encoded = make_kind(recipe.data).encode(
+    encoded = make_kind(recipe.data.task).encode(
         examples,
         build.make_tokenizer(recipe.model, recipe.data.chat_template),
         max_length=recipe.data.max_length,

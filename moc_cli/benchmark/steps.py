@@ -91,7 +91,7 @@ def make_loop(
         place = folder / f"{len(list(folder.iterdir()))}"
         loop = Loop(
             built.adapted,
-            build.make_data(recipe, make_kind(recipe.data), rows, padding_tokenizer()),
+            build.make_data(recipe, make_kind(recipe.data.task), rows, padding_tokenizer()),
             replace(build.make_settings(recipe), max_steps=ENDLESS, warmup_steps=1),
             accelerator=accelerator,
             checkpoints=Checkpoints(place / "checkpoints"),

@@ -84,7 +84,9 @@ def take_turns(
     counted: list[list[Turn]] = [[] for _ in variants]
     for number in range(options.turns):
         for place, variant in enumerate(variants):
-            torch.set_float32_matmul_precision(matmul_precision(variant.recipe, device))
+            torch.set_float32_matmul_precision(
+                matmul_precision(device, tf32=variant.recipe.train.tf32)
+            )
             with naming(variant):
                 turn = work(place)
             if number >= options.warmup:

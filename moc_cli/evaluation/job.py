@@ -48,7 +48,7 @@ class EvalJob:
     @property
     def kind(self) -> Kind:
         """The kind of the tasks."""
-        return make_kind(self.data)
+        return make_kind(self.data.task)
 
     @property
     def label(self) -> str:

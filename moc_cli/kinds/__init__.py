@@ -15,8 +15,7 @@ from moc_cli.kinds.instruction import Instruction
 from moc_cli.kinds.kind import Kind
 from moc_cli.kinds.pairs import Pairs
 from moc_cli.kinds.writing import PlainText, Writing
-from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import UNKNOWN
+from moc_cli.recipe.tasks import UNKNOWN, Task
 
 __all__ = ["KINDS", "Choice", "Instruction", "Kind", "Pairs", "PlainText", "Writing", "make_kind"]
 
@@ -31,11 +30,11 @@ KINDS: dict[str, type[Kind]] = {
 }
 
 
-def make_kind(data: DataSection) -> Kind:
-    """Return the kind of the tasks that a recipe names.
+def make_kind(task: Task) -> Kind:
+    """Return the kind of a task, as `data.task` of a recipe names it.
 
     Raises DataError where the rows of a custom dataset have to be read first to know it.
     """
-    if data.task is UNKNOWN:
+    if task is UNKNOWN:
         raise DataError("data.format is known only when the rows are read")
-    return KINDS[data.kind.name].of(data)
+    return KINDS[task.kind.name].of(task)

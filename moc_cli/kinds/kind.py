@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from moc_cli.data.encode import Encoded, Row
 from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import TextModel
-from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import ModelHead, ScoringProtocol
+from moc_cli.recipe.tasks import ModelHead, ScoringProtocol, Task
 from moc_cli.scoring.batch_size import BatchSize
 from moc_cli.scoring.forward import Progress
 from moc_cli.scoring.metrics import Score
@@ -34,8 +33,8 @@ class Kind(ABC):
     watched_by: ScoringProtocol | None = None  # in training; None: by losses of rows that are cut
 
     @classmethod
-    def of(cls, data: DataSection) -> Self:
-        """Return the kind of the tasks in a recipe's data section."""
+    def of(cls, task: Task) -> Self:
+        """Return the kind of a task."""
         return cls()
 
     @property

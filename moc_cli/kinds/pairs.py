@@ -15,8 +15,7 @@ from moc_cli.errors import DataError
 from moc_cli.kinds.kind import Kind, Observe, Tokenizer
 from moc_cli.kinds.loss import ClassLoss, ScoreLoss, TaskLoss
 from moc_cli.methods import TextModel
-from moc_cli.recipe.sections import DataSection
-from moc_cli.recipe.tasks import CLASSIFIER
+from moc_cli.recipe.tasks import CLASSIFIER, Task
 from moc_cli.scoring import metrics
 from moc_cli.scoring.classify import PairScore, classify, pair_loss
 from moc_cli.scoring.forward import evaluating
@@ -41,9 +40,9 @@ class Pairs(Kind):
     labels: Sequence[str | int] = ()
 
     @classmethod
-    def of(cls, data: DataSection) -> Self:
+    def of(cls, task: Task) -> Self:
         """Pairs with the metrics and classes of the task."""
-        return cls(data.task.metrics, data.task.num_labels, data.task.labels)
+        return cls(task.metrics, task.num_labels, task.labels)
 
     @property
     def loss(self) -> type[TaskLoss]:

@@ -57,7 +57,7 @@ class Rows:
 
     def work(self, recipe: Recipe, processes: int = 1) -> Work:
         """Return what the training of a recipe does on these rows, in each of its processes."""
-        kind, settings = make_kind(recipe.data), build.make_settings(recipe)
+        kind, settings = make_kind(recipe.data.task), build.make_settings(recipe)
         rows = settings.per_device_train_batch_size
         if self._encoded is None or self._tokenizer is None:
             micro_batches = settings.max_steps * settings.gradient_accumulation_steps

@@ -20,10 +20,10 @@ from moc_cli.planning.evaluation import scoring_of
 from moc_cli.planning.fake_device import META, Kernel
 from moc_cli.planning.live_memory import highest
 from moc_cli.planning.replay import StepMeasurement, replay
-from moc_cli.recipe.quantization import Quantization, unquantized
+from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.schema import Recipe
 from moc_cli.training import build
-from moc_cli.training.recompute import prepare_layers, recompute_mode
+from moc_cli.training.recompute import prepare_layers
 
 # Layers of the replays from which a deeper model's numbers follow: where kinds of layers take
 # turns, a longer one has one more of each. With a pool a third one: every site's gate keeps a
@@ -144,14 +144,19 @@ def seconds_of(work: Mapping[Kernel, int], card: Card, *, tf32: bool = False) ->
 
 
 def quantized(
-    whole: Footprint, recipe: Recipe, quantization: Quantization, card: Card | None
+    whole: Footprint,
+    shape: PreTrainedModel,
+    quantization: Quantization,
+    card: Card | None,
+    *,
+    recomputed: bool,
 ) -> Footprint:
-    """Return a footprint with the linear weights of the layers in 4 or 8 bits.
+    """Return a footprint with the linear weights of the layers in 4 or 8 bits; `shape` are the
+    base's shapes without them.
 
     Each product makes its weight in the compute type, one at a time; that also takes time, in
-    the forward and the backward pass, and once more where layers are recomputed.
+    the forward and the backward pass, and once more where whole layers are `recomputed`.
     """
-    shape = build.base_shape(unquantized(recipe))
     names = {name for name in linear_weights(shape) if in_a_layer(name)}
     weights = [p.numel() for name, p in shape.named_parameters() if name in names]
     few, maps = _bytes_of_a_number(quantization)
@@ -168,7 +173,7 @@ def quantized(
     }
     seconds = whole.seconds
     if seconds is not None and card is not None and card.bandwidth is not None:
-        passes = 3 if recompute_mode(recipe) in ("full", "offload") else 2
+        passes = 3 if recomputed else 2
         seconds += passes * sum(weights) * (few + size) / (card.bandwidth * REACHED_BYTES)
     return Footprint(phases, seconds, whole.trained)
 

@@ -76,7 +76,8 @@ class Planner:
         work = self.rows.work(recipe, launch.processes)
         alone = self._footprint(unquantized(recipe), whole)
         if few_bits is not None:
-            alone = quantized(alone, recipe, few_bits, self.card)
+            again = recompute_mode(recipe) in ("full", "offload")
+            alone = quantized(alone, shape, few_bits, self.card, recomputed=again)
         taken = in_one_of(alone, shape, launch)
         plan = _plan(recipe, changes, few_bits, taken, work.times, self.card)
         if launch.processes == 1:

@@ -11,7 +11,16 @@ from moc_cli.recipe.launch import LaunchSection
 from moc_cli.recipe.methods import MethodSection
 from moc_cli.recipe.model import ModelSection
 from moc_cli.recipe.names import ColumnsSection, SplitsSection
-from moc_cli.recipe.tasks import CUSTOM_TASK, Format, Frame, Suite, Task, TaskKind, find_task
+from moc_cli.recipe.tasks import (
+    CUSTOM_TASK,
+    Format,
+    Frame,
+    Suite,
+    Task,
+    TaskKind,
+    TooLong,
+    find_task,
+)
 from moc_cli.recipe.types import (
     AboveZero,
     AtLeastZero,
@@ -38,7 +47,6 @@ ChatTurns = Literal["all", "split", "last"]
 Quoting = Literal["csv", "none"]
 Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(word_no)]
-TooLong = Literal["refuse", "leave_out"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 Suite = Literal["commonsense", "glue", "builtin", "custom"]
 Format = Literal["instruction", "chat", "text", "classification", "regression"]
 ScoringProtocol = Literal["rank", "generate", "classify", "texts"]
+TooLong = Literal["refuse", "leave_out"]  # rows to score that the model cannot take
 HeadName = Literal["causal", "classification"]  # as adapter folders name it
 Frame = Literal["commonsense", "instruction", "chat", "raw"]  # what surrounds a prompt
 

@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 from moc_cli.data.examples import Example
 from moc_cli.errors import DataError
-from moc_cli.recipe.sections import TooLong
-from moc_cli.recipe.tasks import ScoringProtocol
+from moc_cli.recipe.tasks import ScoringProtocol, TooLong
 from moc_cli.scoring.batch_size import BatchSize, BatchSizeOption
 from moc_cli.scoring.generate import ExtractedAnswer
 from moc_cli.scoring.metrics import Score

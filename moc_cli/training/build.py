@@ -117,7 +117,7 @@ def encode_rows(
     no row has an answer left.
     """
     data = recipe.data
-    kind = make_kind(data)
+    kind = make_kind(data.task)
     notes = checks.match(data, model, tokenizer) + compare_tokens(model, tokenizer)
     notes += checks.watched_rows(recipe, splits)
     heads = _own_head(recipe, model)
@@ -227,7 +227,7 @@ def base_facts(recipe: Recipe, built: Built) -> dict[str, Any]:
         "base_weights_sha256": built.weights_hash,
         "base_fingerprint": built.fingerprint,
         "base_quantization": built.quantization.arguments if built.quantization else None,
-        **make_kind(recipe.data).model_arguments(),
+        **make_kind(recipe.data.task).model_arguments(),
         "seed": recipe.seed,
     }
 
@@ -317,7 +317,7 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "quantization": asked_for(model),
-        **make_kind(recipe.data).model_arguments(),
+        **make_kind(recipe.data.task).model_arguments(),
     }
 
 

@@ -12,7 +12,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moc_cli.models.compiler import compile_error
 from moc_cli.nn.mixture import Mixture
-from moc_cli.recipe.schema import Recipe
 from moc_cli.training.recompute import SELECTIVE
 
 # Graphs of one layer's code, at most: the first layer's input needs no gradient, a short window has
@@ -85,6 +84,6 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def matmul_precision(recipe: Recipe, device: torch.device) -> str:
+def matmul_precision(device: torch.device, *, tf32: bool) -> str:
     """Return how products of float32 matrices are made: `high` is TF32, which only GPUs have."""
-    return "high" if recipe.train.tf32 and device.type == "cuda" else "highest"
+    return "high" if tf32 and device.type == "cuda" else "highest"

@@ -136,7 +136,7 @@ def _read(
         snapshot, split = keep_place(resume.snapshot, recipe, world)
         changes += split
     check_device_keys(recipe, device, training=True)
-    torch.set_float32_matmul_precision(matmul_precision(recipe, device))
+    torch.set_float32_matmul_precision(matmul_precision(device, tf32=recipe.train.tf32))
     say(lines.device_line(describe_device(device)))
     tokenizer = build.make_tokenizer(recipe.model, recipe.data.chat_template)
     shapes = build.build_shapes(recipe).model

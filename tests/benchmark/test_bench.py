@@ -116,7 +116,7 @@ def test_each_variant_has_its_own_precision_of_products(
 ) -> None:
     set_to: list[str] = []
     wanted = {False: "highest", True: "high"}
-    monkeypatch.setattr(turns, "matmul_precision", lambda recipe, _: wanted[recipe.train.tf32])
+    monkeypatch.setattr(turns, "matmul_precision", lambda _, tf32: wanted[tf32])
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
     few = ["--methods", "moc", "--repeats", "1", "--warmup", "0", *generate]
     bench(capsys, *few, "--vary", "train.tf32=false,true")

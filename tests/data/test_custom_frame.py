@@ -62,7 +62,7 @@ def test_the_chat_template_writes_instructions(tmp_path):
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     data, splits = read(tmp_path, ROW | {"history": [["Hi", "Ho"]]}, "chat")
-    kind = make_kind(data)
+    kind = make_kind(data.task)
     encoded = kind.encode(splits.train, tokenizer, max_length=200, train_on_inputs=False)
     (row,) = encoded.rows
     first = "<s>system:Be exact</s><s>user:Hi</s><s>assistant:Ho</s>"

@@ -203,7 +203,7 @@ def test_a_run_is_scored_with_the_products_of_its_training(
 ) -> None:
     """In TF32 on a GPU, where the recipe says so: scores differ by some items else."""
     chosen: list[str] = []
-    monkeypatch.setattr(load_run, "matmul_precision", lambda *_: "the recipe's")
+    monkeypatch.setattr(load_run, "matmul_precision", lambda *_, **__: "the recipe's")
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     open_run(made / "run")
     assert chosen == ["the recipe's"]
@@ -214,7 +214,7 @@ def test_an_export_is_made_and_compared_with_exact_products(
 ) -> None:
     """The fresh process that loads it knows nothing of train.tf32."""
     chosen: list[str] = []
-    monkeypatch.setattr(load_run, "matmul_precision", lambda *_: "the recipe's")
+    monkeypatch.setattr(load_run, "matmul_precision", lambda *_, **__: "the recipe's")
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
 
     def opened(*given: object, **options: bool) -> None:

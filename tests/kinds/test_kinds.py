@@ -22,7 +22,7 @@ def test_a_task_is_learned_and_scored_as_the_table_says(
     suite: str, task: str, format_: str | None
 ) -> None:
     data = section(suite, task, format_)
-    loaded = make_kind(data).model_arguments()
+    loaded = make_kind(data.task).model_arguments()
     assert data.kind.head is HEADS[loaded["kind"]]
     assert loaded.get("num_labels", 0) == (data.task.num_labels if data.kind.classifier else 0)
     assert {*data.kind.generating} <= {*data.kind.protocols}
@@ -40,4 +40,4 @@ def test_before_its_rows_are_read_a_custom_dataset_may_be_anything() -> None:
     assert data.kind.head is None
     assert all(data.kind.protocol(name) == name for name in data.kind.protocols)
     with refused(DataError):
-        make_kind(data)
+        make_kind(data.task)

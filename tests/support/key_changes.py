@@ -173,7 +173,7 @@ OTHERS = {
     "model.trust_remote_code": Change(True, _loaded_with("trust_remote_code")),
     "data.suite": Change(
         "glue",
-        lambda run: type(make_kind(run.recipe.data)).__name__,
+        lambda run: type(make_kind(run.recipe.data.task)).__name__,
         "Pairs",
         needs={"data.tasks": ["mrpc"]},
     ),
@@ -248,7 +248,9 @@ OTHERS = {
     "train.warmup_ratio": Change(1 / 3, _rates, WARM, also=STEPS),
     "train.bf16": Change(True, lambda run: run.adapted.model.dtype == torch.bfloat16),
     "train.tf32": Change(
-        False, lambda run: matmul_precision(run.recipe, torch.device("cuda")), "highest"
+        False,
+        lambda run: matmul_precision(torch.device("cuda"), tf32=run.recipe.train.tf32),
+        "highest",
     ),
     "train.torch_compile": Change(True, lambda run: make_settings(run.recipe).torch_compile, True),
     "train.activation_checkpointing": Change("full", _recomputed, True),
