@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from json import dumps as quote
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,30 +124,17 @@ def train(
     # Imported late: a mistake in the recipe is reported sooner.
     from moc_cli.planning.fit import Forecast
     from moc_cli.training.seeds import train_seeds
-    from moc_cli.training.session import Session
+    from moc_cli.training.session import Session, TrainOptions
 
-    session = partial(
-        Session,
-        call=call,
-        say=say,
-        allow_changed_base=allow_changed_base,
-        forecast=Forecast(say, force=force),
-    )
+    options = TrainOptions(call, resume, overwrite, allow_changed_base)
+    forecast = Forecast(say, force=force)
     with _reporting_stops(json):
         if seeds is None:
             elsewhere = [change for change in changes if not _is_of_method(change)]
-            results = session(loaded).run(resume=resume, overwrite=overwrite)
+            results = Session(loaded, options, say, forecast).run()
             _show(loaded, results, command(elsewhere), json)
         else:
-            summary = train_seeds(
-                loaded,
-                seeds,
-                session,
-                call=call,
-                say=say,
-                resume=resume is not None,
-                overwrite=overwrite,
-            )
+            summary = train_seeds(loaded, seeds, options, say, forecast)
             _show_seeds(loaded, summary, json)
 
 

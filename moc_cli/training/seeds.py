@@ -11,6 +11,7 @@ model is the same whatever the seed, so it is scored only once, in the first run
 import gc
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.recipe.types import LAST_SEED
 from moc_cli.results import LOWER_IS_BETTER
-from moc_cli.runs import Call, RunFolder
+from moc_cli.runs import RunFolder
 from moc_cli.signals import stop_number
 from moc_cli.training.accelerator import join_launched
 from moc_cli.training.build import read_rows
 from moc_cli.training.changes import is_finished
 from moc_cli.training.interrupt import Interrupted
-from moc_cli.training.session import Session
+from moc_cli.training.prepare import Forecast
+from moc_cli.training.session import Session, TrainOptions
 
 SUMMARY = "seeds.json"
 
@@ -57,41 +59,36 @@ def plan(recipe: Recipe, count: int) -> list[Recipe]:
 def train_seeds(
     recipe: Recipe,
     count: int,
-    session: Callable[[Recipe], Session],
-    *,
-    call: Call,
+    options: TrainOptions,
     say: Callable[[str], None],
-    resume: bool = False,
-    overwrite: bool = False,
+    forecast: Forecast | None = None,
 ) -> dict[str, Any]:
-    """Train every seed that is not finished, in a `session` of its own; return what seeds.json
-    holds.
+    """Train every seed that is not finished, in a session of its own; return what seeds.json holds.
 
     seeds.json is written after every seed, so that a stop loses none. Raises RunError, before
-    anything is trained, where a folder is taken and neither `resume` nor `overwrite` was asked for;
-    MocError where no rows are scored;
-    Interrupted after a signal, with the command that goes on.
+    anything is trained, where a folder is taken and the options neither resume nor overwrite;
+    MocError where no rows are scored; Interrupted after a signal, with the command that goes on.
     """
     seeds = plan(recipe, count)
     home = Path(recipe.output.output_dir)
     on_main = join_launched(recipe.launch).on_main
-    on_main(lambda: _check_folders(home, seeds, call, resume=resume, overwrite=overwrite))
+    on_main(lambda: _check_folders(home, seeds, options))
     on_main(lambda: _check_rows(recipe))
     done: list[Recipe] = []
     summary: dict[str, Any] = {}
     for run in seeds:
         folder = folder_of(run)
         try:
-            if resume and on_main(partial(is_finished, run, folder)):
+            if options.resume and on_main(partial(is_finished, run, folder)):
                 say(f"seed {run.seed}: finished before, in {folder.path}")
             else:
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {folder.path}")
                 begun = on_main(folder.recipe_file.is_file)
-                checkpoint = "auto" if resume and begun else None
-                session(run).run(resume=checkpoint, overwrite=overwrite)
+                own = options if begun else replace(options, resume=None)
+                Session(run, own, say, forecast).run()
                 gc.collect()  # before the next model is loaded
         except KeyboardInterrupt as stop:
-            again = f"continue with: {call.command} --resume auto"
+            again = f"continue with: {options.call.command} --resume auto"
             raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", again) from None
         done.append(run)
         status = "finished" if len(done) == count else "running"
@@ -177,24 +174,23 @@ def _check_rows(recipe: Recipe) -> None:
         raise MocError("--seeds compares scores, and this recipe scores no rows", "leave it out")
 
 
-def _check_folders(
-    home: Path, seeds: Sequence[Recipe], call: Call, *, resume: bool, overwrite: bool
-) -> None:
+def _check_folders(home: Path, seeds: Sequence[Recipe], options: TrainOptions) -> None:
     """Refuse at once what the third seed would otherwise be stopped by."""
+    call = options.call
     if (home / "recipe.yaml").is_file():
         raise RunError(
             f"{home} holds a single run, and seeds would be mixed with it",
             f"choose another folder: {call.base} --output-dir OTHER",
         )
     taken = [folder.path for folder in map(folder_of, seeds) if folder.content()]
-    if taken and not resume and not overwrite:
+    if taken and not options.resume and not options.overwrite:
         raise RunError(
             f"{', '.join(map(str, taken))}: not empty",
             f"{call.command} --resume auto   # continue these seeds\n"
             f"      {call.command} --overwrite   # replace them\n"
             f"      {call.base} --output-dir OTHER   # leave them alone",
         )
-    if resume:
+    if options.resume:
         for run in seeds:
             if folder_of(run).recipe_file.is_file():
                 is_finished(run, folder_of(run))  # raises for another recipe

@@ -6,7 +6,7 @@ claim the folder -> find a checkpoint -> rows, tokenizer, model -> score before
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,36 +42,47 @@ from moc_cli.training.results import make_results
 from moc_cli.training.resume import Scores, known_of
 
 
-class Session:
-    """One call of `moc train`; messages go to `say`.
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of `moc train` that are not in the recipe, and how it was called.
 
-    `allow_changed_base`: a resumed run may have another vocabulary, and other weights of its base
-    outside of the layers. `forecast` plans the run, and refuses one that does not fit.
+    `resume`: go on from the newest checkpoint (`auto`) or from that at a path; None: from the
+    start. `allow_changed_base`: a resumed run may have another vocabulary, and other weights of its
+    base outside of the layers.
+    """
+
+    call: Call
+    resume: str | None = None
+    overwrite: bool = False
+    allow_changed_base: bool = False
+
+
+class Session:
+    """One training; messages go to `say`.
+
+    `forecast` plans the run, and refuses one that does not fit.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        *,
-        call: Call,
+        options: TrainOptions,
         say: Callable[[str], None],
-        allow_changed_base: bool = False,
         forecast: Forecast | None = None,
     ) -> None:
         self.recipe = absolute_paths(recipe)
         self.folder = RunFolder(self.recipe.output.output_dir)
         limit = self.recipe.output.save_total_limit
         self.checkpoints = Checkpoints(self.folder.checkpoints, limit)
-        self.call = call
-        self.allow_changed_base = allow_changed_base
+        self.options = options
         self.forecast = forecast
-        self.again = f"{call.command} --resume auto"
+        self.again = f"{options.call.command} --resume auto"
         self.say = say
         self.interrupt = Interrupt()
         self.processes = Processes()
 
-    def run(self, *, resume: str | None = None, overwrite: bool = False) -> dict[str, Any]:
-        """Train from the start or from a checkpoint (`auto`, or its path), and score.
+    def run(self) -> dict[str, Any]:
+        """Train from the start or from a checkpoint, and score.
 
         Returns what results.json holds.
         Raises MocError for what the user can correct, Interrupted after a signal.
@@ -80,8 +91,8 @@ class Session:
         require_trackers(report_to)
         self.processes = join_launched(launch)
         accelerator = make_accelerator(launch, report_to, self.folder.trackers)
-        with self.claim(resume=resume is not None, overwrite=overwrite) as self.folder:
-            job = self.prepare(accelerator, resume)
+        with self.claim() as self.folder:
+            job = self.prepare(accelerator)
             before = self.processes.on_main(lambda: self.open_folder(job))
             with self.interrupt:
                 try:
@@ -90,23 +101,27 @@ class Session:
                     hint = f"free some disk space, then: {self.again}"
                     raise FileError(error.message, error.hint or hint) from error
 
-    def claim(self, *, resume: bool, overwrite: bool) -> RunFolder:
+    def claim(self) -> RunFolder:
         """Claim the run's folder; of several processes the first one alone writes in it."""
-        folder = self.folder
+        folder, options = self.folder, self.options
         with self.processes.main_first():
             if self.processes.main:
-                path, call = folder.path, self.call
-                folder = RunFolder.claim(path, call=call, resume=resume, overwrite=overwrite)
+                folder = RunFolder.claim(
+                    folder.path,
+                    call=options.call,
+                    resume=options.resume is not None,
+                    overwrite=options.overwrite,
+                )
         return folder
 
-    def prepare(self, accelerator: Accelerator, resume: str | None) -> Job:
+    def prepare(self, accelerator: Accelerator) -> Job:
         """Make everything ready, before a file is touched."""
-        snapshot = resumed = None
-        if resume is not None:
-            snapshot = self.processes.on_main(partial(self.find_checkpoint, resume))
-        if snapshot is not None:
-            tensors = self.processes.on_main(self.folder.base_tensors)
-            resumed = Resume(snapshot, tensors, self.allow_changed_base)
+        options, resumed = self.options, None
+        if options.resume is not None:
+            snapshot = self.processes.on_main(partial(self.find_checkpoint, options.resume))
+            if snapshot is not None:
+                tensors = self.processes.on_main(self.folder.base_tensors)
+                resumed = Resume(snapshot, tensors, options.allow_changed_base)
         return prepare(
             self.recipe,
             accelerator,
@@ -144,7 +159,7 @@ class Session:
         if snapshot is not None:
             for path in self.checkpoints.set_aside_after(step):
                 self.say(f"moved a later checkpoint to {path}")
-            if self.allow_changed_base:  # it is now a checkpoint of a run on this base
+            if self.options.allow_changed_base:  # it is now a checkpoint of a run on this base
                 self.checkpoints.save(replace(snapshot, identity=job.identity))
         environment = describe_environment(
             job.accelerator.device,

@@ -33,7 +33,7 @@ from moc_cli.training import accelerator, build, session
 from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 from moc_cli.training.log import MetricsLog
 from moc_cli.training.loop import Loop
-from moc_cli.training.session import Job, Session
+from moc_cli.training.session import Job, Session, TrainOptions
 
 CPU = torch.device("cpu")
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
@@ -273,10 +273,10 @@ class KeyRun:
         with _threads_kept():
             launch, report_to = self.recipe.launch, self.recipe.output.report_to
             made = accelerator.make_accelerator(launch, report_to, folder.trackers)
-            return self._session().prepare(made, None)
+            return self._session().prepare(made)
 
     def _session(self) -> Session:
-        return Session(self.loaded, call=Call("moc train"), say=lambda text: None)
+        return Session(self.loaded, TrainOptions(Call("moc train")), say=lambda text: None)
 
     @cached_property
     def _finished(self) -> tuple[dict[str, Any], int]:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import statistics
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +189,12 @@ def test_a_signal_inside_a_run_says_how_all_seeds_go_on(tmp_path, choices, monke
 
     fit = module.Session.fit
     monkeypatch.setattr(module.Session, "fit", stopped)
-    call = Call("moc train mine.yaml --seeds 2", None)
-    session = partial(module.Session, call=call, say=lambda text: None)
+    options = module.TrainOptions(Call("moc train mine.yaml --seeds 2"))
     with refused(Interrupted) as stop:
-        train_seeds(recipe, 2, session, call=call, say=lambda text: None)
+        train_seeds(recipe, 2, options, lambda text: None)
     assert stop.value.exit_code == 143
     monkeypatch.setattr(module.Session, "fit", fit)
-    found = train_seeds(recipe, 2, session, call=call, say=lambda text: None, resume=True)
+    found = train_seeds(recipe, 2, replace(options, resume="auto"), lambda text: None)
     history = RunFolder.open(tmp_path / "run" / "seed-42").read_environment()["history"]
     assert len(history) == 2
     assert len(found["seeds"]) == 2
