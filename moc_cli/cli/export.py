@@ -52,30 +52,26 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write a run in another format, and check its logits in a fresh process."""
-    from moc_cli.errors import MocError
-    from moc_cli.export import DTYPES, ExportOptions
-    from moc_cli.recipe.suggest import choices
+    from moc_cli.export import FormatOptions, find_dtype
 
-    if dtype is not None and dtype not in DTYPES:
-        raise MocError(f"--dtype {dtype!r} is not a type{choices(dtype, DTYPES)}")
-    from moc_cli.export.session import export_run
+    format_options = FormatOptions(find_dtype(dtype), calibration)
+    from moc_cli.export.session import ExportOptions, export_run
     from moc_cli.report.lines import parity_line
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.tables import export_table
     from moc_cli.runs import BaseOptions
 
-    chosen = next((name for name in DTYPES if name == dtype), None)
-    outcome = export_run(
-        run,
-        to,
-        output_dir,
-        ExportOptions(dtype=chosen, calibration=calibration),
+    options = ExportOptions(
+        run=run,
+        to=to,
+        output_dir=output_dir,
+        format_options=format_options,
         device=device,
         trust_remote_code=trust_remote_code,
-        base=BaseOptions(base_path, allow_changed_base),
+        base_options=BaseOptions(base_path, allow_changed_base),
         push_to_hub=push_to_hub,
-        say=say,
     )
+    outcome = export_run(options, say)
     if json:
         print_json(outcome)
         return

@@ -23,8 +23,8 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What a user may choose.
+class FormatOptions:
+    """What a user may choose of a format.
 
     `dtype` is the type of the numbers in the file, None the format's own choice; `calibration` the
     rows of each task on which `static` counts routes.
@@ -70,7 +70,17 @@ def find_format(name: str) -> ExportFormat:
     return FORMATS[name]
 
 
-def check_format(name: str, recipe: "Recipe", options: ExportOptions) -> None:
+def find_dtype(name: str | None) -> Dtype | None:
+    """Return a type of numbers, None for None; raises MocError for an unknown one."""
+    if name is None:
+        return None
+    for dtype in DTYPES:
+        if dtype == name:
+            return dtype
+    raise MocError(f"--dtype {name!r} is not a type{choices(name, DTYPES)}")
+
+
+def check_format(name: str, recipe: "Recipe", options: FormatOptions) -> None:
     """Raise MocError where a format cannot hold a run, or not in the type of the options."""
     format = find_format(name)
     refuse = getattr(format.load(), "check", None)

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moc_cli.adapter.folder import write_adapter
-from moc_cli.export import ExportOptions, parity
+from moc_cli.export import FormatOptions, parity
 from moc_cli.export.card import base_code
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
@@ -20,7 +20,7 @@ from moc_cli.load_run import LoadedRun
 _KEPT = ("gates.", "modules.")
 
 
-def export(trained: LoadedRun, folder: Path, options: ExportOptions) -> Written:
+def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Write the adapter; loaded by a fresh process it must give our logits to the bit.
 
     In float16 and bfloat16 that is the run with its controls rounded in the same way; the distance

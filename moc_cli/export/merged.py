@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from moc_cli.errors import MocError
-from moc_cli.export import ExportOptions, parity
+from moc_cli.export import FormatOptions, parity
 from moc_cli.export.card import whole_code
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
@@ -40,7 +40,7 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def export(trained: LoadedRun, folder: Path, options: ExportOptions) -> Written:
+def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Merge in float32, round to the file's type, and write model, tokenizer and settings.
 
     W x + B (A x) and (W + B A) x agree up to rounding, not to the bit, hence the tolerance.

@@ -12,7 +12,7 @@ from torch import Tensor
 from moc_cli.adapter.config import drawn_from_the_base
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.errors import MocError
-from moc_cli.export import ExportOptions, parity
+from moc_cli.export import FormatOptions, parity
 from moc_cli.export.card import base_code
 from moc_cli.export.parity import Written
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
@@ -39,7 +39,7 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def export(trained: LoadedRun, folder: Path, options: ExportOptions) -> Written:
+def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Write config and payload under peft's keys; a fresh process must give our logits."""
     state = {_key(name): value for name, value in trained.adapted.state().items()}
     own = isinstance(trained.recipe.method, MocMethod | ControlMethod)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moc_cli.errors import MocError, first_line
-from moc_cli.export import ExportOptions, check_format, find_format, parity
+from moc_cli.export import FormatOptions, check_format, find_format, parity
 from moc_cli.export.card import make_card
 from moc_cli.export.parity import Written
 from moc_cli.export.unquantized import check_stored, open_for
@@ -19,6 +19,20 @@ from moc_cli.runs import BaseOptions, RunFolder
 
 Say = Callable[[str], None]
 CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `moc export`; with `push_to_hub` the folder is uploaded to that repository."""
+
+    run: Path
+    to: str
+    output_dir: Path
+    format_options: FormatOptions = FormatOptions()
+    device: str | None = None
+    trust_remote_code: bool = False
+    base_options: BaseOptions = BaseOptions()
+    push_to_hub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,37 +49,27 @@ class ExportResult:
     url: str | None = None
 
 
-def export_run(
-    run: Path,
-    to: str,
-    output: Path,
-    options: ExportOptions,
-    *,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    base: BaseOptions = BaseOptions(),  # noqa: B008 - frozen
-    push_to_hub: str | None = None,
-    say: Say = lambda text: None,
-) -> ExportResult:
+def export_run(options: ExportOptions, say: Say = lambda text: None) -> ExportResult:
     """Export a run into a new or empty folder, which appears only when it is proven.
 
     Raises MocError for what can be known before weights are loaded, for an export that does not
     give the run's logits, and for an upload that fails (the folder is then complete).
     """
+    run, to, output, base = options.run, options.to, options.output_dir, options.base_options
     format = find_format(to)
     check_output(output)
-    if push_to_hub is not None:
+    if options.push_to_hub is not None:
         check_online()
     folder = RunFolder.open(run)
-    recipe = folder.read_recipe(trust_remote_code=trust_remote_code)
+    recipe = folder.read_recipe(trust_remote_code=options.trust_remote_code)
     folder.read_evaluations()  # damage is reported before weights load; the card reads them again
-    check_format(to, recipe, options)
+    check_format(to, recipe, options.format_options)
     check_stored(to, recipe, base)
-    open_with = partial(open_run, run, device=device, base=base, exact=True)
+    open_with = partial(open_run, run, device=options.device, base=base, exact=True)
     trained, notes = open_for(to, recipe, open_with)
     say(f"writing {output} and reading it back in another process")
     with write_folder_atomic(output) as temporary:
-        written: Written = format.load().export(trained, temporary, options)
+        written: Written = format.load().export(trained, temporary, options.format_options)
         written = replace(written, notes=(*notes, *written.notes))
         proof = parity.prove(
             temporary, written, trained.device.type, trained.recipe.model.model_name_or_path
@@ -73,7 +77,7 @@ def export_run(
         sizes = sizes_of(temporary)
         write_text_atomic(temporary / CARD, make_card(trained, written, proof, to, sizes))
         sizes = sizes_of(temporary)
-    url = None if push_to_hub is None else push(output, push_to_hub)
+    url = None if options.push_to_hub is None else push(output, options.push_to_hub)
     return ExportResult(str(run), to, str(output), proof, written.notes, sizes, written.facts, url)
 
 

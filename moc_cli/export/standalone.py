@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli import __version__
 from moc_cli.errors import MocError
-from moc_cli.export import ExportOptions, parity
+from moc_cli.export import FormatOptions, parity
 from moc_cli.export.card import whole_code
 from moc_cli.export.one_file import join_modules
 from moc_cli.export.parity import Written
@@ -55,7 +55,7 @@ class {model}({bases}):
 '''
 
 
-def export(trained: LoadedRun, folder: Path, options: ExportOptions) -> Written:
+def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Write the run's model with its controls, to be loaded where moc cannot be imported.
 
     Raises MocError for a base that is itself custom code.

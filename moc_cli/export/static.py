@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moc_cli.data.examples import Example, subset
 from moc_cli.errors import MocError
-from moc_cli.export import ExportOptions, parity
+from moc_cli.export import FormatOptions, parity
 from moc_cli.export.controls import write_controls
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def export(trained: LoadedRun, folder: Path, options: ExportOptions) -> Written:
+def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Count routes, freeze them, write the pairs, and compare with the mixture so rerouted."""
     mixture = trained.adapted.mixture
     assert mixture is not None  # `check` refused what has none

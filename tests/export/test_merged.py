@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from support.models import make_byte_tokenizer, make_tiny_model
 
-from moc_cli.export import ExportOptions, merged, parity
+from moc_cli.export import FormatOptions, merged, parity
 from moc_cli.kinds import Choice
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import LoraMethod
@@ -31,7 +31,7 @@ def test_updates_are_added_in_float32_and_rounded_once(tmp_path, monkeypatch):
         kind=Choice(),
         recipe=SimpleNamespace(model=SimpleNamespace(attn_implementation=None)),
     )
-    merged.export(trained, tmp_path, ExportOptions())
+    merged.export(trained, tmp_path, FormatOptions())
     saved = load_file(tmp_path / "model.safetensors")
     assert expected
     assert all(torch.equal(saved[f"{name}.weight"], values) for name, values in expected.items())

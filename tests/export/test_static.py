@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.export import ExportOptions, check_format, standalone, static
+from moc_cli.export import FormatOptions, check_format, standalone, static
 from moc_cli.methods import Adapted, attach
 from moc_cli.methods.route_counts import Layout, Record, Sums
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
@@ -248,9 +248,9 @@ class TestRefused:
 
     def test_other_types(self) -> None:
         for name in ("static", "standalone", "peft"):
-            check_format(name, recipe(MocMethod()), ExportOptions(dtype="float32"))
+            check_format(name, recipe(MocMethod()), FormatOptions(dtype="float32"))
             with refused(MocError):
-                check_format(name, recipe(MocMethod()), ExportOptions(dtype="float16"))
+                check_format(name, recipe(MocMethod()), FormatOptions(dtype="float16"))
 
 
 def recipe(method: Any) -> Any:

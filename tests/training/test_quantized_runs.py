@@ -14,9 +14,9 @@ from support.tiny_runs import choices_run
 from moc_cli import load_controls
 from moc_cli.cli import run
 from moc_cli.errors import MocError
-from moc_cli.export import ExportOptions, card
+from moc_cli.export import card
 from moc_cli.export.card import base_code
-from moc_cli.export.session import export_run
+from moc_cli.export.session import ExportOptions, export_run
 from moc_cli.export.unquantized import open_for
 from moc_cli.load_run import open_run
 from moc_cli.models.load import load_model, load_tokenizer
@@ -178,7 +178,7 @@ def test_a_base_that_is_there_in_4_bits_alone_is_no_standalone_folder(
 ) -> None:
     base = BaseOptions(path=packed)
     with refused(MocError):
-        export_run(small, "standalone", tmp_path / "out", ExportOptions(), base=base)
+        export_run(ExportOptions(small, "standalone", tmp_path / "out", base_options=base))
 
 
 def test_compare_says_how_the_bases_were_kept(call, small, home, capsys) -> None:
