@@ -13,7 +13,7 @@ and keeps its traceback.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -46,6 +46,12 @@ class RecipeError(MocError):
     ) -> None:
         super().__init__(message, hint)
         self.problems = problems
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem], hint: str | None = None) -> "RecipeError":
+        """Return the error of these mistakes."""
+        problems = tuple(problems)
+        return cls("\n".join(map(str, problems)), hint, problems)
 
 
 class FamilyError(MocError):

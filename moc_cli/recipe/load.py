@@ -16,7 +16,6 @@ from moc_cli.recipe.messages import explain, method_name
 from moc_cli.recipe.methods import METHODS, expand_method
 from moc_cli.recipe.rules import BrokenRule, broken_rules
 from moc_cli.recipe.schema import Recipe, RecipeFile
-from moc_cli.recipe.sections import Sections
 from moc_cli.recipe.suggest import choices, nearest
 from moc_cli.recipe.tasks import TASKS
 
@@ -37,17 +36,26 @@ class Position(NamedTuple):
     order: tuple[int, int]
     text: str
 
+    @classmethod
+    def in_file(cls, name: str, line: int) -> "Position":
+        """Return a line of a file; 0 for the file as a whole."""
+        return cls((0, line), f"{name}:{line}" if line else name)
+
 
 @dataclass
 class Draft:
-    """A recipe before validation: its values, the place of each path, and the mistakes so far."""
+    """A recipe before validation: its values, the place of each path, and the mistakes so far.
+
+    `wrong` are the paths whose values are no valid ones by themselves.
+    """
 
     values: dict[str, Any]
     places: dict[reader.Path, Position]
-    problems: list[tuple[Position, Problem]] = field(default_factory=list)
+    mistakes: list[tuple[Position, Problem]] = field(default_factory=list)
+    wrong: set[reader.Path] = field(default_factory=set)
 
     def copy(self) -> "Draft":
-        return Draft(copy.deepcopy(self.values), dict(self.places), list(self.problems))
+        return Draft(copy.deepcopy(self.values), dict(self.places), list(self.mistakes))
 
     def place(self, path: reader.Path) -> Position:
         """Return where `path`, or the nearest section around it, was written."""
@@ -58,21 +66,25 @@ class Draft:
     def is_override(self, path: reader.Path) -> bool:
         return self.place(path).order[0] == 1
 
+    def is_wrong(self, path: reader.Path) -> bool:
+        """Whether a path in `wrong` is `path` itself, lies inside it or around it."""
+        return any(path[: len(other)] == other[: len(path)] for other in self.wrong)
+
     def report(self, path: reader.Path, message: str, place: Position | None = None) -> None:
         if path == ("method", "name") and isinstance(self.values.get("method"), str):
             path = ("method",)
         place = place or self.place(path)
-        self.problems.append((place, Problem(place.text, ".".join(path), message)))
+        self.mistakes.append((place, Problem(place.text, ".".join(path), message)))
 
     def error(self) -> RecipeError:
         """Return the error with one line per mistake, in the order of the places."""
-        ordered = sorted(self.problems, key=lambda item: item[0].order)
-        problems = tuple(dict.fromkeys(problem for _, problem in ordered))
+        ordered = sorted(self.mistakes, key=lambda mistake: mistake[0].order)
+        problems = dict.fromkeys(problem for _, problem in ordered)
         renamed = ("method", "name") in self.places and self.is_override(("method", "name"))
         hint = None
         if renamed and any(problem.key.startswith("method.") for problem in problems):
             hint = "--set method=<name> takes a method with its own defaults."
-        return RecipeError("\n".join(map(str, problems)), hint, problems)
+        return RecipeError.of(problems, hint)
 
 
 def load_recipe(
@@ -93,10 +105,8 @@ def finish_recipe(
     """Return the recipe of a draft with overrides applied, as `load_recipe`; the draft is kept."""
     draft = draft.copy()
     _apply(draft, [*(("--set", o) for o in overrides), *(("--vary", v) for v in varied)])
-    recipe, wrong = _validate(draft)
-    if recipe is not None:
-        recipe = _check_rules(draft, recipe, wrong)
-    if draft.problems:
+    recipe = _check_rules(draft, _validate(draft))
+    if draft.mistakes:
         raise draft.error()
     return Recipe.model_construct(**{key: getattr(recipe, key) for key in Recipe.model_fields})
 
@@ -136,34 +146,20 @@ def read_draft(name: str | Path) -> Draft:
     times. Raises RecipeError where there is nothing to validate.
     """
     path = find_recipe(name)
-    name = shown(path)
-    draft = Draft({}, {(): Position((0, 0), name)})
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        problem = Problem(f"{name}:{line}", "", "not UTF-8 text; save the recipe as UTF-8")
-        raise RecipeError(str(problem), problems=(problem,)) from error
-    document = reader.read_yaml(text)
-    for written, line in document.lines.items():
-        draft.places[written] = (
-            Position((0, line), f"{name}:{line}") if written else draft.places[()]
-        )
-    for line, written, message in document.mistakes:
-        place = Position((0, line), f"{name}:{line}" if line else name)
-        draft.report(written, message, place)
-    if isinstance(document.value, dict):
-        draft.values = document.value
+    file = shown(path)
+    value, lines, mistakes = reader.read_file(path, file)
+    places = {written: Position.in_file(file, line) for written, line in lines.items()}
+    draft = Draft(value, places | {(): Position.in_file(file, 0)})
+    for line, written, message in mistakes:
+        draft.report(written, message, Position.in_file(file, line))
+    if isinstance(value, dict):
         return draft
-    value = document.value
-    kind = "a list" if isinstance(value, list) else f"the text {str(value)[:40]!r}"
-    message = f"found {kind}; a recipe is a set of sections: {', '.join(Recipe.model_fields)}"
-    if value is None:
-        message = "the recipe is empty; moc recipes copy quickstart gives one to start from"
-    if not document.mistakes:
-        draft.report((), message, Position((0, 1), f"{name}:1"))
+    if not mistakes:
+        kind = "a list" if isinstance(value, list) else f"the text {str(value)[:40]!r}"
+        message = f"found {kind}; a recipe is a set of sections: {', '.join(Recipe.model_fields)}"
+        if value is None:
+            message = "the recipe is empty; moc recipes copy quickstart gives one to start from"
+        draft.report((), message, Position.in_file(file, 1))
     raise draft.error()
 
 
@@ -184,101 +180,74 @@ def _apply(draft: Draft, overrides: Sequence[tuple[str, str]]) -> None:
         if not document.mistakes:
             changes.append((path, document.value, place))
     for path, value, place in sorted(changes, key=lambda change: len(change[0])):
-        section = draft.values
-        for depth, part in enumerate(path[:-1], start=1):
-            inner = section.get(part)
-            if path[:depth] == ("method",):
-                inner = expand_method(inner)
-            if inner is None:
-                inner = {}
-                draft.places.setdefault(path[:depth], place)
-            if not isinstance(inner, dict):
-                is_list = isinstance(inner, list)
-                kind = "a list; set all of it" if is_list else "a value, not a section"
-                draft.report(path, f"'{'.'.join(path[:depth])}' is {kind}", place)
-                break
-            section[part] = inner
-            section = inner
-        else:
-            section[path[-1]] = value
-            for below in [place for place in draft.places if place[: len(path)] == path]:
-                del draft.places[below]
-            draft.places[path] = place
+        _set(draft, path, value, place)
 
 
-def _validate(draft: Draft) -> tuple[RecipeFile | None, set[reader.Path]]:
-    """Return the recipe, and the paths that are wrong; where some are, without their values.
+def _set(draft: Draft, path: reader.Path, value: Any, place: Position) -> None:
+    """Set one value; a section that is not there is made, and takes the place of the value."""
+    section = draft.values
+    for depth, part in enumerate(path[:-1], start=1):
+        inner = section.get(part)
+        if path[:depth] == ("method",):
+            inner = expand_method(inner)
+        if inner is None:
+            inner = {}
+            draft.places.setdefault(path[:depth], place)
+        if not isinstance(inner, dict):
+            kind = "a list; set all of it" if isinstance(inner, list) else "a value, not a section"
+            draft.report(path, f"'{'.'.join(path[:depth])}' is {kind}", place)
+            return
+        section[part] = inner
+        section = inner
+    section[path[-1]] = value
+    kept = {at: old for at, old in draft.places.items() if at[: len(path)] != path}
+    draft.places = kept | {path: place}
 
-    None where not even the rest can be validated.
-    """
+
+def _validate(draft: Draft) -> RecipeFile:
+    """Return the recipe; where values are wrong, without them. They are reported."""
     values = draft.values
-    wrong: set[reader.Path] = set()
     method = values.get("method")
     name = method.get("name") if isinstance(method, dict) else None
     if isinstance(name, str) and name not in METHODS and (meant := nearest(name, METHODS)):
         draft.report(("method", "name"), method_name(name))
         values = {**values, "method": {**values["method"], "name": meant}}
     try:
-        return RecipeFile.model_validate(values), wrong
+        return RecipeFile.model_validate(values)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             path, message, meant_path = explain(detail)
             draft.report(path, message)
-            wrong |= {path, meant_path}
+            draft.wrong |= {path, meant_path}
     valid = copy.deepcopy(values)
-    for section, *keys in wrong:
+    for section, *keys in draft.wrong:
         if keys and section != "method" and isinstance(valid.get(section), dict):
             valid[section].pop(keys[0], None)
         else:
             valid.pop(section, None)
     for section, stand_ins in _STAND_INS.items():
-        needed = {key: value for key, value in stand_ins.items() if _touches((section, key), wrong)}
-        if needed:
-            valid[section] = needed | (valid.get(section) or {})
-    try:
-        return RecipeFile.model_validate(valid), wrong
-    except ValidationError:
-        return None, wrong
+        if any(draft.is_wrong((section, key)) for key in stand_ins):
+            valid[section] = stand_ins | (valid.get(section) or {})
+    return RecipeFile.model_validate(valid)
 
 
-def _check_rules(draft: Draft, recipe: RecipeFile, wrong: set[reader.Path]) -> RecipeFile:
+def _check_rules(draft: Draft, recipe: RecipeFile) -> RecipeFile:
     """Report impossible combinations, also under each entry of `per_task`; return the recipe with
     the entry of its task applied.
-
-    An entry goes over the file and under the overrides. Keys in `wrong` have been reported.
     """
-
-    def broken(sections: Sections) -> Iterator[BrokenRule]:
-        for rule in broken_rules(sections):
-            if not any(_touches(tuple(key.split(".")), wrong) for key in rule.reads):
-                yield rule
-
-    base, resolved = list(broken(recipe)), recipe
+    base, resolved, data = list(_broken(draft, recipe)), recipe, recipe.data
     for rule in base:
         draft.report(tuple(rule.key.split(".")), rule.message)
-    data = recipe.data
-    if recipe.per_task and len(data.tasks) != 1 and not _touches(("data", "tasks"), wrong):
+    if recipe.per_task and len(data.tasks) != 1 and not draft.is_wrong(("data", "tasks")):
         draft.report(("per_task",), "settings per task need exactly one task in data.tasks")
     tasks = tuple(TASKS[data.suite]) or tuple(data.tasks)
-    for task, settings in recipe.per_task.items():
+    for task in recipe.per_task:
         if task not in tasks:
-            if not _touches(("data", "suite"), wrong):
+            if not draft.is_wrong(("data", "suite")):
                 draft.report(("per_task", task), f"unknown task{choices(task, tasks)}")
             continue
-        changes: dict[str, Any] = {"data": data.model_copy(update={"tasks": [task]})}
-        changed = set()
-        for name, section in (("train", settings.train), ("eval", settings.eval)):
-            around = getattr(recipe, name)
-            overridden = {k for k in around.model_fields_set if draft.is_override((name, k))}
-            update = {
-                key: getattr(section, key)
-                for key in section.model_fields_set
-                if key not in overridden or draft.is_override(("per_task", task, name, key))
-            }
-            changes[name] = around.model_copy(update=update)
-            changed |= {f"{name}.{key}" for key in update}
-        variant = recipe.model_copy(update=changes)
-        for rule in broken(variant):
+        variant, changed = _with_entry(draft, recipe, task)
+        for rule in _broken(draft, variant):
             key = next((key for key in rule.reads if key in changed), None)
             if key is not None and rule not in base:
                 draft.report(("per_task", task, *key.split(".")), rule.message)
@@ -287,6 +256,28 @@ def _check_rules(draft: Draft, recipe: RecipeFile, wrong: set[reader.Path]) -> R
     return resolved
 
 
-def _touches(path: reader.Path, wrong: set[reader.Path]) -> bool:
-    """Whether a path in `wrong` is `path` itself, lies inside it or around it."""
-    return any(path[: len(other)] == other[: len(path)] for other in wrong)
+def _broken(draft: Draft, recipe: RecipeFile) -> Iterator[BrokenRule]:
+    """Yield the combinations that cannot work, of values that are not wrong by themselves."""
+    for rule in broken_rules(recipe):
+        if not any(draft.is_wrong(tuple(key.split("."))) for key in rule.reads):
+            yield rule
+
+
+def _with_entry(draft: Draft, recipe: RecipeFile, task: str) -> tuple[RecipeFile, set[str]]:
+    """Return the recipe of one task with its entry of `per_task`, and the keys that this changes.
+
+    The entry goes over the file and under the overrides.
+    """
+    sections: dict[str, Any] = {"data": recipe.data.model_copy(update={"tasks": [task]})}
+    changed = set()
+    for name, own in recipe.per_task[task]:
+        around = getattr(recipe, name)
+        overridden = {key for key in around.model_fields_set if draft.is_override((name, key))}
+        update = {
+            key: getattr(own, key)
+            for key in own.model_fields_set
+            if key not in overridden or draft.is_override(("per_task", task, name, key))
+        }
+        sections[name] = around.model_copy(update=update)
+        changed |= {f"{name}.{key}" for key in update}
+    return recipe.model_copy(update=sections), changed

@@ -74,13 +74,14 @@ def show(value: Any) -> str:
 
 def describe(annotation: Any) -> str:
     """Return what a field allows, for example "a whole number of at least 1, or null"."""
-    bounds: dict[str, Any] = {}
-    while get_origin(annotation) is Annotated:
-        annotation, *metadata = get_args(annotation)
-        for item in metadata:
-            for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
-                bounds |= {name: getattr(bound, name) for name in _BOUNDS if hasattr(bound, name)}
-    bounds = {name: bound for name, bound in bounds.items() if bound not in (LARGEST, HUGE)}
+    field = FieldInfo.from_annotation(annotation)
+    annotation = field.annotation
+    bounds: dict[str, Any] = {
+        name: bound
+        for item in field.metadata
+        for name in _BOUNDS
+        if (bound := getattr(item, name, None)) not in (None, LARGEST, HUGE)
+    }
     arguments = get_args(annotation)
     if words := _words(annotation):
         return ", ".join(words)
@@ -151,8 +152,6 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Path, Any, type[BaseModel] | No
         else:
             break
         path = (*path, str(part))
-        if annotation is None:
-            break
     return path, annotation, around
 
 

@@ -4,11 +4,13 @@ Scalars are those of YAML 1.2: `1e-4` is a number, `no` and `on` are texts, `010
 is a text. PyYAML's own loader reads YAML 1.1: a text, two booleans, eight and ninety.
 """
 
-import math
+import pathlib
 import re
 from typing import Any, NamedTuple
 
 import yaml
+
+from moc_cli.errors import Problem, RecipeError
 
 Path = tuple[str, ...]
 
@@ -17,7 +19,7 @@ _WORDS = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
-_INT = re.compile(r"[-+]?[0-9][0-9_]{0,300}")
+_INT = re.compile(r"[-+]?[0-9](_?[0-9]){0,300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -62,6 +64,18 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return super().compose_node(parent, index)
 
 
+def read_file(file: pathlib.Path, name: str) -> Document:
+    """Return what is in a file that is called `name`. Raises RecipeError where it is no text."""
+    try:
+        return read_yaml(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        problem = Problem(f"{name}:{line}", "", "not UTF-8 text; save the recipe as UTF-8")
+        raise RecipeError.of([problem]) from error
+
+
 def read_yaml(text: str) -> Document:
     """Return the one document in `text`. Never raises: mistakes are in the result."""
     document = Document(None, {}, [])
@@ -89,7 +103,7 @@ def parse_scalar(text: str) -> Any:
     if _FLOAT.fullmatch(text):
         return float(text)
     if _INFINITE.fullmatch(text):
-        return math.nan if "n" in text[1:2].lower() else float(text.replace(".", "", 1))
+        return float(text.replace(".", "", 1))
     return text
 
 
@@ -124,14 +138,12 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> Mistake:
         mark = error.context_mark  # a quote left open: where it was opened
     line = mark.line + 1 if mark else 0
     problem = error.problem or error.context or "not readable as YAML"
-    written = text.splitlines()[mark.line : mark.line + 1] if mark else []
-    indent = "".join(written)[: -len("".join(written).lstrip()) or None]
-    if "\t" in indent or r"'\t'" in problem:
+    written = text.splitlines()[line - 1 : line] if mark else []
+    if re.match(r"\s*\t", "".join(written)) or r"'\t'" in problem:
         problem = "a tab cannot start a token in YAML; indent with spaces"
     elif "expected a single document" in (error.context or ""):
         problem = "a recipe is one document; remove the second '---'"
-    elif error.context and error.context_mark and error.context_mark.line + 1 != line:
-        problem = f"{problem} ({error.context} in line {error.context_mark.line + 1})"
     elif error.context:
-        problem = f"{problem} ({error.context})"
+        start = error.context_mark.line + 1 if error.context_mark else line
+        problem += f" ({error.context}{'' if start == line else f' in line {start}'})"
     return Mistake(line, (), f"not valid YAML: {problem}".replace("'<stream end>'", "the end"))

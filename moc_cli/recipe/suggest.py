@@ -55,5 +55,4 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 def choices(word: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean 'x'? allowed: x, y", or without the guess where none is near."""
     names = list(allowed)
-    near = nearest(word, names)
-    return f"{f'; did you mean {near!r}?' if near else ';'} allowed: {', '.join(names)}"
+    return f"{did_you_mean(word, names) or ';'} allowed: {', '.join(names)}"

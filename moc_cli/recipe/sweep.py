@@ -97,21 +97,14 @@ def read_sweep(name: str) -> Sweep:
     """
     path = find_sweep(name)
     place = shown(path)
-    try:
-        document = reader.read_yaml(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{place}: cannot be read: {error}") from error
-    problems = [
-        Problem(f"{place}:{line}", ".".join(written), message)
-        for line, written, message in document.mistakes
-    ]
-    if not problems:
-        sweep, mistakes = _parse(path, document.value)
-        for at, message in mistakes:
-            line = document.lines.get(at) or document.lines.get(at[:1], 1)
-            problems.append(Problem(f"{place}:{line}", ".".join(at), message))
-    if problems:
-        raise RecipeError("\n".join(map(str, problems)), problems=tuple(problems))
+    value, lines, mistakes = reader.read_file(path, place)
+    if not mistakes:
+        sweep, wrong = _parse(path, value)
+        for at, message in wrong:
+            mistakes.append(reader.Mistake(lines.get(at) or lines.get(at[:1], 1), at, message))
+    if mistakes:
+        problems = (Problem(f"{place}:{line}", ".".join(at), text) for line, at, text in mistakes)
+        raise RecipeError.of(problems)
     return sweep
 
 
