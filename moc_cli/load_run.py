@@ -280,7 +280,7 @@ def _check_weights(
     if base.allow_changes and not inside:
         say(text)
         return
-    accept = "no control touches these weights; if they are meant: --allow-changed-base"
+    accept = "controls do not depend on these weights; to accept the change: --allow-changed-base"
     raise RunError(
         text,
         "give the base that it was trained on: --base-path DIR" if inside else accept,

@@ -242,14 +242,21 @@ def current() -> Processes:
 
 
 @contextmanager
-def alike() -> Iterator[None]:
-    """Within it all processes do the same work, which counts in the first alone."""
+def working_as(processes: Processes) -> Iterator[None]:
+    """Within it `processes` is what `current` returns."""
     global _current
-    before, _current = _current, replace(_current, counts=_current.main)
+    before, _current = _current, processes
     try:
         yield
     finally:
         _current = before
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within it all processes do the same work, which counts in the first alone."""
+    with working_as(replace(_current, counts=_current.main)):
+        yield
 
 
 def join(*, cpu: bool, seconds: float) -> Processes:

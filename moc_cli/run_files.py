@@ -275,7 +275,8 @@ def check_own(
         read_object(folder / record, shape)
     except RunError as error:
         raise FileError(
-            f"{folder / present[0]} is damaged or not of `{command}`, and would be replaced",
+            f"{folder / present[0]} is damaged or was not written by `{command}`, and would be "
+            "overwritten",
             "remove it, or give another folder: --output-dir DIR",
         ) from error
 

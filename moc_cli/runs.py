@@ -291,7 +291,7 @@ class RunFolder:
         if not self.recipe_file.is_file() or (overwrite and foreign):
             what = f"holds {', '.join(foreign[:5])}" if foreign else "holds no recipe.yaml"
             raise RunError(
-                f"{self.path} is not touched: it {what}, so it is not only a run folder",
+                f"{self.path} is left unchanged: it {what}, so it is more than a run folder",
                 f"look into it, or choose another folder: {call.base} --output-dir OTHER",
             )
         if resume or overwrite:

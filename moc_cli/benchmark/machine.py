@@ -27,7 +27,7 @@ def check_idle(device: torch.device) -> dict[str, Any]:
         return {"cpu_percent": psutil.cpu_percent(interval=0.3)}
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    used = _utilization(device)
+    used = utilization(device)
     wait = "wait until it is free, or choose another one: CUDA_VISIBLE_DEVICES"
     if others > OTHERS:
         raise MocError(f"the GPU is in use: others hold {byte_size(others)} of its memory", wait)
@@ -53,7 +53,7 @@ def choose_clock(load: dict[str, Any]) -> tuple[Clock, str, str | None]:
     )
 
 
-def _utilization(device: torch.device) -> int | None:
+def utilization(device: torch.device) -> int | None:
     """Return for how many percent of the last moment a GPU was busy; None where unknown."""
     identifier = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]

@@ -70,8 +70,8 @@ def compare(
             say(f"  {command}")
     elif any(difference.low is not None for difference in comparison.differences):
         say(
-            f"- Intervals ({results['resamples']:,} paired resamples) say how far other items "
-            "could move a difference; another seed of training can move it too (moc train --seeds)."
+            f"- Intervals ({results['resamples']:,} paired resamples) cover the choice of "
+            "items, not the seed of the training (moc train --seeds)."
         )
     say(f"Written: {', '.join(map(str, written))}")
 

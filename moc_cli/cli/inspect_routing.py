@@ -54,7 +54,7 @@ def inspect_routing(
         bool,
         typer.Option(
             "--ablate",
-            help="For one site after the other, replace the routed controls by its own one and "
+            help="For each site in turn, replace its routed controls by its own control and "
             "measure how much the loss of the answers rises: one pass over the rows for each site.",
         ),
     ] = False,

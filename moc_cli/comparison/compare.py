@@ -196,7 +196,9 @@ def _differences(
         if task not in ours or task not in theirs:
             if task in ours or task in theirs:
                 lacking = first if task in ours else run
-                notes.append(f"{lacking.name} has no score of {task}: it is in no difference.")
+                notes.append(
+                    f"{lacking.name} has no score of {task}: it is left out of the differences."
+                )
             continue
         pairs = pair(items[first.name].get(task, []), items[run.name].get(task, []))
         notes += _pairing_notes(task, first, run, pairs)

@@ -45,7 +45,7 @@ def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
     yield (
         "data.train_on_inputs",
         _train_on_inputs,
-        "losses are means over other tokens, and scores are known to change with it",
+        "losses are means over other tokens, and scores depend on it too",
     )
     yield "data.max_length", attrgetter("recipe.data.max_length"), ""
     yield "rows a step", batch, "steps and losses of one step are not comparable"

@@ -48,7 +48,7 @@ class EvalOptions:
     def check(self) -> None:
         """Raise MocError naming all that is wrong with the options themselves."""
         if (self.run is None) == (self.model is None):
-            raise MocError("give a run folder or --model ID, one of them", "moc eval --help")
+            raise MocError("give either a run folder or --model ID", "moc eval --help")
         run, harness, named = self.run is not None, self.harness is not None, self.harness or ()
         moved = self.base_options.path is not None or self.base_options.allow_changes
         of_model, not_here = "goes with --model; a run has its own", "cannot be used with --harness"

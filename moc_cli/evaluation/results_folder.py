@@ -45,7 +45,7 @@ def check_output(folder: Path, *, within: Path | None = None) -> None:
         raise RunError(error.message, OTHER) from error
     if not ours:
         name = folder / (RESULTS if results else SAMPLES)
-        raise FileError(f"{name} is not of `moc eval`, and would be replaced", OTHER)
+        raise FileError(f"{name} was not written by `moc eval` and would be overwritten", OTHER)
 
 
 # Conditions that only name what others hold the hash of: a run or a base may have moved.

@@ -57,9 +57,7 @@ FORMATS: dict[str, ExportFormat] = {
         "moc_cli.export.standalone", "a Hugging Face folder that needs no moc", whole=True
     ),
     "static": ExportFormat("moc_cli.export.static", "frozen routes", ("float32",)),
-    "merged": ExportFormat(
-        "moc_cli.export.merged", "lora, dora and pissa only", DTYPES, whole=True
-    ),
+    "merged": ExportFormat("moc_cli.export.merged", "lora and dora only", DTYPES, whole=True),
 }
 
 

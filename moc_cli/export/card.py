@@ -276,7 +276,7 @@ def _proof(written: Written, proof: dict[str, Any], sizes: dict[str, int]) -> li
         lines.append(
             f"Rounding itself moved a logit by up to {rounding['max_difference']:.3g} "
             f"({100 * rounding['relative_difference']:.2g} % of the largest); "
-            f"{100 * rounding['same_best']:.1f} % of the positions keep their best."
+            f"{100 * rounding['same_best']:.1f} % of the positions have the same most likely token."
         )
     lines += [*written.notes, "", "| file | bytes |", "|---|---|"]
     return lines + [f"| {name} | {size:,} |" for name, size in sizes.items()]

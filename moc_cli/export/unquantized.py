@@ -53,6 +53,6 @@ def open_for(
         f"Written from the unquantised base, in {whole.dtype}; trained on it in {quantization}. "
         f"Logits are within {figures['max_difference']:.3g} "
         f"({figures['relative_difference']:.2g} of the largest) of those of the run, "
-        f"{percent(figures['same_best'])} keep their best."
+        f"{percent(figures['same_best'])} have the same most likely token."
     )
     return whole, (note,)

@@ -42,7 +42,7 @@ def run_together(
     if launcher is not None:
         stray = stray_variable(os.environ)
         if stray is not None:
-            say(f"{stray} is set, and WORLD_SIZE is not: this process works alone")
+            say(f"{stray} is set, and WORLD_SIZE is not: this runs as a single process")
         if is_half_started(os.environ):
             say(
                 "accelerate launch --cpu starts only one process; moc starts several itself: "

@@ -130,8 +130,8 @@ def _multiplier(model: PreTrainedModel, placement: Placement, layer: nn.Module) 
     for name, value in usual.items():
         if "residual" in name and type(value) in (int, float) and value != 1.0:
             raise FamilyError(
-                f"placement: this model multiplies each block's output by {name} = {value}, and a "
-                "control beside it would be as much smaller",
+                f"placement: this model multiplies each block's output by {name} = {value}, and "
+                "its control would need the same factor",
                 hint=f"Add method.placement.multiplier: {name}.",
             )
     return 1.0

@@ -7,7 +7,7 @@ from moc_cli.nn.control import INPUT_NORMS
 from moc_cli.nn.gate import GATES
 from moc_cli.nn.vote import VOTES, Estimator, Level
 
-_KINDS: dict[str, tuple[str, ...]] = {
+ALLOWED: dict[str, tuple[str, ...]] = {
     "input_norm": tuple(INPUT_NORMS),
     "gate": tuple(GATES),
     "estimator": get_args(Estimator),
@@ -50,7 +50,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown kind, and for two kinds that exclude each other."""
-        for name, allowed in _KINDS.items():
+        for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"routing.{name}: '{getattr(self, name)}' is not known; allowed: "

@@ -70,7 +70,7 @@ def find_card(text: str) -> Card:
     if longer:
         raise MocError(f"--gpu: '{text}' is not a whole name; it begins {', '.join(longer)}")
     raise MocError(
-        f"--gpu: '{text}' is no size such as 24GB and no known card{choices(text, CARDS)}"
+        f"--gpu: '{text}' is neither a size such as 24GB nor a known card{choices(text, CARDS)}"
     )
 
 

@@ -267,8 +267,7 @@ def _launch(recipe: Sections) -> Iterator[BrokenRule]:
     launch, machines = recipe.launch, "launch.num_machines"
     if launch.strategy == "deepspeed":
         message = (
-            "deepspeed is not supported: ZeRO-1 and ZeRO-2 would split 0.28 GB of optimizer state "
-            "at 7B, and ZeRO-3 does what fsdp2 does, with a second format of checkpoints; use fsdp2"
+            "deepspeed is not supported; use fsdp2, which splits the base and the optimizer's state"
         )
         yield BrokenRule("launch.strategy", message)
     if launch.strategy == "fsdp2":
@@ -296,13 +295,13 @@ def _sharded(recipe: Sections) -> Iterator[BrokenRule]:
     strategy = "launch.strategy"
     reasons = {
         "method.name": recipe.method.name == "molex"
-        and "molex runs layers that each process chooses by its own rows",
+        and "each process would choose other second layers",
         "train.torch_compile": recipe.train.torch_compile
-        and "layers whose weights come and go are not compiled",
+        and "fsdp2 frees a layer's weights between uses, which cannot be compiled",
         "eval.torch_compile": recipe.eval.torch_compile
-        and "layers whose weights come and go are not compiled",
+        and "fsdp2 frees a layer's weights between uses, which cannot be compiled",
         "method.init": getattr(recipe.method, "init", "default") in ("pca", "gradient")
-        and "the first process alone looks at the first rows",
+        and "only the first process would read the rows that set them",
         "model.load_in_8bit": recipe.model.load_in_8bit and "weights in 8 bits are not split",
     }
     for key, reason in reasons.items():

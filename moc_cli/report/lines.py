@@ -60,7 +60,7 @@ def rows_line(
     if truncated:
         text += f"; {truncated:,} cut to {max_length} tokens"
     if answers_cut_off:
-        text += f", {answers_cut_off:,} of them without an answer left"
+        text += f", {answers_cut_off:,} of them lose their whole answer"
     if dropped:
         text += f"; left out: {dropped_rows(dropped)}"
     return labelled("data", text)
@@ -126,6 +126,6 @@ def parity_line(parity: Mapping[str, Any]) -> str:
         text += (
             f" to the run rounded alike; rounding moved a logit by up to "
             f"{rounding['max_difference']:.3g} ({rounding['relative_difference']:.2g} of the "
-            f"largest), {percent(rounding['same_best'])} keep their best"
+            f"largest), {percent(rounding['same_best'])} have the same most likely token"
         )
     return text

@@ -53,7 +53,7 @@ def plans_table(results: Mapping[str, Any]) -> FittedTable:
         if device["half"] is None:
             notes.append("time: not known for a card of which only the size is")
         else:
-            notes.append("s a step, time of all steps: assumed shares of the listed rates")
+            notes.append("seconds a step and in all: estimated from the listed rates of the card")
     if results["plans"][0]["processes"] > 1:
         notes.append(f"memory, rows and time are those of {_each_process(results['plans'][0])}")
     return FittedTable("Settings", head, rows, notes=notes)

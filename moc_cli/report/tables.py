@@ -161,7 +161,7 @@ def dry_run_views(
     views.append(
         f"{preview['rows']:,} rows to train on, {preview['watched']:,} to validate on, "
         f"{preview['scored']:,} to score; {preview['truncated']:,} of them cut to {max_length} "
-        f"tokens{f', {cut_off:,} without an answer left' if cut_off else ''}{left_out}; "
+        f"tokens{f', {cut_off:,} lose their whole answer' if cut_off else ''}{left_out}; "
         f"{preview['steps']:,} steps; {percent(preview['padding_share'])} padding; an epoch takes "
         f"{preview['positions']['padded']:,} positions padded, {preview['positions']['packed']:,} "
         "packed\n"

@@ -28,8 +28,8 @@ class Sampling:
         """Raise MocError for settings that contradict each other."""
         if self.num_beams > 1 and self.temperature > 0:
             raise MocError(
-                f"--num-beams {self.num_beams} searches and --temperature {self.temperature:g} "
-                "draws; one of them",
+                f"--num-beams {self.num_beams} and --temperature {self.temperature:g} "
+                "cannot be combined",
                 "leave out --temperature for a beam search",
             )
         if self.top_p < 1 and self.temperature == 0:
@@ -61,7 +61,7 @@ class GenerateOptions:
     def check(self) -> None:
         """Raise MocError for options that contradict each other."""
         if (self.run is None) == (self.model is None):
-            raise MocError("give a run folder or --model ID, one of them", "moc generate --help")
+            raise MocError("give either a run folder or --model ID", "moc generate --help")
         if self.model is not None and self.base:
             raise MocError("--base asks a run's base model; --model is one already", "leave it out")
         moved = self.base_options.path is not None or self.base_options.allow_changes

@@ -61,7 +61,7 @@ class PredictOptions:
         first, *_ = read_bytes(file).split(b"\n", 1) if os.path.lexists(file) else [b""]
         if first and OWN[0].encode() not in first:
             raise FileError(
-                f"--output-file {file} is not of `moc predict`, and would be replaced",
+                f"--output-file {file} was not written by `moc predict` and would be overwritten",
                 "give another name",
             )
 

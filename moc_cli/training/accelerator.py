@@ -93,4 +93,4 @@ def _say_not_used(hidden: Mapping[str, str]) -> None:
     ignored = [pair for pair in given.items() if pair[1].lower() not in OFF and pair != ONE_BATCH]
     if ignored:
         variables = ", ".join(f"{PREFIX}{name}" for name, _ in ignored)
-        say(f"not used, as the recipe alone says how to train: {variables}")
+        say(f"ignored, as the recipe sets them: {variables}")

@@ -170,11 +170,11 @@ def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
         if not recipe.data.holds_out:
             return []
         return [
-            f"training rows are held out (data.held_out: {recipe.data.held_out}), and nothing "
-            "watches them: eval.eval_strategy is no; --set data.held_out=0 trains on them too"
+            f"training rows are held out (data.held_out: {recipe.data.held_out}), but are "
+            "never scored: eval.eval_strategy is no; --set data.held_out=0 trains on them too"
         ]
     scored = {example for examples in splits.tests.values() for example in examples}
-    text = f"{len(splits.validation):,} rows are watched and pick the best step"
+    text = f"{len(splits.validation):,} validation rows select the best step"
     both = sum(example in scored for example in splits.validation)
     if both == len(splits.validation):
         text += "; the scored rows are the same ones, so their score is a little too good"

@@ -89,7 +89,7 @@ def check_weights(
         if not any(map(in_a_layer, differences)):
             if allow_changes:
                 return [what]
-            hint += f"; no control touches these weights, if they are meant: {ALLOW}"
+            hint += f"; controls do not depend on these weights; to accept the change: {ALLOW}"
     elif known_hash(model.model_name_or_path, model.revision) == wanted:
         return []
     else:

@@ -262,7 +262,7 @@ def have_gpu(free: float, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = int(free * 1e9), int(23e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: sizes)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(machine, "_utilization", lambda device: used)
+    monkeypatch.setattr(machine, "utilization", lambda device: used)
 
 
 @pytest.mark.parametrize(("free", "used"), [(8, 0), (22.9, 40)])

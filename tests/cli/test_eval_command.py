@@ -210,8 +210,8 @@ def test_a_missing_compiler_is_said_before_weights_load(
 
 
 WRONG = {
-    "nothing to score": (["--limit", "3"], ["give a run folder or --model ID, one of them"]),
-    "both": (["{run}", "--model", "m"], ["give a run folder or --model ID, one of them"]),
+    "nothing to score": (["--limit", "3"], ["give either a run folder or --model ID"]),
+    "both": (["{run}", "--model", "m"], ["give either a run folder or --model ID"]),
     "no run": (["nowhere"], ["nowhere is not a run folder: it holds no recipe.yaml"]),
     "several at once": (
         ["{run}", "--protocol", "ranks", "--batch-size", "0", "--dtype", "float32", "--suite", "x"],

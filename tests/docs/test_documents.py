@@ -12,6 +12,7 @@ from support.machine import ROOT, absent
 
 from moc_cli import __version__
 from moc_cli.cli import COMMANDS, run
+from moc_cli.models.families import FAMILIES
 from moc_cli.planning import plans
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +66,13 @@ def test_the_readme_shows_every_command_in_the_order_of_the_help() -> None:
 def test_the_reference_has_every_key_of_a_recipe() -> None:
     """Write it again: PYTHONPATH=tests python -m support.recipe_table."""
     assert recipe_table.written() == recipe_table.table()
+
+
+def test_the_documents_name_every_family() -> None:
+    reference = (ROOT / "REFERENCE.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^Built in: (.*?)\.$", reference, flags=re.M | re.S)
+    assert re.split(r"[,;]\s+", listed) == list(FAMILIES)
+    assert f"the [{len(FAMILIES)} built-in ones]" in README
 
 
 @pytest.mark.parametrize("name", ["README.md", "REFERENCE.md", "CONTRIBUTING.md"])

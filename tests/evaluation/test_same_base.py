@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_more_rows_of_embeddings_where_it_is_allowed(
     assert run(moved) == 2
     said = capsys.readouterr().err
     assert f"model.embed_tokens.weight: {rows} rows then, {rows + 8} now" in said
-    assert "if they are meant: --allow-changed-base" in said
+    assert "to accept the change: --allow-changed-base" in said
     longer = [*moved, "--set", "train.max_steps=3", "--json"]
     assert run([*longer, "--allow-changed-base"]) == 0
     assert "changed: the weights of the base model" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_one_of_several_gets_the_variables_of_torchrun(
         ),
         (
             {"LOCAL_RANK": "1"},
-            ["LOCAL_RANK is set, and WORLD_SIZE is not: this process works alone"],
+            ["LOCAL_RANK is set, and WORLD_SIZE is not: this runs as a single process"],
         ),
         (HALF, ["accelerate launch --cpu starts only one process; moc starts several itself"]),
     ],

@@ -297,7 +297,7 @@ class TestVoteWhoseScoresDoNotAddUp:
             return p.masked_fill(weight[..., None] == 0, float("nan")).nanmedian(dim=1).values
 
         monkeypatch.setitem(VOTES, "median", Vote(score, additive=False))
-        monkeypatch.setitem(routing_module._KINDS, "vote", tuple(VOTES))
+        monkeypatch.setitem(routing_module.ALLOWED, "vote", tuple(VOTES))
 
     def test_running_decode_refuses_it(self):
         with refused(ValueError):

@@ -261,7 +261,10 @@ def test_the_command_prints_what_fits(
     assert changes == [["method.rank=4"], ["method.rank=6"]]
     assert all(plan["seconds"] > 0 and plan["fits"] for plan in printed["plans"])
     assert run(["plan", str(folder / "r.yaml"), "--gpu", "T5"]) == 2
-    assert "'T5' is no size such as 24GB and no known card; allowed: T4" in capsys.readouterr().err
+    assert (
+        "'T5' is neither a size such as 24GB nor a known card; allowed: T4"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_line_to_paste_trains_what_was_planned(

@@ -3,15 +3,15 @@
 import gc
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import multiprocessing
 
-from moc_cli import processes
+from moc_cli.processes import Processes, join, leave, working_as
 
 SECONDS = 60.0
 
@@ -39,9 +39,9 @@ def _one(rank: int, work: Callable[..., Any], world: int, port: int, arguments: 
     gc.freeze()  # a collection would look through all that the parent has made
     os.environ |= as_launched(rank, world, port)
     try:
-        work(processes.join(cpu=True, seconds=SECONDS), *arguments)
+        work(join(cpu=True, seconds=SECONDS), *arguments)
     finally:
-        processes.leave()
+        leave()
 
 
 def run_together(work: Callable[..., Any], world: int, *arguments: Any) -> None:
@@ -54,14 +54,9 @@ def run_together(work: Callable[..., Any], world: int, *arguments: Any) -> None:
     )
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[None]:
     """Within it a process of a group works as if it were the only one."""
-    before, processes._current = processes._current, processes.Processes()
-    try:
-        yield
-    finally:
-        processes._current = before
+    return working_as(Processes())
 
 
 def saved(folder: Path, world: int) -> list[Any]:

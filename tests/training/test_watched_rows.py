@@ -12,11 +12,11 @@ def test_rows_that_are_held_out_for_nobody_are_told():
     splits = Splits([TextExample("t", "a")], [TextExample("t", "b")], {})
     keys = ["eval.eval_strategy=no", "output.output_dir=run"]
     (note,) = watched_rows(load_recipe("commonsense/llama3-8b/moc", keys), splits)
-    assert "held out (data.held_out: 120), and nothing watches them" in note
+    assert "held out (data.held_out: 120), but are never scored" in note
     assert watched_rows(load_recipe("glue/roberta-base/moc", keys), splits) == []
     keys = ["eval.eval_strategy=epoch", "output.output_dir=run"]
     (note,) = watched_rows(load_recipe("commonsense/llama3-8b/moc", keys), splits)
-    assert note == "1 rows are watched and pick the best step"
+    assert note == "1 validation rows select the best step"
 
 
 def test_scored_rows_choose_nothing_where_training_rows_are_held_out(tmp_path):
