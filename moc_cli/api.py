@@ -143,7 +143,7 @@ class Controls:
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **others: Any,
+        **kwargs: Any,
     ) -> None:
         """Replaces the model's `save_pretrained`, see the class."""
         if push_to_hub:
@@ -191,9 +191,9 @@ def attach(
     check_modules(model, names)
     _warn_of_new_head(model, names)
     base = fingerprint(model, names, find_stored(model))
-    before = _copies(model, names)
+    copies = _copies(model, names)
     adapted = place(model, section, new_modules=names, seed=seed)
-    return Controls(adapted, _base_facts(model, base, seed), before)
+    return Controls(adapted, _base_facts(model, base, seed), copies)
 
 
 def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
@@ -216,7 +216,7 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     if checked.note:
         warnings.warn(checked.note, stacklevel=2)
     state = read_state(checked.adapter)
-    before = _copies(model, names)
+    copies = _copies(model, names)
     adapted = place(model, config.method, new_modules=names, seed=checked.seed)
     try:
         adapted.load_state(state)
@@ -226,7 +226,7 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     values = checked.adapter.config
     name_classes(model.config, config.id2label)
     inherited = {key: values[key] for key in _INHERITED if values.get(key) is not None}
-    return Controls(adapted, _base_facts(model, checked.base, checked.seed) | inherited, before)
+    return Controls(adapted, _base_facts(model, checked.base, checked.seed) | inherited, copies)
 
 
 def _warn_of_new_head(model: PreTrainedModel, modules: tuple[str, ...]) -> None:
@@ -234,9 +234,9 @@ def _warn_of_new_head(model: PreTrainedModel, modules: tuple[str, ...]) -> None:
     if model.can_generate() or model.base_model is model:
         return
     shapes = checkpoint_shapes(model.name_or_path) if model.name_or_path else None
-    kept = {model.base_model_prefix, *own_head(model, shapes), *modules}
+    stored_modules = {model.base_model_prefix, *own_head(model, shapes), *modules}
     heads = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
-    new = [name for name in heads if name not in kept]
+    new = [name for name in heads if name not in stored_modules]
     if new:
         warnings.warn(
             f"{', '.join(new)} of {type(model).__name__} came from no checkpoint, and attach() "

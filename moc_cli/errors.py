@@ -81,8 +81,8 @@ def compare_entries(
         for name in expected.keys() & found.keys()
         if found[name] != expected[name]
     ]
-    more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return "; ".join(sorted(wrong)[:5]) + more
+    and_more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return "; ".join(sorted(wrong)[:5]) + and_more
 
 
 def system_reason(error: BaseException) -> str | None:

@@ -179,7 +179,7 @@ def check_folder(path: str | Path, *, within: str | Path | None = None) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(folder)  # says whether the name is too long, or out of reach
         parents = (folder, *folder.absolute().parents)
-        place = next(each for each in parents if os.path.lexists(each))
+        place = next(parent for parent in parents if os.path.lexists(parent))
         if not place.is_dir():
             raise FileError(f"cannot write to {path}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):

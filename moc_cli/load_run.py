@@ -229,15 +229,15 @@ def _with_base(recipe: Recipe, folder: RunFolder, base: BaseOptions) -> Recipe:
     return recipe
 
 
-def _in_4_bits(recipe: Recipe, wanted: bool | None) -> Recipe:
+def _in_4_bits(recipe: Recipe, load_in_4bit: bool | None) -> Recipe:
     """The recipe with its base in 4 bits or unquantised, as it is wanted; None: as it is.
 
     Raises MocError where the files of a base that is wanted unquantised hold 4 or 8 bits alone.
     """
-    if wanted is None:
+    if load_in_4bit is None:
         return recipe
     model = recipe.model
-    if not wanted:
+    if not load_in_4bit:
         name = model.model_name_or_path
         trust = model.trust_remote_code
         stored = stored_as(
@@ -248,7 +248,7 @@ def _in_4_bits(recipe: Recipe, wanted: bool | None) -> Recipe:
                 f"--no-load-in-4bit: '{name}' holds its weights in {stored} alone",
                 "name the unquantised base that it was made from: --base-path DIR",
             )
-    return recipe.changed(model={"load_in_4bit": wanted, "load_in_8bit": False})
+    return recipe.changed(model={"load_in_4bit": load_in_4bit, "load_in_8bit": False})
 
 
 def _check_weights(
@@ -259,12 +259,13 @@ def _check_weights(
     base: BaseOptions,
 ) -> None:
     """Raise RunError unless the base's tensors are those of the training, or may differ."""
-    wanted = adapter_config.get("base_weights_sha256")
-    if built.weights_hash == wanted:
+    expected_hash = adapter_config.get("base_weights_sha256")
+    if built.weights_hash == expected_hash:
         return
-    then = folder.base_tensors()
-    packed = is_packed(then) or is_packed(built.tensors)
-    if hash_tensors(then) != wanted or packed:  # or an older run, which does not describe them
+    trained_tensors = folder.base_tensors()
+    packed = is_packed(trained_tensors) or is_packed(built.tensors)
+    # An older run does not describe its tensors.
+    if hash_tensors(trained_tensors) != expected_hash or packed:
         model = recipe.model
         check_base(
             built.name,
@@ -273,7 +274,7 @@ def _check_weights(
             weights_hash=lambda: known_hash(model.model_name_or_path, model.revision),
         )
         return
-    differences = find_differences(then, built.tensors)
+    differences = find_differences(trained_tensors, built.tensors)
     inside = any(map(in_a_layer, differences))
     text = f"{built.name} has other weights than the base of {folder.path}"
     text += f":\n{list_differences(differences)}"
@@ -287,10 +288,10 @@ def _check_weights(
     )
 
 
-def _check_vocabulary(folder: RunFolder, found: str, base: BaseOptions) -> None:
+def _check_vocabulary(folder: RunFolder, vocabulary_hash: str, base: BaseOptions) -> None:
     """Raise RunError unless the tokenizer has the vocabulary of the training, or may differ."""
-    wanted = folder.base_vocabulary()
-    if wanted in (None, found):
+    expected_hash = folder.base_vocabulary()
+    if expected_hash in (None, vocabulary_hash):
         return
     text = f"the tokenizer has another vocabulary than the one that {folder.path} was trained with"
     if not base.allow_changes:

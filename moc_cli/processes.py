@@ -143,16 +143,16 @@ class Processes:
         value, error = None, None
         try:
             value = work()
-        except MocError as own:
-            error = own
+        except MocError as caught:
+            error = caught
         report = None if error is None else (error.message, error.hint, host_name())
         done = self.gather((value, report))
-        for rank, (_, other) in enumerate(done):
-            if other is None:
+        for rank, (_, failure) in enumerate(done):
+            if failure is None:
                 continue
             if error is not None and self.main:
                 raise error
-            message, hint, host = other
+            message, hint, host = failure
             kind = MocError if self.main else Elsewhere
             raise kind(f"process {rank} on {host}: {message}", hint)
         return [cast(T, value) for value, _ in done]
@@ -163,8 +163,8 @@ class Processes:
         error: MocError | None = None
         try:
             yield
-        except MocError as own:
-            error = own
+        except MocError as caught:
+            error = caught
 
         def end() -> None:
             if error is not None:
@@ -245,15 +245,15 @@ def current() -> Processes:
 def working_as(processes: Processes) -> Iterator[None]:
     """Within it `processes` is what `current` returns."""
     global _current
-    before, _current = _current, processes
+    previous, _current = _current, processes
     try:
         yield
     finally:
-        _current = before
+        _current = previous
 
 
 @contextmanager
-def alike() -> Iterator[None]:
+def same_work() -> Iterator[None]:
     """Within it all processes do the same work, which counts in the first alone."""
     with working_as(replace(_current, counts=_current.main)):
         yield

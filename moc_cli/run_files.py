@@ -262,13 +262,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def check_own(
-    folder: Path, record: str, shape: type, others: Iterable[str], *, command: str
+    folder: Path, record: str, shape: type, other_files: Iterable[str], *, command: str
 ) -> None:
     """Raise FileError where a command would replace files of a folder that it did not write.
 
-    `record` is its JSON file: where that has the shape, the `others` are the command's too.
+    `record` is its JSON file: where that has the shape, the `other_files` are the command's too.
     """
-    present = [name for name in (record, *others) if os.path.lexists(folder / name)]
+    present = [name for name in (record, *other_files) if os.path.lexists(folder / name)]
     if not present:
         return
     try:
@@ -306,15 +306,15 @@ def read_bytes(path: Path, largest: int | None = LARGEST) -> bytes:
         raise RunError(f"{path} cannot be read: {system_reason(error)}") from error
 
 
-def parse(content: bytes, shape: type, where: str) -> dict[str, Any]:
+def parse(content: bytes, shape: type, source: str) -> dict[str, Any]:
     """Return a JSON object as it is; raises RunError unless it has the shape."""
     try:
         _adapter(shape).validate_json(content, strict=True)
         value: dict[str, Any] = from_json(content)  # twice as fast as json's own
     except ValidationError as error:
-        raise RunError(f"{where} cannot be read: {_reason(error)}") from error
+        raise RunError(f"{source} cannot be read: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{where} cannot be read: not JSON: {str(error)[:80]}") from error
+        raise RunError(f"{source} cannot be read: not JSON: {str(error)[:80]}") from error
     return value
 
 

@@ -244,11 +244,11 @@ class RunFolder:
                 task: {name: score.get("before") for name, score in entry["metrics"].items()}
                 for task, entry in results["tasks"].items()
             }
-        known = {
+        known_scores = {
             task: {name: value for name, value in values.items() if value is not None}
             for task, values in before.items()
         }
-        return {task: values for task, values in known.items() if values}
+        return {task: values for task, values in known_scores.items() if values}
 
     def read_environment(self) -> dict[str, Any]:
         """Return environment.json; raises RunError where it is missing or damaged."""
@@ -270,8 +270,10 @@ class RunFolder:
     def base_vocabulary(self) -> str | None:
         """Return the hash of the tokenizer's vocabulary; None where the run does not say it."""
         with contextlib.suppress(RunError):
-            known: str | None = self.read_environment().get("tokenizer", {}).get(VOCABULARY)
-            return known
+            vocabulary_hash: str | None = (
+                self.read_environment().get("tokenizer", {}).get(VOCABULARY)
+            )
+            return vocabulary_hash
         return None
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -289,9 +291,9 @@ class RunFolder:
             return
         foreign = [name for name in content if name not in ENTRIES]
         if not self.recipe_file.is_file() or (overwrite and foreign):
-            what = f"holds {', '.join(foreign[:5])}" if foreign else "holds no recipe.yaml"
+            reason = f"holds {', '.join(foreign[:5])}" if foreign else "holds no recipe.yaml"
             raise RunError(
-                f"{self.path} is left unchanged: it {what}, so it is more than a run folder",
+                f"{self.path} is left unchanged: it {reason}, so it is more than a run folder",
                 f"look into it, or choose another folder: {call.base} --output-dir OTHER",
             )
         if resume or overwrite:

@@ -45,8 +45,8 @@ def stopped_by_signals() -> Iterator[Stop]:
     state = Stop()
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in STOPS:
-            signal.signal(each, signal.SIG_IGN)
+        for stop_signal in STOPS:
+            signal.signal(stop_signal, signal.SIG_IGN)
         state.number = number
         raise Stopped(number)
 
@@ -62,11 +62,11 @@ def handled(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
+        for number, earlier in previous.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 

@@ -238,7 +238,7 @@ def profile() -> dict[str, Any]:
     accelerator = make_accelerator(variant.recipe.launch, (), Path())
     bases = Bases(accelerator.device, None if GPU else 2)
     size = variant.recipe.train.per_device_train_batch_size
-    rows = make_rows(variant.recipe, bases.of(variant.recipe).model, 20 * size, own=False)
+    rows = make_rows(variant.recipe, bases.of(variant.recipe).model, 20 * size, own_rows=False)
     folder = Path("profile")
     folder.mkdir()
     loop = make_loop(variant, rows, bases, accelerator, folder)

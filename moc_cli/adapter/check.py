@@ -99,12 +99,12 @@ def read_state(adapter: Adapter) -> dict[str, Tensor]:
     return state
 
 
-def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
+def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise RunError naming the tensors of `state` that hold NaN or infinity."""
     wrong = [name[:80] for name, values in state.items() if not values.isfinite().all()]
     if wrong:
-        more = f" and {len(wrong) - 3} more hold" if len(wrong) > 3 else " holds"
-        raise RunError(f"{where}: {', '.join(wrong[:3])}{more} numbers that are not finite")
+        ending = f" and {len(wrong) - 3} more hold" if len(wrong) > 3 else " holds"
+        raise RunError(f"{source}: {', '.join(wrong[:3])}{ending} numbers that are not finite")
 
 
 def check_free(model: PreTrainedModel) -> None:
@@ -127,11 +127,11 @@ def check_modules(model: PreTrainedModel, names: tuple[str, ...]) -> None:
                 f"modules: '{name}' is quantised, and such weights cannot be trained",
                 f"load the model with llm_int8_skip_modules=['{name}']",
             )
-        own = {id(parameter) for parameter in module.parameters()}
+        parameter_ids = {id(parameter) for parameter in module.parameters()}
         shared = [
             key
             for key, parameter in model.named_parameters(remove_duplicate=False)
-            if id(parameter) in own and not key.startswith(f"{name}.")
+            if id(parameter) in parameter_ids and not key.startswith(f"{name}.")
         ]
         if shared:
             raise RunError(f"modules: '{name}' shares its weights with '{shared[0]}'")
@@ -170,26 +170,26 @@ def check_base(
     `differences` are the lines that a refusal ends with.
     """
     wanted_fingerprint = expected.get("base_fingerprint") or {}
-    same = same_base(fingerprint, wanted_fingerprint)
+    is_same = same_base(fingerprint, wanted_fingerprint)
     hashes = ""
-    wanted = expected.get("base_weights_sha256")
-    if same is None and wanted:
+    expected_hash = expected.get("base_weights_sha256")
+    if is_same is None and expected_hash:
         own_hash = weights_hash()
-        if own_hash == wanted:
-            same = True
+        if own_hash == expected_hash:
+            is_same = True
         elif own_hash is not None and not wanted_fingerprint:
-            same = False
-            hashes = f": sha256 {own_hash[:12]}, expected {wanted[:12]}"
+            is_same = False
+            hashes = f": sha256 {own_hash[:12]}, expected {expected_hash[:12]}"
     trained = "the controls do not name the base that they were trained on"
-    if known := expected.get("base_model_name_or_path"):
-        trained = f"the controls were trained on '{known}'"
-    if same is None and required:
+    if base_name := expected.get("base_model_name_or_path"):
+        trained = f"the controls were trained on '{base_name}'"
+    if is_same is None and required:
         raise RunError(
             f"the base '{name}' cannot be checked: {trained}, and neither its weight files nor a "
             "fingerprint in this type of numbers can be compared",
             "load the base in float32 or bfloat16, or from its folder",
         )
-    if same is False:
+    if is_same is False:
         listed = differences()
         raise RunError(
             f"'{name}' has other weights than the base: {trained}{hashes}"
@@ -198,15 +198,15 @@ def check_base(
         )
 
 
-def compare_quantization(expected: Mapping[str, Any], now: Quantization | None) -> str | None:
+def compare_quantization(expected: Mapping[str, Any], current: Quantization | None) -> str | None:
     """Return a sentence where the base is quantised in another way than the one trained on.
 
     `expected` is what adapter_config.json says.
     """
-    then = of_arguments(expected.get("base_quantization"))
-    if then == now:
+    trained = of_arguments(expected.get("base_quantization"))
+    if trained == current:
         return None
-    weights = [str(one) if one else "unquantised" for one in (then, now)]
+    weights = [str(state) if state else "unquantised" for state in (trained, current)]
     return (
         f"the controls were trained on a base with {weights[0]} weights, and here they are "
         f"{weights[1]}: outputs differ a little"
@@ -218,8 +218,10 @@ def _differences(model: PreTrainedModel, folder: Path, skip: tuple[str, ...]) ->
 
     Empty for an adapter outside of a run, which does not describe each tensor.
     """
-    then = read_base_tensors(folder.parent / "environment.json")
-    return list_differences(find_differences(then, describe_tensors(model, skip))) if then else ""
+    trained_tensors = read_base_tensors(folder.parent / "environment.json")
+    if not trained_tensors:
+        return ""
+    return list_differences(find_differences(trained_tensors, describe_tensors(model, skip)))
 
 
 def _check_fit(
@@ -235,10 +237,12 @@ def _check_fit(
     if adapter.config.get("placement") != placed.get("placement"):
         raise RunError(f"{adapter.folder} names other places than its method has in this model")
     unknown = sorted(peft.keys() - placed.keys())
-    other = [key for key in _PEFT if key in peft and peft[key] != placed[key]]
-    if unknown or other:
-        what = f"unknown key '{unknown[0][:80]}'" if unknown else f"{other[0]} and method disagree"
-        raise RunError(f"{adapter.folder}: adapter_config.json: {what}")
+    differing = [key for key in _PEFT if key in peft and peft[key] != placed[key]]
+    if unknown or differing:
+        problem = (
+            f"unknown key '{unknown[0][:80]}'" if unknown else f"{differing[0]} and method disagree"
+        )
+        raise RunError(f"{adapter.folder}: adapter_config.json: {problem}")
 
 
 def _shapes_of(model: PreTrainedModel) -> PreTrainedModel:

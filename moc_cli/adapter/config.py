@@ -80,20 +80,20 @@ class AdapterConfig(Section):
     config_sha256: Sha | None = Field(default=None, description="of everything else in this file")
 
 
-def parse_adapter(raw: dict[str, Any], where: str) -> tuple[AdapterConfig, dict[str, Any]]:
-    """Return the checked config, and peft's fields; raises RunError naming `where`."""
-    own = {key: value for key, value in raw.items() if key in AdapterConfig.model_fields}
-    peft_fields = {key: value for key, value in raw.items() if key not in own}
+def parse_adapter(raw: dict[str, Any], source: str) -> tuple[AdapterConfig, dict[str, Any]]:
+    """Return the checked config, and peft's fields; raises RunError naming `source`."""
+    adapter_fields = {key: value for key, value in raw.items() if key in AdapterConfig.model_fields}
+    peft_fields = {key: value for key, value in raw.items() if key not in adapter_fields}
     method = raw.get("method")
     name = method.get("name") if isinstance(method, dict) else method
     if name not in ("lora", "dora"):
-        own, peft_fields = raw, {}
+        adapter_fields, peft_fields = raw, {}
     try:
-        return AdapterConfig.model_validate(own), peft_fields
+        return AdapterConfig.model_validate(adapter_fields), peft_fields
     except ValidationError as error:
         details = error.errors(include_url=False)
-        shown = "; ".join(dict.fromkeys(_sentence(one) for one in details[:3]))
-        raise RunError(f"{where} is not one that this version reads: {shown}") from error
+        shown = "; ".join(dict.fromkeys(_sentence(detail) for detail in details[:3]))
+        raise RunError(f"{source} is not one that this version reads: {shown}") from error
 
 
 def _sentence(detail: Any) -> str:

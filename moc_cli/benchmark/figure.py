@@ -72,10 +72,12 @@ def _draw_lines(axes: Axes, entries: Entries, value: str, key: str) -> None:
     """A line over the key's values for each method; a method without the key is a level."""
     for number, method in enumerate(dict.fromkeys(e["method"] for e in entries.values())):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        own = [entry for entry in entries.values() if entry["method"] == method]
-        with_key = [entry for entry in own if entry["changes"]]
+        method_entries = [entry for entry in entries.values() if entry["method"] == method]
+        with_key = [entry for entry in method_entries if entry["changes"]]
         if not with_key:
-            axes.axhline(_amount(own[0], value), linestyle="--", color=colour, label=method)
+            axes.axhline(
+                _amount(method_entries[0], value), linestyle="--", color=colour, label=method
+            )
             continue
         where = [float(entry["changes"][0].partition("=")[2]) for entry in with_key]
         amounts = [_amount(entry, value) for entry in with_key]

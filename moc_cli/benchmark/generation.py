@@ -61,8 +61,10 @@ def measure_generation(
 
     turns = take_turns(variants, write, options, device, bar)
     return [
-        VariantMeasurement(variant, taken, _memory(model, max(turn.working for turn in taken)))
-        for variant, taken, model in zip(variants, turns, models, strict=True)
+        VariantMeasurement(
+            variant, variant_turns, _memory(model, max(turn.working for turn in variant_turns))
+        )
+        for variant, variant_turns, model in zip(variants, turns, models, strict=True)
     ]
 
 
@@ -74,8 +76,8 @@ def _model_of(variant: Variant, bases: Bases, device: torch.device) -> PreTraine
     with naming(variant):
         if variant.method not in MERGED:
             return build.place_method(variant.recipe, sharing_copy(base), device).adapted.model
-        own = Loaded(copy.deepcopy(base.model), base.new_modules, "", base.source)
-        return build.place_method(variant.recipe, own, device).adapted.merge()
+        base_copy = Loaded(copy.deepcopy(base.model), base.new_modules, "", base.source)
+        return build.place_method(variant.recipe, base_copy, device).adapted.merge()
 
 
 def _prompts(variant: Variant, model: PreTrainedModel, lengths: Lengths) -> Tensor:
@@ -89,10 +91,10 @@ def _prompts(variant: Variant, model: PreTrainedModel, lengths: Lengths) -> Tens
 
 def _write(model: Any, ids: Tensor, new: int, clock: Clock) -> Turn:
     """Write `new` greedy tokens after each prompt; a CPU does not tell the bytes."""
-    before = 0
+    bytes_before = 0
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats(ids.device)
-        before = torch.cuda.memory_allocated(ids.device)
+        bytes_before = torch.cuda.memory_allocated(ids.device)
 
     def generate() -> None:
         model.generate(
@@ -106,10 +108,10 @@ def _write(model: Any, ids: Tensor, new: int, clock: Clock) -> Turn:
         )
 
     seconds = timed(generate, ids.device, clock)
-    working = torch.cuda.max_memory_allocated(ids.device) - before if ids.is_cuda else 0
+    working = torch.cuda.max_memory_allocated(ids.device) - bytes_before if ids.is_cuda else 0
     return Turn(seconds, len(ids), len(ids) * new, working)
 
 
 def _memory(model: PreTrainedModel, working: int) -> StepMemory:
-    kept = tensor_bytes([*model.parameters(), *model.buffers()])
-    return StepMemory(kept + working if working else None, kept)
+    weight_bytes = tensor_bytes([*model.parameters(), *model.buffers()])
+    return StepMemory(weight_bytes + working if working else None, weight_bytes)

@@ -26,14 +26,16 @@ def check_idle(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"cpu_percent": psutil.cpu_percent(interval=0.3)}
     free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
+    bytes_of_others = total - free - torch.cuda.memory_reserved(device)
     used = utilization(device)
     wait = "wait until it is free, or choose another one: CUDA_VISIBLE_DEVICES"
-    if others > OTHERS:
-        raise MocError(f"the GPU is in use: others hold {byte_size(others)} of its memory", wait)
+    if bytes_of_others > OTHERS:
+        raise MocError(
+            f"the GPU is in use: others hold {byte_size(bytes_of_others)} of its memory", wait
+        )
     if used is not None and used > BUSY:
         raise MocError(f"the GPU is in use: it is busy for {used} % of the time", wait)
-    return {"gpu_percent": used, "gpu_bytes_of_others": others}
+    return {"gpu_percent": used, "gpu_bytes_of_others": bytes_of_others}
 
 
 def choose_clock(load: dict[str, Any]) -> tuple[Clock, str, str | None]:

@@ -28,15 +28,17 @@ class StepMemory:
 
 def measure_peak(loop: Loop) -> StepMemory:
     """Take one more step, and return what its model alone needs; the other models do not count."""
-    kept = tensor_bytes(_kept(loop))
+    kept_bytes = tensor_bytes(_kept_tensors(loop))
     if loop.device.type != "cuda":
-        return StepMemory(_counted_peak(loop), kept)
+        return StepMemory(_counted_peak(loop), kept_bytes)
     torch.cuda.synchronize(loop.device)
     torch.cuda.reset_peak_memory_stats(loop.device)
-    before = torch.cuda.memory_allocated(loop.device)
+    bytes_before = torch.cuda.memory_allocated(loop.device)
     loop.train_step()
     torch.cuda.synchronize(loop.device)
-    return StepMemory(torch.cuda.max_memory_allocated(loop.device) - before + kept, kept)
+    return StepMemory(
+        torch.cuda.max_memory_allocated(loop.device) - bytes_before + kept_bytes, kept_bytes
+    )
 
 
 def _counted_peak(loop: Loop) -> int:
@@ -50,7 +52,7 @@ def _counted_peak(loop: Loop) -> int:
     return memory.peak
 
 
-def _kept(loop: Loop) -> list[Tensor]:
+def _kept_tensors(loop: Loop) -> list[Tensor]:
     model = loop.adapted.model
     trained = loop.named.values()
     return [*model.parameters(), *model.buffers(), *trained, *_optimizer_state(loop)]

@@ -62,9 +62,9 @@ def _quantize(model: PreTrainedModel, quantization: Quantization, device: torch.
     replace_with_bnb_linear(model, sorted(weights - inside), config)
     for name, module in plain.items():
         quantized: Any = model.get_submodule(name)
-        made = quantized.weight
+        weight = quantized.weight
         values = module.weight.detach().cpu()  # 8 bits are made on the way from there
-        quantized.weight = type(made)(values, requires_grad=False, **vars(made)).to(device)
+        quantized.weight = type(weight)(values, requires_grad=False, **vars(weight)).to(device)
         quantized.bias = module.bias
     setattr(model, f"is_loaded_in_{8 if quantization.load_in_8bit else 4}bit", True)
     keep_differentiable(model)
@@ -87,11 +87,11 @@ class Bases:
 
     def __init__(self, device: torch.device, layers: int | None) -> None:
         self._make: Callable[[Recipe], Loaded] = lambda recipe: random_base(recipe, device, layers)
-        self._made: dict[str, Loaded] = {}
+        self._loaded: dict[str, Loaded] = {}
 
     def of(self, recipe: Recipe) -> Loaded:
         """Return the base of a recipe, the same one for recipes that agree on it."""
         key = f"{recipe.model.model_dump_json()} {recipe.train.bf16}"
-        if key not in self._made:
-            self._made[key] = self._make(recipe)
-        return self._made[key]
+        if key not in self._loaded:
+            self._loaded[key] = self._make(recipe)
+        return self._loaded[key]

@@ -13,14 +13,14 @@ from moc_cli.training import build
 SAMPLE = 4096  # the recipe's own rows are as many at most, drawn at random
 
 
-def make_rows(recipe: Recipe, model: PreTrainedModel, number: int, *, own: bool) -> Encoded:
-    """Return rows that fit a model: `number` of random tokens, or the recipe's `own`.
+def make_rows(recipe: Recipe, model: PreTrainedModel, number: int, *, own_rows: bool) -> Encoded:
+    """Return rows that fit a model: `number` of random tokens, or the recipe's with `own_rows`.
 
     Random rows have `data.max_length` tokens, or as many as the model takes, and all are learned.
     Of own rows, lengths and learned places are kept; ids that the model lacks become others, as
     the tokenizer may be that of another model.
     """
-    if own:
+    if own_rows:
         return _own_rows(recipe, embeddings(model))
     kind = make_kind(recipe.data.task)
     length = min(recipe.data.max_length, max_positions(model) or recipe.data.max_length)

@@ -46,8 +46,8 @@ def measure_steps(
     """
     rows = _rows_of(variants, bases, options.turns + 1, options.own_rows)  # one for the memory
     loops = [
-        make_loop(variant, taken, bases, accelerator, folder)
-        for variant, taken in zip(variants, rows, strict=True)
+        make_loop(variant, variant_rows, bases, accelerator, folder)
+        for variant, variant_rows in zip(variants, rows, strict=True)
     ]
 
     def step(number: int) -> Turn:
@@ -60,23 +60,29 @@ def measure_steps(
     turns = take_turns(variants, step, options, accelerator.device, bar)
     memories = [measure_peak(loop) for loop in loops]
     return [
-        VariantMeasurement(variant, taken, memory, loop.adapted.counts().trainable)
-        for variant, loop, taken, memory in zip(variants, loops, turns, memories, strict=True)
+        VariantMeasurement(variant, variant_turns, memory, loop.adapted.counts().trainable)
+        for variant, loop, variant_turns, memory in zip(
+            variants, loops, turns, memories, strict=True
+        )
     ]
 
 
-def _rows_of(variants: Sequence[Variant], bases: Bases, turns: int, own: bool) -> list[Encoded]:
+def _rows_of(
+    variants: Sequence[Variant], bases: Bases, turns: int, own_rows: bool
+) -> list[Encoded]:
     """Return each variant's rows, one list for those that agree on model and data."""
     trains = [variant.recipe.train for variant in variants]
     window = max(t.per_device_train_batch_size * t.gradient_accumulation_steps for t in trains)
-    made: dict[str, Encoded] = {}
+    rows_by_key: dict[str, Encoded] = {}
     rows = []
     for variant in variants:
         recipe = variant.recipe
         key = recipe.model.model_dump_json() + recipe.data.model_dump_json()
-        if key not in made:
-            made[key] = make_rows(recipe, bases.of(recipe).model, window * turns, own=own)
-        rows.append(made[key])
+        if key not in rows_by_key:
+            rows_by_key[key] = make_rows(
+                recipe, bases.of(recipe).model, window * turns, own_rows=own_rows
+            )
+        rows.append(rows_by_key[key])
     return rows
 
 

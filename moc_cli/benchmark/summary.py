@@ -33,7 +33,7 @@ def summarize(
         entry: dict[str, Any] = {
             "method": result.variant.method,
             "changes": list(result.variant.changes),
-            **{name: float(np.median(each)) for name, each in values.items()},
+            **{name: float(np.median(numbers)) for name, numbers in values.items()},
             "peak_bytes": memory.peak,
             "kept_bytes": memory.kept,
             "working_bytes": memory.working,
@@ -44,13 +44,15 @@ def summarize(
         else:
             entry["rows"] = result.turns[0].examples
         for name in compared:
-            other = _counterpart(result.variant, name, measured)
-            ratios = None if other is None else values[key] / _values(other, training)[key]
+            counterpart = _counterpart(result.variant, name, measured)
+            ratios = (
+                None if counterpart is None else values[key] / _values(counterpart, training)[key]
+            )
             entry[f"ratio_to_{name}"] = None if ratios is None else float(np.median(ratios))
             entry["interval"][f"ratio_to_{name}"] = None if ratios is None else interval(ratios)
             for part in ("peak", "working") if training else ():
-                of_other = other and getattr(other.memory, part)
-                ratio = getattr(memory, part) / of_other if of_other else None
+                of_counterpart = counterpart and getattr(counterpart.memory, part)
+                ratio = getattr(memory, part) / of_counterpart if of_counterpart else None
                 entry[f"{part}_bytes_to_{name}"] = ratio
         entries[result.variant.name] = entry
     return entries
@@ -87,7 +89,7 @@ def _counterpart(
     variant: Variant, method: str, among: Sequence[VariantMeasurement]
 ) -> VariantMeasurement | None:
     """Return what was measured of the first variant of a method that shares the tried values."""
-    for other in among:
-        if other.variant.method == method and other.variant.shared == variant.shared:
-            return other
+    for candidate in among:
+        if candidate.variant.method == method and candidate.variant.shared == variant.shared:
+            return candidate
     return None

@@ -70,8 +70,8 @@ def make_variants(
     if methods is not None and not methods:
         raise MocError("--methods names no method", f"known: {', '.join(METHODS)}")
     draft = read_draft(recipe)
-    own = finish_recipe(draft, changes)
-    methods = methods or [own.method.name]
+    own_recipe = finish_recipe(draft, changes)
+    methods = methods or [own_recipe.method.name]
     tried = [_values(text) for text in vary]
     _refuse_repeated("--methods", methods)
     _refuse_repeated("--vary", [key for key, _ in tried])
@@ -87,9 +87,9 @@ def make_variants(
     for name in methods:
         fitting = [texts for key, texts in tried if _has(name, key)]
         for combination in product(*fitting):
-            chosen = _of_method(own, name, changes)
+            chosen = _of_method(own_recipe, name, changes)
             is_own = chosen == list(changes) and not combination
-            changed = own if is_own else finish_recipe(draft, chosen, combination)
+            changed = own_recipe if is_own else finish_recipe(draft, chosen, combination)
             variants.append(Variant(changed, combination, all_changes=(*chosen, *combination)))
     return variants
 
@@ -111,17 +111,17 @@ def with_bases(variants: Sequence[Variant]) -> list[Variant]:
     return result
 
 
-def _of_method(own: Recipe, name: str, changes: Sequence[str]) -> list[str]:
+def _of_method(recipe: Recipe, name: str, changes: Sequence[str]) -> list[str]:
     """Return the changes with which a recipe has another method."""
-    if name == own.method.name:
+    if name == recipe.method.name:
         return list(changes)
     section: dict[str, Any] = {"name": name}
-    if any({name, own.method.name} <= kin for kin in _KIN):
-        written = own.method.model_dump(mode="json", exclude_unset=True)
+    if any({name, recipe.method.name} <= kin for kin in _KIN):
+        written = recipe.method.model_dump(mode="json", exclude_unset=True)
         fields = METHODS[name].model_fields
         section = {key: value for key, value in written.items() if key in fields} | section
-    others = [change for change in changes if not _is_of_method(change)]
-    return [*others, f"method={name if len(section) == 1 else json.dumps(section)}"]
+    other_changes = [change for change in changes if not _is_of_method(change)]
+    return [*other_changes, f"method={name if len(section) == 1 else json.dumps(section)}"]
 
 
 def _is_of_method(change: str) -> bool:

@@ -74,8 +74,8 @@ def make_app(names: Iterable[str]) -> typer.Typer:
     return app
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"moc {__version__}")
         raise typer.Exit()
 
@@ -152,9 +152,9 @@ def _run(arguments: list[str], place: "ProcessRank | None") -> int:
 def _call(arguments: list[str]) -> int:
     """Run one command and return its exit code; what goes wrong is raised."""
     called = arguments[:1]
-    known = bool(called) and called[0] in COMMANDS
-    app = make_app(called if known else COMMANDS)
-    if known and launched() > 1:
+    is_command = bool(called) and called[0] in COMMANDS
+    app = make_app(called if is_command else COMMANDS)
+    if is_command and launched() > 1:
         from moc_cli.launching.place import take_place
 
         take_place(os.environ)

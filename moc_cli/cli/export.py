@@ -22,7 +22,8 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help=", ".join(f"{name} ({format.what})" for name, format in FORMATS.items()) + ".",
+            help=", ".join(f"{name} ({format.description})" for name, format in FORMATS.items())
+            + ".",
         ),
     ],
     output_dir: Annotated[

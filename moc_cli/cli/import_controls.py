@@ -52,9 +52,9 @@ def import_controls(
     command = [program(), "import", str(controls), recipe, *repeated("--set", changes)]
     call = Call(shlex.join(command), None if output_dir is None else str(output_dir))
     run = take_in(loaded, controls, call=call, overwrite=overwrite)
-    taken = run.read_recipe(trust_remote_code=True)
+    written_recipe = run.read_recipe(trust_remote_code=True)
     if json:
-        print_json({"run": run.path, "method": taken.method.model_dump(mode="json")})
+        print_json({"run": run.path, "method": written_recipe.method.model_dump(mode="json")})
         return
-    say(f"Written: {run.path}, method {taken.method.name} of the controls")
-    show_next(use_commands(str(run.path), taken))
+    say(f"Written: {run.path}, method {written_recipe.method.name} of the controls")
+    show_next(use_commands(str(run.path), written_recipe))

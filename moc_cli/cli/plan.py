@@ -60,8 +60,8 @@ def plan(
     from moc_cli.recipe.load import check_trust
 
     launch = {"num_processes": processes, "strategy": strategy}
-    given = [f"launch.{key}={value}" for key, value in launch.items() if value is not None]
-    set_ = [*(set_ or []), *given]
+    launch_changes = [f"launch.{key}={value}" for key, value in launch.items() if value is not None]
+    set_ = [*(set_ or []), *launch_changes]
     variants = make_variants(recipe, set_, split_names(methods) or None, vary or [])
     check_trust(variants[0].recipe, recipe, granted=trust_remote_code)
     named = None if gpu is None else find_card(gpu)

@@ -62,10 +62,10 @@ def sweep(
     from moc_cli.report.output import say
     from moc_cli.sweep.plan import make_plan
 
-    wanted = _sweep(sweep, vary or [], seeds, output_dir)
-    plan = make_plan(wanted, set_ or [])
-    given = _read_jobs(jobs)
-    folders = [Path(place) for place in (wanted.output_dir, wanted.results_dir) if place]
+    definition = _sweep(sweep, vary or [], seeds, output_dir)
+    plan = make_plan(definition, set_ or [])
+    job_limit = _read_jobs(jobs)
+    folders = [Path(place) for place in (definition.output_dir, definition.results_dir) if place]
     for folder in folders:
         check_folder(folder)
     from moc_cli.report.progress import WorkProgress
@@ -74,25 +74,25 @@ def sweep(
 
     plan.find_finished()
     if dry_run:
-        _list(plan, given, json)
+        _list(plan, job_limit, json)
         return
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    again = _again(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
+    resume_command = _resume_command(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
     gpus = _count_gpus() if any(plan.next_runs()) else 0
-    execution = Execution(plan, given or max(1, gpus), gpus, say)
+    execution = Execution(plan, job_limit or max(1, gpus), gpus, say)
     stopped = None
     try:
-        total, before = plan.total(), len(plan.finished)
-        if before:
-            say(f"{before} of {total} runs are finished from before")
-        with WorkProgress("runs", total - before, every=total) as bar:
-            execution.run_all(lambda done: bar.observe(done - before), again)
+        total, finished = plan.total(), len(plan.finished)
+        if finished:
+            say(f"{finished} of {total} runs are finished from before")
+        with WorkProgress("runs", total - finished, interval=total) as bar:
+            execution.run_all(lambda done: bar.observe(done - finished), resume_command)
     except EndedBySignal as stop:
         stopped = stop
     _show(execution, folders[-1], json)
     if execution.failed:
-        say(f"{len(execution.failed)} runs failed; after fixing the cause: {again}")
+        say(f"{len(execution.failed)} runs failed; after fixing the cause: {resume_command}")
     if stopped is not None:
         say(f"{stopped.message}\n{stopped.hint}")
         raise typer.Exit(stopped.exit_code)
@@ -110,8 +110,8 @@ def _list(plan: "SweepPlan", jobs: int | None, json: bool) -> None:
         print_json({"runs": [{"name": name, "finished": done} for name, done in listed]})
         return
     print_table(plan_table(listed))
-    many = "one per GPU (at least 1)" if jobs is None else str(jobs)
-    say(f"{plan.total()} runs are needed, {many} at the same time")
+    job_text = "one per GPU (at least 1)" if jobs is None else str(jobs)
+    say(f"{plan.total()} runs are needed, {job_text} at the same time")
 
 
 def _show(execution: "Execution", folder: Path, json: bool) -> None:
@@ -143,17 +143,17 @@ def _sweep(name: str, vary: list[str], seeds: str | None, output_dir: Path | Non
                 raise MocError(f"--vary {key} is given twice", "give all its values at once")
             groups[key] = [setting_of(key, value) for value in values]
         stem = Path(name).stem
-        wanted = Sweep(stem, name, groups=groups, output_dir=f"runs/sweeps/{stem}")
+        definition = Sweep(stem, name, groups=groups, output_dir=f"runs/sweeps/{stem}")
     else:
-        wanted = read_sweep(name)
+        definition = read_sweep(name)
     if seeds is not None:
         texts = [text.strip() for text in seeds.split(",")]
         if not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
             raise MocError(f"--seeds {seeds}: expected whole numbers, each once", "as --seeds 0,1")
-        wanted = replace(wanted, seeds=tuple(map(int, texts)))
+        definition = replace(definition, seeds=tuple(map(int, texts)))
     if output_dir is not None:
-        wanted = replace(wanted, output_dir=str(output_dir))
-    return wanted
+        definition = replace(definition, output_dir=str(output_dir))
+    return definition
 
 
 def _read_jobs(text: str) -> int | None:
@@ -171,7 +171,7 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _again(
+def _resume_command(
     sweep: str,
     changes: list[str],
     vary: list[str],

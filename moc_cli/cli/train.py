@@ -147,8 +147,8 @@ def _progress(recipe: "Recipe", call: "Call") -> tuple[str, str]:
         steps = [line["step"] for line in RunFolder(recipe.output.output_dir).read_metrics()]
     except RunError:
         steps = []
-    after = f" after step {steps[-1]}" if steps else ""
-    return after, f"continue with: {call.command} --resume auto"
+    reached = f" after step {steps[-1]}" if steps else ""
+    return reached, f"continue with: {call.command} --resume auto"
 
 
 def _is_of_method(change: str) -> bool:
@@ -156,8 +156,8 @@ def _is_of_method(change: str) -> bool:
     return change.partition("=")[0].strip().partition(".")[0] == "method"
 
 
-def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> None:
-    """Print a run's results; `other` is the call of a training of another method."""
+def _show(recipe: "Recipe", results: dict[str, Any], train_command: str, json: bool) -> None:
+    """Print a run's results; `train_command` is the call of a training of another method."""
     from moc_cli.report.lines import summary_line
     from moc_cli.report.output import out, print_json, print_table, say
 
@@ -177,8 +177,10 @@ def _show(recipe: "Recipe", results: dict[str, Any], other: str, json: bool) -> 
     )
     folder = recipe.output.output_dir
     say(summary_line(results, Path(folder)))
-    own = RunFolder(folder).read_recipe(trust_remote_code=True)
-    show_next([*use_commands(folder, own), *comparison_commands(recipe, folder, other)])
+    run_recipe = RunFolder(folder).read_recipe(trust_remote_code=True)
+    show_next(
+        [*use_commands(folder, run_recipe), *comparison_commands(recipe, folder, train_command)]
+    )
 
 
 def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
@@ -196,8 +198,8 @@ def _show_seeds(recipe: "Recipe", summary: dict[str, Any], json: bool) -> None:
     say(f"The median run by {median['by']} is seed {median['seed']}: {median['path']}")
     say(f"Written: {Path(recipe.output.output_dir) / SUMMARY}")
     runs = [run["path"] for run in summary["seeds"]]
-    own = RunFolder(median["path"]).read_recipe(trust_remote_code=True)
-    show_next([*use_commands(median["path"], own), *seeds_commands(runs)])
+    run_recipe = RunFolder(median["path"]).read_recipe(trust_remote_code=True)
+    show_next([*use_commands(median["path"], run_recipe), *seeds_commands(runs)])
 
 
 @contextmanager

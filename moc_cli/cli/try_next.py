@@ -44,17 +44,17 @@ def comparison_commands(recipe: "Recipe", run: str, train: str) -> list[Command]
     `train` is the call of this training without its changes of `method` and its run folder.
     """
     method = recipe.method
-    other = "control" if method.name == "moc" else "moc"
+    other_method = "control" if method.name == "moc" else "moc"
     defaults = type(method).model_fields
     values = method.model_dump(mode="json")
-    changes = [f"method={other}"]
+    changes = [f"method={other_method}"]
     for key in _SHARED.get(method.name, ("rank",)):
         if key == "rank" or values[key] != defaults[key].default:
             changes.append(f"method.{key}={json.dumps(values[key])}")
-    other_run = f"{run}-{other}"
+    other_run = f"{run}-{other_method}"
     options = shlex.join([*repeated("--set", changes), "--output-dir", other_run])
     return [
-        (f"{train} {options}", f"method {other}"),
+        (f"{train} {options}", f"method {other_method}"),
         (shlex.join([program(), "compare", run, other_run]), "then: the two runs side by side"),
     ]
 

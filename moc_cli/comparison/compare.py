@@ -66,11 +66,11 @@ def compare(
     notes = conditions.notes(runs, label, tasks)
     differences: list[Difference] = []
     first = runs[0]
-    others = [run for run in runs[1:] if label in run.scores and label in first.scores]
-    items = {run.name: _items(run, label, notes) for run in [first, *others] if others}
-    for run in others:
+    other_runs = [run for run in runs[1:] if label in run.scores and label in first.scores]
+    items = {run.name: _items(run, label, notes) for run in [first, *other_runs] if other_runs}
+    for run in other_runs:
         differences += _differences(first, run, label, tasks, items, notes)
-    if not others:
+    if not other_runs:
         notes.append("No two runs have scores: there are no differences to show.")
     commands = _commands(runs, program) if label == FINAL else []
     return Comparison(list(runs), label, tasks, differences, notes, commands)
@@ -138,10 +138,15 @@ def _choose_scores(runs: Sequence[Run], label: str | None) -> str:
             raise RunError(f"no run has scores called '{label}'{choices(label, labels)}")
         return label
     scored = [run for run in runs if run.scores]
-    common = [one for one in labels if one != FINAL and all(one in run.scores for run in scored)]
+    common = [
+        name for name in labels if name != FINAL and all(name in run.scores for run in scored)
+    ]
     return max(
         common,
-        key=lambda one: (min(run.scores[one].items for run in scored), one.startswith("rank")),
+        key=lambda name: (
+            min(run.scores[name].items for run in scored),
+            name.startswith("rank"),
+        ),
         default=FINAL,
     )
 
@@ -188,31 +193,31 @@ def _differences(
     notes: list[str],
 ) -> list[Difference]:
     """Return every task's difference of `run` to `first`, then that of the average."""
-    ours, theirs = run.scores[label].tasks, first.scores[label].tasks
+    run_tasks, first_tasks = run.scores[label].tasks, first.scores[label].tasks
     differences: list[Difference] = []
     main: list[Difference] = []
     resampled: list[np.ndarray] = []
     for task in tasks:
-        if task not in ours or task not in theirs:
-            if task in ours or task in theirs:
-                lacking = first if task in ours else run
+        if task not in run_tasks or task not in first_tasks:
+            if task in run_tasks or task in first_tasks:
+                lacking = first if task in run_tasks else run
                 notes.append(
                     f"{lacking.name} has no score of {task}: it is left out of the differences."
                 )
             continue
         pairs = pair(items[first.name].get(task, []), items[run.name].get(task, []))
         notes += _pairing_notes(task, first, run, pairs)
-        for metric, score in ours[task]["metrics"].items():
-            before = theirs[task]["metrics"].get(metric, {}).get("value")
-            if before is None or score["value"] is None:
+        for metric, score in run_tasks[task]["metrics"].items():
+            first_value = first_tasks[task]["metrics"].get(metric, {}).get("value")
+            if first_value is None or score["value"] is None:
                 continue
             paired = difference(run.name, task, metric, pairs)
             differences.append(
-                Difference(run.name, task, metric, score["value"] - before)
+                Difference(run.name, task, metric, score["value"] - first_value)
                 if paired is None
                 else paired[0]
             )
-            if metric == ours[task]["metric"]:
+            if metric == run_tasks[task]["metric"]:
                 main.append(differences[-1])
                 resampled += [] if paired is None else [paired[1]]
     if len(main) > 1:

@@ -38,7 +38,11 @@ Condition = tuple[str, Callable[[Run], Any], str]  # what it is, its value, what
 
 def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
     yield "base models", _base, "the runs do not start from the same weights"
-    yield "weights of the base", _kept, "scores differ a little even with the same controls"
+    yield (
+        "weights of the base",
+        _base_precision,
+        "scores differ a little even with the same controls",
+    )
     yield "shares of trained parameters", _share, "a run that trains more may fit better"
     yield "tasks to train on", lambda run: ", ".join(run.recipe.data.tasks), ""
     yield "training rows", _rows_of("train"), "the runs have not learned from the same data"
@@ -64,9 +68,9 @@ def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
 
 
 def _difference(
-    runs: Sequence[Run], what: str, value: Callable[[Run], Any], meaning: str
+    runs: Sequence[Run], name: str, value: Callable[[Run], Any], meaning: str
 ) -> str | None:
-    """Return "Different what: a in x; b in y and z (meaning)." where the runs' values differ.
+    """Return "Different name: a in x; b in y and z (meaning)." where the runs' values differ.
 
     A run without the value, because it has not finished, is left out.
     """
@@ -78,7 +82,7 @@ def _difference(
     if len(groups) < 2:
         return None
     listed = "; ".join(f"{_text(value)} in {_join(names)}" for value, names in groups.items())
-    return f"Different {what}: {listed}" + (f" ({meaning})." if meaning else ".")
+    return f"Different {name}: {listed}" + (f" ({meaning})." if meaning else ".")
 
 
 def _states(runs: Sequence[Run], label: str) -> Iterator[str]:
@@ -128,7 +132,7 @@ def _base(run: Run) -> _Base | None:
     return None if sha256 is None else _Base(sha256, model.get("name", "a model"))
 
 
-def _kept(run: Run) -> str | None:
+def _base_precision(run: Run) -> str | None:
     """How the base's linear weights were kept in training."""
     if not run.controls:
         return None

@@ -62,10 +62,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean around each value (n,), of fewer values towards the ends; few stay as is."""
     width = len(values) // SMOOTHED if len(values) >= 2 * SMOOTHED else 0
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    here = np.arange(len(values))
+    positions = np.arange(len(values))
     # As many to the left as to the right, so that a falling curve is not held up at its ends.
-    reach = np.minimum(width, np.minimum(here, len(values) - 1 - here))
-    smoothed: np.ndarray = (sums[here + reach + 1] - sums[here - reach]) / (2 * reach + 1)
+    reach = np.minimum(width, np.minimum(positions, len(values) - 1 - positions))
+    smoothed: np.ndarray = (sums[positions + reach + 1] - sums[positions - reach]) / (2 * reach + 1)
     return smoothed
 
 

@@ -54,12 +54,16 @@ def pair(first: Sequence[Item], second: Sequence[Item]) -> PairedItems:
     keys = [(item["row"], item["prompt"]) for item in second]
     matched = [(by_key[key], item) for key, item in zip(keys, second, strict=True) if key in by_key]
     # A text has no label of its own.
-    same = [(ours, theirs) for ours, theirs in matched if ours.get("label") == theirs.get("label")]
+    same_label = [
+        (first_item, second_item)
+        for first_item, second_item in matched
+        if first_item.get("label") == second_item.get("label")
+    ]
     return PairedItems(
-        [ours for ours, _ in same],
-        [theirs for _, theirs in same],
+        [first_item for first_item, _ in same_label],
+        [second_item for _, second_item in same_label],
         unpaired=len(first) + len(second) - 2 * len(matched),
-        relabelled=len(matched) - len(same),
+        relabelled=len(matched) - len(same_label),
     )
 
 
@@ -74,11 +78,13 @@ def difference(
     if values is None:
         return None
     labels, first, second = values
-    ours, theirs = resample_scores(task, metric, labels, np.stack([first, second]))
-    resampled = theirs - ours
+    first_scores, second_scores = resample_scores(task, metric, labels, np.stack([first, second]))
+    resampled = second_scores - first_scores
     value = score(metric, labels, second) - score(metric, labels, first)
     return (
-        Difference(run, task, metric, value, *interval(resampled), len(labels), *_only(pairs)),
+        Difference(
+            run, task, metric, value, *interval(resampled), len(labels), *_only_right(pairs)
+        ),
         resampled,
     )
 
@@ -128,7 +134,7 @@ def _column(pairs: PairedItems, key: str, kind: type) -> tuple[np.ndarray, np.nd
         return None  # another kind of value than this metric is made from
 
 
-def _only(pairs: PairedItems) -> tuple[int | None, int | None]:
+def _only_right(pairs: PairedItems) -> tuple[int | None, int | None]:
     """Count the items that only the first run has right, and those that only the second has."""
     right = _column(pairs, "correct", bool)
     if right is None:

@@ -74,13 +74,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             f"one run alone cannot be compared: {paths[0] if paths else 'none given'}",
             "give two run folders or more: moc compare RUN RUN",
         )
-    seen: dict[Path, Path] = {}
+    paths_read: dict[Path, Path] = {}
     for path in paths:
-        if path.resolve() in seen:
+        if path.resolve() in paths_read:
             raise RunError(
-                f"{path} and {seen[path.resolve()]} are the same run", "give each run once"
+                f"{path} and {paths_read[path.resolve()]} are the same run", "give each run once"
             )
-        seen[path.resolve()] = path
+        paths_read[path.resolve()] = path
     folders, wrong = [], []
     for path in paths:
         try:

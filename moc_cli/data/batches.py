@@ -142,5 +142,5 @@ def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
 
     `labels` are (B, T): the label at t is learned at t-1. Positions count through all rows.
     """
-    rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return rows * labels.shape[1] + before, labels[rows, before + 1]
+    rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + positions, labels[rows, positions + 1]

@@ -137,14 +137,16 @@ def hold_out(examples: list[E], count: int | float) -> tuple[list[E], list[E]]:
         count = max(1, round(count * len(examples)))
     order = list(range(len(examples)))
     random.Random(f"held-out {ROW_SEED}").shuffle(order)
-    held = list(dict.fromkeys(examples[index] for index in order))[:count]
-    removed = set(held)
+    held_out = list(dict.fromkeys(examples[index] for index in order))[:count]
+    removed = set(held_out)
     rest = [example for example in examples if example not in removed]
-    if len(held) < count or not rest:
+    if len(held_out) < count or not rest:
         different = len(set(examples))
-        alike = f", only {different} of them different" if different < len(examples) else ""
+        duplicates = f", only {different} of them different" if different < len(examples) else ""
         hint = f"give a smaller number, as --set data.held_out={max(1, different // 5)}"
         if different < 2:
             hint = "data.held_out=0 trains on all rows and scores none, or give more rows"
-        raise DataError(f"cannot hold out {count} of {len(examples)} training rows{alike}", hint)
-    return rest, held
+        raise DataError(
+            f"cannot hold out {count} of {len(examples)} training rows{duplicates}", hint
+        )
+    return rest, held_out

@@ -37,5 +37,5 @@ def _prompt(instruction: str, after_header: str, before_response: str) -> str:
 
 def template_hash() -> str:
     """Sha256 of both templates, which results state."""
-    both = train_prompt("{instruction}") + "\0" + eval_prompt("{instruction}")
-    return hashlib.sha256(both.encode()).hexdigest()
+    templates = train_prompt("{instruction}") + "\0" + eval_prompt("{instruction}")
+    return hashlib.sha256(templates.encode()).hexdigest()

@@ -116,10 +116,10 @@ def _read(path: Path) -> Encoded:
     if facts.pop("digest") != _digest(tensors):
         raise ValueError("the content is not what was written")
     lengths = tensors["lengths"].tolist()
-    whole = ("labels",) if facts.pop("one_label") else ()
+    scalar_columns = ("labels",) if facts.pop("one_label") else ()
     columns = {
         name: tensors[name].tolist()
-        if name in whole
+        if name in scalar_columns
         else [part.tolist() for part in tensors[name].split(lengths)]
         for name in _COLUMNS
         if name in tensors

@@ -54,8 +54,8 @@ class BadRows:
             f"{name}, {numbered(sorted(numbers), unit)}: {reason}"
             for (name, unit, reason), numbers in self._numbers.items()
         ]
-        if rest := sum(map(len, list(self._numbers.values())[LISTED:])):
-            lines[LISTED:] = [f"... and {rest:,} more bad rows"]
+        if unlisted := sum(map(len, list(self._numbers.values())[LISTED:])):
+            lines[LISTED:] = [f"... and {unlisted:,} more bad rows"]
         return lines
 
 
@@ -173,12 +173,12 @@ def read_hub(source: HubSplit, build: Callable[[Fields], T]) -> list[T]:
 
 
 @contextmanager
-def library_errors(what: str) -> Iterator[None]:
+def library_errors(message: str) -> Iterator[None]:
     """Within it `datasets` or Arrow reads; each of their many classes of errors is a DataError."""
     try:
         yield
     except Exception as error:
-        raise DataError(f"{what}: {first_line(error)}") from error
+        raise DataError(f"{message}: {first_line(error)}") from error
 
 
 def load_from_hub(name: str, instead: str, *arguments: Any, **options: Any) -> Any:

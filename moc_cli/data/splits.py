@@ -103,11 +103,11 @@ def read_scored(
     rows that cannot be used.
     """
     if data.custom:
-        other = [name for name in tasks if name not in data.tasks]
-        if other or split:
-            what = f"task '{other[0]}'" if other else f"split '{split}'"
+        other_tasks = [name for name in tasks if name not in data.tasks]
+        if other_tasks or split:
+            absent = f"task '{other_tasks[0]}'" if other_tasks else f"split '{split}'"
             raise DataError(
-                f"the run was trained on a custom dataset, which has no {what}",
+                f"the run was trained on a custom dataset, which has no {absent}",
                 f"leave it out; its task is {data.tasks[0]}",
             )
         return [TaskRows.draw(data.tasks[0], read_custom_scored(data, path), limit)]
@@ -143,11 +143,11 @@ def read_splits(
         custom.dropped,
         custom.taken,
     )
-    known: dict[str, Any] = {"format": custom.format, "labels": custom.labels}
-    known["template"] = template
+    update: dict[str, Any] = {"format": custom.format, "labels": custom.labels}
+    update["template"] = template
     if data.chat_template is not None:
-        known["chat_template"] = read_template(data.chat_template)
-    return data.model_copy(update=known), splits
+        update["chat_template"] = read_template(data.chat_template)
+    return data.model_copy(update=update), splits
 
 
 def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:

@@ -59,8 +59,10 @@ def scored_names(suite: str, task: str) -> dict[str, str]:
 
     MNLI has two; elsewhere the task's name alone says what was scored.
     """
-    first, *others = TASKS[suite][task].scored
-    return {task: first} | {f"{task} ({part.removeprefix('validation_')})": part for part in others}
+    first, *other_splits = TASKS[suite][task].scored
+    return {task: first} | {
+        f"{task} ({part.removeprefix('validation_')})": part for part in other_splits
+    }
 
 
 def _split(suite: str, task: str, split: str) -> str:

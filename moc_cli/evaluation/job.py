@@ -85,8 +85,8 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             if classifier and name not in data.tasks
         ]
     if protocol and protocol not in data.kind.protocols:
-        what = " with options" if data.custom else f"; {data.suite} is classified"
-        mistakes.append(f"--protocol {protocol} is for questions{what}")
+        reason = " with options" if data.custom else f"; {data.suite} is classified"
+        mistakes.append(f"--protocol {protocol} is for questions{reason}")
     if classifier and options.base:
         mistakes.append("--base: a classifier's base model has no trained head to score it with")
     compiled = options.torch_compile
@@ -140,9 +140,9 @@ def check_language_model(name: str, *, trust_remote_code: bool = False) -> None:
     heads = [head for head in config.architectures or () if head.endswith("Classification")]
     family = FAMILIES.get(config.model_type)
     if heads or (family is not None and not family.placement.causal):
-        what = heads[0] if heads else config.model_type
+        architecture = heads[0] if heads else config.model_type
         raise MocError(
-            f"--model: '{name}' is not a language model but {what}",
+            f"--model: '{name}' is not a language model but {architecture}",
             "a classifier is scored with the head that a run trained: moc eval RUN",
         )
 
@@ -162,7 +162,7 @@ def _task_mistakes(suite: str, names: Sequence[str]) -> list[str]:
     mistakes = []
     for name in names:
         if name not in TASKS[suite]:
-            homes = [other for other, tasks in TASKS.items() if name in tasks]
+            homes = [home for home, tasks in TASKS.items() if name in tasks]
             hint = f"; it is one of {homes[0]}'s" if homes else choices(name, TASKS[suite])
             mistakes.append(f"--tasks: {suite} has no task '{name}'{hint}")
     return mistakes

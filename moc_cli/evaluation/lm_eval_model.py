@@ -136,9 +136,9 @@ class MocLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         context = self._end(context or [self.prefix_token_id], longest - 1)
         return Query.of(context, continuations)
 
-    def _end(self, context: Tokens, more: int) -> Tokens:
-        """The end of a context that leaves room for `more` tokens."""
-        room = self.max_length - more
+    def _end(self, context: Tokens, new_tokens: int) -> Tokens:
+        """The end of a context that leaves room for `new_tokens` tokens."""
+        room = self.max_length - new_tokens
         self.cut += len(context) > room
         return context[-room:]
 

@@ -38,10 +38,10 @@ class LmEvalFolder(ResultsFolder):
     def to_json(self) -> dict[str, Any]:
         """Return what results.json says; means of different metrics have no average."""
         named = [entry for entry in self.tasks.values() if "part_of" not in entry]
-        same = len({entry["metric"] for entry in named}) == 1
+        is_one_metric = len({entry["metric"] for entry in named}) == 1
         return super().to_json() | {
-            "average": mean_of_main(named, "value") if same else None,
-            "average_of_base": mean_of_main(named, "base") if same else None,
+            "average": mean_of_main(named, "value") if is_one_metric else None,
+            "average_of_base": mean_of_main(named, "base") if is_one_metric else None,
         }
 
 
@@ -105,8 +105,8 @@ def _set_shots(task: Any, shots: int | None) -> None:
     """Set how many solved examples stand before a question; a task that wants none gets none."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    own = task.get_config("num_fewshot")
-    if own is None or (shots is not None and own != 0):
+    default_shots = task.get_config("num_fewshot")
+    if default_shots is None or (shots is not None and default_shots != 0):
         task.set_config(key="num_fewshot", value=shots or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 

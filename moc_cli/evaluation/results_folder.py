@@ -38,12 +38,12 @@ def check_output(folder: Path, *, within: Path | None = None) -> None:
         raise FileError(f"{folder} is a run folder, whose own results would be replaced", OTHER)
     results, samples = (os.path.lexists(folder / name) for name in (RESULTS, SAMPLES))
     try:
-        ours = not results or "samples_sha256" in read_evaluation(folder / RESULTS)
-        if ours and samples and not results:  # it was stopped between the two
-            ours = bool(_read_samples(folder / SAMPLES))
+        is_evaluation = not results or "samples_sha256" in read_evaluation(folder / RESULTS)
+        if is_evaluation and samples and not results:  # it was stopped between the two
+            is_evaluation = bool(_read_samples(folder / SAMPLES))
     except RunError as error:
         raise RunError(error.message, OTHER) from error
-    if not ours:
+    if not is_evaluation:
         name = folder / (RESULTS if results else SAMPLES)
         raise FileError(f"{name} was not written by `moc eval` and would be overwritten", OTHER)
 
@@ -132,12 +132,14 @@ class ResultsFolder:
             differing = [SAMPLES]  # one of the two files was changed or cut off
         if differing:
             return differing
-        others = {name: entry for name, entry in saved["tasks"].items() if name not in self._scored}
-        lines = dict.fromkeys(others, "")
+        other_tasks = {
+            name: entry for name, entry in saved["tasks"].items() if name not in self._scored
+        }
+        lines = dict.fromkeys(other_tasks, "")
         for task, line in _read_samples(self.samples_file):
             if task in lines:
                 lines[task] += line
-        self.tasks |= others
+        self.tasks |= other_tasks
         self._lines |= lines
         return []
 

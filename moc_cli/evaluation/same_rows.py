@@ -37,13 +37,13 @@ def find_changed(
     except RunError:
         return
     for task in tasks:
-        then = parts.get(f"test {task.name}")
-        now = subset(task.split, max_samples)
-        if then is None or then["sha256"] == fingerprint(now):
+        recorded = parts.get(f"test {task.name}")
+        current = subset(task.split, max_samples)
+        if recorded is None or recorded["sha256"] == fingerprint(current):
             continue
-        if then["sha256"] == fingerprint(fitting(now)):  # asked last: it tokenizes the rows
+        if recorded["sha256"] == fingerprint(fitting(current)):  # asked last: it tokenizes the rows
             continue
-        counts = f"{then['rows']:,} rows then, {len(now):,} now"
-        if then["rows"] == len(now):
-            counts = f"{len(now):,} rows as then, but other ones"
+        counts = f"{recorded['rows']:,} rows then, {len(current):,} now"
+        if recorded["rows"] == len(current):
+            counts = f"{len(current):,} rows as then, but other ones"
         yield f"{task.name}: the rows to score are not those of the training: {counts}"

@@ -100,8 +100,8 @@ def _look_back(
 
         def fitting_rows(examples: list[Example]) -> list[Example]:
             network = model.adapted.model
-            kept, _ = fitting(job.kind, examples, model.tokenizer, network, job.scoring)
-            return [examples[number] for number in kept]
+            numbers, _ = fitting(job.kind, examples, model.tokenizer, network, job.scoring)
+            return [examples[number] for number in numbers]
 
         for sentence in find_changed(run, rows, recipe.eval.max_samples, fitting_rows):
             say(sentence)
@@ -191,8 +191,8 @@ def score_rows(
             lines = samples(job.kind, task, evaluation, base)
             group.on_main(partial(results.add, task.name, entry, lines))
     except KeyboardInterrupt:
-        kept = f"{len(results.tasks)} scored tasks are in {results.results_file}"
-        say(f"stopped; {kept if results.tasks else 'no task was scored, nothing was written'}")
+        saved = f"{len(results.tasks)} scored tasks are in {results.results_file}"
+        say(f"stopped; {saved if results.tasks else 'no task was scored, nothing was written'}")
         raise
     return results
 
@@ -231,12 +231,12 @@ def samples(
 def _fitting(job: EvalJob, model: LoadedModel, task: TaskRows) -> TaskRows:
     """Leave out, and name, the rows that are too long for the model."""
     network = model.adapted.model
-    kept, notes = fitting(job.kind, task.examples, model.tokenizer, network, job.scoring)
+    numbers, notes = fitting(job.kind, task.examples, model.tokenizer, network, job.scoring)
     for note in notes:
         say(f"{task.name}: {note}")
     if not notes:
         return task
-    return replace(task, rows=[task.rows[number] for number in kept])
+    return replace(task, rows=[task.rows[number] for number in numbers])
 
 
 def _score(job: EvalJob, model: LoadedModel, task: TaskRows, base: bool = False) -> Evaluation:

@@ -36,14 +36,14 @@ class FormatOptions:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A format's module, what it is in a few words, and the types that its file may have; none: the
-    run's own type alone. `whole`: it holds the weights of the base, which must not be quantised.
+    """A format's module, its description, and the types that its file may have; none: the run's own
+    type alone. `holds_base`: it holds the weights of the base, which must not be quantised.
     """
 
     module: str
-    what: str
+    description: str
     dtypes: tuple[Dtype, ...] = ()
-    whole: bool = False
+    holds_base: bool = False
 
     def load(self) -> ModuleType:
         """Import the module."""
@@ -54,10 +54,10 @@ FORMATS: dict[str, ExportFormat] = {
     "controls": ExportFormat("moc_cli.export.controls", "two files for load_controls", DTYPES),
     "peft": ExportFormat("moc_cli.export.peft", "an adapter folder of peft", ("float32",)),
     "standalone": ExportFormat(
-        "moc_cli.export.standalone", "a Hugging Face folder that needs no moc", whole=True
+        "moc_cli.export.standalone", "a Hugging Face folder that needs no moc", holds_base=True
     ),
     "static": ExportFormat("moc_cli.export.static", "frozen routes", ("float32",)),
-    "merged": ExportFormat("moc_cli.export.merged", "lora and dora only", DTYPES, whole=True),
+    "merged": ExportFormat("moc_cli.export.merged", "lora and dora only", DTYPES, holds_base=True),
 }
 
 

@@ -75,7 +75,7 @@ def make_card(
     parts = [
         _front(trained, written),
         f"# {recipe.method.name} on {_shown(recipe.model.model_name_or_path)}",
-        _what(trained, to),
+        _introduction(trained, to),
         _section("How to load", _loading(trained, written)),
         _section("Base model", base_lines(trained)),
         _section("Inputs", _inputs(trained)),
@@ -104,11 +104,11 @@ def _front(trained: LoadedRun, written: Written) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _what(trained: LoadedRun, to: str) -> str:
+def _introduction(trained: LoadedRun, to: str) -> str:
     name = trained.recipe.method.name
-    made = "Mixture-of-Control" if name == "moc" else name
+    method_name = "Mixture-of-Control" if name == "moc" else name
     tasks = ", ".join(trained.recipe.data.tasks)
-    return f"{made} ([arXiv 2606.31397]({PAPER})), trained on {tasks}; format `{to}`."
+    return f"{method_name} ([arXiv 2606.31397]({PAPER})), trained on {tasks}; format `{to}`."
 
 
 def _loading(trained: LoadedRun, written: Written) -> list[str]:
@@ -117,8 +117,8 @@ def _loading(trained: LoadedRun, written: Written) -> list[str]:
     start = ['folder = "."  # where these files are']
     if "base" in written.loading:
         name = trained.recipe.model.model_name_or_path
-        what = "the folder of the base model" if _is_local(name) else "the base model"
-        start.append(f"base = {json.dumps(_shown(name))}  # {what}")
+        comment = "the folder of the base model" if _is_local(name) else "the base model"
+        start.append(f"base = {json.dumps(_shown(name))}  # {comment}")
     return ["```python", *start, *written.loading.splitlines(), "```"]
 
 
@@ -148,8 +148,8 @@ def _inputs(trained: LoadedRun) -> list[str]:
         lines = ["Prompt: the text itself, without a frame.", ""]
     tokens = {"begin": tokenizer.bos_token, "end": tokenizer.eos_token, "pad": tokenizer.pad_token}
     named = ", ".join(f"{name} `{token}`" for name, token in tokens.items() if token is not None)
-    own = trained.recipe.model.tokenizer_name
-    whose = f"`{_shown(own)}`" if own else "that of the base model"
+    tokenizer_name = trained.recipe.model.tokenizer_name
+    whose = f"`{_shown(tokenizer_name)}`" if tokenizer_name else "that of the base model"
     lines.append(
         f"Tokenizer: {whose}; `{type(tokenizer).__name__}`, {len(tokenizer):,} tokens"
         + (f"; {named}" if named else "")
@@ -254,11 +254,11 @@ def _routing(routing: dict[str, Any]) -> list[str]:
     lines = []
     for name, pool in routing.get("pools", {}).items():
         ranked = sorted(zip(pool["use"], pool["controls"], strict=True), reverse=True)[:5]
-        most = ", ".join(f"{control} {100 * use:.1f} %" for use, control in ranked)
+        top = ", ".join(f"{control} {100 * use:.1f} %" for use, control in ranked)
         dead = ", ".join(pool["dead"]) or "none"
         lines.append(
             f"- pool `{name}`: {len(pool['controls'])} controls, {pool['decisions']:,} decisions "
-            f"in the final scoring; most used: {most}; never used: {dead}; a site chose its own "
+            f"in the final scoring; most used: {top}; never used: {dead}; a site chose its own "
             f"control in {100 * pool['local_share']:.1f} %"
         )
     return lines

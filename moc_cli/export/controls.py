@@ -32,16 +32,16 @@ def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     loading = write_controls(trained, folder, state)
     exact = parity.reference(trained)
     trained.adapted.load_state(state)
-    ours = parity.reference(trained)
+    reference = parity.reference(trained)
     trained.adapted.load_state(exact_state)
     rounding = None
     notes: tuple[str, ...] = ()
     if dtype != "float32":
-        rounding = parity.check_tolerance(parity.compare(exact, ours.logits), dtype)
+        rounding = parity.check_tolerance(parity.compare(exact, reference.logits), dtype)
         notes = (f"Controls in {dtype}; gates, vectors and whole modules in float32.",)
     return Written(
         loading,
-        ours,
+        reference,
         dtype=dtype,
         tolerance=0,
         rounding=rounding,

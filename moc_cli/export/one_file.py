@@ -23,15 +23,17 @@ class _Module:
     imports: dict[str, tuple[str, ast.alias]] = field(default_factory=dict)
 
 
-def join_modules(root: str, names: Sequence[str], more: dict[str, Sequence[str]]) -> str:
+def join_modules(root: str, names: Sequence[str], imports: dict[str, Sequence[str]]) -> str:
     """Return the source of `names` of the module `root` with all that they use of this package.
 
     Modules follow one another in the order of their imports, each under a line with its title.
-    `more` names what else the file imports, by library. Raises ValueError where two modules define
-    the same name differently, or where a module runs statements.
+    `imports` names what else the file imports, by library. Raises ValueError where two modules
+    define the same name differently, or where a module runs statements.
     """
     used: dict[str, set[str]] = {}  # the names to be written, by module
-    libraries: dict[str, set[str]] = {library: set(wanted) for library, wanted in more.items()}
+    libraries: dict[str, set[str]] = {
+        library: set(imported) for library, imported in imports.items()
+    }
 
     def use(module: _Module, name: str) -> None:
         names = used.setdefault(module.name, set())
@@ -39,8 +41,8 @@ def join_modules(root: str, names: Sequence[str], more: dict[str, Sequence[str]]
             return
         names.add(name)
         if name in module.definitions:
-            for other in _names_in(module.definitions[name]):
-                use(module, other)
+            for dependency in _names_in(module.definitions[name]):
+                use(module, dependency)
             return
         source, alias = module.imports[name]
         if source.startswith(_OWN):

@@ -141,16 +141,17 @@ def compare(expected: Reference, logits: Tensor) -> dict[str, Any]:
             f"the export gives logits of shape {tuple(logits.shape)} when it is loaded, "
             f"the run {tuple(expected.logits.shape)}"
         )
-    ours, theirs = expected.logits[expected.counted], logits[expected.counted]
-    difference = (ours - theirs).abs().max().item()
-    largest = ours.abs().max().item()
+    expected_logits, actual_logits = expected.logits[expected.counted], logits[expected.counted]
+    difference = (expected_logits - actual_logits).abs().max().item()
+    largest = expected_logits.abs().max().item()
+    same_best = expected_logits.argmax(-1) == actual_logits.argmax(-1)
     return {
         "max_difference": difference,
         "relative_difference": difference / largest if largest else difference,
-        "bit_equal": bool(torch.equal(ours, theirs)),
-        "same_best": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
+        "bit_equal": bool(torch.equal(expected_logits, actual_logits)),
+        "same_best": same_best.double().mean().item(),
         "rows": int(expected.logits.shape[0]),
-        "positions": int(ours.shape[0]),
+        "positions": int(expected_logits.shape[0]),
     }
 
 
@@ -162,9 +163,16 @@ def fresh_logits(
     Raises MocError with the last line of its error output where it failed.
     """
     with disk_errors(gettempdir()), TemporaryDirectory(prefix="moc-parity-") as scratch:
-        given, answer = Path(scratch, "inputs.safetensors"), Path(scratch, "logits.safetensors")
-        save_file(inputs, given)
-        arguments = [str(folder), str(given), str(answer), str(torch.get_num_threads()), device]
+        inputs_file = Path(scratch, "inputs.safetensors")
+        logits_file = Path(scratch, "logits.safetensors")
+        save_file(inputs, inputs_file)
+        arguments = [
+            str(folder),
+            str(inputs_file),
+            str(logits_file),
+            str(torch.get_num_threads()),
+            device,
+        ]
         process = subprocess.run(
             [sys.executable, "-c", _PROGRAM.format(load=load), *arguments],
             capture_output=True,
@@ -177,4 +185,4 @@ def fresh_logits(
         if process.returncode:
             lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
             raise MocError(f"the export cannot be loaded by a fresh process: {lines[-1]}")
-        return load_file(answer)["logits"]
+        return load_file(logits_file)["logits"]

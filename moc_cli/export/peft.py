@@ -42,19 +42,19 @@ def check(recipe: Recipe) -> None:
 def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Write config and payload under peft's keys; a fresh process must give our logits."""
     state = {_key(name): value for name, value in trained.adapted.state().items()}
-    own = isinstance(trained.recipe.method, MocMethod | ControlMethod)
-    config = _moc(trained, state) if own else _low_rank(trained)
+    is_moc = isinstance(trained.recipe.method, MocMethod | ControlMethod)
+    config = _moc(trained, state) if is_moc else _low_rank(trained)
     write_bytes_atomic(folder / PAYLOAD, save(state, {"format": "pt"}))
     write_json_atomic(folder / CONFIG, config)
     lines = [base_code(trained), "from peft import PeftModel"]
-    if own:
+    if is_moc:
         lines.insert(1, "import moc_cli.peft  # makes the method known to peft")
     loading = "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
     return Written(
         loading,
         parity.reference(trained),
-        tolerance=0 if own else _tolerance(trained),
-        notes=("peft must be of a version that moc was tested with.",) if own else (),
+        tolerance=0 if is_moc else _tolerance(trained),
+        notes=("peft must be of a version that moc was tested with.",) if is_moc else (),
         library="peft",
     )
 

@@ -104,10 +104,10 @@ def write(
     assert isinstance(mixture, Mixture)  # `check` refuses methods without one
     settings = describe(mixture, adapter)
     base, config = type(model), type(model.config)
-    for known in (base, config):
-        if getattr(transformers, known.__name__, None) is not known:
+    for class_ in (base, config):
+        if getattr(transformers, class_.__name__, None) is not class_:
             raise MocError(
-                f"the base is custom code ({known.__name__} is not a class of transformers), and "
+                f"the base is custom code ({class_.__name__} is not a class of transformers), and "
                 "one file cannot hold it and the controls",
                 "take --to controls",
             )
@@ -128,11 +128,12 @@ def write(
     write_json_atomic(folder / "config.json", written)
     source = modeling(base.__name__, config.__name__, f"moc_{model_type}", head)
     write_text_atomic(folder / f"{MODELING}.py", source)
-    own = deepcopy(tokenizer)
+    tokenizer_copy = deepcopy(tokenizer)
     if head is LANGUAGE:
-        own.padding_side = own.init_kwargs["padding_side"] = "left"  # as generation needs it
-        own.pad_token = own.pad_token or own.eos_token
-    own.save_pretrained(folder)
+        # Generation needs the padding on the left.
+        tokenizer_copy.padding_side = tokenizer_copy.init_kwargs["padding_side"] = "left"
+        tokenizer_copy.pad_token = tokenizer_copy.pad_token or tokenizer_copy.eos_token
+    tokenizer_copy.save_pretrained(folder)
 
 
 def modeling(base: str, config: str, model_type: str, head: ModelHead) -> str:

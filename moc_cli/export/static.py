@@ -63,8 +63,8 @@ def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     calibration, scored = _rows(trained, options.calibration)
     counted, _ = _score(trained, calibration, "counting routes")
     frozen = choose(mixture, counted)
-    other, before = _score(trained, scored, "scoring with its routes")
-    with held(mixture, frozen):
+    scored_record, before = _score(trained, scored, "scoring with its routes")
+    with frozen_routes(mixture, frozen):
         _, after = _score(trained, scored, "scoring with frozen routes")
         expected = parity.reference(trained)
     method = static_method(trained.recipe.method)
@@ -74,7 +74,7 @@ def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     facts = {
         "agreement": {
             "calibration": _share(mixture, counted, frozen, calibration),
-            "scored": _share(mixture, other, frozen, scored),
+            "scored": _share(mixture, scored_record, frozen, scored),
         },
         "scores": [_change(*pair) for pair in zip(before, after, strict=True)],
         "routes": _names(mixture, frozen),
@@ -109,18 +109,18 @@ def choose(mixture: Mixture, record: Record) -> dict[int, Frozen]:
 
 
 @contextmanager
-def held(mixture: Mixture, frozen: dict[int, Frozen]) -> Iterator[None]:
+def frozen_routes(mixture: Mixture, frozen: dict[int, Frozen]) -> Iterator[None]:
     """Within it every decision of a site is its frozen choice."""
 
     def reroute(site: Site, route: Route) -> Route:
         choice = frozen[site.index].route(route.ids.device)
         return choice.rows(lambda values: values.expand(route.voters, -1))
 
-    before, mixture.reroute = mixture.reroute, reroute
+    previous, mixture.reroute = mixture.reroute, reroute
     try:
         yield
     finally:
-        mixture.reroute = before
+        mixture.reroute = previous
 
 
 def static_method(method: Any) -> ControlMethod:
@@ -164,7 +164,7 @@ def _rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...
 
 
 def _score(
-    trained: LoadedRun, tasks: dict[str, list[Example]], what: str
+    trained: LoadedRun, tasks: dict[str, list[Example]], label: str
 ) -> tuple[Record, list[Evaluation]]:
     """Score each task; return what the gates decided on its rows, and the results."""
     recipe = trained.recipe
@@ -174,7 +174,7 @@ def _score(
     results = []
     with recorder:
         for name, examples in tasks.items():
-            with WorkProgress(f"{what}: {name}", len(examples)) as bar:
+            with WorkProgress(f"{label}: {name}", len(examples)) as bar:
                 results.append(trained.kind.score(trained, examples, options, bar.observe))
     return recorder.record(), results
 
@@ -186,15 +186,18 @@ def _share(
     rows: Mapping[str, Sequence[Example]],
 ) -> dict[str, Any]:
     """The share of all choices that are the frozen ones, over all sites; the lowest site's."""
-    same, made = [], []
+    frozen_counts, all_counts = [], []
     for site in mixture.sites:
         counts = record.sums.counts[site.index]
-        same.append(counts[list(frozen[site.index].ids)].sum().item())
-        made.append(counts.sum().item())
-    shares = [part / whole if whole else 0.0 for part, whole in zip(same, made, strict=True)]
+        frozen_counts.append(counts[list(frozen[site.index].ids)].sum().item())
+        all_counts.append(counts.sum().item())
+    shares = [
+        part / total if total else 0.0
+        for part, total in zip(frozen_counts, all_counts, strict=True)
+    ]
     lowest = min(range(len(shares)), key=shares.__getitem__)
     return {
-        "share": sum(same) / max(sum(made), 1),
+        "share": sum(frozen_counts) / max(sum(all_counts), 1),
         "lowest": {"site": mixture.sites[lowest].name, "share": shares[lowest]},
         "rows": sum(map(len, rows.values())),
     }

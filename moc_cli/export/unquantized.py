@@ -17,7 +17,7 @@ from moc_cli.runs import BaseOptions
 
 def check_stored(to: str, recipe: Recipe, base: BaseOptions) -> None:
     """Raise MocError where a format needs weights that the base's files hold quantised alone."""
-    if not find_format(to).whole:
+    if not find_format(to).holds_base:
         return
     model = recipe.model
     moved = base.path is not None
@@ -44,15 +44,15 @@ def open_for(
     `open_with` opens the run with a `recipe`.
     """
     quantization = asked_for(recipe.model)
-    if not find_format(to).whole or quantization is None:
+    if not find_format(to).holds_base or quantization is None:
         return open_with(recipe=recipe), ()
     as_trained = parity.reference(open_with(recipe=recipe))
-    whole = open_with(recipe=unquantized(recipe))
-    figures = parity.compare(as_trained, parity.reference(whole).logits)
+    run = open_with(recipe=unquantized(recipe))
+    figures = parity.compare(as_trained, parity.reference(run).logits)
     note = (
-        f"Written from the unquantised base, in {whole.dtype}; trained on it in {quantization}. "
+        f"Written from the unquantised base, in {run.dtype}; trained on it in {quantization}. "
         f"Logits are within {figures['max_difference']:.3g} "
         f"({figures['relative_difference']:.2g} of the largest) of those of the run, "
         f"{percent(figures['same_best'])} have the same most likely token."
     )
-    return whole, (note,)
+    return run, (note,)

@@ -31,11 +31,11 @@ def local_at(mixture: Mixture, index: int) -> Iterator[None]:
             return route
         return Route(torch.full_like(route.ids, site.local), route.weights)
 
-    before, mixture.reroute = mixture.reroute, reroute
+    previous, mixture.reroute = mixture.reroute, reroute
     try:
         yield
     finally:
-        mixture.reroute = before
+        mixture.reroute = previous
 
 
 def ablate(
@@ -52,12 +52,12 @@ def ablate(
     """
     mixture = trained.adapted.mixture
     assert mixture is not None
-    before = row_losses(trained, examples, batch_size)
+    original_losses = row_losses(trained, examples, batch_size)
     entries: list[dict[str, Any]] = []
     for site in mixture.sites:
         with local_at(mixture, site.index):
             losses = row_losses(trained, examples, batch_size)
-        changes = [new - old for new, old in zip(losses, before, strict=True)]
+        changes = [new - old for new, old in zip(losses, original_losses, strict=True)]
         several = len(changes) > 1
         error = statistics.stdev(changes) / math.sqrt(len(changes)) if several else None
         mean = statistics.fmean(changes)

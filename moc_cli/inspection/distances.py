@@ -32,9 +32,9 @@ def task_distances(tasks: Mapping[str, Record]) -> dict[str, Any]:
     return {"tasks": names, "matrix": matrix}
 
 
-def compared(name: str, ours: Record, theirs: Record) -> dict[str, Any]:
+def compared(name: str, record: Record, other_record: Record) -> dict[str, Any]:
     """Our shares minus those of the other run, and the distance of each site."""
-    p, q = share_rows(ours), share_rows(theirs)
+    p, q = share_rows(record), share_rows(other_record)
     return {
         "run": name,
         "difference": (p - q).round(9).tolist(),
@@ -42,16 +42,16 @@ def compared(name: str, ours: Record, theirs: Record) -> dict[str, Any]:
     }
 
 
-def check_same_sites(ours: Layout, theirs: Layout, name: str) -> None:
+def check_same_sites(layout: Layout, other_layout: Layout, name: str) -> None:
     """Raise RunError unless both runs have the same sites and pools."""
-    if ours.names == theirs.names and ours.pools == theirs.pools:
+    if layout.names == other_layout.names and layout.pools == other_layout.pools:
         return
-    if ours.names == theirs.names:
-        what = f"pools {_pools(theirs)}, this run {_pools(ours)}"
+    if layout.names == other_layout.names:
+        difference = f"pools {_pools(other_layout)}, this run {_pools(layout)}"
     else:
-        what = f"{_range(theirs)}, this run {_range(ours)}"
+        difference = f"{_range(other_layout)}, this run {_range(layout)}"
     raise RunError(
-        f"--compare: {name} has {what}: their maps cannot be laid over each other",
+        f"--compare: {name} has {difference}: their maps cannot be laid over each other",
         "compare runs of models with as many layers, with the same method.sites and share_gate",
     )
 

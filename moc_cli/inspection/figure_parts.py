@@ -50,7 +50,7 @@ class Sites:
 
     def members(self, block: str) -> list[int]:
         """Return the indices of a block type's sites, by layer."""
-        members = [index for index, other in enumerate(self.blocks) if other == block]
+        members = [index for index, site_block in enumerate(self.blocks) if site_block == block]
         return sorted(members, key=lambda index: self.layers[index])
 
     def in_pool(self, values: Any) -> np.ndarray:
@@ -153,13 +153,13 @@ def draw_sites(
     """Draw a map of [site, control], or of some of them; a site's own control is outlined."""
     rows = range(len(values)) if rows is None else rows
     columns = range(len(values)) if columns is None else columns
-    own = [
+    own_cells = [
         (i, j) for i, row in enumerate(rows) for j, column in enumerate(columns) if row == column
     ]
     choosing = [f"{task}{sites.names[row]} chooses" for row in rows]
     controls = [sites.names[column] for column in columns]
     part = values[np.ix_(rows, columns)]
-    return draw_map(frame, axes, part, choosing, controls, outlined=own, **style)
+    return draw_map(frame, axes, part, choosing, controls, outlined=own_cells, **style)
 
 
 def draw_map(
@@ -287,13 +287,15 @@ def colour_bar(
     bar.outline.set_linewidth(0.5)
 
 
-def layer_ticks(axes: Axes, layers: Sequence[int], *, along: Axis, most: int = 16) -> None:
-    """Number every layer, or every 2nd, 4th, 5th … so that at most `most` numbers stand.
+def layer_ticks(axes: Axes, layers: Sequence[int], *, along: Axis, max_numbers: int = 16) -> None:
+    """Number every layer, or every 2nd, 4th, 5th … so that at most `max_numbers` numbers stand.
 
     `layers` holds the layer of each row or column; a number stands amid its layer's cells.
     """
     distinct = list(dict.fromkeys(layers))
-    step = next(step for step in (1, 2, 4, 5, 8, 10, 20, 50, 1000) if len(distinct) <= most * step)
+    step = next(
+        step for step in (1, 2, 4, 5, 8, 10, 20, 50, 1000) if len(distinct) <= max_numbers * step
+    )
     places: dict[int, list[int]] = {layer: [] for layer in distinct}
     for place, layer in enumerate(layers):
         places[layer].append(place)

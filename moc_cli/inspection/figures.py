@@ -255,12 +255,12 @@ def task_distance(routing: dict[str, Any]) -> FigureFrame | None:
 
 def comparison(routing: dict[str, Any]) -> FigureFrame | None:
     """Draw this run's shares minus the other's, and each site's distance."""
-    other = routing.get("compare")
-    if not other:
+    pair = routing.get("compare")
+    if not pair:
         return None
     sites = Sites.of(routing)
-    values = sites.in_pool(other["difference"])
-    title = f"Shares of this run minus those of {fitted(run_name(other['run']), 2.4, 9.5, 'bold')}"
+    values = sites.in_pool(pair["difference"])
+    title = f"Shares of this run minus those of {fitted(run_name(pair['run']), 2.4, 9.5, 'bold')}"
     frame = new_frame(routing, title, "Red: chosen more often here.", OWN, height=5.2)
     axes, bars = frame.figure.subplots(1, 2, width_ratios=[6, 1])
 
@@ -283,11 +283,11 @@ def comparison(routing: dict[str, Any]) -> FigureFrame | None:
     draw_bars(
         frame,
         bars,
-        other["distance"],
+        pair["distance"],
         sites.names,
         row="distance",
         along="y",
-        end=max(other["distance"], default=0) * 1.05 or 1,
+        end=max(pair["distance"], default=0) * 1.05 or 1,
         text=lambda distance: f"{distance:.3f}",
     )
     bars.set_xlabel("Jensen-Shannon\ndistance")

@@ -131,8 +131,8 @@ def token_table(routing: dict[str, Any]) -> str:
         cells = [token]
         for site, choice in enumerate(choices):
             vote = tokens["votes"][site][number]
-            own = choice[number * width : (number + 1) * width] if width else choice
-            mark = " ✓" if vote in own else ""
+            site_choice = choice[number * width : (number + 1) * width] if width else choice
+            mark = " ✓" if vote in site_choice else ""
             cells.append(f"{names[vote]} {100 * tokens['probability'][site][number]:.1f} %{mark}")
         rows.append(cells)
     if not width:
@@ -152,10 +152,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     """Return a table; the first cell of a row is its heading."""
     columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     lines = [
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(text)}</td>" for text in others)
+        f'<tr><th scope="row">{escape(heading)}</th>'
+        + "".join(f"<td>{escape(text)}</td>" for text in cells)
         + "</tr>"
-        for first, *others in rows
+        for heading, *cells in rows
     ]
     top = f"<thead><tr>{columns}</tr></thead>" if head else ""
     body = "\n".join(lines)

@@ -55,5 +55,5 @@ def record_tasks(
             records[task.name] = record(
                 trained, rows, batch_size=batch_size, on_progress=bar.observe
             )
-    first, *others = records.values()
-    return RunRecord(records, sum(others, first))
+    first, *other_records = records.values()
+    return RunRecord(records, sum(other_records, first))

@@ -92,8 +92,8 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
             losses = ablate(trained, examples, batch_size=size, on_progress=bar.observe)
         routing["ablation"] = losses
     if options.compare is not None:
-        other, _ = _record(options, load(options.compare, options.compare_recipe), tasks)
-        routing["compare"] = compared(str(options.compare), records.total, other.total)
+        other_record, _ = _record(options, load(options.compare, options.compare_recipe), tasks)
+        routing["compare"] = compared(str(options.compare), records.total, other_record.total)
     return routing
 
 
@@ -194,5 +194,7 @@ def layout_of_controls(keys: set[str], top_k: int) -> Layout:
     order = sorted(places, key=lambda place: (int(place[0]), place[1]))
     gates = sorted({key.split(".")[1] for key in keys if key.startswith("gates.")})
     pool_of = tuple(gates[0] if len(gates) == 1 else block for _, block in order)
-    pools = {pool: [i for i, own in enumerate(pool_of) if own == pool] for pool in gates}
+    pools = {
+        pool: [i for i, site_pool in enumerate(pool_of) if site_pool == pool] for pool in gates
+    }
     return Layout(tuple(".".join(place) for place in order), pool_of, pools, top_k)

@@ -58,7 +58,7 @@ def per_site(record: Record, level: str, alpha: LearnedAlpha | None = None) -> l
     weights = [] if alpha is None else alpha.logits.detach().sigmoid().tolist()
     for site, name in enumerate(layout.names):
         members, counts = layout.members(site), sums.counts[site]
-        decisions, seen = max(record.decisions(site), 1), max(sums.rows[site].item(), 1)
+        decisions, counted_rows = max(record.decisions(site), 1), max(sums.rows[site].item(), 1)
         share = counts / counts.sum().clamp(min=1)
         entropy = _entropy(share)
         alone = None if level == "token" else sums.one_token[site].item() / decisions
@@ -71,7 +71,7 @@ def per_site(record: Record, level: str, alpha: LearnedAlpha | None = None) -> l
                 "effective": math.exp(entropy),
                 "margin": sums.margin[site].item() / decisions,
                 "one_token": alone,
-                "relative_size": sums.relative_size[site].item() / seen,
+                "relative_size": sums.relative_size[site].item() / counted_rows,
                 "top": layout.names[members[int(counts.argmax())]],
             }
             | ({"alpha": weights[site]} if weights else {})
@@ -112,7 +112,7 @@ def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
         _entropy(torch.tensor([use["use"][i] for i in members], dtype=torch.float64))
         for _, members in pools
     ]
-    seen = [record.decisions(site) for site in range(len(layout.names))]
+    decisions = [record.decisions(site) for site in range(len(layout.names))]
     gate, lead = record.sums.entropy.sum().item(), record.sums.margin.sum().item()
     excluded = mixture.routing.exclude_local
     chance = [0.0 if excluded else 1 / len(members) for _, members in pools]
@@ -120,25 +120,25 @@ def summary(record: Record, mixture: Mixture) -> dict[str, Any]:
         "local_share": use["local_share"],
         "attn_to_ffn": _across(record, mixture, "attn", "ffn"),
         "ffn_to_attn": _across(record, mixture, "ffn", "attn"),
-        "gate_entropy": gate / max(sum(seen), 1),
+        "gate_entropy": gate / max(sum(decisions), 1),
         "use_entropy": sum(entropies) / len(entropies),
-        "margin": lead / max(sum(seen), 1),
+        "margin": lead / max(sum(decisions), 1),
         "effective": sum(map(math.exp, entropies)) / len(entropies),
         "dead": [name for name, u in zip(layout.names, use["use"], strict=True) if u == 0],
         "chance_local": sum(chance) / len(chance),
     }
 
 
-def _across(record: Record, mixture: Mixture, block: str, other: str) -> float | None:
-    """Of the choices that `block` sites made, the share that went to `other` controls."""
+def _across(record: Record, mixture: Mixture, block: str, other_block: str) -> float | None:
+    """Of the choices that `block` sites made, the share that went to `other_block` controls."""
     total = across = 0.0
     for site in mixture.sites:
         members = record.layout.members(site.index)
-        theirs = [mixture.sites[m].block == other for m in members]
-        if site.block == block and any(theirs):
+        in_other_block = [mixture.sites[m].block == other_block for m in members]
+        if site.block == block and any(in_other_block):
             counts = record.sums.counts[site.index]
             total += counts.sum().item()
-            across += counts[torch.tensor(theirs)].sum().item()
+            across += counts[torch.tensor(in_other_block)].sum().item()
     return across / total if total else None
 
 

@@ -32,10 +32,10 @@ class Votes:
         ids = decision.route.ids.cpu()
         mean = decision.ballot.mean.detach().cpu()
         chosen = mean.gather(1, ids).amin(dim=1)
-        rest = mean.scatter(1, ids, 0.0).amax(dim=1)
+        runner_up = mean.scatter(1, ids, 0.0).amax(dim=1)
         self.tokens[site.index] = decision.probabilities[0].detach().float().cpu()
         self.choices[site.index] = members[ids].tolist()
-        self.margins[site.index] = (chosen - rest).mean().item()
+        self.margins[site.index] = (chosen - runner_up).mean().item()
 
     def added(self, site: Any, output: Tensor, update: Tensor) -> None:
         """Sizes of updates are not kept."""

@@ -111,8 +111,8 @@ def _more_balance(method: MocMethod) -> str:
 
 
 def _uniform(routing: Mapping[str, Any], method: MocMethod, sizes: list[int]) -> GateWarning | None:
-    entropy, most = routing["summary"]["gate_entropy"], math.log(sum(sizes) / len(sizes))
-    if min(sizes) < 2 or entropy < UNIFORM * most:
+    entropy, max_entropy = routing["summary"]["gate_entropy"], math.log(sum(sizes) / len(sizes))
+    if min(sizes) < 2 or entropy < UNIFORM * max_entropy:
         return None
     if method.gate.estimator == "renormalized":
         key = "method.gate.estimator"
@@ -123,7 +123,7 @@ def _uniform(routing: Mapping[str, Any], method: MocMethod, sizes: list[int]) ->
     return {
         "name": "uniform",
         "message": f"the gate gives all controls nearly the same probability: its entropy is "
-        f"{entropy:.4f} of at most {most:.4f}, and the chosen control leads by "
+        f"{entropy:.4f} of at most {max_entropy:.4f}, and the chosen control leads by "
         f"{routing['summary']['margin']:.4f}: a small change of the input may "
         f"choose another one. {advice}",
         "key": key,

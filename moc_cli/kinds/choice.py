@@ -31,14 +31,14 @@ class Choice(Causal):
     ) -> dict[int, int]:
         """Questions whose prompt with an option, or with a generated answer, is too long."""
         measure = answer_length if options.protocol == "generate" else query_length
-        needed = {
+        token_counts = {
             number: measure(tokenizer, example)
             for number, example in enumerate(examples)
             if may_exceed(
                 [example.eval_prompt, max(example.candidates, key=len)], limit - NEW_TOKENS
             )
         }
-        return {number: tokens for number, tokens in needed.items() if tokens > limit}
+        return {number: tokens for number, tokens in token_counts.items() if tokens > limit}
 
     def voters(self, examples: Choices, tokenizer: Tokenizer, max_length: int) -> list[Row]:
         """All that a question's candidates share with its prompt, which is never cut."""

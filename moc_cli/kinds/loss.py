@@ -23,11 +23,11 @@ class TaskLoss(ABC):
 
     def __call__(self, batch: dict[str, Tensor], targets: int) -> Tensor:
         """Return the sum over a batch's targets, divided by `targets`; the batch is on the CPU."""
-        given: dict[str, Any] = {**batch}
-        labels = given.pop("labels")
+        arguments: dict[str, Any] = {**batch}
+        labels = arguments.pop("labels")
         if "position_ids" in batch:  # packed rows
-            given |= bounds(batch["position_ids"])
-        inputs = {name: self._moved(value) for name, value in given.items()}
+            arguments |= bounds(batch["position_ids"])
+        inputs = {name: self._moved(value) for name, value in arguments.items()}
         with known_padding(batch.get("attention_mask")):
             return self._loss(inputs, labels, targets)
 
@@ -59,9 +59,9 @@ class LanguageLoss(TaskLoss):
 
     def _loss(self, inputs: dict[str, Any], labels: Tensor, targets: int) -> Tensor:
         # Chosen on the CPU and moved before the forward: nothing to wait for.
-        places, wanted = map(self._moved, label_places(labels))
+        places, label_ids = map(self._moved, label_places(labels))
         states, _ = self._head.run({**inputs, "use_cache": False})
-        return self._head.loss(states, places, wanted, targets)
+        return self._head.loss(states, places, label_ids, targets)
 
 
 class ClassLoss(TaskLoss):

@@ -91,8 +91,8 @@ def _tell(place: ProcessRank, error: Exception, explained: MocError | None) -> N
     """
     import traceback
 
-    alike = processes.current().world == 1 and place.local_rank > 0
-    if isinstance(error, Elsewhere | LostProcess) or alike or sys.__stderr__ is None:
+    is_repeated = processes.current().world == 1 and place.local_rank > 0
+    if isinstance(error, Elsewhere | LostProcess) or is_repeated or sys.__stderr__ is None:
         return
     if explained is None:
         text = "".join(traceback.format_exception(error))

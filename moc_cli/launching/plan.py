@@ -29,7 +29,7 @@ class LaunchPlan:
     gpu_ids: str = "all"
 
     @property
-    def here(self) -> int:
+    def local_processes(self) -> int:
         """The number of processes on this machine."""
         return self.processes // self.machines
 
@@ -44,9 +44,10 @@ def make_plan(launch: LaunchSection) -> LaunchPlan:
     on_gpu = launch.device != "cpu" and torch.cuda.is_available()
     gpus = torch.cuda.device_count() if on_gpu else 0
     plan = _chosen(launch, gpus)
-    if on_gpu and plan.here > gpus:
+    count = plan.local_processes
+    if on_gpu and count > gpus:
         raise MocError(
-            f"{KEY}: {plan.here} processes on this machine ({plan.why}), which has {_gpus(gpus)}",
+            f"{KEY}: {count} processes on this machine ({plan.why}), which has {_gpus(gpus)}",
             f"use --set {KEY}={gpus * plan.machines}",
         )
     return plan
@@ -68,8 +69,8 @@ def _chosen(launch: LaunchSection, gpus: int) -> LaunchPlan:
     if configured is not None:
         return configured
     if gpus:
-        each = f" on each of {machines} machines" if machines > 1 else ""
-        return LaunchPlan(gpus * machines, f"{_gpus(gpus)}{each}", **place)
+        on_machines = f" on each of {machines} machines" if machines > 1 else ""
+        return LaunchPlan(gpus * machines, f"{_gpus(gpus)}{on_machines}", **place)
     return LaunchPlan(machines, "no GPU", **place)
 
 

@@ -50,15 +50,17 @@ def start(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = launcher_arguments(plan, command)
-    given = launch_command_parser().parse_args(arguments)
-    given.num_cpu_threads_per_process = os.environ.get(THREADS, threads_of_each(plan.here))
-    given.rdzv_conf = f"timeout={seconds}"
-    given.signals_to_handle = "SIGQUIT"  # the others are forwarded here
+    launch_options = launch_command_parser().parse_args(arguments)
+    launch_options.num_cpu_threads_per_process = os.environ.get(
+        THREADS, threads_of_each(plan.local_processes)
+    )
+    launch_options.rdzv_conf = f"timeout={seconds}"
+    launch_options.signals_to_handle = "SIGQUIT"  # the others are forwarded here
     os.environ[PARENT] = str(os.getpid())
     forwarded = Forwarded()
     with handled(forwarded.forward, heeded((signal.SIGINT, *STOPS))), _quiet_launcher():
         try:
-            multi_gpu_launcher(given)
+            multi_gpu_launcher(launch_options)
         except ChildFailedError as error:
             ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
             return explain_ends(ends, plan, forwarded.number, progress)
@@ -94,19 +96,19 @@ def explain_ends(
         if plan.rank > 0 and codes[0] < 128:
             say(OTHER_MACHINE)
         return codes[0]
-    after, hint = progress()
+    reached, hint = progress()
     rank, number = min(killed.items(), default=(min(ends), signal.SIGTERM))
-    what = f"process {rank} on {processes.host_name()} was ended by {signal.Signals(number).name}"
+    event = f"process {rank} on {processes.host_name()} was ended by {signal.Signals(number).name}"
     why = "; the system does so when memory runs out" if number == signal.SIGKILL else ""
-    raise EndedBySignal(f"{what}{after}{why}", hint, number)
+    raise EndedBySignal(f"{event}{reached}{why}", hint, number)
 
 
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """Within it torch's launcher logs nothing: its tables of errors repeat what is said already."""
-    before = logging.root.manager.disable
+    previous_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)

@@ -71,7 +71,7 @@ def _number_line(processes: int, why: str, rows: Sequence[int]) -> str:
 
 
 def _say_ignored(launch: LaunchSection, processes: int, launcher: str, key: str) -> None:
-    wanted = launch.num_processes
-    if wanted not in ("auto", processes):
+    planned = launch.num_processes
+    if planned not in ("auto", processes):
         word = "process" if processes == 1 else "processes"
-        say(f"not used: {key}{wanted}; the launcher has started {processes} {word} ({launcher})")
+        say(f"not used: {key}{planned}; the launcher has started {processes} {word} ({launcher})")

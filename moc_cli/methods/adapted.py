@@ -59,11 +59,11 @@ class Placed:
         if self.mixture is None:
             yield
             return
-        before, self.mixture.active = self.mixture.active, False
+        was_active, self.mixture.active = self.mixture.active, False
         try:
             yield
         finally:
-            self.mixture.active = before
+            self.mixture.active = was_active
 
     def merge(self) -> None:
         raise MocError("this method cannot be folded into the base's weights")
@@ -149,15 +149,15 @@ class Adapted:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy a state in; raises MocError on missing or unexpected keys and wrong shapes."""
-        own = self.named_trainables()
+        parameters = self.named_trainables()
         wrong = compare_entries(
             {name: tuple(value.shape) for name, value in state.items()},
-            {name: tuple(parameter.shape) for name, parameter in own.items()},
+            {name: tuple(parameter.shape) for name, parameter in parameters.items()},
         )
         if wrong:
             raise MocError(f"the saved controls do not fit this model and recipe: {wrong}")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(state[name])
 
     def counts(self) -> Counts:

@@ -160,9 +160,9 @@ def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], la
     pool = layers * (len(blocks) if routing.share_gate else 1)
     allowed = pool - routing.exclude_local
     if routing.top_k > allowed:
-        less = " less the local one" if routing.exclude_local else ""
+        minus = " less the local one" if routing.exclude_local else ""
         raise MocError(
-            f"method.top_k: {routing.top_k} routed controls of a pool of {pool} controls{less}; "
+            f"method.top_k: {routing.top_k} routed controls of a pool of {pool} controls{minus}; "
             f"at most {allowed}"
         )
     if getattr(model.config, "chunk_size_feed_forward", 0):

@@ -24,9 +24,9 @@ class HalfLinear(nn.Linear):
 class HalfDora(DoraLinearLayer):
     """DoRA's rescaling with the products in bfloat16; norms stay in float32."""
 
-    def forward(self, x: Tensor, **others: object) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
         with torch.autocast(x.device.type, dtype=HALF):
-            scaled: Tensor = super().forward(x, **others)
+            scaled: Tensor = super().forward(x, **kwargs)
             return scaled
 
     @torch.no_grad()

@@ -67,8 +67,8 @@ class LowRank(Placed):
             layer.train(layer.get_base_layer().training)
         self._first = None
         if init.startswith(REWRITING_INITS) and not meta:
-            own = self.named_parameters().values()
-            self._first = [parameter.detach().clone() for parameter in own]
+            parameters = self.named_parameters().values()
+            self._first = [parameter.detach().clone() for parameter in parameters]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         parameters = {}
@@ -119,8 +119,8 @@ class LowRank(Placed):
     @contextmanager
     def _as_first(self) -> Iterator[None]:
         """Within it A, B and magnitudes are as `attach` left them, without dropout."""
-        own = self.named_parameters().values()
-        trained = [parameter.detach().clone() for parameter in own]
+        parameters = self.named_parameters().values()
+        trained = [parameter.detach().clone() for parameter in parameters]
         drops = [layer.lora_dropout for layer in self._layers.values()]
         modes = [drop.training for drop in drops]
         self._restore(self._first or [])

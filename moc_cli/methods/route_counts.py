@@ -83,8 +83,8 @@ class Sums:
 
     def copy_(self, other: "Sums") -> None:
         """Take the values of others over."""
-        for own, value in zip(self.arrays, other.arrays, strict=True):
-            own.copy_(value)
+        for array, value in zip(self.arrays, other.arrays, strict=True):
+            array.copy_(value)
 
 
 @dataclass
@@ -228,8 +228,8 @@ class Recorder:
         sums.probabilities[site] += mark @ mean
         sums.entropy[site] += (mark * -torch.special.xlogy(mean, mean).sum(dim=1)).sum()
         chosen = mean.gather(1, ids).amin(dim=1)
-        rest = mean.scatter(1, ids, 0.0).amax(dim=1)
-        sums.margin[site] += (mark * (chosen - rest)).sum()
+        runner_up = mean.scatter(1, ids, 0.0).amax(dim=1)
+        sums.margin[site] += (mark * (chosen - runner_up)).sum()
         turned = one_token_decides(decision)
         if turned is not None:
             sums.one_token[site] += (mark * turned).sum()
@@ -269,11 +269,11 @@ class Recorder:
             output, update = (t.reshape(*current.shape, -1) for t in (output, update))
         mark = update.new_ones(update.shape[:2]) if current.valid is None else current.valid
         mark = mark.to(torch.float64)
-        own, more = (
+        output_norms, update_norms = (
             (t.to(torch.float64).square().sum(dim=-1) * mark).sum(dim=1).sqrt()
             for t in (output, update)
         )
         rows = mark.amax(dim=1) if self._new_rows is None else self._new_rows
         self._sums.rows[site.index] += rows.sum()
-        ratio = rows * more / own.clamp(min=torch.finfo(own.dtype).tiny)
+        ratio = rows * update_norms / output_norms.clamp(min=torch.finfo(output_norms.dtype).tiny)
         self._sums.relative_size[site.index] += ratio.sum()

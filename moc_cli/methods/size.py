@@ -15,11 +15,11 @@ def check_size(model: PreTrainedModel, rank: int) -> None:
     Counted are two matrices of 32-bit numbers for each layer; every method has more.
     """
     config = model.config.get_text_config()
-    needed = 2 * config.num_hidden_layers * config.hidden_size * rank * 4
+    size = 2 * config.num_hidden_layers * config.hidden_size * rank * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
+    if size > memory:
         raise MocError(
-            f"method.rank = {rank} needs more than {needed / 1e9:,.0f} GB in this model, and the "
+            f"method.rank = {rank} needs more than {size / 1e9:,.0f} GB in this model, and the "
             f"machine has {memory / 1e9:,.0f} GB",
             f"a rank above the hidden size, {config.hidden_size}, adds nothing",
         )

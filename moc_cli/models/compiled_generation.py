@@ -16,17 +16,17 @@ GRAPHS = 64  # at most: for sizes of a batch and lengths of the cache
 
 
 @contextmanager
-def compiled_generation(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Within it the forwards of `model.generate` for one new token are compiled, where `wanted`.
+def compiled_generation(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Within it the forwards of `model.generate` for one new token are compiled, where `enabled`.
 
     Prompts are read without compiling. A graph is for a number of rows and of the cache's places.
     `generate` takes `input_ids` by name, and makes the cache itself. Raises MocError where the
     model cannot be compiled as one graph.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    decoder, own = _Decoder(model), vars(model).get("generate")
+    decoder, own_generate = _Decoder(model), vars(model).get("generate")
     vars(model)["generate"] = decoder.run
     try:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS):
@@ -35,8 +35,8 @@ def compiled_generation(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         raise compile_error("eval.torch_compile", "the model", error) from error
     finally:
         del vars(model)["generate"]
-        if own is not None:
-            vars(model)["generate"] = own
+        if own_generate is not None:
+            vars(model)["generate"] = own_generate
 
 
 class _Decoder:

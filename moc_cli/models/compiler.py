@@ -19,9 +19,9 @@ def compiler_problem(device: torch.device) -> str | None:
     return None
 
 
-def compile_error(key: str, what: str, error: Exception) -> MocError:
-    """Return the error for `what` that could not be compiled, as a key of the recipe asks."""
+def compile_error(key: str, part: str, error: Exception) -> MocError:
+    """Return the error for `part` that could not be compiled, as a key of the recipe asks."""
     reason = next(line for line in [*str(error).splitlines(), "no reason given"] if line)
     return MocError(
-        f"{key}: {what} could not be compiled: {reason}", f"leave it out: --set {key}=false"
+        f"{key}: {part} could not be compiled: {reason}", f"leave it out: --set {key}=false"
     )

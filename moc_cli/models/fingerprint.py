@@ -43,8 +43,8 @@ def fingerprint(
     hashes = {}
     if all(name in stored or not is_quantized(parameter) for name, parameter in chosen):
         hashes = _hash_samples(chosen, stored)
-    others = _hash_samples([pair for pair in chosen if pair[0] not in linear], stored)
-    return hashes | {f"unquantized_{name}": value for name, value in others.items()}
+    unquantized_hashes = _hash_samples([pair for pair in chosen if pair[0] not in linear], stored)
+    return hashes | {f"unquantized_{name}": value for name, value in unquantized_hashes.items()}
 
 
 def _hash_samples(chosen: list[tuple[str, nn.Parameter]], stored: Weights) -> dict[str, str]:
@@ -54,8 +54,8 @@ def _hash_samples(chosen: list[tuple[str, nn.Parameter]], stored: Weights) -> di
         (key, true_shape(p), _sample(stored[key].values() if key in stored else p))
         for key, p in chosen
     ]
-    for name, other in (("bfloat16", torch.float16), ("float16", torch.bfloat16)):
-        if other not in dtypes:
+    for name, other_dtype in (("bfloat16", torch.float16), ("float16", torch.bfloat16)):
+        if other_dtype not in dtypes:
             digest = hashlib.sha256()
             for key, shape, values in samples:
                 digest.update(f"{key} {shape}\n".encode())
@@ -64,10 +64,10 @@ def _hash_samples(chosen: list[tuple[str, nn.Parameter]], stored: Weights) -> di
     return hashes
 
 
-def same_base(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool | None:
+def same_base(first: Mapping[str, str | None], second: Mapping[str, str | None]) -> bool | None:
     """Whether two fingerprints are of one base; None where they have no hash in common."""
-    common = [key for key in one if one[key] and other.get(key)]
-    return all(one[key] == other[key] for key in common) if common else None
+    common = [key for key in first if first[key] and second.get(key)]
+    return all(first[key] == second[key] for key in common) if common else None
 
 
 def describe_tensors(
@@ -97,24 +97,24 @@ def hash_tensors(tensors: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def find_differences(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+def find_differences(saved: Mapping[str, str], current: Mapping[str, str]) -> dict[str, str]:
     """Return how two descriptions differ: the parameter's name -> "355 rows then, 363 now"."""
     differences = {}
-    for name in [*then, *(name for name in now if name not in then)]:
-        if name not in now:
+    for name in [*saved, *(name for name in current if name not in saved)]:
+        if name not in current:
             differences[name] = "not there now"
-        elif name not in then:
+        elif name not in saved:
             differences[name] = "not there then"
-        elif then[name] != now[name]:
-            differences[name] = _difference(then[name].split(), now[name].split())
+        elif saved[name] != current[name]:
+            differences[name] = _difference(saved[name].split(), current[name].split())
     return differences
 
 
 def list_differences(differences: Mapping[str, str]) -> str:
     """Return the first differences on lines of their own, and the number of the others."""
-    lines = [f"  {name}: {what}" for name, what in differences.items()]
-    more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return "\n".join([*lines[:LISTED], *more])
+    lines = [f"  {name}: {difference}" for name, difference in differences.items()]
+    and_more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n".join([*lines[:LISTED], *and_more])
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -128,13 +128,13 @@ def in_a_layer(name: str) -> bool:
     return re.search(r"\.\d+\.", name) is not None
 
 
-def _difference(then: list[str], now: list[str]) -> str:
-    shapes = [entry[0].split("x") for entry in (then, now)]
+def _difference(saved: list[str], current: list[str]) -> str:
+    shapes = [entry[0].split("x") for entry in (saved, current)]
     if shapes[0] != shapes[1]:
         if shapes[0][1:] == shapes[1][1:]:
             return f"{shapes[0][0]} rows then, {shapes[1][0]} now"
-        return f"shape {then[0]} then, {now[0]} now"
-    return "other values" if then[1] == now[1] else f"{then[1]} then, {now[1]} now"
+        return f"shape {saved[0]} then, {current[0]} now"
+    return "other values" if saved[1] == current[1] else f"{saved[1]} then, {current[1]} now"
 
 
 def _outside(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -105,8 +105,8 @@ class GenerationTracker:
         self.runner = find_runner(model, placement)
         self._names = list(signature(self.runner.forward).parameters)
         self._handles = [
-            self.runner.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.runner.register_forward_hook(self._after),
+            self.runner.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+            self.runner.register_forward_hook(self._end_forward),
         ]
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate  # over the class's own
@@ -121,11 +121,11 @@ class GenerationTracker:
     @contextmanager
     def voting(self, mask: Tensor) -> Iterator[None]:
         """Within it, the tokens of mask (B, T) vote, whatever the attention mask says."""
-        before, self.voters = self.voters, mask.bool()
+        previous, self.voters = self.voters, mask.bool()
         try:
             yield
         finally:
-            self.voters = before
+            self.voters = previous
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, knowing that its forwards belong together.
@@ -138,8 +138,8 @@ class GenerationTracker:
         prompt = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         length = prompt.shape[1] if isinstance(prompt, Tensor) else None
         rows = prompt.shape[0] if isinstance(prompt, Tensor) else None
-        asked = kwargs["disable_compile"] is False
-        compiled = asked or self.model._compiled_call_impl is not None
+        compile_asked = kwargs["disable_compile"] is False
+        compiled = compile_asked or self.model._compiled_call_impl is not None
         token = _GENERATION.set(_Generation(self, length, rows, compiled))
         try:
             generate: Any = getattr(type(self.model), "generate")  # noqa: B009
@@ -147,13 +147,15 @@ class GenerationTracker:
         finally:
             _GENERATION.reset(token)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Pre-hook of the runner: the voting tokens and the route store of this forward."""
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"] if tokens is None else tokens
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
         length = tokens.shape[1]
-        cache = given.get("past_key_values")
+        cache = arguments.get("past_key_values")
         earlier = self._store_of(cache)
         if earlier is not None and earlier.settled and not self.mixture.training:
             self.mixture.current = Forward(store=earlier, shape=(tokens.shape[0], length))
@@ -161,18 +163,18 @@ class GenerationTracker:
         past = int(cache.get_seq_length()) if cache is not None else 0
         if self.voters is None and past == 0 and _GENERATION.get() is None:
             apart = self.votes and (self.by_row or not self.mixture.training)
-            packed = packed_forward(given, length, apart=apart)
+            packed = packed_forward(arguments, length, apart=apart)
             if packed is not None:
                 self.mixture.current = packed
                 return
         valid = self.voters
         if valid is None:
-            valid = valid_tokens(given.get("attention_mask"), length, past)
-            unmasked = given.get("attention_mask") is None and _GENERATION.get() is None
+            valid = valid_tokens(arguments.get("attention_mask"), length, past)
+            unmasked = arguments.get("attention_mask") is None and _GENERATION.get() is None
             if self.votes and past == 0 and unmasked:
-                valid = self._without_padding(given.get("input_ids"), tokens.shape[0])
+                valid = self._without_padding(arguments.get("input_ids"), tokens.shape[0])
         store = deciding = None
-        copies, again = self._copies(tokens.shape[0])
+        copies, had_forward = self._copies(tokens.shape[0])
         if self.causal and not self.mixture.training:
             store = earlier
             if store is None or past == 0:
@@ -182,10 +184,10 @@ class GenerationTracker:
                 if cache is not None:
                     follow(cache, store, self._number)
             elif store.waiting is not None:
-                seen = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
-                deciding = _marked(store.waiting & seen)
-                store.waiting = _marked(store.waiting & ~seen)
-        repeat = again and past == 0 and not self.running
+                has_tokens = torch.ones_like(store.waiting) if valid is None else valid.any(dim=1)
+                deciding = _marked(store.waiting & has_tokens)
+                store.waiting = _marked(store.waiting & ~has_tokens)
+        repeat = had_forward and past == 0 and not self.running
         shape = tokens.shape[0], length
         self.mixture.current = Forward(valid, store, deciding, shape, past, copies, repeat)
 
@@ -239,7 +241,7 @@ class GenerationTracker:
         prompt = torch.arange(length, device=tokens.device) < generation.prompt_length
         return valid & prompt
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the runner: a cache made inside the forward gets the routes decided in it."""
         current = self.mixture.current
         current.end()

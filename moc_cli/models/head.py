@@ -41,7 +41,7 @@ class Head:
             key = FAMILIES[model.config.model_type].logits
             self._change, self._value = _CHANGES.get(key), getattr(config, key, None)
             self._vocabulary: int = config.vocab_size
-        self._known = signature(self._runner.forward).parameters
+        self._arguments = signature(self._runner.forward).parameters
 
     def run(self, inputs: dict[str, Any], *, last: int | None = None) -> tuple[Tensor, Any]:
         """Call the model on inputs (B, T): what `loss` and `log_probs` need of it, and its cache.
@@ -49,13 +49,13 @@ class Head:
         With `last` only of that many positions at the end. Leaves out position_ids where the model
         does not know them.
         """
-        whole = self._module is None
-        if whole and last is not None and "logits_to_keep" in self._known:
+        is_whole_model = self._module is None
+        if is_whole_model and last is not None and "logits_to_keep" in self._arguments:
             inputs = inputs | {"logits_to_keep": last}
-        if "position_ids" not in self._known:
+        if "position_ids" not in self._arguments:
             inputs = {name: value for name, value in inputs.items() if name != "position_ids"}
         outputs = self._runner(**inputs)
-        states: Tensor = outputs.logits if whole else outputs.last_hidden_state
+        states: Tensor = outputs.logits if is_whole_model else outputs.last_hidden_state
         cache = getattr(outputs, "past_key_values", None)
         return states if last is None else states[:, -last:], cache
 
@@ -97,8 +97,8 @@ def in_table(model: nn.Module) -> bool:
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None or not family.placement.causal:
         return False
-    own = type(model).__module__.startswith("transformers.")
-    if not own or not isinstance(model, PreTrainedModel):
+    is_transformers_class = type(model).__module__.startswith("transformers.")
+    if not is_transformers_class or not isinstance(model, PreTrainedModel):
         return False
     return model.get_output_embeddings() is not None
 

@@ -86,9 +86,11 @@ class FollowLoss:
     mixture: MixtureBase
 
     def register(self, model: nn.Module) -> RemovableHandle:
-        return model.register_forward_hook(self._after, with_kwargs=True)
+        return model.register_forward_hook(self._after_forward, with_kwargs=True)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Hook of the whole model; MocError where a trainer computes the loss by itself."""
         mixture = self.mixture
         if not (mixture.training and torch.is_grad_enabled() and mixture.loss_scale is None):
@@ -165,8 +167,8 @@ class HookedModel:
             by_row=mixture.routing.level == "sample",
             fill=mixture.fill,
         )
-        before = self.tracker.runner.register_forward_pre_hook(self._before_layers)
-        self._handles.append(before)  # after the tracker's own, which begins the forward
+        handle = self.tracker.runner.register_forward_pre_hook(self._before_layers)
+        self._handles.append(handle)  # after the tracker's own, which begins the forward
 
     def remove(self) -> None:
         """Take every hook and the mixture out of the model again."""

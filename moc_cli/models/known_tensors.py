@@ -39,8 +39,8 @@ def recall(
         return describe()
     path = folder / f"{_key(files, facts)}.json"
     with contextlib.suppress(RunError):
-        kept: dict[str, str] = read_object(path, TensorDescriptions)["tensors"]
-        return kept
+        descriptions: dict[str, str] = read_object(path, TensorDescriptions)["tensors"]
+        return descriptions
     tensors = describe()
     with contextlib.suppress(FileError):
         write_json_atomic(path, {"tensors": tensors})

@@ -60,9 +60,9 @@ class LayerStore:
             self.waiting = change(self.waiting)
         for key, slot in list(self.slots.items()):
             place = {row: index for index, row in enumerate(slot.rows)}
-            kept = [(place[old], new) for new, old in enumerate(sources) if old in place]
-            if kept:
-                slot.take([index for index, _ in kept], [new for _, new in kept])
+            moves = [(place[old], new) for new, old in enumerate(sources) if old in place]
+            if moves:
+                slot.take([index for index, _ in moves], [new for _, new in moves])
             else:
                 del self.slots[key]
 
@@ -105,7 +105,9 @@ class LayerMixedModel:
         # First among a layer's hooks, so that any other sees the mixed output. As partials of a
         # bound method, copies and pickles of the model keep their own.
         self._handles = [
-            layer.register_forward_hook(partial(self._after, site), with_kwargs=True, prepend=True)
+            layer.register_forward_hook(
+                partial(self._after_layer, site), with_kwargs=True, prepend=True
+            )
             for site, layer in zip(mixture.sites, self.layers, strict=True)
             if site.index in mixed
         ]
@@ -124,7 +126,7 @@ class LayerMixedModel:
         self.tracker.remove()
         del self.model.moc
 
-    def _after(
+    def _after_layer(
         self, site: LayerSite, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> Any:
         """Forward hook of layer t, outside its activation checkpoint: the mixed output."""
@@ -203,9 +205,9 @@ class LayerMixedModel:
         names = self._names
 
         def record(index: int, *args: Any, **kwargs: Any) -> Tensor:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            parts[index] = {name: given[name] for name in _BY_TYPE if name in given}
-            return given["hidden_states"]
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            parts[index] = {name: arguments[name] for name in _BY_TYPE if name in arguments}
+            return arguments["hidden_states"]
 
         with _forwards(self.layers, record), _unseen(module), torch.no_grad():
             self._rehearsing = True
@@ -250,35 +252,35 @@ def _join(slot: Slot, rows: list[int], cache: Cache, j: int, past: int) -> None:
     if not past:
         slot.rows = rows
         return
-    kept = [row for row in slot.rows if row in rows]
-    if kept != slot.rows and kept:
-        slot.take([slot.rows.index(row) for row in kept], kept)
-    new = [row for row in rows if row not in kept]
+    staying = [row for row in slot.rows if row in rows]
+    if staying != slot.rows and staying:
+        slot.take([slot.rows.index(row) for row in staying], staying)
+    new = [row for row in rows if row not in staying]
     if new:
         keys, values = cache.layers[j].keys, cache.layers[j].values
         padding = _empty(cache, j)
         padding.update(
             *(t.new_zeros(len(new), t.shape[1], past, t.shape[3]) for t in (keys, values))
         )
-        if kept:
+        if staying:
             slot.layer.keys = torch.cat([slot.layer.keys, padding.keys])
             slot.layer.values = torch.cat([slot.layer.values, padding.values])
         else:
             slot.layer = padding
-        slot.rows = kept + new
+        slot.rows = staying + new
     slot.take([slot.rows.index(row) for row in rows], rows)
 
 
 @contextmanager
 def _forwards(layers: nn.ModuleList, record: Callable[..., Tensor]) -> Iterator[None]:
     """Within it each layer does nothing but call `record` with its number and its arguments."""
-    before = [vars(layer).get("forward") for layer in layers]
+    own_forwards = [vars(layer).get("forward") for layer in layers]
     for index, layer in enumerate(layers):
         layer.forward = partial(record, index)
     try:
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
+        for layer, forward in zip(layers, own_forwards, strict=True):
             del layer.forward
             if forward is not None:
                 layer.forward = forward

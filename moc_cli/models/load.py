@@ -137,10 +137,12 @@ def load_model(
     quantization, on_loading = choose(name, config, quantization)
     if quantization is not None and on_loading:
         shapes = _on_meta(name, kind, config, labels, {"trust_remote_code": trust_remote_code})
-        kept = {key.removesuffix(".weight") for key in linear_weights(shapes)}
-        kept = {key for key in kept if not in_a_layer(f"{key}.weight")} | {*unquantized}
+        unquantized_modules = {key.removesuffix(".weight") for key in linear_weights(shapes)}
+        unquantized_modules = {
+            key for key in unquantized_modules if not in_a_layer(f"{key}.weight")
+        } | {*unquantized}
         options["quantization_config"] = make_config(
-            quantization, options["dtype"], kept, split=split
+            quantization, options["dtype"], unquantized_modules, split=split
         )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_one_sentence("weights", name), _quiet():
@@ -148,7 +150,9 @@ def load_model(
         auto = getattr(transformers, HEADS[kind].auto_class)
         model, info = auto.from_pretrained(resolve(name), **options, **labels)
     keep_differentiable(model)
-    mismatched = {key: (stored, wanted) for key, stored, wanted in info["mismatched_keys"]}
+    mismatched = {
+        key: (stored, config_shape) for key, stored, config_shape in info["mismatched_keys"]
+    }
     absent = info["missing_keys"] | mismatched.keys()
     check_weights(name, model, mismatched, info["missing_keys"], info["unexpected_keys"])
     fresh = fresh_modules(model, absent)
@@ -158,9 +162,9 @@ def load_model(
     tensors = recall(
         loaded_weight_files(name, revision), facts, lambda: describe_tensors(model, fresh, stored)
     )
-    known = fingerprint(model, fresh, stored)
+    hashes = fingerprint(model, fresh, stored)
     weights_hash = hash_tensors(tensors)
-    return Loaded(model, fresh, weights_hash, resolve(name), known, tensors, quantization)
+    return Loaded(model, fresh, weights_hash, resolve(name), hashes, tensors, quantization)
 
 
 def build_meta(
@@ -195,9 +199,11 @@ def build_meta(
     stored = checkpoint_shapes(name, revision) or {}
     if chosen and not on_loading:  # their shapes are those of packed numbers
         stored = {key: shape for key, shape in stored.items() if key not in linear_weights(model)}
-    wanted = {key: tuple(p.shape) for key, p in model.named_parameters() if key in stored}
-    other = {key: (stored[key], shape) for key, shape in wanted.items() if stored[key] != shape}
-    check_weights(name, model, other)
+    shapes = {key: tuple(p.shape) for key, p in model.named_parameters() if key in stored}
+    mismatched = {
+        key: (stored[key], shape) for key, shape in shapes.items() if stored[key] != shape
+    }
+    check_weights(name, model, mismatched)
     setattr(model, "published_shape", published)  # noqa: B010 - torch's stubs know no flags
     setattr(model, "quantization", chosen)  # noqa: B010
     return model
@@ -234,7 +240,7 @@ def fresh_modules(model: nn.Module, absent: set[str]) -> tuple[str, ...]:
     fresh: list[str] = []
     for name, module in model.named_modules():
         inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
-        covered = any(name.startswith(f"{known}.") for known in fresh)
+        covered = any(name.startswith(f"{outer}.") for outer in fresh)
         if name and inside and not covered and absent.issuperset(inside):
             fresh.append(name)
     return tuple(fresh)
@@ -268,9 +274,9 @@ def _labels(
     num_labels: int | None, problem_type: str | None, id2label: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """A classifier's values of config.json: its classes are named by number if not otherwise."""
-    given = {"num_labels": num_labels, "problem_type": problem_type}
+    class_values = {"num_labels": num_labels, "problem_type": problem_type}
     names = class_names(id2label) if id2label else {}
-    return {key: value for key, value in given.items() if value is not None} | names
+    return {key: value for key, value in class_values.items() if value is not None} | names
 
 
 def name_classes(config: PreTrainedConfig, id2label: Mapping[str, str] | None) -> None:
@@ -288,7 +294,7 @@ def class_names(id2label: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_one_sentence(what: str, name: str) -> Iterator[None]:
+def _in_one_sentence(part: str, name: str) -> Iterator[None]:
     """Turn whatever a library raises over a model's files into one sentence."""
     try:
         yield
@@ -300,7 +306,7 @@ def _in_one_sentence(what: str, name: str) -> Iterator[None]:
         if not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise MocError(
-            f"model '{name}': its {what} cannot be loaded: {reason}",
+            f"model '{name}': its {part} cannot be loaded: {reason}",
             hint="Give a hub id that is reachable or cached, a local folder in Hugging Face format "
             "(safetensors), or builtin:world-llama.",
         ) from error

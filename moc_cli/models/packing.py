@@ -90,7 +90,7 @@ def bounds(position_ids: Tensor) -> dict[str, Any]:
     return flash | {_LONGEST: max(lengths), "max_length_k": max(lengths), _LENGTHS: lengths}
 
 
-def packed_forward(given: Mapping[str, Any], length: int, *, apart: bool) -> Forward | None:
+def packed_forward(arguments: Mapping[str, Any], length: int, *, apart: bool) -> Forward | None:
     """Return the forward that begins with these arguments, where its one row of `length` tokens
     holds rows end to end; None where it does not.
 
@@ -98,14 +98,15 @@ def packed_forward(given: Mapping[str, Any], length: int, *, apart: bool) -> For
     Without their bounds, only a forward without a mask is asked: the positions are then read from
     the device.
     """
-    positions, ends, longest = given.get("position_ids"), given.get(_BOUNDS), given.get(_LONGEST)
+    keys = ("position_ids", _BOUNDS, _LONGEST)
+    positions, ends, longest = (arguments.get(key) for key in keys)
     if positions is None or len(positions) != 1:
         return None
     if ends is None or longest is None:
-        if given.get("attention_mask") is not None:
+        if arguments.get("attention_mask") is not None:
             return None
-        found = bounds(positions.cpu())
-        ends, longest = found[_BOUNDS].to(positions.device), found[_LONGEST]
+        row_bounds = bounds(positions.cpu())
+        ends, longest = row_bounds[_BOUNDS].to(positions.device), row_bounds[_LONGEST]
         if len(ends) < 3:
             return None
     if not apart or len(ends) < 3:

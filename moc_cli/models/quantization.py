@@ -26,18 +26,22 @@ _FOUR, _EIGHT = "Params4bit", "Int8Params"
 
 
 def make_config(
-    quantization: Quantization, dtype: torch.dtype, kept: Collection[str], *, split: bool = False
+    quantization: Quantization,
+    dtype: torch.dtype,
+    unquantized: Collection[str],
+    *,
+    split: bool = False,
 ) -> BitsAndBytesConfig:
-    """Return what transformers loads with; products are in `dtype`, modules in `kept` stay.
+    """Return what transformers loads with; products are in `dtype`, modules in `unquantized` stay.
 
     Weights in 4 bits that will be `split` over processes lie in tensors of `dtype`: FSDP2 takes no
     others.
     """
-    more: dict[str, Any] = {"llm_int8_skip_modules": sorted(kept)}
+    extra: dict[str, Any] = {"llm_int8_skip_modules": sorted(unquantized)}
     if quantization.load_in_4bit:
-        more["bnb_4bit_compute_dtype"] = dtype
-        more["bnb_4bit_quant_storage"] = dtype if split else torch.uint8
-    return BitsAndBytesConfig(**quantization.arguments, **more)
+        extra["bnb_4bit_compute_dtype"] = dtype
+        extra["bnb_4bit_quant_storage"] = dtype if split else torch.uint8
+    return BitsAndBytesConfig(**quantization.arguments, **extra)
 
 
 def stored_as(name: str, config: PreTrainedConfig) -> Quantization | None:
@@ -45,10 +49,12 @@ def stored_as(name: str, config: PreTrainedConfig) -> Quantization | None:
 
     Raises MocError for another method than that of bitsandbytes.
     """
-    given = getattr(config, "quantization_config", None)
-    if given is None:
+    stored_config = getattr(config, "quantization_config", None)
+    if stored_config is None:
         return None
-    values: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    values: dict[str, Any] = (
+        stored_config if isinstance(stored_config, dict) else stored_config.to_dict()
+    )
     method = values.get("quant_method") or "bitsandbytes"
     if "bitsandbytes" not in str(method):
         raise MocError(
@@ -63,7 +69,7 @@ def stored_as(name: str, config: PreTrainedConfig) -> Quantization | None:
 
 
 def choose(
-    name: str, config: PreTrainedConfig, asked: Quantization | None
+    name: str, config: PreTrainedConfig, requested: Quantization | None
 ) -> tuple[Quantization | None, bool]:
     """Return how a base is quantised in memory, as its files are or else as it is asked for, and
     whether that is done on loading.
@@ -72,12 +78,12 @@ def choose(
     whose code cannot have it, and where bitsandbytes is not installed.
     """
     stored = stored_as(name, config)
-    if asked is not None and stored is not None and asked != stored:
+    if requested is not None and stored is not None and requested != stored:
         raise MocError(
-            f"model '{name}' is stored in {stored}, and the recipe asks for {asked}",
+            f"model '{name}' is stored in {stored}, and the recipe asks for {requested}",
             "leave model.load_in_4bit and model.load_in_8bit out, or give the unquantised model",
         )
-    chosen = stored or asked
+    chosen = stored or requested
     family = FAMILIES.get(config.model_type)
     if chosen is not None and family is not None and family.writes_into_products:
         raise MocError(
@@ -99,8 +105,10 @@ def of_model(model: nn.Module) -> Quantization | None:
         if type(parameter).__name__ == _EIGHT:
             return Quantization(load_in_8bit=True)
         if type(parameter).__name__ == _FOUR:
-            own = vars(parameter)
-            return Quantization(True, False, own["quant_type"], bool(own["compress_statistics"]))
+            attributes = vars(parameter)
+            return Quantization(
+                True, False, attributes["quant_type"], bool(attributes["compress_statistics"])
+            )
     return None
 
 
@@ -152,10 +160,10 @@ def keep_differentiable(model: nn.Module) -> None:
     A weight that is packed so already is unpacked.
     """
     for module in model.modules():
-        own = vars(module)
-        if "support_avx512bf16_for_cpu" not in own:  # not a 4-bit module
+        attributes = vars(module)
+        if "support_avx512bf16_for_cpu" not in attributes:  # not a 4-bit module
             continue
-        own["support_avx512bf16_for_cpu"] = False
+        attributes["support_avx512bf16_for_cpu"] = False
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             module.state_dict()  # unpacks the weight

@@ -42,26 +42,26 @@ def find_stored(
     `name` is the model's folder or hub id, by default as transformers noted it. Empty where they
     are not all here: nothing is fetched, and files that are themselves quantised have none.
     """
-    wanted = {key: true_shape(p) for key, p in model.named_parameters() if is_quantized(p)}
+    shapes = {key: true_shape(p) for key, p in model.named_parameters() if is_quantized(p)}
     source = name or model.name_or_path
-    if not wanted or not source:
+    if not shapes or not source:
         return {}
     prefix = f"{model.base_model_prefix}."
-    found: dict[str, StoredWeight] = {}
+    stored_weights: dict[str, StoredWeight] = {}
     try:
         for path in loaded_weight_files(source, revision):
             with safe_open(path, framework="pt") as file:
                 names: list[str] = file.keys()
                 for stored in names:
-                    key = next((k for k in (stored, prefix + stored) if k in wanted), None)
+                    key = next((k for k in (stored, prefix + stored) if k in shapes), None)
                     if key is None:
                         continue
                     part = file.get_slice(stored)
-                    if tuple(part.get_shape()) == wanted[key] and part.get_dtype() in _FLOATS:
-                        found[key] = StoredWeight(path, stored, model.dtype)
+                    if tuple(part.get_shape()) == shapes[key] and part.get_dtype() in _FLOATS:
+                        stored_weights[key] = StoredWeight(path, stored, model.dtype)
     except (OSError, ValueError, SafetensorError):
         return {}
-    return found if found.keys() == wanted.keys() else {}
+    return stored_weights if stored_weights.keys() == shapes.keys() else {}
 
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

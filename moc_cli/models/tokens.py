@@ -44,8 +44,8 @@ def embeddings(model: PreTrainedModel) -> int:
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: those of the model's generation config, and the tokenizer's."""
     config = model.generation_config
-    own = config.eos_token_id if config else None
-    ends = own if isinstance(own, list) else [own]
+    config_ends = config.eos_token_id if config else None
+    ends = config_ends if isinstance(config_ends, list) else [config_ends]
     return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
 
 
@@ -140,12 +140,12 @@ def _match_padding(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     if pad is not None and pad < size:
         return []
     why = "none" if pad is None else f"{_shown(tokenizer, pad)}, for which the model has none"
-    what = f"the tokenizer's pad token is {why}"
+    problem = f"the tokenizer's pad token is {why}"
     if end is None or end >= size:
         tokenizer.pad_token = None
-        return [f"{what}: batches are filled with token 0"]
+        return [f"{problem}: batches are filled with token 0"]
     tokenizer.pad_token = tokenizer.eos_token
-    return [f"{what}: batches are filled with {_shown(tokenizer, end)}"]
+    return [f"{problem}: batches are filled with {_shown(tokenizer, end)}"]
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:

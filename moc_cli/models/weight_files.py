@@ -35,8 +35,8 @@ def resolve(name: str) -> str:
         return name
     folder = Path(str(files("moc_cli.builtin") / name.removeprefix(BUILTIN)))
     if not (folder / "config.json").is_file():
-        known = sorted(BUILTIN + p.parent.name for p in folder.parent.glob("*/config.json"))
-        raise MocError(f"'{name}' is not a built-in model; known: {', '.join(known)}")
+        builtin_names = sorted(BUILTIN + p.parent.name for p in folder.parent.glob("*/config.json"))
+        raise MocError(f"'{name}' is not a built-in model; known: {', '.join(builtin_names)}")
     return str(folder)
 
 
@@ -141,8 +141,8 @@ def check_weights(
     }
     layers = {f"{path}.{key}" for path, m in lists.items() for key, _ in m.named_parameters()}
     wrong = [
-        f"{key} has shape {tuple(stored)}, its config asks for {tuple(wanted)}"
-        for key, (stored, wanted) in sorted(mismatched.items())
+        f"{key} has shape {tuple(stored)}, its config asks for {tuple(config_shape)}"
+        for key, (stored, config_shape) in sorted(mismatched.items())
         if complete or key.startswith(base)
     ]
     wrong += [f"{key} is missing" for key in sorted(missing) if complete or key in layers]
@@ -152,9 +152,9 @@ def check_weights(
         if beyond and max(beyond) >= len(module):
             wrong.append(f"{path} has {max(beyond) + 1} layers, its config asks for {len(module)}")
     if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        and_more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise MocError(
-            f"model '{name}': its weights do not fit its config: {'; '.join(wrong[:3])}{more}",
+            f"model '{name}': its weights do not fit its config: {'; '.join(wrong[:3])}{and_more}",
             "give the folder or hub id in which config and weights belong together",
         )
 

@@ -219,9 +219,9 @@ def _weigh(hidden: Tensor, weights: Tensor | None) -> Tensor:
     return (parts * weights[:, None, :, None]).flatten(-2).to(hidden.dtype)
 
 
-def _empty_sums(like: Tensor) -> Tensor:
+def _empty_sums(grads: Tensor) -> Tensor:
     """Something to hang the gradient's running sums on: all zeros, in the memory of one."""
-    return like.new_zeros(()).expand(like.shape)
+    return grads.new_zeros(()).expand(grads.shape)
 
 
 def _add_chosen(sums: Tensor, grads: Tensor, index: Tensor) -> Tensor:
@@ -239,5 +239,5 @@ def _add_chosen(sums: Tensor, grads: Tensor, index: Tensor) -> Tensor:
         return sums
     by_pair = parts.flatten(1, 2).transpose(0, 1)  # (V·C, 2, r, d)
     pairs, places = sums.transpose(0, 1), (index.flatten(),)
-    put = pairs.index_put_ if in_place else pairs.index_put
-    return put(places, by_pair, accumulate=True).transpose(0, 1)
+    index_put = pairs.index_put_ if in_place else pairs.index_put
+    return index_put(places, by_pair, accumulate=True).transpose(0, 1)

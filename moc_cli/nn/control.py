@@ -202,17 +202,17 @@ class WeightedControls:
         """
         A = torch.cat([control.A for control in self.controls]).to(dtype)
         pairs = list(zip(self.controls, self.weights.unbind(1), strict=True))
-        alike = count is None and bool((self.weights == self.weights[:1]).all())
-        if len(self.weights) == 1 or alike:
+        is_uniform = count is None and bool((self.weights == self.weights[:1]).all())
+        if len(self.weights) == 1 or is_uniform:
             rows = torch.cat([weight[0] * control.B.t() for control, weight in pairs])
             return StackedControls(A, rows.to(dtype).t(), None)
         rows = torch.cat([control.B.t() for control in self.controls])
         spread = [weight[:, None].expand(-1, len(control.A)) for control, weight in pairs]
         weights = torch.cat(spread, dim=1).to(A.device)  # (V, R)
         if count is not None:
-            more = (count - len(self.controls)) * (len(A) // len(self.controls))
-            A, rows = (F.pad(matrix, (0, 0, 0, more)) for matrix in (A, rows))
-            weights = F.pad(weights, (0, more))
+            padding = (count - len(self.controls)) * (len(A) // len(self.controls))
+            A, rows = (F.pad(matrix, (0, 0, 0, padding)) for matrix in (A, rows))
+            weights = F.pad(weights, (0, padding))
         return StackedControls(A, rows.to(dtype).t(), weights)
 
 

@@ -99,10 +99,10 @@ class Forward:
     prepared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
     voters: Voters | None = field(default=None, repr=False)
     reentrant: bool = False
-    _whole: bool = field(init=False, repr=False)
+    _has_shape: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._whole = self.shape is not None  # by itself, so that no graph depends on the shape
+        self._has_shape = self.shape is not None  # by itself, so that no graph depends on the shape
 
     @property
     def shared(self) -> bool:
@@ -111,7 +111,7 @@ class Forward:
         Not with reentrant activation checkpointing: it runs a layer without gradients first, and
         then with gradients by itself.
         """
-        return self._whole and not (self.reentrant and torch.is_grad_enabled())
+        return self._has_shape and not (self.reentrant and torch.is_grad_enabled())
 
     def voters_of(
         self, shape: Sequence[int], level: Level, device: torch.device, dtype: torch.dtype

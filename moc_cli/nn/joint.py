@@ -48,9 +48,9 @@ class VotesOfProcesses:
 
         A process whose tokens do not vote, with a count of 0, adds nothing.
         """
-        own, size = ballot.count[0], ballot.mean.shape[1]
-        parts = [ballot.mean[0] * own, own]
-        parts += [] if picks is None else [picks * own]
+        own_count, size = ballot.count[0], ballot.mean.shape[1]
+        parts = [ballot.mean[0] * own_count, own_count]
+        parts += [] if picks is None else [picks * own_count]
         parts += [] if ballot.scores is None else [ballot.scores[0]]
         sizes = [part.numel() for part in parts]
         total: Tensor = _Sum.apply(torch.cat(parts), self._processes)  # type: ignore[no-untyped-call]

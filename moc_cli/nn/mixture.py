@@ -209,12 +209,12 @@ class Mixture(MixtureBase):
 
     def combine(self, site: Site, route: Route | None) -> WeightedControls:
         """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
-        pool, own = self.pools[site.pool], self.control(site.index)
+        pool, local = self.pools[site.pool], self.control(site.index)
         alpha: float | Tensor = self.routing.alpha
         if self.alpha is not None:
-            self._place_sites(own.A.device)
+            self._place_sites(local.A.device)
             alpha = self.alpha(cast(Tensor, site.place))
-        return combine(own, lambda k: self.control(pool[k]), route, alpha, self.scale)
+        return combine(local, lambda k: self.control(pool[k]), route, alpha, self.scale)
 
     def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.
@@ -264,9 +264,9 @@ class Mixture(MixtureBase):
         if earlier is not None and forward.deciding is None:
             return earlier, None
 
-        voters, before = forward.voters_of(x.shape[:2], level, x.device, x.dtype), None
+        voters, earlier_ballot = forward.voters_of(x.shape[:2], level, x.device, x.dtype), None
         if store is not None and routing.decode == "running":
-            before = store.ballots.get(site.index)
+            earlier_ballot = store.ballots.get(site.index)
         k = routing.top_k
         p = probabilities(self._logits(site, x), site.local if routing.exclude_local else None)
         ballot = poll(p, voters, k, routing.vote)
@@ -277,15 +277,15 @@ class Mixture(MixtureBase):
         joint = self.joint if self.training else None
         if joint is not None:
             ballot, share = joint.join(ballot, share)
-        own = ballot.mean
-        if before is not None:
-            ballot = before + ballot
+        own_mean = ballot.mean
+        if earlier_ballot is not None:
+            ballot = earlier_ballot + ballot
         route = decide(ballot, k, routing.estimator)
         balance, size = None, p.shape[-1]
         if share is not None:
             if routing.balance_f == "choice":
                 share = shares_of(route, size, p.dtype)
-            balance = voters.balance(own, share, size - int(routing.exclude_local))
+            balance = voters.balance(own_mean, share, size - int(routing.exclude_local))
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot
         decision = Decision(level, route, ballot, None, p, forward.valid)

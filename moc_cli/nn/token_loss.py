@@ -29,16 +29,16 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         gradient = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
-        for some, wanted in zip(places.split(rows), targets.split(rows), strict=True):
-            part = states.detach()[some].requires_grad_(gradient is not None)
+        for chunk, chunk_targets in zip(places.split(rows), targets.split(rows), strict=True):
+            part = states.detach()[chunk].requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
                 logits = head(part)
             log_probs = _log_softmax(logits.detach())
-            total += F.nll_loss(log_probs, wanted, reduction="sum") / divisor
+            total += F.nll_loss(log_probs, chunk_targets, reduction="sum") / divisor
             if gradient is not None:
-                slope = _slope(log_probs, wanted).to(logits.dtype)
+                slope = _slope(log_probs, chunk_targets).to(logits.dtype)
                 (of_states,) = torch.autograd.grad(logits, part, slope)
-                gradient.index_copy_(0, some, of_states / divisor)
+                gradient.index_copy_(0, chunk, of_states / divisor)
                 del slope
             del logits, log_probs  # before the next chunk's
         ctx.save_for_backward(gradient)

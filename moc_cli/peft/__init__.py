@@ -32,8 +32,8 @@ def register() -> None:
     Raises MocError for a version of `peft` that this was not tested with, or that has a method of
     this name itself.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
-    if known is MocConfig:
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
+    if registered is MocConfig:
         return
     installed = version("peft")
     if not installed.startswith(f"{TESTED}."):
@@ -41,7 +41,7 @@ def register() -> None:
             f"peft {installed} is not a version that moc was tested with: {TESTED}.*",
             f"pip install 'peft=={TESTED}.*', or load the controls with moc_cli.load_controls",
         )
-    if known is not None or NAME in PeftType.__members__:
+    if registered is not None or NAME in PeftType.__members__:
         raise MocError(f"peft {installed} has a method {NAME} of its own", "use load_controls")
     member = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME

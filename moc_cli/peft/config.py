@@ -43,10 +43,10 @@ class MocConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType(NAME)
         name = section.pop("name", "moc")
-        made = make_method(name, section | keys)
-        if not isinstance(made, MocMethod | ControlMethod):
+        checked = make_method(name, section | keys)
+        if not isinstance(checked, MocMethod | ControlMethod):
             raise MocError(f"MocConfig: method '{name}' has a config of its own in peft")
-        self.method = made.model_dump(mode="json")
+        self.method = checked.model_dump(mode="json")
 
     @classmethod
     def from_pretrained(cls, path: str, subfolder: str | None = None, **kwargs: Any) -> "MocConfig":
@@ -70,14 +70,14 @@ class MocConfig(PeftConfig):
     def section(self) -> MocMethod | ControlMethod:
         """The checked method."""
         options = dict(self.method)
-        made = make_method(options.pop("name"), options)
-        assert isinstance(made, MocMethod | ControlMethod)
-        return made
+        checked = make_method(options.pop("name"), options)
+        assert isinstance(checked, MocMethod | ControlMethod)
+        return checked
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As `peft` does, but without the hash of a payload that may be another one by now."""
-        known, self.state_sha256 = self.state_sha256, None
+        state_hash, self.state_sha256 = self.state_sha256, None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.state_sha256 = known
+            self.state_sha256 = state_hash

@@ -210,17 +210,17 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         if config.state_sha256 and state_hash(state_dict, adapter_name) != config.state_sha256:
             raise RunError("the adapter's payload is damaged: it does not match its hash")
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = {
+        own_state = {
             key: value
             for key, value in model.state_dict().items()
             if f".{SETS}.{adapter_name}." in f".{key}"
         }
-        given = {key: value for key, value in state.items() if f".{SETS}." in f".{key}"}
+        control_state = {key: value for key, value in state.items() if f".{SETS}." in f".{key}"}
         wrong = compare_entries(
-            {key: tuple(value.shape) for key, value in given.items()},
-            {key: tuple(value.shape) for key, value in own.items()},
+            {key: tuple(value.shape) for key, value in control_state.items()},
+            {key: tuple(value.shape) for key, value in own_state.items()},
         )
-        check_finite(given, "the adapter's payload")
+        check_finite(control_state, "the adapter's payload")
         if wrong:
             raise RunError(f"the adapter does not fit this model: {wrong}")
         return dict(state)

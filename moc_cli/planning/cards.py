@@ -78,8 +78,10 @@ def card_of(name: str, memory: int) -> Card:
     """Return the card with a driver's name, such as NVIDIA H100 80GB HBM3, and its own memory."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     words += ["".join(pair) for pair in pairwise(words)]  # RTX 4090 is RTX4090 here
-    known = [card for key, card in CARDS.items() if key.partition("-")[0].lower() in words]
-    nearest = min(known, key=lambda card: abs(card.memory - memory), default=Card(name, memory))
+    candidates = [card for key, card in CARDS.items() if key.partition("-")[0].lower() in words]
+    nearest = min(
+        candidates, key=lambda card: abs(card.memory - memory), default=Card(name, memory)
+    )
     return replace(nearest, name=name, memory=memory)
 
 

@@ -42,7 +42,7 @@ _MAKES = (torch.tensor, torch.as_tensor)  # with a device they copy from the hos
 class Sync(NamedTuple):
     """Where the host waits for the device: for what, and at which line of ours."""
 
-    what: str
+    operation: str
     line: str
 
 
@@ -65,14 +65,14 @@ class FakeDevice(TorchDispatchMode):
     Raises RuntimeError for tensors of the host among those of the device.
     """
 
-    def __init__(self, like: str = "cuda", phase: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, device_type: str = "cuda", phase: Callable[[], str] = lambda: "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.syncs: Counter[Sync] = Counter()
         self.kernels: Counter[str] = Counter()
         self.work: Counter[Kernel] = Counter()
         self._phase = phase
-        self._attention = _cpu_attention if like == "cpu" else _cuda_attention
-        self._dropout = F.dropout if like == "cpu" else _cuda_dropout(F.dropout)
+        self._attention = _cpu_attention if device_type == "cpu" else _cuda_attention
+        self._dropout = F.dropout if device_type == "cpu" else _cuda_dropout(F.dropout)
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -113,29 +113,29 @@ class FakeDevice(TorchDispatchMode):
         self.kernels.clear()
         self.work.clear()
 
-    def wait(self, what: str) -> None:
+    def wait(self, operation: str) -> None:
         """Count one wait of the host."""
-        self.syncs[Sync(what, _line())] += 1
+        self.syncs[Sync(operation, _line())] += 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = remembered.tensors_in((*args, *kwargs.values()))
+        inputs = remembered.tensors_in((*args, *kwargs.values()))
         if func in (aten._to_copy.default, aten.copy_.default):
             result = self._copy(func, args, kwargs)
-        elif not any(tensor.is_meta for tensor in given):
+        elif not any(tensor.is_meta for tensor in inputs):
             result = func(*args, **kwargs)
         else:
-            _refuse_host(func, args, given)
+            _refuse_host(func, args, inputs)
             result = self._run(func, args, kwargs)
-        made = remembered.tensors_in(result if isinstance(result, tuple | list) else (result,))
-        if any(tensor.is_meta for tensor in made) and _is_kernel(func):
+        outputs = remembered.tensors_in(result if isinstance(result, tuple | list) else (result,))
+        if any(tensor.is_meta for tensor in outputs) and _is_kernel(func):
             self.kernels[self._phase()] += 1
             count = flop_registry.get(func.overloadpacket)
-            whole = _with_all_heads(args) if "attention" in str(func) else args
-            flops = 0 if count is None else count(*whole, **kwargs, out_val=result)
-            tensors = [tensor for tensor in (*given, *made) if tensor.is_meta]
+            full_args = _with_all_heads(args) if "attention" in str(func) else args
+            flops = 0 if count is None else count(*full_args, **kwargs, out_val=result)
+            tensors = [tensor for tensor in (*inputs, *outputs) if tensor.is_meta]
             moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             half = any(tensor.dtype in HALF for tensor in tensors)
             self.work[Kernel(flops, moved, half)] += 1
@@ -148,8 +148,8 @@ class FakeDevice(TorchDispatchMode):
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             places = [_every_place(place) for place in args[1]]
             if any(
-                len(place) > 1 or place[0] is not given
-                for place, given in zip(places, args[1], strict=True)
+                len(place) > 1 or place[0] is not argument
+                for place, argument in zip(places, args[1], strict=True)
             ):
                 self.wait("index")
                 args = (args[0], [place for group in places for place in group], *args[2:])
@@ -174,12 +174,12 @@ class FakeDevice(TorchDispatchMode):
 @contextmanager
 def _replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     """Within it functions of a module are others, in backward passes too."""
-    before = {name: getattr(owner, name) for name in functions}
+    originals = {name: getattr(owner, name) for name in functions}
     vars(owner).update(functions)
     try:
         yield
     finally:
-        vars(owner).update(before)
+        vars(owner).update(originals)
 
 
 def _cuda_attention(
@@ -244,11 +244,11 @@ def _cpu_attention(
     return result
 
 
-def _as_bias(mask: Tensor, like: Tensor) -> Tensor:
+def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
     """A mask as torch adds it to the logits: 0 where it is true, else -inf."""
     if mask.dtype != torch.bool:
         return mask
-    bias = torch.zeros_like(mask, dtype=like.dtype)
+    bias = torch.zeros_like(mask, dtype=query.dtype)
     return bias.masked_fill_(mask.logical_not(), float("-inf"))
 
 
@@ -286,9 +286,9 @@ def _with_all_heads(args: Any) -> list[Any]:
     ]
 
 
-def _refuse_host(func: Any, args: Any, given: list[Tensor]) -> None:
+def _refuse_host(func: Any, args: Any, tensors: list[Tensor]) -> None:
     """Raise RuntimeError for tensors of the host beside those of the device; numbers may be."""
-    host = [tensor for tensor in given if not tensor.is_meta and tensor.ndim]
+    host = [tensor for tensor in tensors if not tensor.is_meta and tensor.ndim]
     if host:
         raise RuntimeError(
             f"{func}: a tensor of the host, {tuple(host[0].shape)}, among those of the device, "
@@ -311,11 +311,11 @@ def _line() -> str:
     below = ""
     while frame is not None:
         name = frame.f_code.co_filename
-        ours = name.startswith(str(ROOM))
-        if name.startswith(str(PACKAGE)) and not ours:
+        is_planning = name.startswith(str(ROOM))
+        if name.startswith(str(PACKAGE)) and not is_planning:
             line = f"{Path(name).relative_to(PACKAGE).as_posix()}:{frame.f_lineno}"
             return f"{line} > {below}" if below else line
-        if not below and "/torch/" not in name and not ours:
+        if not below and "/torch/" not in name and not is_planning:
             below = f"{name.rpartition('site-packages/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return below

@@ -30,7 +30,7 @@ def fitting_mode(recipe: Recipe, planner: Planner) -> Recipe:
         return recipe
     for mode in MODES:
         recipe = recipe.changed(train={"activation_checkpointing": mode})
-        if planner.card is None or planner.plan(recipe, whole=True).fits:
+        if planner.card is None or planner.plan(recipe, all_layers=True).fits:
             break
     return recipe
 
@@ -61,10 +61,10 @@ class Forecast:
             self._say(labelled("plan", "activation_checkpointing: auto is none on the CPU"))
             return recipe.changed(train={"activation_checkpointing": "none"}), None
         free = free_bytes(device)
-        known = Rows.of(rows, tokenizer, recipe.data.max_length)
-        planner = Planner(Card("free", free + CONTEXT), known)
+        planned_rows = Rows.of(rows, tokenizer, recipe.data.max_length)
+        planner = Planner(Card("free", free + CONTEXT), planned_rows)
         chosen = fitting_mode(recipe, planner)
-        plan = planner.plan(chosen, whole=True)
+        plan = planner.plan(chosen, all_layers=True)
         mode = plan.activation_checkpointing
         self._say(
             labelled(

@@ -57,8 +57,8 @@ class Footprint:
         return highest(self.phases[name] for name in ("forward", "loss", "backward", "optimizer"))
 
 
-def footprint(recipe: Recipe, work: Work, card: Card | None, *, whole: bool) -> Footprint:
-    """Return what a training's largest micro-batch and its evaluation take; not `whole`: from
+def footprint(recipe: Recipe, work: Work, card: Card | None, *, all_layers: bool) -> Footprint:
+    """Return what a training's largest micro-batch and its evaluation take; not `all_layers`: from
     replays with few layers.
 
     Raises MocError where the method cannot be placed in the model.
@@ -66,10 +66,12 @@ def footprint(recipe: Recipe, work: Work, card: Card | None, *, whole: bool) -> 
     shape = build.base_shape(recipe)
     layers = shape.config.get_text_config().num_hidden_layers
     depths = FEW_WITH_POOL if recipe.method.name == "moc" else FEW
-    if not whole and layers > 2 * depths[-1]:
+    if not all_layers and layers > 2 * depths[-1]:
         with contextlib.suppress(MocError):  # of a method that cannot be placed in so few layers
-            few = {depth: _replayed(recipe, _shallow(shape, depth), work, card) for depth in depths}
-            return _drawn_out(few, layers)
+            by_depth = {
+                depth: _replayed(recipe, _shallow(shape, depth), work, card) for depth in depths
+            }
+            return _drawn_out(by_depth, layers)
     return _replayed(recipe, shape, work, card)
 
 
@@ -99,30 +101,30 @@ def _shallow(shape: PreTrainedModel, layers: int) -> PreTrainedModel:
     return model
 
 
-def _drawn_out(few: Mapping[int, Footprint], layers: int) -> Footprint:
+def _drawn_out(by_depth: Mapping[int, Footprint], layers: int) -> Footprint:
     """Return what `layers` layers take: each part in each phase follows the polynomial through its
     values at the few depths, a line through two.
     """
     shares = {
-        depth: math.prod((layers - other) / (depth - other) for other in few if other != depth)
-        for depth in few
+        depth: math.prod((layers - node) / (depth - node) for node in by_depth if node != depth)
+        for depth in by_depth
     }
-    *others, deepest = few.values()
+    *shallower, deepest = by_depth.values()
 
     def grown(value: Callable[[Footprint], float]) -> float:
-        return sum(share * value(few[depth]) for depth, share in shares.items())
+        return sum(share * value(by_depth[depth]) for depth, share in shares.items())
 
     def bytes_of(phase: str, part: str) -> int:
-        return max(0, round(grown(lambda one: one.phases[phase].get(part, 0))))
+        return max(0, round(grown(lambda measured: measured.phases[phase].get(part, 0))))
 
     phases = {
         phase: {part: bytes_of(phase, part) for part in parts}
         for phase, parts in deepest.phases.items()
-        if all(phase in other.phases for other in others)
+        if all(phase in measured.phases for measured in shallower)
     }
-    known = all(one.seconds is not None for one in few.values())
-    seconds = grown(lambda one: one.seconds or 0) if known else None
-    return Footprint(phases, seconds, round(grown(lambda one: one.trained)))
+    is_timed = all(measured.seconds is not None for measured in by_depth.values())
+    seconds = grown(lambda measured: measured.seconds or 0) if is_timed else None
+    return Footprint(phases, seconds, round(grown(lambda measured: measured.trained)))
 
 
 def seconds_of(work: Mapping[Kernel, int], card: Card, *, tf32: bool = False) -> float | None:
@@ -144,7 +146,7 @@ def seconds_of(work: Mapping[Kernel, int], card: Card, *, tf32: bool = False) ->
 
 
 def quantized(
-    whole: Footprint,
+    unquantized: Footprint,
     shape: PreTrainedModel,
     quantization: Quantization,
     card: Card | None,
@@ -159,23 +161,25 @@ def quantized(
     """
     names = {name for name in linear_weights(shape) if in_a_layer(name)}
     weights = [p.numel() for name, p in shape.named_parameters() if name in names]
-    few, maps = _bytes_of_a_number(quantization)
+    quantized_size, maps = _bytes_of_a_number(quantization)
     size = shape.dtype.itemsize
+    saved = round(sum(weights) * (size - quantized_size))
     passing = {"forward", "backward", "evaluation"}
     phases = {
         phase: parts
         | {
-            "weights": parts["weights"] - round(sum(weights) * (size - few)) + len(weights) * maps,
+            "weights": parts["weights"] - saved + len(weights) * maps,
             "activations": parts.get("activations", 0)
             + (max(weights) * size if phase in passing else 0),
         }
-        for phase, parts in whole.phases.items()
+        for phase, parts in unquantized.phases.items()
     }
-    seconds = whole.seconds
+    seconds = unquantized.seconds
     if seconds is not None and card is not None and card.bandwidth is not None:
         passes = 3 if recomputed else 2
-        seconds += passes * sum(weights) * (few + size) / (card.bandwidth * REACHED_BYTES)
-    return Footprint(phases, seconds, whole.trained)
+        moved = passes * sum(weights) * (quantized_size + size)
+        seconds += moved / (card.bandwidth * REACHED_BYTES)
+    return Footprint(phases, seconds, unquantized.trained)
 
 
 def _bytes_of_a_number(quantization: Quantization) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 BLOCK = 512  # bytes; the allocator of CUDA gives multiples of it
 
 
-class Now(NamedTuple):
+class PhasePart(NamedTuple):
     """The phase that a program is in, and the part to which memory belongs that it takes now."""
 
     phase: str
@@ -27,14 +27,14 @@ def highest(phases: Iterable[dict[str, int]]) -> dict[str, int]:
 class LiveMemory(TorchDispatchMode):
     """Within it every new storage on `device` counts until it is freed, each one once.
 
-    A storage belongs to the part that `now()` names when it is made. `live` holds the bytes of each
-    part now; `peaks` those at the highest total in each phase since `restart`. What a kernel
+    A storage belongs to the part that `current()` names when it is made. `live` holds the bytes of
+    each part now; `peaks` those at the highest total in each phase since `restart`. What a kernel
     allocates for itself and gives back is not seen.
     """
 
-    def __init__(self, device: str, now: Callable[[], Now]) -> None:
+    def __init__(self, device: str, current: Callable[[], PhasePart]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.now = device, now
+        self.device, self.current = device, current
         self.live: Counter[str] = Counter()
         self.total = 0
         self._part_of: dict[int, str] = {}
@@ -50,7 +50,7 @@ class LiveMemory(TorchDispatchMode):
 
     def look(self) -> None:
         """Count what is there now to the phase of now."""
-        self._look(self.now().phase)
+        self._look(self.current().phase)
 
     @property
     def peak(self) -> int:
@@ -84,12 +84,12 @@ class LiveMemory(TorchDispatchMode):
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         if size == 0:
             return
-        now = self.now()
-        self._part_of[key], self._size_of[key] = part or now.part, size
+        current = self.current()
+        self._part_of[key], self._size_of[key] = part or current.part, size
         self._watched[key] = weakref.ref(storage, lambda _: self._free(key))
         self.live[self._part_of[key]] += size
         self.total += size
-        self._look(now.phase)
+        self._look(current.phase)
 
     def _look(self, phase: str) -> None:
         if self.total >= self._highest.get(phase, 0):

@@ -66,20 +66,22 @@ class Planner:
 
     def __init__(self, card: Card | None, rows: Rows) -> None:
         self.card, self.rows = card, rows
-        self._known: dict[tuple[str, bool], Footprint] = {}
+        self._footprints: dict[tuple[str, bool], Footprint] = {}
 
-    def plan(self, recipe: Recipe, changes: Sequence[str] = (), *, whole: bool = False) -> Plan:
-        """Plan a recipe as it is; not `whole`: from replays with few layers."""
+    def plan(
+        self, recipe: Recipe, changes: Sequence[str] = (), *, all_layers: bool = False
+    ) -> Plan:
+        """Plan a recipe as it is; not `all_layers`: from replays with few layers."""
         shape = build.base_shape(unquantized(recipe))
         few_bits = of_model(shape) or asked_for(recipe.model)
         launch = launch_of(recipe)
         work = self.rows.work(recipe, launch.processes)
-        alone = self._footprint(unquantized(recipe), whole)
+        alone = self._footprint(unquantized(recipe), all_layers)
         if few_bits is not None:
-            again = recompute_mode(recipe) in ("full", "offload")
-            alone = quantized(alone, shape, few_bits, self.card, recomputed=again)
-        taken = in_one_of(alone, shape, launch)
-        plan = _plan(recipe, changes, few_bits, taken, work.times, self.card)
+            recomputed = recompute_mode(recipe) in ("full", "offload")
+            alone = quantized(alone, shape, few_bits, self.card, recomputed=recomputed)
+        of_process = in_one_of(alone, shape, launch)
+        plan = _plan(recipe, changes, few_bits, of_process, work.times, self.card)
         if launch.processes == 1:
             return plan
         micro_batches = recipe.train.gradient_accumulation_steps
@@ -93,31 +95,35 @@ class Planner:
             wire_seconds={link.name: traffic.seconds(link) for link in LINKS},
         )
 
-    def _footprint(self, recipe: Recipe, whole: bool) -> Footprint:
-        key = recipe.model_dump_json(), whole
-        if key not in self._known:
-            self._known[key] = footprint(recipe, self.rows.work(recipe), self.card, whole=whole)
-        return self._known[key]
+    def _footprint(self, recipe: Recipe, all_layers: bool) -> Footprint:
+        key = recipe.model_dump_json(), all_layers
+        if key not in self._footprints:
+            self._footprints[key] = footprint(
+                recipe, self.rows.work(recipe), self.card, all_layers=all_layers
+            )
+        return self._footprints[key]
 
 
 def _plan(
     recipe: Recipe,
     changes: Sequence[str],
     few_bits: Quantization | None,
-    taken: Footprint,
+    of_process: Footprint,
     times: float | None,
     card: Card | None,
 ) -> Plan:
     """Return the plan of a training with so many micro-batches; its parts are those of a step at
     its peak, and evaluation, saving and resuming, each beside what is kept.
     """
-    step, seconds = sum(taken.parts.values()), taken.seconds
-    parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | taken.parts
-    kept = sum(parts[name] for name in KEPT)
-    parts |= {name: max(0, sum(taken.phases[name].values()) - kept) for name in OTHER_PHASES}
-    needed = max(step, kept + max(parts[name] for name in OTHER_PHASES))
-    parts["overhead"] = CONTEXT + round(FRAGMENTS * needed)
-    peak = needed + parts["overhead"]
+    step, seconds = sum(of_process.parts.values()), of_process.seconds
+    parts = dict.fromkeys((*KEPT, "gradients", "activations", "loss"), 0) | of_process.parts
+    kept_bytes = sum(parts[name] for name in KEPT)
+    parts |= {
+        name: max(0, sum(of_process.phases[name].values()) - kept_bytes) for name in OTHER_PHASES
+    }
+    needed_bytes = max(step, kept_bytes + max(parts[name] for name in OTHER_PHASES))
+    parts["overhead"] = CONTEXT + round(FRAGMENTS * needed_bytes)
+    peak = needed_bytes + parts["overhead"]
     train = recipe.train
     return Plan(
         method=recipe.method.name,
@@ -137,22 +143,24 @@ def _plan(
     )
 
 
-def alternatives_to(own: Recipe) -> list[Recipe]:
+def alternatives_to(recipe: Recipe) -> list[Recipe]:
     """Return settings to choose from instead of a recipe's own, of those that recipes allow: each
     way to recompute layers, micro-batches of the recipe's size and of a quarter of it (else of 1
     row), and the base in 4 bits too.
 
     The rows a step stay as many.
     """
-    train, four_bits = own.train, own.model.load_in_4bit
-    same = _changed(own, recompute_mode(own), train.per_device_train_batch_size, four_bits)
+    train, four_bits = recipe.train, recipe.model.load_in_4bit
+    unchanged = _changed(
+        recipe, recompute_mode(recipe), train.per_device_train_batch_size, four_bits
+    )
     settings = [
-        _changed(own, mode, rows, bits)
+        _changed(recipe, mode, rows, bits)
         for bits in dict.fromkeys((four_bits, True))
         for rows in _sizes(train.per_device_train_batch_size)
         for mode in MODES
     ]
-    return [s for s in settings if s != same and not any(broken_rules(s))]
+    return [s for s in settings if s != unchanged and not any(broken_rules(s))]
 
 
 def _sizes(rows: int) -> list[int]:
@@ -160,8 +168,8 @@ def _sizes(rows: int) -> list[int]:
 
 
 def _changed(recipe: Recipe, mode: str, rows: int, four_bits: bool) -> Recipe:
-    before = recipe.train
-    accumulated = before.gradient_accumulation_steps * before.per_device_train_batch_size // rows
+    current = recipe.train
+    accumulated = current.gradient_accumulation_steps * current.per_device_train_batch_size // rows
     train = {
         "activation_checkpointing": mode,
         "gradient_checkpointing": False,
@@ -174,7 +182,7 @@ def _changed(recipe: Recipe, mode: str, rows: int, four_bits: bool) -> Recipe:
 def changes_to(plan: Plan, recipe: Recipe) -> list[str]:
     """Return the changes with which a recipe becomes what is planned, as `--set` takes them."""
     train, mode = recipe.train, plan.activation_checkpointing
-    wanted = {
+    planned = {
         ("train", "activation_checkpointing"): mode,
         ("train", "gradient_checkpointing"): train.gradient_checkpointing and mode == "full",
         ("train", "per_device_train_batch_size"): plan.per_device_train_batch_size,
@@ -183,7 +191,7 @@ def changes_to(plan: Plan, recipe: Recipe) -> list[str]:
     }
     return [
         f"{section}.{key}={str(new).lower() if isinstance(new, bool) else new}"
-        for (section, key), new in wanted.items()
+        for (section, key), new in planned.items()
         if new != getattr(getattr(recipe, section), key)
     ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class _Made(NamedTuple):
+class _Layout(NamedTuple):
     """A tensor that a kernel makes in memory of its own."""
 
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class _Made(NamedTuple):
         return (1 + last) * self.dtype.itemsize
 
 
-MADE: dict[Any, list[_Made] | None] = {}  # by kernel and arguments; None: is called each time
+LAYOUTS: dict[Any, list[_Layout] | None] = {}  # by kernel and arguments; None: is called each time
 
 
 def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -34,12 +34,15 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not _only_makes(func):
         return func(*args, **kwargs)
     key = (func, _key(args), _key(tuple(kwargs.items())))
-    if made := MADE.get(key):
-        new = [torch.empty_strided(*one[:2], dtype=one.dtype, device="meta") for one in made]
+    if layouts := LAYOUTS.get(key):
+        new = [
+            torch.empty_strided(*layout[:2], dtype=layout.dtype, device="meta")
+            for layout in layouts
+        ]
         return new[0] if len(new) == 1 else tuple(new)
     result = func(*args, **kwargs)
-    if key not in MADE:
-        MADE[key] = _made(result, (*args, *kwargs.values()))
+    if key not in LAYOUTS:
+        LAYOUTS[key] = _layouts(result, (*args, *kwargs.values()))
     return result
 
 
@@ -62,19 +65,20 @@ def _key(value: Any) -> Any:
     return (type(value), value)
 
 
-def _made(result: Any, given: Any) -> list[_Made] | None:
+def _layouts(result: Any, arguments: Any) -> list[_Layout] | None:
     """Return what a kernel has made; None where it gave memory of its arguments, or shared it."""
     tensors = [result] if isinstance(result, Tensor) else list(result)
     if any(tensor is None for tensor in tensors):
         return None
-    made = [_Made(tuple(t.shape), t.stride(), t.dtype) for t in tensors]
+    layouts = [_Layout(tuple(t.shape), t.stride(), t.dtype) for t in tensors]
     storages = {t.untyped_storage()._cdata for t in tensors}
-    theirs = {t.untyped_storage()._cdata for t in tensors_in(given)}
-    own = len(storages) == len(tensors) and not storages & theirs
-    whole = all(
-        t.untyped_storage().nbytes() == one.nbytes for t, one in zip(tensors, made, strict=True)
+    argument_storages = {t.untyped_storage()._cdata for t in tensors_in(arguments)}
+    in_own_memory = len(storages) == len(tensors) and not storages & argument_storages
+    fills_memory = all(
+        t.untyped_storage().nbytes() == layout.nbytes
+        for t, layout in zip(tensors, layouts, strict=True)
     )
-    return made if own and whole and all(t.is_meta for t in tensors) else None
+    return layouts if in_own_memory and fills_memory and all(t.is_meta for t in tensors) else None
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:

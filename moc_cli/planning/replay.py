@@ -13,7 +13,7 @@ from moc_cli.kinds.loss import TaskLoss
 from moc_cli.methods import Adapted
 from moc_cli.planning.evaluation import Scoring, score
 from moc_cli.planning.fake_device import META, FakeDevice
-from moc_cli.planning.live_memory import LiveMemory, Now
+from moc_cli.planning.live_memory import LiveMemory, PhasePart
 from moc_cli.processes import Processes
 from moc_cli.training import optim
 from moc_cli.training.checkpoint import Checkpoints
@@ -70,9 +70,9 @@ class Phases:
         """The phase."""
         return self._phase
 
-    def now(self) -> Now:
+    def current(self) -> PhasePart:
         """The phase, and the part to which memory belongs that is taken now."""
-        return Now(self._phase, _PART_OF.get(self._phase, self._phase))
+        return PhasePart(self._phase, _PART_OF.get(self._phase, self._phase))
 
     def enter(self, phase: str) -> None:
         """Say which phase begins, where no hook can tell."""
@@ -109,30 +109,30 @@ def replay(
     batch: Batch,
     loss: type[TaskLoss],
     settings: Settings,
-    like: str = "cuda",
+    device_type: str = "cuda",
     *,
     scoring: Scoring | None = None,
 ) -> StepMeasurement:
-    """Take a step on a batch, with a model on the meta device as if on `like`.
+    """Take a step on a batch, with a model on the meta device as if on `device_type`.
 
     The loop is the one of `moc train`, after earlier steps: the optimizer's state is there, and
     where several micro-batches make a step, so are the gradients of the one before. The optimizer
     is AdamW, whatever the settings say. No file is written and no random state is used up. Then a
     batch is scored, where `scoring` says how.
     """
-    once = replace(settings, gradient_accumulation_steps=1, processes=1, optim="adamw")
-    loop = make_loop(adapted, batch, loss, once, META)
+    step_settings = replace(settings, gradient_accumulation_steps=1, processes=1, optim="adamw")
+    loop = make_loop(adapted, batch, loss, step_settings, META)
     phases = Phases(loop)
-    fake = FakeDevice(like, phases)
+    fake = FakeDevice(device_type, phases)
     with counted(loop, phases, META) as memory:
         with fake:
-            _take_steps_before(loop, memory, foreach=like == "cuda")
+            _take_steps_before(loop, memory, foreach=device_type == "cuda")
             if settings.gradient_accumulation_steps > 1:
                 _make_gradients(loop, memory)
             fake.forget()
             memory.restart()
             loop.train_step()
-        with FakeDevice(like):
+        with FakeDevice(device_type):
             phases.enter("checkpoint_saving")
             memory.look()
             loop.adapted.state()
@@ -193,7 +193,7 @@ def make_loop(
 @contextmanager
 def counted(loop: Loop, phases: Phases, device: torch.device) -> Iterator[LiveMemory]:
     """Within it the memory of a loop's steps is counted by part."""
-    memory = LiveMemory(device.type, phases.now)
+    memory = LiveMemory(device.type, phases.current)
     trainables = list(loop.named.values())
     model = loop.adapted.model
     memory.assign(trainables, "controls")

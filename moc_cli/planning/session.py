@@ -33,12 +33,12 @@ def run(
     rows, unread = read_rows(first, build.base_shape(first))
     planner = Planner(card, rows)
     chosen = [fitting_mode(recipe, planner) for recipe, _ in variants]
-    alternatives = [alternatives_to(own) for own in chosen]
+    alternatives = [alternatives_to(recipe) for recipe in chosen]
     total = len(chosen) + sum(map(len, alternatives))
     plans: list[Plan] = []
-    for own, others, (_, changes) in zip(chosen, alternatives, variants, strict=True):
-        for setting in (own, *others):
-            plans.append(planner.plan(setting, changes, whole=setting is own))
+    for recipe, settings, (_, changes) in zip(chosen, alternatives, variants, strict=True):
+        for setting in (recipe, *settings):
+            plans.append(planner.plan(setting, changes, all_layers=setting is recipe))
             observe(len(plans), total)
     best = plans[0] if plans[0].fits else cheapest(plans[1 : len(alternatives[0]) + 1])
     return {

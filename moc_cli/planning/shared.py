@@ -34,8 +34,10 @@ def launch_of(recipe: Recipe) -> Launch:
     """Return the launch of a training that runs, or else the one that the recipe asks for, where
     `auto` counts as one process.
     """
-    asked, running = recipe.launch.num_processes, current().world
-    return Launch(running if running > 1 or asked == "auto" else asked, recipe.launch.strategy)
+    requested, running = recipe.launch.num_processes, current().world
+    return Launch(
+        running if running > 1 or requested == "auto" else requested, recipe.launch.strategy
+    )
 
 
 def in_one_of(alone: Footprint, model: PreTrainedModel, launch: Launch) -> Footprint:
@@ -45,14 +47,14 @@ def in_one_of(alone: Footprint, model: PreTrainedModel, launch: Launch) -> Footp
     """
     if launch.processes == 1:
         return alone
-    less = 0
+    saved_bytes = 0
     if launch.strategy == "fsdp2":
         inside, layers = _bytes_in_layers(alone, model), _layers(model)
-        kept = inside / launch.processes + inside * min(GATHERED, layers) / layers
-        less = round(inside - kept)
+        held_bytes = inside / launch.processes + inside * min(GATHERED, layers) / layers
+        saved_bytes = round(inside - held_bytes)
     buffer = {"buffer": FLOAT * alone.trained}
     phases = {
-        phase: parts | {"weights": parts["weights"] - less} | buffer
+        phase: parts | {"weights": parts["weights"] - saved_bytes} | buffer
         for phase, parts in alone.phases.items()
     }
     return replace(alone, phases=phases)

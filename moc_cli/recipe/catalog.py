@@ -55,19 +55,19 @@ def find_sweep(name: str) -> Path:
     plain = _plain(name).removeprefix(f"{SWEEPS}/")
     if plain in sweeps:
         return sweeps[plain]
-    known = plain in {entry.name for entry in entries()}
+    is_recipe = plain in {entry.name for entry in entries()}
     raise RecipeError(
         f"{name}: no such file, and no shipped sweep of that name{choices(plain, sweeps)}",
-        f"{plain} is a recipe: say what varies, as --vary method.top_k=0,1" if known else None,
+        f"{plain} is a recipe: say what varies, as --vary method.top_k=0,1" if is_recipe else None,
     )
 
 
 def shipped(name: str) -> ShippedRecipe:
     """Return the shipped recipe of this name. Raises RecipeError naming the nearest."""
-    recipes, wanted = {entry.name: entry for entry in entries()}, _plain(name)
-    if wanted in recipes:
-        return recipes[wanted]
-    guess = did_you_mean(wanted, recipes)
+    recipes, plain_name = {entry.name: entry for entry in entries()}, _plain(name)
+    if plain_name in recipes:
+        return recipes[plain_name]
+    guess = did_you_mean(plain_name, recipes)
     raise RecipeError(f"no shipped recipe is called {name!r}{guess}", hint="moc recipes list")
 
 
@@ -79,16 +79,16 @@ def find_recipe(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         return path
-    recipes, wanted = {entry.name: entry.path for entry in entries()}, _plain(str(name))
-    if wanted in recipes:
-        return recipes[wanted]
+    recipes, plain_name = {entry.name: entry.path for entry in entries()}, _plain(str(name))
+    if plain_name in recipes:
+        return recipes[plain_name]
     if path.is_dir():
         inner = sorted(file.name for file in path.iterdir() if file.suffix == ".yaml")
         hint = f"Did you mean {path / inner[0]}?" if inner else "Give the path of a YAML file."
         raise RecipeError(f"{name}: a folder, not a recipe", hint=hint)
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     near = nearest(path.name, [file.name for file in beside if file.suffix in (".yaml", ".yml")])
-    guess = str(path.with_name(near)) if near else nearest(wanted, recipes)
+    guess = str(path.with_name(near)) if near else nearest(plain_name, recipes)
     raise RecipeError(
         f"{name}: no such file, and no shipped recipe of that name"
         + (f"; did you mean '{guess}'?" if guess else ""),

@@ -68,7 +68,7 @@ class Draft:
 
     def is_wrong(self, path: reader.Path) -> bool:
         """Whether a path in `wrong` is `path` itself, lies inside it or around it."""
-        return any(path[: len(other)] == other[: len(path)] for other in self.wrong)
+        return any(path[: len(wrong_path)] == wrong_path[: len(path)] for wrong_path in self.wrong)
 
     def report(self, path: reader.Path, message: str, place: Position | None = None) -> None:
         if path == ("method", "name") and isinstance(self.values.get("method"), str):
@@ -200,8 +200,8 @@ def _set(draft: Draft, path: reader.Path, value: Any, place: Position) -> None:
         section[part] = inner
         section = inner
     section[path[-1]] = value
-    kept = {at: old for at, old in draft.places.items() if at[: len(path)] != path}
-    draft.places = kept | {path: place}
+    other_places = {at: old for at, old in draft.places.items() if at[: len(path)] != path}
+    draft.places = other_places | {path: place}
 
 
 def _validate(draft: Draft) -> RecipeFile:
@@ -270,14 +270,14 @@ def _with_entry(draft: Draft, recipe: RecipeFile, task: str) -> tuple[RecipeFile
     """
     sections: dict[str, Any] = {"data": recipe.data.model_copy(update={"tasks": [task]})}
     changed = set()
-    for name, own in recipe.per_task[task]:
-        around = getattr(recipe, name)
-        overridden = {key for key in around.model_fields_set if draft.is_override((name, key))}
+    for name, entry in recipe.per_task[task]:
+        section = getattr(recipe, name)
+        overridden = {key for key in section.model_fields_set if draft.is_override((name, key))}
         update = {
-            key: getattr(own, key)
-            for key in own.model_fields_set
+            key: getattr(entry, key)
+            for key in entry.model_fields_set
             if key not in overridden or draft.is_override(("per_task", task, name, key))
         }
-        sections[name] = around.model_copy(update=update)
+        sections[name] = section.model_copy(update=update)
         changed |= {f"{name}.{key}" for key in update}
     return recipe.model_copy(update=sections), changed

@@ -29,7 +29,7 @@ def explain(error: ErrorDetails) -> Explanation:
     """Return where in the recipe a pydantic error lies, and what was found and what is allowed."""
     path, annotation, section = _locate(error["loc"])
     value = error["input"]
-    words = _words(annotation)
+    allowed_words = _words(annotation)
     if annotation is None and section is not None:
         near = nearest(path[-1], section.model_fields)
         return Explanation(path, _unknown_key(path, section), (*path[:-1], near or path[-1]))
@@ -38,8 +38,8 @@ def explain(error: ErrorDetails) -> Explanation:
         message = method_name(value.get("name") if isinstance(value, dict) else value)
     elif error["type"] == "missing":
         message = _missing(annotation, section, path)
-    elif isinstance(value, str) and words:
-        message = f"found {show(value)}{choices(value, words)}"
+    elif isinstance(value, str) and allowed_words:
+        message = f"found {show(value)}{choices(value, allowed_words)}"
     elif error["type"] in ("nul", "home"):
         message = f"found {show(value)}; {error['msg']}"
     else:
@@ -83,8 +83,8 @@ def describe(annotation: Any) -> str:
         if (bound := getattr(item, name, None)) not in (None, LARGEST, HUGE)
     }
     arguments = get_args(annotation)
-    if words := _words(annotation):
-        return ", ".join(words)
+    if allowed_words := _words(annotation):
+        return ", ".join(allowed_words)
     if annotation == MethodConfig:
         return f"one of {', '.join(METHODS)}, or a section with a name"
     if get_origin(annotation) in _UNIONS:
@@ -137,14 +137,14 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Path, Any, type[BaseModel] | No
     """
     path: Path = ()
     annotation: Any = RecipeFile
-    around: type[BaseModel] | None = None
+    enclosing: type[BaseModel] | None = None
     for part in loc:
         plain = bare(annotation)
         if plain == MethodConfig and part in METHODS:
             annotation = METHODS[str(part)]
             continue
         if section := section_of(plain):
-            around = section
+            enclosing = section
             field = section.model_fields.get(str(part))
             annotation = field.rebuild_annotation() if field else None
         elif get_origin(plain) in (list, dict):
@@ -152,7 +152,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Path, Any, type[BaseModel] | No
         else:
             break
         path = (*path, str(part))
-    return path, annotation, around
+    return path, annotation, enclosing
 
 
 def _words(annotation: Any) -> list[str]:
@@ -169,22 +169,22 @@ def _words(annotation: Any) -> list[str]:
     return []
 
 
-def _missing(annotation: Any, around: type[BaseModel] | None, path: Path) -> str:
+def _missing(annotation: Any, enclosing: type[BaseModel] | None, path: Path) -> str:
     section = section_of(annotation)
     if section is None:
-        about = around.model_fields[path[-1]].description if around else ""
+        about = enclosing.model_fields[path[-1]].description if enclosing else ""
         return f"missing, and it has no default ({about}); allowed: {describe(annotation)}"
-    needed = [name for name, field in section.model_fields.items() if field.is_required()]
-    return f"missing section; it needs {', '.join(needed)}"
+    required = [name for name, field in section.model_fields.items() if field.is_required()]
+    return f"missing section; it needs {', '.join(required)}"
 
 
-def _unknown_key(path: Path, around: type[BaseModel]) -> str:
-    key, allowed = path[-1], list(around.model_fields)
+def _unknown_key(path: Path, enclosing: type[BaseModel]) -> str:
+    key, allowed = path[-1], list(enclosing.model_fields)
     holders = [name for name, method in METHODS.items() if key in method.model_fields]
-    if around in METHODS.values() and holders:
-        own = around.model_fields["name"].default
+    if enclosing in METHODS.values() and holders:
+        its_name = enclosing.model_fields["name"].default
         return (
-            f"method '{own}' has no such key (it belongs to {', '.join(holders)}); "
+            f"method '{its_name}' has no such key (it belongs to {', '.join(holders)}); "
             f"allowed: {', '.join(allowed)}"
         )
     home = next(_homes(key), None)

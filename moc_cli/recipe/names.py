@@ -26,9 +26,9 @@ OPTIONAL = ("text_pair", "input", "validation", "test")
 
 def _usual(key: str) -> Any:
     """Return the field for a name that is one of the usual ones where the recipe gives none."""
-    *others, last = (COLUMNS | PARTS)[key]
+    *names, last = (COLUMNS | PARTS)[key]
     note = ", if present" if key in OPTIONAL else ""
-    return Field(default=None, description=f"null: {', '.join(others)} or {last}{note}")
+    return Field(default=None, description=f"null: {', '.join(names)} or {last}{note}")
 
 
 class ColumnsSection(Section):

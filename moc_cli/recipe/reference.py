@@ -40,9 +40,9 @@ def keys() -> Iterator[Key]:
 
 def _keys(section: type[BaseModel], path: tuple[str, ...], method: str) -> Iterator[Key]:
     for name, field in section.model_fields.items():
-        here, annotation = (*path, name), field.rebuild_annotation()
+        key_path, annotation = (*path, name), field.rebuild_annotation()
         inner = section_of(annotation)
-        sections = METHODS if here == ("method",) else {method: inner} if inner else {}
+        sections = METHODS if key_path == ("method",) else {method: inner} if inner else {}
         if not sections or not field.is_required() and field.default is None:
             default = (
                 ""
@@ -50,9 +50,9 @@ def _keys(section: type[BaseModel], path: tuple[str, ...], method: str) -> Itera
                 else json.dumps(field.get_default(call_default_factory=True))
             )
             text = (default, describe(annotation), field.description or "")
-            yield Key(".".join(here), method, _type(annotation), *text)
+            yield Key(".".join(key_path), method, _type(annotation), *text)
         for method_name, cls in sections.items():
-            yield from _keys(cls, here, method_name)
+            yield from _keys(cls, key_path, method_name)
 
 
 def _type(annotation: Any) -> str:

@@ -31,14 +31,14 @@ class BrokenRule(NamedTuple):
 
     key: str
     message: str
-    others: tuple[str, ...] = ()
+    other_keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}"
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.key, *self.others)
+        return (self.key, *self.other_keys)
 
 
 def broken_rules(recipe: Sections) -> Iterator[BrokenRule]:
@@ -69,13 +69,13 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     if len(data.tasks) > 1 and not all(kind.joint for kind in _kinds(recipe)):
         message = f"{data.suite} trains one task per run, found {len(data.tasks)}"
         yield BrokenRule("data.tasks", message, (suite, "data.format"))
-    given = data.model_dump(exclude_defaults=True)  # what is not given is absent or empty
-    columns = given.get("columns", {})
+    written = data.model_dump(exclude_defaults=True)  # what is not given is absent or empty
+    columns = written.get("columns", {})
     if tasks:
         if data.path is not None and is_packaged(data.suite):
             message = f"suite '{data.suite}' is inside this package; leave data.path out"
             yield BrokenRule("data.path", message, (suite,))
-        for key in (key for key in _CUSTOM if given.get(key)):
+        for key in (key for key in _CUSTOM if written.get(key)):
             message = f"only suite 'custom' reads this key, data.suite is '{data.suite}'"
             yield BrokenRule(f"data.{key}", message, (suite,))
         return
@@ -90,7 +90,7 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     if data.frame != "chat":
         of_format |= {"chat_template": "chat", "merge_system": "chat"}
     for key, format_ in of_format.items():
-        if given.get(key) and data.format not in (None, format_):
+        if written.get(key) and data.format not in (None, format_):
             message = f"only format '{format_}' reads this key, data.format is '{data.format}'"
             if data.format == "instruction":
                 message += "; data.template: chat writes such rows by the chat template"
@@ -121,11 +121,11 @@ def _model(recipe: Sections) -> Iterator[BrokenRule]:
         yield BrokenRule("model.model_name_or_path", f"found {name!r}{choices(name, builtin)}")
     yield from _quantization(recipe)
     if recipe.model.attn_implementation == "flash_attention_2":
-        key, others = "model.attn_implementation", ("launch.device", "train.bf16")
+        key, other_keys = "model.attn_implementation", ("launch.device", "train.bf16")
         if recipe.launch.device == "cpu":
-            yield BrokenRule(key, "flash_attention_2 needs a GPU, launch.device is cpu", others)
+            yield BrokenRule(key, "flash_attention_2 needs a GPU, launch.device is cpu", other_keys)
         elif not recipe.train.bf16:
-            yield BrokenRule(key, "flash_attention_2 needs train.bf16: true", others)
+            yield BrokenRule(key, "flash_attention_2 needs train.bf16: true", other_keys)
 
 
 def _quantization(recipe: Sections) -> Iterator[BrokenRule]:
@@ -242,8 +242,8 @@ def _compiled_generation(recipe: Sections) -> Iterator[BrokenRule]:
         message = "compiles the generation of answers, and nothing is generated"
         if any(kind.generating for kind in kinds):
             message += f" with eval.protocol {protocol!r}; set that to 'generate'"
-        others = ("eval.protocol", "data.suite", "data.tasks", "data.format")
-        yield BrokenRule("eval.torch_compile", message, others)
+        other_keys = ("eval.protocol", "data.suite", "data.tasks", "data.format")
+        yield BrokenRule("eval.torch_compile", message, other_keys)
 
 
 def generation_rules(recipe: Sections) -> Iterator[BrokenRule]:

@@ -75,7 +75,7 @@ class Sweep:
 
     def row(self, cell: Sequence[Setting]) -> str:
         """Name a cell by its groups but the one whose values stand side by side."""
-        return " ".join(one.name for one in cell if one.group != self.compared_group)
+        return " ".join(setting.name for setting in cell if setting.group != self.compared_group)
 
     @property
     def compared_group(self) -> str:
@@ -152,11 +152,13 @@ def _parse(path: Path, value: Any) -> tuple[Sweep, list[tuple[reader.Path, str]]
     mistakes = list(_check(value))
     if mistakes:
         return empty, mistakes
-    groups = {group: list(_settings(group, given)) for group, given in value["vary"].items()}
+    groups = {group: list(_settings(group, values)) for group, values in value["vary"].items()}
     return Sweep(
         name=path.stem,
         recipe=value["recipe"],
-        common=tuple(f"{key}={as_text(one)}" for key, one in (value.get("set") or {}).items()),
+        common=tuple(
+            f"{key}={as_text(setting)}" for key, setting in (value.get("set") or {}).items()
+        ),
         groups=groups,
         seeds=tuple(value.get("seeds") or ()),
         chosen_group=value.get("choose"),
@@ -167,11 +169,11 @@ def _parse(path: Path, value: Any) -> tuple[Sweep, list[tuple[reader.Path, str]]
     ), []
 
 
-def _settings(group: str, given: list[Any] | dict[str, Any]) -> Iterator[Setting]:
-    if isinstance(given, list):
-        yield from (setting_of(group, value) for value in given)
+def _settings(group: str, values: list[Any] | dict[str, Any]) -> Iterator[Setting]:
+    if isinstance(values, list):
+        yield from (setting_of(group, value) for value in values)
         return
-    for name, changes in given.items():
+    for name, changes in values.items():
         texts = tuple(f"{key}={as_text(value)}" for key, value in (changes or {}).items())
         yield Setting(group, name, texts)
 
@@ -194,7 +196,7 @@ def _check(value: dict[str, Any]) -> Mistakes:
     if value.get("choose") is not None and value["choose"] not in groups:
         yield ("choose",), f"allowed is one of vary{choices(str(value['choose']), groups)}"
     if value.get("reference") is not None:
-        names = [name for given in groups.values() if given for name in _names(given)]
+        names = [name for values in groups.values() if values for name in _names(values)]
         if names.count(str(value["reference"])) != 1:
             yield ("reference",), f"allowed is one value{choices(str(value['reference']), names)}"
     evaluations = value.get("eval") or []
@@ -205,11 +207,11 @@ def _check(value: dict[str, Any]) -> Mistakes:
             yield (key,), "allowed: a folder"
 
 
-def _check_vary(given: Any) -> Mistakes:
-    if not isinstance(given, dict) or not given:
+def _check_vary(vary: Any) -> Mistakes:
+    if not isinstance(vary, dict) or not vary:
         yield ("vary",), "missing; allowed: keys of the recipe with a list of values each"
         return
-    for group, values in given.items():
+    for group, values in vary.items():
         at = ("vary", group)
         if not isinstance(values, list | dict) or not values:
             yield at, "allowed: a list of values, or names with a set of keys each"
@@ -222,8 +224,8 @@ def _check_vary(given: Any) -> Mistakes:
             yield at, "each value once"
 
 
-def _names(given: list[Any] | dict[str, Any]) -> list[str]:
-    return [as_text(value) for value in given] if isinstance(given, list) else list(given)
+def _names(values: list[Any] | dict[str, Any]) -> list[str]:
+    return [as_text(value) for value in values] if isinstance(values, list) else list(values)
 
 
 def _is_seed(value: Any) -> bool:

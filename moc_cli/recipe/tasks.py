@@ -62,13 +62,13 @@ class TaskKind:
         """Whether a fresh head learns it, not a language model; False while it is not known."""
         return self.head not in (None, LANGUAGE)
 
-    def protocol(self, wanted: ScoringProtocol) -> ScoringProtocol:
-        """Return how it is scored: as `wanted` where the kind leaves a choice."""
-        return wanted if wanted in self.protocols else self.protocols[0]
+    def protocol(self, preferred: ScoringProtocol) -> ScoringProtocol:
+        """Return how it is scored: as `preferred` where the kind leaves a choice."""
+        return preferred if preferred in self.protocols else self.protocols[0]
 
-    def generates(self, wanted: ScoringProtocol) -> bool:
+    def generates(self, preferred: ScoringProtocol) -> bool:
         """Return whether it is scored by texts that the model writes."""
-        return self.protocol(wanted) in self.generating
+        return self.protocol(preferred) in self.generating
 
 
 CHOICE = TaskKind("choice", ("rank", "generate"), ("generate",), joint=True, frame="commonsense")

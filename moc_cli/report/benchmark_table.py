@@ -13,14 +13,20 @@ def benchmark_table(results: Mapping[str, Any]) -> FittedTable:
     """Show what `moc bench --json` prints: times, speed, memory, and the ratios with intervals."""
     training = results["measured"] == "training"
     entries = results["methods"]
-    others = [
+    references = [
         name
         for name in (("control", "lora") if training else ("base",))
         if any(e[f"ratio_to_{name}"] for e in entries.values() if e["method"] != name)
     ]
     time = ["s a step", "examples/s"] if training else ["rows", "s a batch"]
     ratio = "time" if training else "tokens/s"
-    head = ["method", *time, "tokens/s", "peak memory", *(f"{ratio} ÷\n{name}" for name in others)]
+    head = [
+        "method",
+        *time,
+        "tokens/s",
+        "peak memory",
+        *(f"{ratio} ÷\n{name}" for name in references),
+    ]
     rows = []
     for entry in entries.values():
         if training:
@@ -28,19 +34,19 @@ def benchmark_table(results: Mapping[str, Any]) -> FittedTable:
         else:
             cells = [str(entry["rows"]), _digits(entry["batch_seconds"])]
         cells += [_digits(entry["tokens_per_second"]), byte_size(entry["peak_bytes"])]
-        cells += [_ratio(entry, other) for other in others]
+        cells += [_ratio(entry, reference) for reference in references]
         tried = [change.rpartition(".")[2] for change in entry["changes"]]
         rows.append([" ".join([entry["method"], *tried]), *cells])
-    what = "Training steps" if training else "Generation"
+    title = "Training steps" if training else "Generation"
     turns = f"medians of {results['repeats']} turns; of ratios also the 95 % interval"
-    return FittedTable(what, head, rows, notes=[turns], column_width=COLUMN_WIDTH)
+    return FittedTable(title, head, rows, notes=[turns], column_width=COLUMN_WIDTH)
 
 
-def _ratio(entry: Mapping[str, Any], other: str) -> str:
-    value = entry[f"ratio_to_{other}"]
-    if value is None or entry["method"] == other:
+def _ratio(entry: Mapping[str, Any], reference: str) -> str:
+    value = entry[f"ratio_to_{reference}"]
+    if value is None or entry["method"] == reference:
         return MISSING
-    low, high = entry["interval"][f"ratio_to_{other}"]
+    low, high = entry["interval"][f"ratio_to_{reference}"]
     return f"{value:.3f}\n{low:.3f}–{high:.3f}"
 
 

@@ -27,8 +27,8 @@ def comparison_tables(comparison: Mapping[str, Any], *, width: int = 100) -> lis
     Runs stand side by side, in as many tables as a terminal of this width needs.
     """
     runs = comparison["runs"]
-    most = max(1, (min(width, 100) - LABEL) // (RUN_WIDTH + 1))
-    across = -(-len(runs) // -(-len(runs) // most))  # as evenly as that many tables allow
+    max_columns = max(1, (min(width, 100) - LABEL) // (RUN_WIDTH + 1))
+    across = -(-len(runs) // -(-len(runs) // max_columns))  # as evenly as that many tables allow
     label = comparison["scores"]
     source = "at the end of training" if label == "final" else f"of moc eval ({label})"
     tables = []

@@ -159,10 +159,10 @@ def fitted(text: str, room: float, size: float, weight: str = "normal") -> str:
 
     if width_of(text, size, weight) <= room:
         return text
-    most = bisect_right(
+    longest = bisect_right(
         range(1, len(text)), room, key=lambda letters: width_of(shortened(letters), size, weight)
     )
-    return shortened(most)
+    return shortened(longest)
 
 
 def wrapped(text: str, room: float, size: float) -> list[str]:

@@ -76,8 +76,8 @@ def taken_lines(taken: Mapping[str, Any] | None) -> list[str]:
     labels = taken["labels"]
     if labels:
         names = [str(label)[:40] for label in labels[:_CLASSES]]
-        more = ", ..." if len(labels) > _CLASSES else ""
-        text += f", {len(labels)} classes: {', '.join(names)}{more}"
+        and_more = ", ..." if len(labels) > _CLASSES else ""
+        text += f", {len(labels)} classes: {', '.join(names)}{and_more}"
     if taken["not_read"]:
         text += f"; not read: {', '.join(name[:40] for name in taken['not_read'])}"
     return [labelled("rows", text), *(labelled("rows", note) for note in taken["notes"])]

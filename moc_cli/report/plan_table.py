@@ -24,11 +24,11 @@ PARTS = {
 
 def parts_table(results: Mapping[str, Any]) -> FittedTable:
     """Show the memory of the recipe's own setting by part; `results` is the JSON of `moc plan`."""
-    own = results["plans"][0]
-    sizes = [(shown, own["parts"][part]) for part, shown in PARTS.items()]
+    plan = results["plans"][0]
+    sizes = [(shown, plan["parts"][part]) for part, shown in PARTS.items()]
     rows = [[shown, byte_size(size)] for shown, size in sizes if size]
-    rows.append(["peak", byte_size(own["peak_bytes"])])
-    return FittedTable(f"Memory of {setting_name(own)}", ["part", "size"], rows, totals=1)
+    rows.append(["peak", byte_size(plan["peak_bytes"])])
+    return FittedTable(f"Memory of {setting_name(plan)}", ["part", "size"], rows, totals=1)
 
 
 def plans_table(results: Mapping[str, Any]) -> FittedTable:
@@ -61,18 +61,18 @@ def plans_table(results: Mapping[str, Any]) -> FittedTable:
 
 def wire_table(results: Mapping[str, Any]) -> list[FittedTable]:
     """Show what each process sends in a step, and how long that takes; nothing for one process."""
-    own = results["plans"][0]
-    processes, step = own["processes"], own["step_seconds"]
+    plan = results["plans"][0]
+    processes, step = plan["processes"], plan["step_seconds"]
     if processes == 1:
         return []
     rows = [
         [link, decimal(1000 * seconds, 2), _share(seconds, step)]
-        for link, seconds in own["wire_seconds"].items()
+        for link, seconds in plan["wire_seconds"].items()
     ]
-    of_step = own["per_device_train_batch_size"] * own["gradient_accumulation_steps"]
+    of_step = plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"]
     notes = [
-        f"in a step of {processes * of_step} rows, {_each_process(own)} sends "
-        f"{byte_size(own['wire_bytes'])}",
+        f"in a step of {processes * of_step} rows, {_each_process(plan)} sends "
+        f"{byte_size(plan['wire_bytes'])}",
         "ms a step, if nothing is computed meanwhile: an assumed share of the listed rates",
     ]
     return [FittedTable("On the wire", ["link", "ms a step", "share of the step"], rows, notes)]

@@ -37,8 +37,8 @@ class _BarWithFacts(Progress):
 class WorkProgress:
     """Progress of work such as scoring: how much is done, and the time left.
 
-    Without a terminal a line is printed each time that `every` more are done; by default a quarter.
-    `clock` returns seconds.
+    Without a terminal a line is printed each time that `interval` more are done; by default a
+    quarter. `clock` returns seconds.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class WorkProgress:
         total: int,
         *,
         silent: bool = False,
-        every: int | None = None,
+        interval: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plain = not silent and not sys.stderr.isatty()
-        self._every = max(1, math.ceil(total / 4) if every is None else every)
+        self._interval = max(1, math.ceil(total / 4) if interval is None else interval)
         self._lines = 0
         self._live = _BarWithFacts(
             TextColumn("{task.description}", markup=False),
@@ -78,14 +78,14 @@ class WorkProgress:
         """Show that `done` of the work is finished, and facts about it; `total` if it changed."""
         task = self._task
         self._live.update(task.id, completed=done, total=total, facts=facts)
-        if self._plain and (done // self._every > self._lines or task.finished):
-            # Batches need not end at a multiple of `every`: a line whenever one has been passed.
-            self._lines = done // self._every
+        if self._plain and (done // self._interval > self._lines or task.finished):
+            # Batches need not end at a multiple of `interval`: a line whenever one has been passed.
+            self._lines = done // self._interval
             columns = [f"{task.description} {done}/{task.total:.0f}", facts]
             if task.finished:
                 columns.append(f"in {duration(task.elapsed or 0)}")
-            elif (left := task.time_remaining) is not None:
-                columns.append(f"{duration(left)} left")
+            elif (remaining := task.time_remaining) is not None:
+                columns.append(f"{duration(remaining)} left")
             output.say("  ".join(filter(None, columns)))
 
 
@@ -93,10 +93,12 @@ class TrainProgress(WorkProgress):
     """Loss and speed over the last steps, memory, and the time left by the run's own clock."""
 
     def __init__(
-        self, total_steps: int, *, silent: bool = False, every: int = 10, memory_kind: str = ""
+        self, total_steps: int, *, silent: bool = False, interval: int = 10, memory_kind: str = ""
     ) -> None:
         self._steps: deque[StepReport] = deque(maxlen=WINDOW)
-        super().__init__("train", total_steps, silent=silent, every=every, clock=self._seconds)
+        super().__init__(
+            "train", total_steps, silent=silent, interval=interval, clock=self._seconds
+        )
         self._memory_kind = memory_kind
 
     def _seconds(self) -> float:
@@ -106,7 +108,7 @@ class TrainProgress(WorkProgress):
         """Show a finished step; made for the loop's `observe`."""
         self._steps.append(step)
         first = self._steps[0]
-        facts = [f"loss {sum(each.loss for each in self._steps) / len(self._steps):.4f}"]
+        facts = [f"loss {sum(report.loss for report in self._steps) / len(self._steps):.4f}"]
         if seconds := step.seconds - first.seconds:
             facts.append(f"{(step.examples - first.examples) / seconds:,.1f} examples/s")
             facts.append(f"{(step.tokens - first.tokens) / seconds:,.0f} tokens/s")

@@ -67,16 +67,16 @@ def heat_map(routing: Routing, *, width: int = 100, colored: bool = True) -> Ren
             layer, _, block = names[row + 1].partition(".")
             label += f" {block if label.startswith(f'{layer}.') else names[row + 1]}"
         labels.append(label)
-    left = max(map(len, labels)) + 1
-    room = max(8, min(width, 100) - left - 1)
+    label_width = max(map(len, labels)) + 1
+    room = max(8, min(width, 100) - label_width - 1)
     joined = -(-len(names) // room)
     columns = -(-len(names) // joined)
     cell = max(1, min(WIDEST, room // columns))
 
     # The layers' numbers stand over their first columns, as many as fit side by side.
-    axis, free = [" "] * (left + columns * cell + 4), 0
+    axis, free = [" "] * (label_width + columns * cell + 4), 0
     for index in range(0, len(sites), joined):
-        layer, place = str(sites[index]["layer"]), left + index // joined * cell
+        layer, place = str(sites[index]["layer"]), label_width + index // joined * cell
         new = index == 0 or sites[index]["layer"] != sites[index - joined]["layer"]
         if new and place >= free:
             axis[place : place + len(layer)] = layer
@@ -92,7 +92,7 @@ def heat_map(routing: Routing, *, width: int = 100, colored: bool = True) -> Ren
         for row in routing["share"]
     ]
     for label, row in zip(labels, range(0, len(names), step), strict=True):
-        line = Text(label.ljust(left), no_wrap=True)
+        line = Text(label.ljust(label_width), no_wrap=True)
         below = table[row + 1] if colored and row + 1 < len(names) else None
         for column, share in enumerate(table[row]):
             if colored:
@@ -125,15 +125,17 @@ def summary_rows(routing: Routing) -> HeadedRows:
     size = len(pools) / len(set(pools))
     even = f"{math.log(size):.3f}"
 
-    def crossing(block: str, other: str) -> list[str]:
-        """The share of `other` controls in the choices and in the pools of the `block` sites."""
+    def crossing(block: str, other_block: str) -> list[str]:
+        """The share of `other_block` controls in the choices and the pools of `block` sites."""
         shares = []
         for site in routing["sites"]:
             if site["block"] == block:
-                pool = [each["block"] for each in routing["sites"] if each["pool"] == site["pool"]]
-                shares.append(pool.count(other) / len(pool))
+                pool = [
+                    entry["block"] for entry in routing["sites"] if entry["pool"] == site["pool"]
+                ]
+                shares.append(pool.count(other_block) / len(pool))
         chance = percent(sum(shares) / len(shares)) if any(shares) else MISSING
-        return [percent(summary[f"{block}_to_{other}"]), chance]
+        return [percent(summary[f"{block}_to_{other_block}"]), chance]
 
     return ["what", "value", "by chance"], [
         ["local choices", percent(summary["local_share"]), percent(summary["chance_local"])],
@@ -150,8 +152,8 @@ def summary_rows(routing: Routing) -> HeadedRows:
 def summary_view(routing: Routing) -> RenderableType:
     """Show the whole model's numbers and its first dead controls."""
     dead = routing["summary"]["dead"]
-    more = f" and {len(dead) - 12} more" if len(dead) > 12 else ""
-    note = f"never chosen: {', '.join(dead[:12])}{more}" if dead else ""
+    and_more = f" and {len(dead) - 12} more" if len(dead) > 12 else ""
+    note = f"never chosen: {', '.join(dead[:12])}{and_more}" if dead else ""
     return FittedTable("Routing", *summary_rows(routing), notes=[note])
 
 
@@ -195,8 +197,10 @@ def control_rows(routing: Routing) -> HeadedRows:
     for control in sorted(routing["per_control"], key=lambda control: -control["use"]):
         column = [shares[names.index(control["name"])] for shares in routing["share"]]
         share = max(column)
-        most = f"{names[column.index(share)]} ({percent(share)})" if share else MISSING
-        rows.append([control["name"], hundredths(control["use"]), f"{control['norm']:.3f}", most])
+        top_site = f"{names[column.index(share)]} ({percent(share)})" if share else MISSING
+        rows.append(
+            [control["name"], hundredths(control["use"]), f"{control['norm']:.3f}", top_site]
+        )
     return ["control", "use %", "norm of B A", "most by site"], rows
 
 
@@ -229,9 +233,9 @@ def comparison_view(routing: Routing) -> RenderableType:
     for index in sorted(range(len(names)), key=lambda index: -distances[index])[:SHOWN]:
         row = section["difference"][index]
         high, low = max(row), min(row)
-        more = f"{names[row.index(high)]} {100 * high:+.1f}" if high > 0 else MISSING
-        less = f"{names[row.index(low)]} {100 * low:+.1f}" if low < 0 else MISSING
-        rows.append([names[index], f"{distances[index]:.3f}", more, less])
+        increase = f"{names[row.index(high)]} {100 * high:+.1f}" if high > 0 else MISSING
+        decrease = f"{names[row.index(low)]} {100 * low:+.1f}" if low < 0 else MISSING
+        rows.append([names[index], f"{distances[index]:.3f}", increase, decrease])
     title = f"Against {printable(section['run'])}: distance {sum(distances) / len(names):.3f}"
     note = "distance: 0 the same, 1 none shared; more and less: in points of the site's choices"
     notes = [note, _left_out(len(names), "sites, the most different")]
@@ -295,5 +299,5 @@ def token_view(routing: Routing, width: int, site: str | None) -> RenderableType
     return FittedTable("Each token's vote, by site", head, votes, notes=notes)
 
 
-def _left_out(total: int, what: str, shown: int = SHOWN) -> str:
-    return f"{shown} of {total} {what}; all are in routing.json" if total > shown else ""
+def _left_out(total: int, unit: str, shown: int = SHOWN) -> str:
+    return f"{shown} of {total} {unit}; all are in routing.json" if total > shown else ""

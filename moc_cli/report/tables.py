@@ -43,18 +43,18 @@ class FittedTable:
         cells = [
             [Text(printable(c)) if isinstance(c, str) else c for c in row] for row in self.rows
         ]
-        first, *others = (
+        first, *widths = (
             max(cell_len(line) for text in column for line in [*str(text).splitlines(), ""])
             for column in zip(self.head, *cells, strict=True)
         )
         if self.column_width is not None:
-            others = [min(size, self.column_width) for size in others]
-        gap = 3 if first + sum(others) + 3 * len(others) <= width else 1
-        first = min(first, max(LABEL, width - sum(others) - gap * len(others)))
-        first = max(1, min(first, width - gap - max(others, default=0)))
+            widths = [min(size, self.column_width) for size in widths]
+        gap = 3 if first + sum(widths) + 3 * len(widths) <= width else 1
+        first = min(first, max(LABEL, width - sum(widths) - gap * len(widths)))
+        first = max(1, min(first, width - gap - max(widths, default=0)))
         parts: list[list[int]] = [[]]
         used = first
-        for index, size in enumerate(others, 1):
+        for index, size in enumerate(widths, 1):
             if used + gap + size > width and parts[-1]:
                 parts.append([])
                 used = first
@@ -69,7 +69,7 @@ class FittedTable:
                     Text(self.head[index]),
                     justify="left" if self.head[index] in LEFT else "right",
                     no_wrap=self.column_width is None,
-                    max_width=others[index - 1],
+                    max_width=widths[index - 1],
                     overflow="fold",
                 )
             for number, row in enumerate(cells, 1):
@@ -141,8 +141,8 @@ def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[
 def bar(share: float, width: int) -> str:
     """Return a bar of at most `width` characters; any share above 0 is visible."""
     eighths = max(round(8 * width * share), 1 if share > 0 else 0)
-    full, rest = divmod(eighths, 8)
-    return BARS[8] * full + (BARS[rest] if rest else "")
+    full, remainder = divmod(eighths, 8)
+    return BARS[8] * full + (BARS[remainder] if remainder else "")
 
 
 def dry_run_views(

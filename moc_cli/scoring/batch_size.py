@@ -81,19 +81,19 @@ def run_batches(
     batches = [order[first : first + size.used] for first in range(0, len(order), size.used)]
     # Each forward of a model whose weights are split over the processes needs them all: every one
     # then does all of the work, which counts in the first.
-    alike = group.world > 1 and is_sharded(model)
-    share = batches if alike else group.share(batches)
-    own = _Share(costs, [item for batch in share for item in batch], size.used)
+    same_batches = group.world > 1 and is_sharded(model)
+    share = batches if same_batches else group.share(batches)
+    own_share = _Share(costs, [item for batch in share for item in batch], size.used)
     results: dict[int, T] = {}
 
     def attempt(items: list[int]) -> list[T]:
         with adapted.attempt():
             return work(items)
 
-    with group.meeting(), processes.alike() if alike else nullcontext():
+    with group.meeting(), processes.same_work() if same_batches else nullcontext():
         while len(results) < len(order):
-            done = group.collect(lambda: own.next_batch(attempt))
-            for rank, part in enumerate(done[:1] if alike else done):
+            done = group.collect(lambda: own_share.next_batch(attempt))
+            for rank, part in enumerate(done[:1] if same_batches else done):
                 results |= part.values
                 size.halved += len(part.halvings)
                 for halving in part.halvings:
@@ -118,15 +118,15 @@ class _Share:
 
     def __init__(self, costs: Sequence[RowCost], items: list[int], rows: int) -> None:
         self.rows = rows
-        self._costs, self._left = costs, items
+        self._costs, self._remaining = costs, items
 
     def next_batch(self, work: Callable[[list[int]], list[T]]) -> _Done[T]:
         """Do the next batch that fits, if any is left."""
         halvings: list[str] = []
-        while items := self._left[: self.rows]:
+        while items := self._remaining[: self.rows]:
             values = _unless_out_of_memory(work, items)
             if values is not None:
-                del self._left[: len(items)]
+                del self._remaining[: len(items)]
                 return _Done(dict(zip(items, values, strict=True)), halvings, self.rows)
             halvings.append(self._halve(len(items), self._costs[items[0]].tokens))
         return _Done({}, halvings, self.rows)

@@ -24,7 +24,9 @@ def extract(task: str, output: str, options: Sequence[str]) -> str | None:
     its `options`. Elsewhere the row's own options are looked for, the longest first where several
     begin at one place.
     """
-    known = TASKS["commonsense"].get(task)
-    answers = known.answers if known else sorted(options, key=len, reverse=True)
+    commonsense_task = TASKS["commonsense"].get(task)
+    answers = (
+        commonsense_task.answers if commonsense_task else sorted(options, key=len, reverse=True)
+    )
     match = re.search("|".join(map(re.escape, answers)), output)
     return match[0] if match else None

@@ -47,9 +47,9 @@ def position_ids(mask: Tensor) -> Tensor:
 
 def call(model: PreTrainedModel, **inputs: Any) -> Any:
     """Call the model with those of position_ids and logits_to_keep that its forward knows."""
-    known = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     optional = ("position_ids", "logits_to_keep")
-    return model(**{k: v for k, v in inputs.items() if k not in optional or k in known})
+    return model(**{k: v for k, v in inputs.items() if k not in optional or k in parameters})
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Limits:
         """Read them from the model. It looks at every module: once a model, not once a row."""
         return cls(max_positions(model), embeddings(model))
 
-    def check(self, rows: Sequence[Sequence[int]], what: str, new_tokens: int = 0) -> None:
+    def check(self, rows: Sequence[Sequence[int]], text: str, new_tokens: int = 0) -> None:
         """Raise DataError where rows with `new_tokens` more each are too long, or hold other tokens
         than these.
         """
         longest = max(map(len, rows), default=0) + new_tokens
         if self.positions is not None and longest > self.positions:
-            raise DataError(f"{what} has {longest} tokens, the model takes {self.positions}")
+            raise DataError(f"{text} has {longest} tokens, the model takes {self.positions}")
         last = max((max(row) for row in rows if row), default=0)
         if last >= self.embeddings:
             raise DataError(
-                f"{what} holds the token {last}, the model has embeddings for 0 to "
+                f"{text} holds the token {last}, the model has embeddings for 0 to "
                 f"{self.embeddings - 1}"
             )
 

@@ -80,25 +80,28 @@ def write(
     """
     network: Any = model.adapted.model
     tokenizer, limit = model.tokenizer, max_positions(network)
-    costs = [RowCost(len(prompt), most, beams) for prompt, most in zip(prompts, new, strict=True)]
+    costs = [
+        RowCost(len(prompt), new_tokens, beams)
+        for prompt, new_tokens in zip(prompts, new, strict=True)
+    ]
     with evaluating(network) as device:
 
         def work(items: list[int]) -> list[str]:
-            most = max(new[item] for item in items)
+            new_tokens = max(new[item] for item in items)
             longest = max(len(prompts[item]) for item in items)
-            if limit is not None and longest + most > limit and len(items) > 1:
+            if limit is not None and longest + new_tokens > limit and len(items) > 1:
                 # The longest prompt is another row's than the longest output: apart they fit.
                 half = len(items) // 2
                 return work(items[:half]) + work(items[half:])
             rows = [prompts[item] for item in items]
             ids, mask = pad(rows, pad_token_id(tokenizer), "left", device)
-            with settings(network, tokenizer, beams=beams, new_tokens=most):
+            with settings(network, tokenizer, beams=beams, new_tokens=new_tokens):
                 written = network.generate(
                     input_ids=ids, attention_mask=mask, **options(ids.shape[1])
                 )
             texts = zip(written[:, ids.shape[1] :].tolist(), items, strict=True)
-            own = [tokens[: new[item]] for tokens, item in texts]
-            return list(tokenizer.batch_decode(own, skip_special_tokens=True))
+            new_ids = [tokens[: new[item]] for tokens, item in texts]
+            return list(tokenizer.batch_decode(new_ids, skip_special_tokens=True))
 
         return run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
 
@@ -109,10 +112,10 @@ def answer_length(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) ->
 
 
 def _judge(example: ChoiceExample, text: str) -> ExtractedAnswer:
-    words = [candidate.removeprefix(ANSWER) for candidate in example.candidates]
+    option_words = [candidate.removeprefix(ANSWER) for candidate in example.candidates]
     output = response(text)
-    answer = extract(example.task, output, words)
-    prediction = words.index(answer) if answer in words else None
+    answer = extract(example.task, output, option_words)
+    prediction = option_words.index(answer) if answer in option_words else None
     return ExtractedAnswer(example.label, prediction, output, answer)
 
 
@@ -130,7 +133,7 @@ def settings(
     transformers takes every setting that a call leaves open from the model's own ones, such as a
     penalty for repetitions; only its end tokens are kept, beside the one that training appends.
     """
-    own = model.generation_config
+    own_config = model.generation_config
     model.generation_config = GenerationConfig(
         num_beams=beams,
         do_sample=False,
@@ -141,4 +144,4 @@ def settings(
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = own_config

@@ -117,13 +117,13 @@ def _score(
     with adapted.voting(prompt_mask(mask, [len(query.context) for query in queries])):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
         states, cache = head.run(inputs | {"use_cache": bool(branches)}, last=last)
-    wanted = _Wanted()
+    targets = _Targets()
     for row, query in enumerate(queries):
         end = (row + 1) * last - 1  # the position of the last token fed
         for number, token in enumerate(query.trunk):
-            wanted.add(end - len(query.trunk) + number, [token])
-        wanted.add(end, [branch[0] for branch in query.branches])
-    begun, rest = wanted.scores(head, states), None
+            targets.add(end - len(query.trunk) + number, [token])
+        targets.add(end, [branch[0] for branch in query.branches])
+    begun, rest = targets.scores(head, states), None
     if branches:
         rows = torch.tensor([row for row, _ in branches], device=device)
         cache.batch_select_indices(rows)
@@ -133,11 +133,11 @@ def _score(
             positions = position_ids(extended)[:, mask.shape[1] :]
             inputs = {"input_ids": ids, "attention_mask": extended, "position_ids": positions}
             states, _ = head.run(inputs | {"past_key_values": cache, "use_cache": True})
-        wanted = _Wanted()
+        targets = _Targets()
         for number, (_, branch) in enumerate(branches):
             for place, token in enumerate(branch[1:], start=number * ids.shape[1]):
-                wanted.add(place, [token])
-        rest = wanted.scores(head, states)
+                targets.add(place, [token])
+        rest = targets.scores(head, states)
     begins, ends = _on_host(begun), _on_host(rest) if rest else iter(())
     results = []
     for query in queries:
@@ -150,7 +150,7 @@ def _score(
 
 
 @dataclass
-class _Wanted:
+class _Targets:
     """The tokens to score after each of some positions of a batch, counted through all rows."""
 
     places: list[int] = field(default_factory=list)

@@ -84,8 +84,8 @@ def lm_loss(
             mask = inputs["attention_mask"]
             voters = prompt_mask(mask, [encoded.prompt_lengths[item] for item in items])
             with model.adapted.voting(voters):
-                more = {"position_ids": position_ids(mask), "use_cache": False}
-                states, _ = head.run(inputs | more)
+                extra_inputs = {"position_ids": position_ids(mask), "use_cache": False}
+                states, _ = head.run(inputs | extra_inputs)
             log_probs, _ = head.log_probs(states, places, targets[:, None])
             losses = torch.zeros(len(rows), dtype=torch.float64)
             losses.index_add_(0, owners, -log_probs[:, 0].double().cpu())

@@ -43,17 +43,17 @@ def accuracy(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) ->
 
 def f1(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The harmonic mean of precision and recall of class 1; 0 where nothing is found."""
-    right, found = labels == 1, predictions == 1
-    return _ratio(2 * (counts @ (right & found)), counts @ right + counts @ found)
+    right, predicted = labels == 1, predictions == 1
+    return _ratio(2 * (counts @ (right & predicted)), counts @ right + counts @ predicted)
 
 
 def matthews(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Matthews' correlation; 0 where either side is constant."""
     n, classes = len(labels), np.unique(np.concatenate([labels, predictions]))
-    right, found = (counts @ (side[:, None] == classes) for side in (labels, predictions))
+    right, predicted = (counts @ (side[:, None] == classes) for side in (labels, predictions))
     agreed = counts @ (labels == predictions)
-    spread = np.sqrt((n**2 - (right**2).sum(-1)) * (n**2 - (found**2).sum(-1)))
-    return _ratio(agreed * n - (right * found).sum(-1), spread)
+    spread = np.sqrt((n**2 - (right**2).sum(-1)) * (n**2 - (predicted**2).sum(-1)))
+    return _ratio(agreed * n - (right * predicted).sum(-1), spread)
 
 
 def pearson(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -84,8 +84,8 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = 
 
 def score(metric: str, labels: Labels, predictions: Labels) -> float:
     """Compute a metric of all items."""
-    once = np.ones((1, len(labels)))
-    return float(SCORES[metric](np.asarray(labels), np.asarray(predictions), once)[0])
+    unit_counts = np.ones((1, len(labels)))
+    return float(SCORES[metric](np.asarray(labels), np.asarray(predictions), unit_counts)[0])
 
 
 # Those of labels and predictions; texts have another entry.

@@ -219,7 +219,7 @@ def _group(
     for controls in dict.fromkeys(spread):
         if controls is None:
             continue
-        rows = [row for row, other in enumerate(spread) if other is controls]
+        rows = [row for row, assigned_set in enumerate(spread) if assigned_set is controls]
         store = controls.mixture.new_store() if stored else None
         groups.append(RowGroup(controls, torch.tensor(rows, device=x.device), store))
     return groups

@@ -68,10 +68,10 @@ class PredictOptions:
     def read_rows(self, recipe: "Recipe") -> UnlabelledRows:
         """Read the file; raises DataError where a row cannot be used or a column is ours."""
         rows = read_unlabelled(recipe.data, self.file)
-        taken = [name for name in OWN if any(name in fields for fields in rows.fields)]
-        if taken:
+        clashes = [name for name in OWN if any(name in fields for fields in rows.fields)]
+        if clashes:
             raise DataError(
-                f"{self.file} has a column {taken[0]!r} already, which predictions would replace",
+                f"{self.file} has a column {clashes[0]!r} already, which predictions would replace",
                 "rename it",
             )
         return rows

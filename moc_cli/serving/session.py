@@ -95,8 +95,8 @@ def _check_lengths(writer: Writer, conversations: Sequence[Sequence[Message]]) -
             prefix = "" if len(conversations) == 1 else f"prompt {number}: "
             errors.append(prefix + error.message)
     if errors:
-        more = f"\nand {len(errors) - LISTED} more" if len(errors) > LISTED else ""
-        raise DataError("\n".join(errors[:LISTED]) + more)
+        and_more = f"\nand {len(errors) - LISTED} more" if len(errors) > LISTED else ""
+        raise DataError("\n".join(errors[:LISTED]) + and_more)
 
 
 def _answer(

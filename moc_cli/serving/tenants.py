@@ -94,12 +94,12 @@ class Tenants:
 
         Beams and returned sequences of a row share its set. Raises MocError for an unknown name.
         """
-        before = self._batch.assigned
+        previous = self._batch.assigned
         self._batch.assigned = tuple(None if name is None else self._find(name) for name in names)
         try:
             yield
         finally:
-            self._batch.assigned = before
+            self._batch.assigned = previous
 
     def detach(self) -> PreTrainedModel:
         """Take every set and hook out: the model is as it came."""
@@ -114,8 +114,8 @@ class Tenants:
 
     def _find(self, name: str) -> ControlSet:
         if name not in self._sets:
-            known = choices(name, self._sets) if self._sets else "; there is none yet"
-            raise MocError(f"no control set '{name}'{known}")
+            known_names = choices(name, self._sets) if self._sets else "; there is none yet"
+            raise MocError(f"no control set '{name}'{known_names}")
         return self._sets[name]
 
     def _place(self, placement: Placement) -> None:

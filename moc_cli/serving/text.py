@@ -76,14 +76,14 @@ class Writer(TextModel):
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length`; raises DataError if none."""
         limit = max_positions(self.adapted.model)
-        wanted = self.sampling.max_new_tokens
+        requested = self.sampling.max_new_tokens
         if limit is None:
-            return wanted
+            return requested
         if length >= limit:
             raise DataError(
                 f"the prompt has {length} tokens, and the model takes {limit} with its answer"
             )
-        return min(wanted, limit - length)
+        return min(requested, limit - length)
 
     def answer(
         self, messages: Sequence[Message], on_text: OnText | None = None, *, base: bool = False

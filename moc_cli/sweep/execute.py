@@ -82,11 +82,11 @@ class Execution:
     say: Callable[[str], None]
     failed: dict[str, str] = field(default_factory=dict)
 
-    def run_all(self, observe: Callable[[int], None], again: str) -> None:
+    def run_all(self, observe: Callable[[int], None], resume_command: str) -> None:
         """Train what is not finished; `observe` takes the number of finished runs.
 
         A run that fails is reported, and the others go on. Raises EndedBySignal after a signal,
-        when the runs at work have ended; `again` is the command that goes on.
+        when the runs at work have ended; `resume_command` is the command that goes on.
         """
         working: list[ActiveRun] = []
         try:
@@ -109,7 +109,7 @@ class Execution:
                         job.process.wait()
             raise EndedBySignal(
                 f"stopped; {len(self.plan.finished)} of {self.plan.total()} runs are finished",
-                f"continue with: {again}",
+                f"continue with: {resume_command}",
                 number,
             ) from None
 
@@ -195,18 +195,20 @@ def _slim(samples: Path) -> bytes:
     """Return the lines of samples.jsonl with what an interval is made from alone."""
     lines = []
     for item in read_lines(samples, Sample):
-        kept = {key: item[key] for key in OF_ITEMS if key in item}
-        lines.append(json.dumps(kept, ensure_ascii=False, separators=(",", ":")) + "\n")
+        fields = {key: item[key] for key in OF_ITEMS if key in item}
+        lines.append(json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n")
     return "".join(lines).encode()
 
 
 def _conditions(run: PlannedRun) -> dict[str, Any]:
     """Return what environment.json says of machine, versions, commit, rows and weights."""
     environment = run.folder.read_environment()
-    kept = {key: environment[key] for key in ("versions", "platform", "device", "git", "data")}
+    conditions = {
+        key: environment[key] for key in ("versions", "platform", "device", "git", "data")
+    }
     weights = environment["model"]["weights_sha256"]
     name = run.recipe.model.model_name_or_path
-    return kept | {"model": {"name": name, "weights_sha256": weights}}
+    return conditions | {"model": {"name": name, "weights_sha256": weights}}
 
 
 def _scores(run: PlannedRun) -> str:
@@ -220,5 +222,5 @@ def _scores(run: PlannedRun) -> str:
 def _last_words(log: Path) -> str:
     """Return the line of a log that says what went wrong, or its last one."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("Error: ")]
-    return f"{(said or lines or ['no word'])[-1].removeprefix('Error: ')} (see {log})"
+    errors = [line for line in lines if line.startswith("Error: ")]
+    return f"{(errors or lines or ['no word'])[-1].removeprefix('Error: ')} (see {log})"

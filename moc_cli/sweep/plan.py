@@ -104,8 +104,8 @@ class SweepPlan:
         """Return the finished runs of a cell's chosen candidate, by seed."""
         chosen = self.chosen(cell)
         candidate = None if chosen is None else chosen.candidate
-        own = [run for run in self.runs if run.cell == cell and run.name in self.finished]
-        return [run for run in own if run.candidate == candidate]
+        cell_runs = [run for run in self.runs if run.cell == cell and run.name in self.finished]
+        return [run for run in cell_runs if run.candidate == candidate]
 
     def listed(self) -> list[tuple[str, bool]]:
         """Return every run that is needed, in order, and whether it is finished.
@@ -149,18 +149,18 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
         for candidate in sweep.candidates
     }
     loaded: dict[Cell, Recipe] = {}
-    varied = [change for own in settings.values() for change in _varied(own)]
+    varied = [change for chosen in settings.values() for change in _varied(chosen)]
     if refused := list(check_keys([*sweep.common, *varied, *changes])):
         raise MocError("\n".join(refused))
     draft, common = read_draft(sweep.recipe), [*sweep.common, "output.output_dir=run"]
-    for own in settings.values():
+    for chosen in settings.values():
         try:
-            loaded[own] = finish_recipe(draft, common, _varied(own))
+            loaded[chosen] = finish_recipe(draft, common, _varied(chosen))
             if changes:
-                finish_recipe(draft, [*common, *_varied(own), *changes])
+                finish_recipe(draft, [*common, *_varied(chosen), *changes])
         except MocError as error:
             for line in error.message.splitlines():
-                mistakes.setdefault(line, _name(own))
+                mistakes.setdefault(line, _name(chosen))
     if mistakes:
         lines = [f"{line} (first in {name})" for line, name in mistakes.items()]
         raise MocError("\n".join(lines), "moc train RECIPE --dry-run --set ... shows one run")
@@ -172,10 +172,10 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
             "set eval.eval_strategy to epoch or steps",
         )
     for seed in sweep.seeds or (first.seed,):
-        for (cell, candidate), own in settings.items():
-            name = f"{_name(own)}/seed-{seed}"
+        for (cell, candidate), chosen in settings.items():
+            name = f"{_name(chosen)}/seed-{seed}"
             folder = RunFolder(Path(sweep.output_dir) / name)
-            recipe = loaded[own].changed(output={"output_dir": str(folder.path)})
+            recipe = loaded[chosen].changed(output={"output_dir": str(folder.path)})
             runs.append(
                 PlannedRun(
                     name=name,
@@ -183,7 +183,7 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
                     candidate=candidate,
                     seed=seed,
                     recipe=recipe.model_copy(update={"seed": seed}),
-                    changes=(*sweep.common, *_varied(own), *changes, f"seed={seed}"),
+                    changes=(*sweep.common, *_varied(chosen), *changes, f"seed={seed}"),
                     folder=folder,
                     results=RunFolder(Path(sweep.results_dir or sweep.output_dir) / name),
                 )

@@ -45,7 +45,7 @@ def summarize(plan: SweepPlan) -> dict[str, Any]:
     rows: dict[str, list[Column]] = {}
     for cell in sweep.cells:
         runs = plan.counting(cell)
-        value = next((one.name for one in cell if one.group == group), sweep.name)
+        value = next((setting.name for setting in cell if setting.group == group), sweep.name)
         rows.setdefault(sweep.row(cell), []).append(Column(cell, value, runs))
     table = [_row(row, columns, plan) for row, columns in rows.items()]
     average = _average(table, sweep.reference)
@@ -73,15 +73,15 @@ def summarize(plan: SweepPlan) -> dict[str, Any]:
 
 def _conditions(runs: Sequence[PlannedRun]) -> dict[str, list[str]]:
     """Return on what the runs were trained: every device, version and commit among them."""
-    seen: dict[str, dict[str, None]] = {"device": {}, "commit": {}, "versions": {}}
+    values_of: dict[str, dict[str, None]] = {"device": {}, "commit": {}, "versions": {}}
     for run in runs:
         environment = run.results.read_environment()
         device, git = environment["device"], environment.get("git") or {}
-        seen["device"][device.get("name") or device["kind"]] = None
-        seen["commit"][f"{git.get('commit')}{' (changed)' if git.get('dirty') else ''}"] = None
+        values_of["device"][device.get("name") or device["kind"]] = None
+        values_of["commit"][f"{git.get('commit')}{' (changed)' if git.get('dirty') else ''}"] = None
         versions = environment["versions"]
-        seen["versions"][", ".join(f"{name} {versions[name]}" for name in VERSIONS)] = None
-    return {key: list(values) for key, values in seen.items()}
+        values_of["versions"][", ".join(f"{name} {versions[name]}" for name in VERSIONS)] = None
+    return {key: list(values) for key, values in values_of.items()}
 
 
 def _run(run: PlannedRun) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def _run(run: PlannedRun) -> dict[str, Any]:
 
 def _row(name: str, columns: Sequence[Column], plan: SweepPlan) -> dict[str, Any]:
     """Return a row of the table: its cells by the value that is compared, and their differences."""
-    whole = [column for column in columns if column.runs]
-    cells = {column.value: _cell(column, plan) for column in whole}
-    first = [column for column in whole if column.value == plan.sweep.reference]
-    others = [column for column in whole if column not in first]
-    differences = _differences(first[0], others, cells) if first else {}
+    filled = [column for column in columns if column.runs]
+    cells = {column.value: _cell(column, plan) for column in filled}
+    first = [column for column in filled if column.value == plan.sweep.reference]
+    other_columns = [column for column in filled if column not in first]
+    differences = _differences(first[0], other_columns, cells) if first else {}
     return {"name": name, "cells": cells, "differences": differences}
 
 
@@ -132,14 +132,14 @@ def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
 
 
 def _differences(
-    reference: Column, others: Sequence[Column], cells: Mapping[str, Any]
+    reference: Column, other_columns: Sequence[Column], cells: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return each column's differences to the reference, by task.
 
     Each run is scored once on the resampled items of a task.
     """
-    items = {column.value: list(map(_items, column.runs)) for column in [reference, *others]}
-    differences: dict[str, dict[str, Any]] = {column.value: {} for column in others}
+    items = {column.value: list(map(_items, column.runs)) for column in [reference, *other_columns]}
+    differences: dict[str, dict[str, Any]] = {column.value: {} for column in other_columns}
     for task, first in cells[reference.value]["tasks"].items():
         anchor = items[reference.value][0].get(task, [])
         scores = _resampled(task, first["metric"], items, anchor)
@@ -179,8 +179,10 @@ def _resampled(
     labels, predictions = np.empty(0), dict[str, list[np.ndarray]]()
     for value, runs in items.items():
         pairs = [pair(anchor, run.get(task, [])) for run in runs]
-        whole = [each for each in pairs if anchor and len(each.second) == len(anchor)]
-        columns = [side for side in (sides(metric, each) for each in whole) if side is not None]
+        complete = [matched for matched in pairs if anchor and len(matched.second) == len(anchor)]
+        columns = [
+            side for side in (sides(metric, matched) for matched in complete) if side is not None
+        ]
         if len(columns) == len(runs):
             labels = columns[0][0]
             predictions[value] = [second for _, _, second in columns]
@@ -208,17 +210,19 @@ def _average(table: Sequence[Mapping[str, Any]], reference: str | None) -> dict[
     Only rows in which all values have runs count, so that all means are over the same tasks.
     """
     values = list(dict.fromkeys(value for row in table for value in row["cells"]))
-    whole = [row for row in table if all(value in row["cells"] for value in values)]
-    if not whole:
+    complete_rows = [row for row in table if all(value in row["cells"] for value in values)]
+    if not complete_rows:
         return {}
-    averages: dict[str, Any] = {"rows": [row["name"] for row in whole], "values": {}}
+    averages: dict[str, Any] = {"rows": [row["name"] for row in complete_rows], "values": {}}
     for value in values:
         medians = [
-            task["median"] for row in whole for task in row["cells"][value]["tasks"].values()
+            task["median"]
+            for row in complete_rows
+            for task in row["cells"][value]["tasks"].values()
         ]
         entry: dict[str, Any] = {"median": statistics.fmean(medians), "tasks": len(medians)}
         if reference in values and value != reference:
-            parts = [part for row in whole for part in row["differences"][value].values()]
+            parts = [part for row in complete_rows for part in row["differences"][value].values()]
             entry["difference"] = statistics.fmean(part["mean"] for part in parts)
             entry["low"] = entry["high"] = None
             if all(part["resampled"] is not None for part in parts):

@@ -89,8 +89,10 @@ def _without_launcher() -> Iterator[dict[str, str]]:
 
 
 def _say_not_used(hidden: Mapping[str, str]) -> None:
-    given = {name: hidden[f"{PREFIX}{name}"] for name in CHANGING if f"{PREFIX}{name}" in hidden}
-    ignored = [pair for pair in given.items() if pair[1].lower() not in OFF and pair != ONE_BATCH]
+    changing = {name: hidden[f"{PREFIX}{name}"] for name in CHANGING if f"{PREFIX}{name}" in hidden}
+    ignored = [
+        pair for pair in changing.items() if pair[1].lower() not in OFF and pair != ONE_BATCH
+    ]
     if ignored:
         variables = ", ".join(f"{PREFIX}{name}" for name, _ in ignored)
         say(f"ignored, as the recipe sets them: {variables}")

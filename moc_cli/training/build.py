@@ -73,10 +73,10 @@ def make_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the recipe names, or the model's own, with the chat template of its
     rows."""
-    own = model.tokenizer_name is None
+    is_of_model = model.tokenizer_name is None
     tokenizer = load_tokenizer(
         model.tokenizer_name or model.model_name_or_path,
-        revision=model.revision if own else None,
+        revision=model.revision if is_of_model else None,
         trust_remote_code=model.trust_remote_code,
     )
     set_template(tokenizer, chat_template)
@@ -128,11 +128,11 @@ def encode_rows(
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-        own, labels = config.id2label or {}, model.config.id2label or {}
-        notes.append(checks.head_note(recipe, heads, own, labels))
+        config_labels, labels = config.id2label or {}, model.config.id2label or {}
+        notes.append(checks.head_note(recipe, heads, config_labels, labels))
     notes += kind.check(splits.all_examples, tokenizer) + checks.logits_note(kind, model)
-    encoded, kept = _encode(recipe, kind, splits, tokenizer)
-    notes += kept
+    encoded, encode_notes = _encode(recipe, kind, splits, tokenizer)
+    notes += encode_notes
     problems = checks.problems(data, model, tokenizer, encoded.ids)
     if problems:
         raise DataError("\n".join(problems))
@@ -260,8 +260,8 @@ def fresh_modules(recipe: Recipe, model: PreTrainedModel) -> tuple[str, ...]:
     """Return the modules of a model that its checkpoint is expected to lack: a classifier's."""
     if not recipe.data.kind.classifier:
         return ()
-    kept = (model.base_model_prefix, *_own_head(recipe, model))
-    return tuple(name for name, _ in model.named_children() if name not in kept)
+    stored_modules = (model.base_model_prefix, *_own_head(recipe, model))
+    return tuple(name for name, _ in model.named_children() if name not in stored_modules)
 
 
 def make_settings(recipe: Recipe) -> Settings:
@@ -337,10 +337,10 @@ def _trained_modules(
     Raises RunError for a module that the model does not have or that cannot be trained alone.
     """
     inside = tuple(f"{name}." for name in fresh)
-    more = [
+    recipe_modules = [
         name
         for name in recipe.train.modules or ()
         if name not in fresh and not name.startswith(inside)
     ]
-    check_modules(model, tuple(more))
-    return (*fresh, *more)
+    check_modules(model, tuple(recipe_modules))
+    return (*fresh, *recipe_modules)

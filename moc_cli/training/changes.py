@@ -56,26 +56,26 @@ BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_
 
 
 def check_recipe(
-    saved: dict[str, Any], wanted: dict[str, Any], processes: tuple[int, int] = (1, 1)
+    saved: dict[str, Any], current: dict[str, Any], processes: tuple[int, int] = (1, 1)
 ) -> list[str]:
     """Return a sentence on each harmless change of the recipe, or of the number of processes.
 
     `processes`: then and now. Raises RunError naming every key that makes it another run.
     """
-    before, after = flatten(saved), flatten(wanted)
+    saved_keys, current_keys = flatten(saved), flatten(current)
     old_world, world = processes
-    then, now = rows_a_step(before, old_world), rows_a_step(after, world)
+    old_rows, new_rows = rows_a_step(saved_keys, old_world), rows_a_step(current_keys, world)
     defaults = _defaults()
     changes, refused = [], []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
+    for key in sorted(saved_keys.keys() | current_keys.keys()):
+        old, new = saved_keys.get(key), current_keys.get(key)
         if key in PATH_KEYS:  # older runs kept paths as they were typed
             old, new = absolute_path(old), absolute_path(new)
         if old == new:
             continue
-        if key not in before and new == defaults.get(key):  # a key of later versions
+        if key not in saved_keys and new == defaults.get(key):  # a key of later versions
             continue
-        if key in BATCH_KEYS and then == now:
+        if key in BATCH_KEYS and old_rows == new_rows:
             continue  # see `keep_place`
         if key == "train.optim" and {old, new} == SAME_OPTIMIZERS:
             changes.append(f"{key}: {old} -> {new}; {CHANGEABLE['launch']}")
@@ -86,14 +86,18 @@ def check_recipe(
         elif CHANGEABLE[rule]:
             changes.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
     hint = "resume with the old values, or start another run: --output-dir OTHER"
-    if old_world != world and then == now:
+    if old_world != world and old_rows == new_rows:
         dropout = "; dropout draws other masks" if 1 in processes else ""
-        changes.append(f"processes: {old_world} -> {world}; {now} rows a step as before{dropout}")
+        changes.append(
+            f"processes: {old_world} -> {world}; {new_rows} rows a step as before{dropout}"
+        )
     elif old_world != world:
-        refused.append(f"rows a step ({then} in {old_world} processes then, {now} in {world} now)")
+        refused.append(
+            f"rows a step ({old_rows} in {old_world} processes then, {new_rows} in {world} now)"
+        )
         size, steps = BATCH_KEYS
-        fitting, rest = divmod(then, after[size] * world)
-        if not rest:
+        fitting, remainder = divmod(old_rows, current_keys[size] * world)
+        if not remainder:
             hint = f"resume with --set {steps}={fitting}"
     if refused:
         recipe = "the recipe is not the one this run was started with"
@@ -112,13 +116,13 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
     if results.get("status") != "finished" or results.get("unscored"):
         return False
     saved = load_recipe(folder.recipe_file).model_dump(mode="json")
-    wanted = absolute_paths(recipe).model_dump(mode="json")
-    for key, value in wanted["data"].items():
+    current = absolute_paths(recipe).model_dump(mode="json")
+    for key, value in current["data"].items():
         if value is None:  # read from the rows of a custom dataset
-            wanted["data"][key] = saved["data"][key]
-    check_recipe(saved, wanted)
-    before, after = flatten(saved), flatten(wanted)
-    changed = {key for key in IN_USE if before.get(key) != after.get(key)}
+            current["data"][key] = saved["data"][key]
+    check_recipe(saved, current)
+    saved_keys, current_keys = flatten(saved), flatten(current)
+    changed = {key for key in IN_USE if saved_keys.get(key) != current_keys.get(key)}
     if changed - LENGTH:
         raise RunError(
             f"{folder.path} is finished with another {', '.join(sorted(changed - LENGTH))}",

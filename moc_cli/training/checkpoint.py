@@ -119,8 +119,8 @@ def read_checkpoint(path: Path) -> Snapshot:
             tensors[part] = load(payload)
         except safetensors.SafetensorError as error:
             raise RunError(f"checkpoint {path} is damaged: {name}: {error}") from error
-    known = {f.name for f in dataclasses.fields(Counters)}
-    counters = {key: value for key, value in state["counters"].items() if key in known}
+    fields = {f.name for f in dataclasses.fields(Counters)}
+    counters = {key: value for key, value in state["counters"].items() if key in fields}
     return Snapshot(counters=Counters(**counters), identity=state["identity"], **tensors)
 
 

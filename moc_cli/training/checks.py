@@ -73,11 +73,11 @@ def leave_out_long(
     notes: list[str] = []
 
     def keep(part: str, examples: list[Any], options: ScoringOptions) -> list[Any]:
-        kept, lines = fitting(kind, examples, tokenizer, model, options)
+        numbers, lines = fitting(kind, examples, tokenizer, model, options)
         if lines:
             notes.extend(lines)
-            dropped.setdefault(part, {})[TOO_LONG] = len(examples) - len(kept)
-        return [examples[number] for number in kept]
+            dropped.setdefault(part, {})[TOO_LONG] = len(examples) - len(numbers)
+        return [examples[number] for number in numbers]
 
     tests = {
         name: keep(splits.scored or name, examples, options)
@@ -116,28 +116,28 @@ def fitting(
         bad_rows.add(getattr(examples[number], "place", place), BadRow(reason))
     if options.too_long == "refuse" or (long and len(long) == len(examples)):
         bad_rows.raise_if_any("shorten them, or leave them out with eval.too_long: leave_out")
-    kept = [number for number in range(len(examples)) if number not in long]
-    return kept, [f"not scored: {line}" for line in bad_rows.lines()]
+    fitting_numbers = [number for number in range(len(examples)) if number not in long]
+    return fitting_numbers, [f"not scored: {line}" for line in bad_rows.lines()]
 
 
 def leave_out_empty(encoded: Encoded, splits: Splits, max_length: int) -> tuple[Encoded, Splits]:
     """Return the encoded training rows without those that hold nothing to learn, which are counted
     as dropped; raises DataError where none is left.
     """
-    kept = [number for number, row in enumerate(encoded.rows) if has_target(row)]
+    numbers = [number for number, row in enumerate(encoded.rows) if has_target(row)]
     left_out = [row for row in encoded.rows if not has_target(row)]
     lost = len(left_out)
     if not lost and encoded.answers_cut_off < len(encoded.rows):
         return encoded, splits
-    if not kept or encoded.answers_cut_off == len(encoded.rows):
+    if not numbers or encoded.answers_cut_off == len(encoded.rows):
         raise DataError(
             "data.max_length cuts off the answer of every training row", "raise data.max_length"
         )
     reasons = splits.dropped.get("train", {}) | {NO_ANSWER: lost}
     rows = replace(
         encoded,
-        rows=[encoded.rows[number] for number in kept],
-        prompt_lengths=[encoded.prompt_lengths[number] for number in kept],
+        rows=[encoded.rows[number] for number in numbers],
+        prompt_lengths=[encoded.prompt_lengths[number] for number in numbers],
         truncated=encoded.truncated - sum(len(row["input_ids"]) == max_length for row in left_out),
         answers_cut_off=max(0, encoded.answers_cut_off - lost),
     )
@@ -150,9 +150,9 @@ def check_family(recipe: Recipe, model: PreTrainedModel) -> None:
     if family is None or family.placement.causal or not model.can_generate():
         return
     data, name = recipe.data, recipe.model.model_name_or_path
-    what = f"format '{data.format}'" if data.format else f"the suite '{data.suite}'"
+    source = f"format '{data.format}'" if data.format else f"the suite '{data.suite}'"
     raise DataError(
-        f"{what} is learned by a language model, and {name} is an encoder "
+        f"{source} is learned by a language model, and {name} is an encoder "
         f"({model.config.model_type})",
         "an encoder learns classes or scores: rows with a label (data.columns.label names its "
         "column); for text choose a language model",
@@ -175,11 +175,11 @@ def watched_rows(recipe: Recipe, splits: Splits) -> list[str]:
         ]
     scored = {example for examples in splits.tests.values() for example in examples}
     text = f"{len(splits.validation):,} validation rows select the best step"
-    both = sum(example in scored for example in splits.validation)
-    if both == len(splits.validation):
+    scored_too = sum(example in scored for example in splits.validation)
+    if scored_too == len(splits.validation):
         text += "; the scored rows are the same ones, so their score is a little too good"
-    elif both:
-        text += f"; {both:,} of them are also scored"
+    elif scored_too:
+        text += f"; {scored_too:,} of them are also scored"
     return [text]
 
 

@@ -21,13 +21,13 @@ _FUNCTION = "_gradient_checkpointing_func"  # with which transformers calls a la
 
 
 @contextmanager
-def compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Within it each layer of a transformers model runs as one compiled graph, where `wanted`.
+def compiled_layers(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Within it each layer of a transformers model runs as one compiled graph, where `enabled`.
 
     Layers of the same kind share their graphs, which take any number of rows and tokens. Raises
     MocError where a layer cannot be compiled, as when Ctrl-C ends the compiler.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]

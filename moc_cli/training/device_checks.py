@@ -21,10 +21,10 @@ ON_GPU = {
 _INSTALL = "is not installed (pip install bitsandbytes)"
 
 
-def find_device(wanted: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """Return the device for auto, cpu or cuda: the GPU, unless there is none or cpu is wanted."""
-    here = wanted != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if here else "cpu")
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def check_device_keys(recipe: Recipe, device: torch.device, *, training: bool) -> None:
@@ -50,9 +50,9 @@ def _model_problems(recipe: Recipe, device: torch.device) -> list[str]:
             wrong.append(f"{key} a GPU, and this runs on the {device.type}; allowed here: sdpa")
         elif not is_flash_attn_2_available():
             wrong.append(f"{key} the package flash-attn, which is not installed; or take sdpa")
-    asked = asked_for(recipe.model)
-    if asked is not None and not has_bitsandbytes():
-        key = "load_in_8bit" if asked.load_in_8bit else "load_in_4bit"
+    quantization = asked_for(recipe.model)
+    if quantization is not None and not has_bitsandbytes():
+        key = "load_in_8bit" if quantization.load_in_8bit else "load_in_4bit"
         wrong.append(f"model.{key} needs bitsandbytes, which {_INSTALL}")
     if recipe.train.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         name = torch.cuda.get_device_name(device)
@@ -63,7 +63,7 @@ def _model_problems(recipe: Recipe, device: torch.device) -> list[str]:
 def _optimizer_problems(recipe: Recipe, device: torch.device) -> list[str]:
     kind, kinds = recipe.train.optim, get_args(TrainSection.model_fields["optim"].annotation)
     if kind in ON_GPU and device.type != "cuda":
-        allowed = ", ".join(other for other in kinds if other not in ON_GPU)
+        allowed = ", ".join(optimizer for optimizer in kinds if optimizer not in ON_GPU)
         return [
             f"train.optim: {kind} {ON_GPU[kind]}, and this runs on the {device.type}; allowed "
             f"here: {allowed}"
@@ -73,16 +73,16 @@ def _optimizer_problems(recipe: Recipe, device: torch.device) -> list[str]:
     return []
 
 
-def check_compiler(recipe: Recipe | None, wanted: bool | None, device: str | None) -> bool:
-    """Return whether generation is compiled: as `wanted`, or None: as the run's recipe says.
+def check_compiler(recipe: Recipe | None, torch_compile: bool | None, device: str | None) -> bool:
+    """Return whether generation is compiled: as `torch_compile`, or None: as the run's recipe says.
 
     `device` is None where none was typed, `recipe` for a bare model. Raises MocError where the
     device lacks a compiler.
     """
-    if wanted is None:
-        wanted = recipe is not None and recipe.eval.torch_compile
+    if torch_compile is None:
+        torch_compile = recipe is not None and recipe.eval.torch_compile
     named = device or ("auto" if recipe is None else recipe.launch.device)
-    problem = compiler_problem(find_device(named)) if wanted else None
+    problem = compiler_problem(find_device(named)) if torch_compile else None
     if problem is not None:
         raise MocError(f"--torch-compile {problem}", "or give --no-torch-compile")
-    return wanted
+    return torch_compile

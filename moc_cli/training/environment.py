@@ -40,9 +40,9 @@ def describe_environment(
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what computes: versions, platform, device and commit."""
-    own = {"moc": __version__, "python": platform.python_version()}
+    own_versions = {"moc": __version__, "python": platform.python_version()}
     return {
-        "versions": own | {name: metadata.version(name) for name in PACKAGES},
+        "versions": own_versions | {name: metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "device": describe_device(device),
         "git": git_state(),
@@ -63,12 +63,15 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any] | None:
     """Return commit and whether tracked files differ from it; None outside of a checkout."""
-    here = Path(__file__).resolve()
-    commit = _git(here.parent, "rev-parse", "HEAD")
+    source_file = Path(__file__).resolve()
+    commit = _git(source_file.parent, "rev-parse", "HEAD")
     # An installed package may lie inside some other project's folder.
-    if commit is None or _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+    if (
+        commit is None
+        or _git(source_file.parent, "ls-files", "--error-unmatch", source_file.name) is None
+    ):
         return None
-    changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(source_file.parent, "status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": bool(changes)}
 
 

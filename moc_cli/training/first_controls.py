@@ -70,7 +70,7 @@ def _of_states(
         sums[site.index].addmm_(x.t(), x)
         return output
 
-    with torch.no_grad(), _seen(mixture, see):
+    with torch.no_grad(), _inputs_to(mixture, see):
         for batch in batches:
             loss(batch, 1)
     return sums
@@ -85,20 +85,20 @@ def _of_gradients(
     left directions of M.
     """
     sums = _zeros(mixture)
-    seen: list[tuple[Site, Tensor, Tensor]] = []
+    site_calls: list[tuple[Site, Tensor, Tensor]] = []
 
     def see(site: Site, x: Tensor, output: Tensor) -> Tensor:
         if not output.requires_grad:  # nothing before it is trained
             output = output.detach().requires_grad_() + 0
-        seen.append((site, x, output))
+        site_calls.append((site, x, output))
         return output
 
-    with torch.enable_grad(), _seen(mixture, see):
+    with torch.enable_grad(), _inputs_to(mixture, see):
         for batch in batches:
-            seen.clear()
+            site_calls.clear()
             value = loss(batch, 1)
-            grads = torch.autograd.grad(value, [output for _, _, output in seen])
-            for (site, x, _), grad in zip(seen, grads, strict=True):
+            grads = torch.autograd.grad(value, [output for _, _, output in site_calls])
+            for (site, x, _), grad in zip(site_calls, grads, strict=True):
                 sums[site.index].addmm_(grad.reshape(x.shape).to(x).t(), x)
     return [total.t() @ total for total in sums]
 
@@ -113,7 +113,7 @@ def _zeros(mixture: Mixture) -> list[Tensor]:
 
 
 @contextmanager
-def _seen(mixture: Mixture, see: See) -> Iterator[None]:
+def _inputs_to(mixture: Mixture, see: See) -> Iterator[None]:
     """Within it `see` gets what every control reads, (tokens, d) in float64, instead of it."""
     norm = INPUT_NORMS[mixture.routing.input_norm]
 

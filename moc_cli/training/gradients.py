@@ -114,16 +114,16 @@ class Gradients:
     ) -> bool:
         """Add the gradients of this process's micro-batches; False where memory was short."""
         epoch, first = place
-        own = self._processes.share(range(len(batches)))
+        own_numbers = self._processes.share(range(len(batches)))
         try:
-            for number in own:
+            for number in own_numbers:
                 if self._processes.world > 1:  # dropout does not depend on who draws it
                     rng.seed_torch(self._settings.seed, epoch, first + number)
                 value = self.loss(batches[number], targets)
                 after_forward()
                 self._accelerator.backward(value)
                 losses[number] = value.detach()
-            if self._joint and len(own) * self._processes.world < len(batches):
+            if self._joint and len(own_numbers) * self._processes.world < len(batches):
                 self._attend(batches[-1], targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -25,7 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.own: int | None = None
+        self.signal_number: int | None = None
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupt":
@@ -35,13 +35,13 @@ class Interrupt:
 
     def __exit__(self, kind: object, error: BaseException | None, place: object) -> None:
         if isinstance(error, processes.LostProcess):
-            error.stopped_by = self.own
+            error.stopped_by = self.signal_number
         self._handlers.close()
 
     def agree(self) -> int | None:
         """Return `signal`, which is now one that came to any of the processes; joint."""
         if self.signal is None:
-            for number in processes.current().gather(self.own):
+            for number in processes.current().gather(self.signal_number):
                 self.signal = number if self.signal is None else self.signal
         return self.signal
 
@@ -55,9 +55,9 @@ class Interrupt:
             raise Interrupted(number, message, hint)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.own is not None and number == signal.SIGINT:
+        if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.own = self.own is None, number
+        first, self.signal_number = self.signal_number is None, number
         group = processes.current()
         if group.world == 1:
             self.signal = number

@@ -157,7 +157,7 @@ class Loop:
         Raises MocError, with nothing updated and the state kept, when a loss or the gradient is not
         finite, and when the window does not fit in memory.
         """
-        started, before = time.perf_counter(), rng.capture()
+        started, random_state = time.perf_counter(), rng.capture()
         if self.recorder is not None:
             self.recorder.mark()
         first, n = self.counters.batch, self.settings.window
@@ -166,7 +166,7 @@ class Loop:
         total = self.gradients.of_window(
             batches,
             (self.counters.epoch, first),
-            signal=self.interrupt.own,
+            signal=self.interrupt.signal_number,
             after_forward=self.count_choices,
             meanwhile=lambda: self.windows.ahead(self.plan[first + n : first + 2 * n]),
         )
@@ -175,7 +175,7 @@ class Loop:
             self.interrupt.signal = total.signal
         self.last_rank = (len(batches) - 1) % self.processes.world
         if not (total.fits and total.finite):
-            self.keep(before)
+            self.keep(random_state)
             place = self.counters, len(self.plan)
             raise self.processes.reported_by_main(
                 refusal(total, window, batches, place, self.settings, self.command)
@@ -276,14 +276,14 @@ class Loop:
     def evaluate(self) -> bool:
         """Evaluate, log, and return whether this is the best so far."""
         assert self.scorer is not None
-        before, started = rng.capture(), time.perf_counter()
+        random_state, started = rng.capture(), time.perf_counter()
         self.model.eval()
         try:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.peaks.evaluating():
                 values = self.scorer()
         finally:
             self.model.train()
-            rng.restore(before)
+            rng.restore(random_state)
         improved = update_best(self.counters, values, self.settings.metric)
         record = {"step": self.counters.step, "epoch": self.epoch(), "eval": values}
         seconds = time.perf_counter() - started

@@ -38,18 +38,18 @@ class Peaks:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._before = 0  # the peak of the steps before the last evaluation
+        self._earlier_peak = 0  # the peak of the steps before the last evaluation
         self.evaluation: int | None = None
 
     @property
     def training(self) -> int:
         """The peak of all steps so far."""
-        return max(self._before, peak_bytes(self.device))
+        return max(self._earlier_peak, peak_bytes(self.device))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the peak is that of an evaluation."""
-        self._before = self.training
+        self._earlier_peak = self.training
         reset_peak(self.device)
         try:
             yield
@@ -85,8 +85,8 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     quantised ones.
     """
     unique = {id(part): part for tensor in tensors for part in parts(tensor)}
-    held = [t.to_local() if isinstance(t, DTensor) else t for t in unique.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    local_tensors = [t.to_local() if isinstance(t, DTensor) else t for t in unique.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local_tensors)
 
 
 def peak_kind(device: torch.device) -> str:

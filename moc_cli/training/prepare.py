@@ -102,8 +102,8 @@ def prepare(
         )
     split = splits(fitted.launch, processes)
     with processes.together():
-        whole = split and not fitted.model.load_in_4bit  # may be more than a device holds
-        device = torch.device("cpu") if whole else accelerator.device
+        load_on_cpu = split and not fitted.model.load_in_4bit  # may be more than a device holds
+        device = torch.device("cpu") if load_on_cpu else accelerator.device
         built = build.build(fitted, device, read.tokenizer)
         _tell(read, built, say)
         identity = _identity(read, built, processes.world)

@@ -106,8 +106,8 @@ def _from_host(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator in _ATTENTION or (operator in _PRODUCTS and not _is_cheap(args))
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    must_save = operator in _ATTENTION or (operator in _PRODUCTS and not _is_cheap(args))
+    return CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_cheap(args: tuple[Any, ...]) -> bool:

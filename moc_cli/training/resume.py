@@ -45,11 +45,11 @@ def keep_place(
     are grouped by length: other micro-batches then hold other rows.
     """
     size, steps = BATCH_KEYS
-    saved, wanted = flatten(snapshot.identity["recipe"]), flatten(recipe.model_dump())
-    old, new = saved[size], wanted[size]
+    saved, current = flatten(snapshot.identity["recipe"]), flatten(recipe.model_dump())
+    old, new = saved[size], current[size]
     if old == new:
         return snapshot, []
-    rows = rows_a_step(wanted, processes)
+    rows = rows_a_step(current, processes)
     split = f"micro-batches of {new} rows, {old} before; {rows} rows a step as before"
     counters = snapshot.counters
     if not may_split(counters.batch, recipe.train.group_by_length):
@@ -69,43 +69,43 @@ def check_weights(
     saved: dict[str, Any],
     model: ModelSection,
     built: Built,
-    then: Mapping[str, str],
+    saved_tensors: Mapping[str, str],
     *,
     allow_changes: bool = False,
 ) -> list[str]:
     """Return a sentence where the base's weights differ, and `allow_changes` lets them.
 
     Raises RunError for any other difference to those of the checkpoint; weights inside of a layer
-    may never differ. `then` describes the base's tensors as the run folder knows them. Older
-    checkpoints hold the hash of the weight files instead of the tensors'.
+    may never differ. `saved_tensors` describes the base's tensors as the run folder knows them.
+    Older checkpoints hold the hash of the weight files instead of the tensors'.
     """
-    wanted = saved.get("weights")
-    if wanted in (None, built.weights_hash):
+    expected_hash = saved.get("weights")
+    if expected_hash in (None, built.weights_hash):
         return []
-    what, hint = f"the weights of the base model {built.name} changed", OLD_BASE
-    if hash_tensors(then) == wanted:
-        differences = find_differences(then, built.tensors)
-        what += f" since the checkpoint was written:\n{list_differences(differences)}"
+    message, hint = f"the weights of the base model {built.name} changed", OLD_BASE
+    if hash_tensors(saved_tensors) == expected_hash:
+        differences = find_differences(saved_tensors, built.tensors)
+        message += f" since the checkpoint was written:\n{list_differences(differences)}"
         if not any(map(in_a_layer, differences)):
             if allow_changes:
-                return [what]
+                return [message]
             hint += f"; controls do not depend on these weights; to accept the change: {ALLOW}"
-    elif known_hash(model.model_name_or_path, model.revision) == wanted:
+    elif known_hash(model.model_name_or_path, model.revision) == expected_hash:
         return []
     else:
-        what += " since the checkpoint was written"
-    raise RunError(what, hint)
+        message += " since the checkpoint was written"
+    raise RunError(message, hint)
 
 
 def check_facts(
-    saved: dict[str, Any], now: dict[str, Any], *, allow_changes: bool = False
+    saved: dict[str, Any], current: dict[str, Any], *, allow_changes: bool = False
 ) -> list[str]:
     """Return sentences on another number of threads, and another vocabulary where it is allowed.
 
     Raises RunError when vocabulary, rows or trainables are not those of the checkpoint. What an
     older checkpoint does not say is not compared.
     """
-    changed = [key for key in FACTS if key in saved and saved[key] != now.get(key)]
+    changed = [key for key in FACTS if key in saved and saved[key] != current.get(key)]
     hint = "bring back the old files, or start another run: --output-dir OTHER"
     if changed == ["vocabulary"] and not allow_changes:
         hint += f"; if it is meant: {ALLOW}"
@@ -113,9 +113,9 @@ def check_facts(
         names = " and ".join(FACTS[key] for key in changed)
         raise RunError(f"{names} changed since the checkpoint was written", hint)
     sentences = [f"{FACTS[key]} changed since the checkpoint was written" for key in changed]
-    if saved.get("threads") != now.get("threads"):
+    if saved.get("threads") != current.get("threads"):
         sentences.append(
-            f"threads: {saved.get('threads')} -> {now.get('threads')}; "
+            f"threads: {saved.get('threads')} -> {current.get('threads')}; "
             "results may differ in their last bits"
         )
     return sentences

@@ -58,5 +58,5 @@ def restore(tensors: dict[str, Tensor]) -> None:
 
 def _optional(value: float | None) -> Tensor:
     """Return [is there, value] as float64."""
-    there = value is not None
-    return torch.tensor([float(there), value if there else 0.0], dtype=torch.float64)
+    is_set = value is not None
+    return torch.tensor([float(is_set), value if is_set else 0.0], dtype=torch.float64)

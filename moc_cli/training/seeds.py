@@ -51,8 +51,8 @@ def plan(recipe: Recipe, count: int) -> list[Recipe]:
     for seed in range(recipe.seed, recipe.seed + count):
         folder = Path(recipe.output.output_dir) / f"seed-{seed}"
         before = recipe.eval.before and (seed == recipe.seed or draws_head)
-        own = recipe.changed(output={"output_dir": str(folder)}, eval={"before": before})
-        seeds.append(own.model_copy(update={"seed": seed}))
+        seed_recipe = recipe.changed(output={"output_dir": str(folder)}, eval={"before": before})
+        seeds.append(seed_recipe.model_copy(update={"seed": seed}))
     return seeds
 
 
@@ -84,12 +84,12 @@ def train_seeds(
             else:
                 say(f"seed {run.seed} ({len(done) + 1} of {count}), in {folder.path}")
                 begun = on_main(folder.recipe_file.is_file)
-                own = options if begun else replace(options, resume=None)
-                Session(run, own, say, forecast).run()
+                seed_options = options if begun else replace(options, resume=None)
+                Session(run, seed_options, say, forecast).run()
                 gc.collect()  # before the next model is loaded
         except KeyboardInterrupt as stop:
-            again = f"continue with: {options.call.command} --resume auto"
-            raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", again) from None
+            hint = f"continue with: {options.call.command} --resume auto"
+            raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", hint) from None
         done.append(run)
         status = "finished" if len(done) == count else "running"
         summary = on_main(partial(_summarize, home, done, status))
@@ -131,7 +131,7 @@ def summarize(seeds: Sequence[Recipe]) -> dict[str, Any]:
     )
     median = worse_first[(len(runs) - 1) // 2]
     main_before = [before[task][metric] for task, metric in main.items()]
-    known = [value for value in main_before if value is not None]
+    known_values = [value for value in main_before if value is not None]
     return {
         "seeds": runs,
         "tasks": {
@@ -143,7 +143,9 @@ def summarize(seeds: Sequence[Recipe]) -> dict[str, Any]:
         },
         "average": _spread(
             [run["average"] for run in runs],
-            sum(known) / len(known) if len(known) == len(main_before) else None,
+            sum(known_values) / len(known_values)
+            if len(known_values) == len(main_before)
+            else None,
         ),
         "median": {
             "seed": median["seed"],
@@ -182,10 +184,10 @@ def _check_folders(home: Path, seeds: Sequence[Recipe], options: TrainOptions) -
             f"{home} holds a single run, and seeds would be mixed with it",
             f"choose another folder: {call.base} --output-dir OTHER",
         )
-    taken = [folder.path for folder in map(folder_of, seeds) if folder.content()]
-    if taken and not options.resume and not options.overwrite:
+    nonempty = [folder.path for folder in map(folder_of, seeds) if folder.content()]
+    if nonempty and not options.resume and not options.overwrite:
         raise RunError(
-            f"{', '.join(map(str, taken))}: not empty",
+            f"{', '.join(map(str, nonempty))}: not empty",
             f"{call.command} --resume auto   # continue these seeds\n"
             f"      {call.command} --overwrite   # replace them\n"
             f"      {call.base} --output-dir OTHER   # leave them alone",

@@ -76,7 +76,7 @@ class Session:
         self.checkpoints = Checkpoints(self.folder.checkpoints, limit)
         self.options = options
         self.forecast = forecast
-        self.again = f"{options.call.command} --resume auto"
+        self.resume_command = f"{options.call.command} --resume auto"
         self.say = say
         self.interrupt = Interrupt()
         self.processes = Processes()
@@ -98,7 +98,7 @@ class Session:
                 try:
                     return self.train_and_score(job, before)
                 except FileError as error:
-                    hint = f"free some disk space, then: {self.again}"
+                    hint = f"free some disk space, then: {self.resume_command}"
                     raise FileError(error.message, error.hint or hint) from error
 
     def claim(self) -> RunFolder:
@@ -199,7 +199,7 @@ class Session:
             why = "; ".join(f"{name}: {error.message}" for name, error in unscored.items())
             error = MocError(
                 f"the training is finished and kept, but not all of it is scored: {why}",
-                next(iter(unscored.values())).hint or f"try again: {self.again}",
+                next(iter(unscored.values())).hint or f"try again: {self.resume_command}",
             )
             raise self.processes.reported_by_main(error)
         return results
@@ -218,7 +218,7 @@ class Session:
         trackers = start_trackers(job.accelerator, job.recipe)
         bar = TrainProgress(
             total_steps(settings, job.rows.data.batches),
-            every=settings.logging_steps,
+            interval=settings.logging_steps,
             memory_kind=peak_kind(job.accelerator.device),
         )
 
@@ -238,7 +238,7 @@ class Session:
             identity=job.identity,
             evaluate=watch if settings.eval_strategy != "no" else None,
             interrupt=self.interrupt,
-            command=self.again,
+            command=self.resume_command,
             processes=self.processes,
         )
         try:
@@ -268,8 +268,8 @@ class Session:
 
             def observe(done: int, total: int) -> None:
                 bar.observe(done, total)
-                again = f"continue with: {self.again}"
-                self.interrupt.check(f"{progress}; scoring was stopped", again)
+                hint = f"continue with: {self.resume_command}"
+                self.interrupt.check(f"{progress}; scoring was stopped", hint)
 
             return job.rows.kind.score(job.model, examples, job.scoring, observe)
 

@@ -53,11 +53,11 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: Proces
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (processes.world,))
     split = {p for _, layer in layers for p in layer.parameters() if not p.requires_grad}
-    whole = {p for p in model.parameters() if p not in split}
+    unsplit = {p for p in model.parameters() if p not in split}
     for _, layer in layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    for name in dict.fromkeys(_around(name) for name, _ in layers):  # gathers a layer ahead
-        fully_shard(model.get_submodule(name), mesh=mesh, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, ignored_params=unsplit)
+    for name in dict.fromkeys(_parent(name) for name, _ in layers):  # gathers a layer ahead
+        fully_shard(model.get_submodule(name), mesh=mesh, ignored_params=unsplit)
     model.to(device)  # type: ignore[arg-type]
 
 
@@ -67,6 +67,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _around(layer: str) -> str:
+def _parent(layer: str) -> str:
     """The name of the module that runs a list of layers, of which one is named."""
     return layer.rpartition(".")[0].rpartition(".")[0]

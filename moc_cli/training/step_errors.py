@@ -30,16 +30,16 @@ def refusal(
     if not total.fits:
         splits = may_split(counters.batch, settings.group_by_length)
         return out_of_memory(batches, settings, command, splits=splits)
-    again = f"{command} --set train.learning_rate={settings.learning_rate / 3:.2g}"
+    retry_command = f"{command} --set train.learning_rate={settings.learning_rate / 3:.2g}"
     bad = [i for i, value in enumerate(total.losses) if not math.isfinite(value)]
-    what = f"the loss is {total.losses[bad[0]]}" if bad else f"the gradient norm is {total.norm}"
+    problem = f"the loss is {total.losses[bad[0]]}" if bad else f"the gradient norm is {total.norm}"
     numbers = [counters.batch + i + 1 for i in bad or range(len(window))]
     rows = [row for i in bad or range(len(window)) for row in window[i]]
     return MocError(
-        f"{what} at step {counters.step + 1}, epoch {counters.epoch + 1}, "
+        f"{problem} at step {counters.step + 1}, epoch {counters.epoch + 1}, "
         f"micro-batch {', '.join(map(str, numbers))} of {length}, "
         f"training rows {', '.join(map(str, rows))}",
-        f"the state before that step is kept; try a lower rate from there: {again}",
+        f"the state before that step is kept; try a lower rate from there: {retry_command}",
     )
 
 
@@ -77,10 +77,12 @@ def out_of_memory(
             f"--set train.gradient_accumulation_steps="
             f"{parts * settings.gradient_accumulation_steps}"
         )
-        what = f"batches of {size // parts} instead of {size} rows, and as many rows in a step"
+        batches_text = (
+            f"batches of {size // parts} instead of {size} rows, and as many rows in a step"
+        )
         if splits:
-            kept = f"the state before that step is kept; go on with {what}"
-            return MocError(message, f"{kept}: {command} {smaller}")
+            advice = f"the state before that step is kept; go on with {batches_text}"
+            return MocError(message, f"{advice}: {command} {smaller}")
         over = f"{command.removesuffix(' --resume auto')} --overwrite {smaller}"
-        return MocError(message, f"start over with {what}: {over}")
+        return MocError(message, f"start over with {batches_text}: {over}")
     return MocError(message, "lower data.max_length, set train.bf16: true, or use another device")

@@ -21,8 +21,8 @@ class Windows:
 
     def take(self, rows: MicroBatches) -> Batches:
         """Return the micro-batches of these rows."""
-        known, batches = self._ahead
-        return batches if known == rows else self._make(rows)
+        rows_ahead, batches = self._ahead
+        return batches if rows_ahead == rows else self._make(rows)
 
     def ahead(self, rows: MicroBatches) -> None:
         """Make the micro-batches that will be taken next; none at the end of an epoch."""

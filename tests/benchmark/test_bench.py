@@ -163,10 +163,10 @@ def test_quantised_bases_are_measured_beside_the_plain_one(
 def test_rows_are_full_or_have_the_lengths_of_the_recipes_own() -> None:
     recipe = load_recipe("quickstart", ["data.max_length=20"])
     model = random_base(recipe, CPU, layers=1).model
-    full = make_rows(recipe, model, 3, own=False)
+    full = make_rows(recipe, model, 3, own_rows=False)
     assert full.lengths == [20] * 3
     assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in full.rows)
-    own = make_rows(load_recipe("quickstart"), model, 3, own=True)
+    own = make_rows(load_recipe("quickstart"), model, 3, own_rows=True)
     assert len(set(own.lengths)) > 1
     assert any(row["labels"].count(IGNORED) > 1 for row in own.rows)
 

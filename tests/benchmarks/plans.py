@@ -60,7 +60,7 @@ def at_own_lengths(data: str, tokenizer: str) -> Iterator[tuple[Plan, float | No
     planner = Planner(None, commonsense_rows(data, tokenizer))
     for changes, target in OWN_LENGTHS:
         recipe = recipe_of("llama2-7b", [f"{MODE}none", *changes])
-        yield planner.plan(recipe, changes, whole=True), target
+        yield planner.plan(recipe, changes, all_layers=True), target
 
 
 def show(plan: Plan, model: str, changes: list[str], target: float | None) -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     planner = Planner(None, Rows(None))
     for model, changes, target in TARGETS:
         if given.only in (None, model):
-            show(planner.plan(recipe_of(model, changes), whole=True), model, changes, target)
+            show(planner.plan(recipe_of(model, changes), all_layers=True), model, changes, target)
 
 
 if __name__ == "__main__":

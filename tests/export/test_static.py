@@ -80,7 +80,7 @@ class TestFolded:
         beams = {"num_beams": 3, "min_new_tokens": 8, "max_new_tokens": 8}
         with torch.no_grad():
             free = adapted.model(**batch).logits
-            with static.held(adapted.mixture, frozen):
+            with static.frozen_routes(adapted.mixture, frozen):
                 ours, ids = adapted.model(**batch).logits, adapted.model.generate(**batch, **beams)
             theirs = fresh.model(**batch).logits
             assert torch.equal(fresh.model.generate(**batch, **beams), ids)
@@ -96,7 +96,7 @@ class TestFolded:
             for name, parameter in adapted.named_trainables().items():
                 if name.startswith("modules."):
                     parameter.add_(1.0)
-            with static.held(adapted.mixture, frozen):
+            with static.frozen_routes(adapted.mixture, frozen):
                 ours = adapted.model(**batch).logits
             theirs = freeze(adapted, {}, frozen).model(**batch).logits
         assert (ours - theirs).abs().max() / ours.abs().max() < TOLERANCE
@@ -111,7 +111,7 @@ class TestFolded:
     def test_routes_are_free_again_afterwards(self) -> None:
         adapted, batch = make("llama", {}), make_batch(side="left")
         before = count(adapted, batch)
-        with static.held(adapted.mixture, static.choose(adapted.mixture, before)):
+        with static.frozen_routes(adapted.mixture, static.choose(adapted.mixture, before)):
             pass
         after = count(adapted, batch)
         pairs = zip(before.sums.arrays, after.sums.arrays, strict=True)

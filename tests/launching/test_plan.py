@@ -47,7 +47,7 @@ def test_the_number_of_processes(
     have_gpus(gpus, monkeypatch)
     plan = make_plan(LaunchSection(**launch))
     assert (plan.processes, plan.why) == (processes, why)
-    assert plan.here == processes // launch.get("num_machines", 1)
+    assert plan.local_processes == processes // launch.get("num_machines", 1)
 
 
 def test_accelerates_configuration_is_respected(
@@ -58,7 +58,7 @@ def test_accelerates_configuration_is_respected(
     values = GPUS | place | {"num_processes": 4, "main_process_port": 29511, "gpu_ids": "0,3"}
     configured.write_text(yaml.safe_dump(values))
     plan = make_plan(LaunchSection())
-    assert (plan.processes, plan.machines, plan.rank, plan.here) == (4, 2, 1, 2)
+    assert (plan.processes, plan.machines, plan.rank, plan.local_processes) == (4, 2, 1, 2)
     assert (plan.ip, plan.port, plan.gpu_ids, plan.why) == (
         "10.0.0.1",
         29511,

@@ -381,7 +381,7 @@ def record_a_part(group: Processes, folder: Path) -> None:
     part = slice(0, 5) if group.main else slice(5, 12)
     with torch.no_grad(), adapted.recorder() as recorder:
         adapted.model(**{name: value[part] for name, value in given.items()})
-        with processes.alike():  # counts once, and must not change what follows
+        with processes.same_work():  # counts once, and must not change what follows
             adapted.model(**{name: value[part] for name, value in batch(12).items()})
     record = recorder.record()
     torch.save(record.sums.arrays, folder / f"{group.rank}.pt")

@@ -14,7 +14,7 @@ from moc_cli.models.lean import keep_less
 from moc_cli.nn import lean
 from moc_cli.nn.lean import gated_product, rms_norm
 from moc_cli.planning.fake_device import META, FakeDevice
-from moc_cli.planning.live_memory import LiveMemory, Now
+from moc_cli.planning.live_memory import LiveMemory, PhasePart
 
 
 def frozen(family: str, **changes: Any) -> nn.Module:
@@ -91,7 +91,7 @@ def test_a_backward_pass_makes_no_tensor_of_the_size_of_the_product(
     with META:
         gate, up = (torch.empty(64, 2**8, device=META, requires_grad=True) for _ in range(2))
         grad = torch.empty(64, 2**8, device=META)
-    with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
+    with FakeDevice(), LiveMemory("meta", lambda: PhasePart("all", "all")) as memory:
         torch.autograd.grad(gated_product(gate, up, nn.SiLU()), (gate, up), grad)
     size = 64 * 2**8 * 4
     assert 4 * size < memory.peak < 4.3 * size, "gate, up, the product, its gradient, and parts"
@@ -119,7 +119,7 @@ def test_a_training_step_takes_less() -> None:
         if wanted:
             keep_less(model)
         states = torch.empty(8, 64, model.config.hidden_size, dtype=torch.bfloat16, device=META)
-        with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
+        with FakeDevice(), LiveMemory("meta", lambda: PhasePart("all", "all")) as memory:
             states.requires_grad_()
             model.base_model(inputs_embeds=states).last_hidden_state.sum().backward()
         peaks.append(memory.peak)

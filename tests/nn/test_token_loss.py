@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moc_cli.nn.token_loss import summed_loss, token_log_probs
-from moc_cli.planning.live_memory import LiveMemory, Now
+from moc_cli.planning.live_memory import LiveMemory, PhasePart
 
 WIDTH, WORDS = 8, 50
 
@@ -95,6 +95,6 @@ def test_two_tensors_of_logits_live_at_a_time() -> None:
     """The logits and their log-probabilities, which become the gradient in place."""
     states = torch.randn(8, 4, requires_grad=True)
     head = nn.Linear(4, 4096, bias=False).requires_grad_(False)
-    with LiveMemory("cpu", lambda: Now("all", "all")) as memory:
+    with LiveMemory("cpu", lambda: PhasePart("all", "all")) as memory:
         summed_loss(states, torch.arange(8), torch.arange(8), head, rows=8)
     assert memory.peak - head.weight.nbytes < 2.2 * 8 * 4096 * 4

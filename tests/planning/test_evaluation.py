@@ -15,7 +15,7 @@ from moc_cli.models.tokens import max_positions
 from moc_cli.planning.batches import Rows
 from moc_cli.planning.evaluation import Scoring, score, scoring_of
 from moc_cli.planning.fake_device import META, FakeDevice
-from moc_cli.planning.live_memory import LiveMemory, Now
+from moc_cli.planning.live_memory import LiveMemory, PhasePart
 from moc_cli.planning.plans import Planner
 from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.methods import MocMethod
@@ -32,7 +32,7 @@ def shapes() -> PreTrainedModel:
 
 
 def peak(device: str, work: Any) -> int:
-    with LiveMemory(device, lambda: Now("all", "all")) as memory:
+    with LiveMemory(device, lambda: PhasePart("all", "all")) as memory:
         work()
     return memory.peak
 
@@ -79,6 +79,6 @@ def test_a_larger_evaluation_is_planned_as_larger() -> None:
     sizes = []
     for change in ("per_device_eval_batch_size=1", "per_device_eval_batch_size=64"):
         own = load_recipe("quickstart", ["method=control", f"eval.{change}"])
-        plan = Planner(None, Rows(None)).plan(own, whole=True)
+        plan = Planner(None, Rows(None)).plan(own, all_layers=True)
         sizes.append(plan.parts["evaluation"])
     assert 20 * sizes[0] < sizes[1] < 80 * sizes[0]

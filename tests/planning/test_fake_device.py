@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moc_cli.kinds.loss import LanguageLoss
 from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META, FakeDevice
-from moc_cli.planning.live_memory import LiveMemory, Now, highest
+from moc_cli.planning.live_memory import LiveMemory, PhasePart, highest
 from moc_cli.planning.replay import STEPS, Phases, StepMeasurement, counted, make_loop, replay
 from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Settings
@@ -79,7 +79,7 @@ def test_planned_bytes_are_those_of_a_real_step(method: str, mode: str) -> None:
     for network in (shapes, model):
         recompute_layers(network, mode)
     adapted = attach(shapes, METHODS[method])
-    planned = replay(adapted, batch(), LanguageLoss, Settings(), like="cpu")
+    planned = replay(adapted, batch(), LanguageLoss, Settings(), device_type="cpu")
     loop = make_loop(attach(model, METHODS[method]), batch(), LanguageLoss, Settings(), cpu)
     with counted(loop, Phases(loop), cpu) as memory:
         for _ in range(STEPS):
@@ -96,7 +96,7 @@ def test_attention_keeps_no_scores(masked: bool) -> None:
     """Twice as long rows take twice the memory, beside the mask, as flash attention does."""
     peaks = []
     for tokens in (512, 1024):
-        with FakeDevice(), LiveMemory("meta", lambda: Now("all", "all")) as memory:
+        with FakeDevice(), LiveMemory("meta", lambda: PhasePart("all", "all")) as memory:
             mask = (
                 torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=META) if masked else None
             )
@@ -132,7 +132,7 @@ def test_values_are_answered_and_counted() -> None:
         assert tensor[tensor > 0].shape == (6,)
         torch.tensor([1], device=META)
         torch.zeros(2).to(META, non_blocking=True)
-    assert sorted(sync.what for sync in fake.syncs.elements()) == [
+    assert sorted(sync.operation for sync in fake.syncs.elements()) == [
         "_local_scalar_dense",
         "_local_scalar_dense",
         "copy",
@@ -149,7 +149,7 @@ def test_tensors_of_the_host_are_refused() -> None:
 
 
 def test_memory_counts_each_storage_once_until_it_is_free() -> None:
-    with LiveMemory("cpu", lambda: Now("all", "x")) as memory:
+    with LiveMemory("cpu", lambda: PhasePart("all", "x")) as memory:
         first = torch.zeros(256)  # 1 KiB
         view = first[:4]
         second = torch.zeros(100)  # a block of 512

@@ -30,7 +30,7 @@ def recipe(mode: str) -> Recipe:
 def needed() -> dict[str, int]:
     """Bytes beside the context that each way of recomputation needs."""
     planner = Planner(None, Rows(None))
-    plans = [planner.plan(recipe(mode), whole=True) for mode in ("none", "full")]
+    plans = [planner.plan(recipe(mode), all_layers=True) for mode in ("none", "full")]
     return {p.activation_checkpointing: p.peak_bytes - CONTEXT for p in plans}
 
 

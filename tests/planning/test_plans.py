@@ -68,7 +68,7 @@ def recipe(folder: Path) -> MakeRecipe:
 def test_few_layers_tell_of_many(method: str, mode: str, recipe: MakeRecipe) -> None:
     own = recipe(f"method={method}", f"train.activation_checkpointing={mode}")
     work, card = Work(full_batch(8, 64, Choice()), Choice(), None, 64), CARDS["A100-80GB"]
-    whole, few = (footprint(own, work, card, whole=whole) for whole in (True, False))
+    whole, few = (footprint(own, work, card, all_layers=whole) for whole in (True, False))
     assert sum(few.parts.values()) == pytest.approx(sum(whole.parts.values()), rel=0.005)
     assert few.parts["weights"] == pytest.approx(whole.parts["weights"], rel=0.001)
     assert few.seconds == pytest.approx(whole.seconds, rel=0.01)

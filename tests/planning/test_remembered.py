@@ -37,11 +37,11 @@ MAKERS = [
 def test_the_second_answer_is_the_first_in_memory_of_its_own(
     func: Any, args: tuple, kwargs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "MADE", {})
+    monkeypatch.setattr(remembered, "LAYOUTS", {})
     expected = facts(func(*args, **kwargs))
     first, second = (remembered.call(func, args, kwargs) for _ in range(2))
     assert facts(first) == facts(second) == expected
-    assert all(remembered.MADE.values())
+    assert all(remembered.LAYOUTS.values())
     pairs = [(first, second)] if isinstance(first, Tensor) else zip(first, second, strict=True)
     for one, other in pairs:
         assert one.untyped_storage()._cdata != other.untyped_storage()._cdata

@@ -185,7 +185,7 @@ def run(bar: progress.TrainProgress, steps: int) -> None:
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture) -> None:
-    run(progress.TrainProgress(25, every=10, memory_kind="peak resident"), 25)
+    run(progress.TrainProgress(25, interval=10, memory_kind="peak resident"), 25)
     captured = capsys.readouterr()
     assert captured.out == ""
     told = captured.err.splitlines()
@@ -197,7 +197,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFi
 
 def test_progress_after_a_resume_counts_only_what_it_saw(capsys: pytest.CaptureFixture) -> None:
     """The run so far may have been on another machine."""
-    bar = progress.TrainProgress(100, every=1)
+    bar = progress.TrainProgress(100, interval=1)
     with bar:
         for step, seconds in ((50, 900.0), (51, 901.0)):
             bar.observe_step(Step(step, 1.0, examples=8 * step, tokens=step, seconds=seconds))
@@ -208,7 +208,7 @@ def test_progress_after_a_resume_counts_only_what_it_saw(capsys: pytest.CaptureF
 
 
 def test_silent_progress_says_nothing(capsys: pytest.CaptureFixture) -> None:
-    run(progress.TrainProgress(5, silent=True, every=1), 5)
+    run(progress.TrainProgress(5, silent=True, interval=1), 5)
     with progress.WorkProgress("score", 10, silent=True) as work:
         work.observe(10, 10)
     assert capsys.readouterr() == ("", "")

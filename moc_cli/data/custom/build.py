@@ -22,22 +22,26 @@ _CHAT = {"messages": "messages", "system": "system"}
 BuildExample = Callable[[Fields, Place], Example]
 
 
-def example_builder(data: DataSection, found: Columns, labels: list[Label] | None) -> BuildExample:
+def example_builder(
+    data: DataSection, columns: Columns, labels: list[Label] | None
+) -> BuildExample:
     """Return a function from a row and its place to an example.
 
-    `found` names the format and the column of each key that it reads. The function raises BadRow
+    `columns` names the format and the column of each key that it reads. The function raises BadRow
     or NothingToLearn. Raises DataError where `data.template` cannot be used.
     """
-    task, columns = data.tasks[0], found.column_of
-    template = read_frame(data.template) if found.framed else ""
+    task, column_of = data.tasks[0], columns.column_of
+    template = read_frame(data.template) if columns.framed else ""
     classes = Classes(labels or [])
 
     def instruction(fields: Fields, place: Place) -> Example:
-        request = _filled(fields, columns["instruction"], "an empty instruction")
-        context = text_or_empty(fields, columns["input"]) if "input" in columns else ""
-        output = _filled(fields, columns["output"], "an empty output")
-        system = text_or_empty(fields, columns["system"]) if columns.get("system") in fields else ""
-        history = _history(fields, columns)
+        request = _filled(fields, column_of["instruction"], "an empty instruction")
+        context = text_or_empty(fields, column_of["input"]) if "input" in column_of else ""
+        output = _filled(fields, column_of["output"], "an empty output")
+        system = (
+            text_or_empty(fields, column_of["system"]) if column_of.get("system") in fields else ""
+        )
+        history = _history(fields, column_of)
         if template == "chat":
             turns = _turns(request, context, output, history)
             row = {"messages": turns, "system": system}
@@ -46,20 +50,20 @@ def example_builder(data: DataSection, found: Columns, labels: list[Label] | Non
         return InstructionExample(task, prompt, output, place)
 
     def chat(fields: Fields, place: Place) -> Example:
-        return read_chat(fields, columns, task, place, merge_system=data.merge_system)
+        return read_chat(fields, column_of, task, place, merge_system=data.merge_system)
 
     def text(fields: Fields, place: Place) -> Example:
-        return TextExample(task, _filled(fields, columns["text"], "an empty text"))
+        return TextExample(task, _filled(fields, column_of["text"], "an empty text"))
 
     def pair(fields: Fields, place: Place) -> Example:
-        first = _filled(fields, columns["text"], "an empty text")
-        second = text_or_empty(fields, columns["text_pair"]) if "text_pair" in columns else None
-        number = classes.number if found.classes else number_label
-        return PairExample(task, first, second, number(fields, columns["label"]))
+        first = _filled(fields, column_of["text"], "an empty text")
+        second = text_or_empty(fields, column_of["text_pair"]) if "text_pair" in column_of else None
+        number = classes.number if columns.classes else number_label
+        return PairExample(task, first, second, number(fields, column_of["label"]))
 
     builders: dict[Format, BuildExample] = {"instruction": instruction, "chat": chat, "text": text}
     builders |= {"classification": pair, "regression": pair}
-    return builders[found.format]
+    return builders[columns.format]
 
 
 def _turns(
@@ -67,8 +71,8 @@ def _turns(
 ) -> list[dict[str, Any]]:
     """Return an instruction row as messages, of which only the last is learned."""
     turns: list[dict[str, Any]] = []
-    for asked, answer in history:
-        turns.append({"role": "user", "content": asked})
+    for earlier_question, answer in history:
+        turns.append({"role": "user", "content": earlier_question})
         turns.append({"role": "assistant", "content": answer, "weight": 0})
     question = f"{request}\n\n{context}" if context.strip() else request
     turns.append({"role": "user", "content": question})
@@ -81,7 +85,10 @@ def _history(fields: Fields, columns: Mapping[str, str]) -> list[tuple[str, str]
     pairs = value if isinstance(value, list) else [value]
     if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         raise BadRow(f"'history' is {shown(value)}, not a list of [question, answer]")
-    return [(check_utf8(asked, "history"), check_utf8(said, "history")) for asked, said in pairs]
+    return [
+        (check_utf8(question, "history"), check_utf8(answer, "history"))
+        for question, answer in pairs
+    ]
 
 
 def _filled(fields: Fields, column: str, reason: str) -> str:

@@ -59,15 +59,17 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> 
     """
     if template is None:
         return
-    text, own = read_template(template), tokenizer.chat_template
+    text, tokenizer_template = read_template(template), tokenizer.chat_template
     if "{" not in text:
-        if not isinstance(own, dict) or text not in own:
-            names = ", ".join(["chatml", *(own if isinstance(own, dict) else ())])
+        if not isinstance(tokenizer_template, dict) or text not in tokenizer_template:
+            names = ", ".join(
+                ["chatml", *(tokenizer_template if isinstance(tokenizer_template, dict) else ())]
+            )
             raise DataError(
                 f"data.chat_template: no file {template}, and no template of this name",
                 f"give a file or one of: {names}",
             )
-        text = own[text]
+        text = tokenizer_template[text]
     tokenizer.chat_template = text
 
 
@@ -226,8 +228,8 @@ class Conversation:
         if turn["content"].strip():
             return False
         empty = {"role": turn["role"], "content": ""}
-        before = self.turns[:index]
-        return self._write([*before, turn]) == self._write([*before, empty])
+        earlier_turns = self.turns[:index]
+        return self._write([*earlier_turns, turn]) == self._write([*earlier_turns, empty])
 
     def _learned_spans(self) -> list[tuple[int, int]]:
         """Return the characters of each answer; of the last alone where others are rewritten."""
@@ -243,12 +245,12 @@ class Conversation:
     def _span(self, index: int) -> tuple[int, int] | None:
         until = self._write(self.turns[: index + 1])
         if index:
-            before = self._write(self.turns[:index], add_generation_prompt=True)
+            prefix = self._write(self.turns[:index], add_generation_prompt=True)
         else:  # no template takes an empty conversation: its header is what two answers share
-            others = [turn | {"content": text} for turn in self.turns[:1] for text in ("a", "b")]
-            before = os.path.commonprefix([self._write([other]) for other in others])
-        if self.text.startswith(until) and until.startswith(before):
-            return len(before), len(until)
+            variants = [turn | {"content": text} for turn in self.turns[:1] for text in ("a", "b")]
+            prefix = os.path.commonprefix([self._write([variant]) for variant in variants])
+        if self.text.startswith(until) and until.startswith(prefix):
+            return len(prefix), len(until)
         return None
 
     def _write(self, turns: Sequence[Turn], **options: Any) -> str:

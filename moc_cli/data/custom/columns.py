@@ -54,10 +54,10 @@ def find_columns(data: DataSection, train: Table) -> Columns:
     """
     columns = train.columns
     hint = f"its columns: {', '.join(columns)}"
-    given = {key: name for key, name in data.columns if name is not None}
+    recipe_columns = {key: name for key, name in data.columns if name is not None}
     absent = [
         f"data.columns.{key}: {train.name} has no column {name!r}{did_you_mean(name, columns)}"
-        for key, name in given.items()
+        for key, name in recipe_columns.items()
         if name not in columns
     ]
     if absent:
@@ -67,7 +67,7 @@ def find_columns(data: DataSection, train: Table) -> Columns:
         for key, names in COLUMNS.items()
         if not set(names).isdisjoint(columns)
     }
-    column_of = usual | given
+    column_of = usual | recipe_columns
     _refuse_other_rows(train, column_of)
     format_, why = data.format, "as data.format says"
     if format_ is None:
@@ -81,11 +81,11 @@ def find_columns(data: DataSection, train: Table) -> Columns:
     if missing:
         raise DataError(f"{train.name}: format '{format_}' needs {'; '.join(missing)}", hint)
     read = {key: column_of[key] for key in keys if key in column_of}
-    taken = set(read.values())
+    read_columns = set(read.values())
     read |= {
         key: next(name for name in names if name in columns)
         for key, names in EXTRA_COLUMNS.get(format_, {}).items()
-        if not set(names).isdisjoint(set(columns) - taken)
+        if not set(names).isdisjoint(set(columns) - read_columns)
     }
     return Columns(format_, why, read, [name for name in columns if name not in read.values()])
 
@@ -107,8 +107,11 @@ def _find_format(
             return "classification", "the dataset names its classes"
         return _format_of_labels(column_of["label"], train)
     other_half = {"output": "instruction", "instruction": "output"}
-    wanted = [other_half[key] for key in other_half if key in column_of] or ["text", "messages"]
-    questions = [_nearest_column(key, train) for key in wanted]
+    needed_keys = [other_half[key] for key in other_half if key in column_of] or [
+        "text",
+        "messages",
+    ]
+    questions = [_nearest_column(key, train) for key in needed_keys]
     question = next(filter(None, questions), "")
     columns = ", ".join(map(repr, train.columns)) or "none"
     nested = [repr(name) for name in train.columns if _holds(train, name, list | dict)]
@@ -152,15 +155,15 @@ def label_question(columns: Columns, train: Table) -> list[str]:
     """Return a note on columns of plain texts whose few values may be classes; none of others."""
     if columns.format != "text" or columns.why != BY_COLUMNS:
         return []
-    few = []
+    few_valued = []
     for name in columns.not_read:
         values = [fields.get(name) for _, fields in train.readable()]
         labels = [str(value) for value in values if not is_missing(value)]
         if 2 <= len(set(labels)) <= min(MANY, len(labels) // 2):
-            few.append(name)
-    if not few:
+            few_valued.append(name)
+    if not few_valued:
         return []
-    names = ", ".join(map(repr, few))
+    names = ", ".join(map(repr, few_valued))
     return [f"to learn classes instead of the texts: --set data.columns.label=NAME, of {names}"]
 
 

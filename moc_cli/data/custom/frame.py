@@ -100,7 +100,8 @@ def frame_hash(template: str) -> str:
 
 def _alpaca(instruction: str, context: str, system: str, history: Sequence[tuple[str, str]]) -> str:
     earlier = "".join(
-        f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in history
+        f"### Instruction:\n{question}\n\n### Response:\n{answer}\n\n"
+        for question, answer in history
     )
     middle = f"### Input:\n{context}\n\n" if context.strip() else ""
     start = f"{system or HEADER}\n\n{earlier}"

@@ -87,9 +87,9 @@ class Classes:
         if label in self._numbers:
             return self._numbers[label]
         if isinstance(label, str) and self._numeric:
-            whole = _CANONICAL.fullmatch(label)
-            if whole and int(whole.group(1)) in self._numbers:
-                return self._numbers[int(whole.group(1))]
+            number_match = _CANONICAL.fullmatch(label)
+            if number_match and int(number_match.group(1)) in self._numbers:
+                return self._numbers[int(number_match.group(1))]
             if _is_missing_word(label):
                 raise BadRow(
                     f"'{column}' is {shown(label)}, a missing value: a row needs its label"
@@ -119,17 +119,19 @@ def find_labels(train: Table, column: str) -> dict[Label, Place]:
             continue  # named when the example is built
         booleans.setdefault(isinstance(fields[column], bool), (fields[column], place))
     if len(booleans) > 1:
-        seen = [f"{shown(value)} ({unit} {n})" for value, (_, unit, n) in booleans.values()]
-        raise DataError(f"{train.name}: '{column}' holds booleans and others: {' and '.join(seen)}")
+        examples = [f"{shown(value)} ({unit} {n})" for value, (_, unit, n) in booleans.values()]
+        raise DataError(
+            f"{train.name}: '{column}' holds booleans and others: {' and '.join(examples)}"
+        )
     if not train.typed:
-        whole = {
+        number_matches = {
             text: _CANONICAL.fullmatch(str(text))
             for text in first_rows
             if not _is_missing_word(text)
         }
-        if whole and all(whole.values()):
+        if number_matches and all(number_matches.values()):
             numbers: dict[Label, Place] = {}
-            for text, match in whole.items():
+            for text, match in number_matches.items():
                 assert match is not None
                 numbers.setdefault(int(match.group(1)), first_rows[text])
             first_rows = numbers
@@ -141,14 +143,14 @@ def check_labels(train: Table, column: str, first_rows: Mapping[Label, Place]) -
     """Raise DataError where classes are texts and numbers, or there is only one."""
     kinds = {type(label): (label, place) for label, place in first_rows.items()}
     if len(kinds) > 1:
-        seen = [f"{label!r} ({unit} {number})" for label, (_, unit, number) in kinds.values()]
+        examples = [f"{label!r} ({unit} {number})" for label, (_, unit, number) in kinds.values()]
         raise DataError(
-            f"{train.name}: '{column}' holds both texts and whole numbers: {' and '.join(seen)}"
+            f"{train.name}: '{column}' holds both texts and whole numbers: {' and '.join(examples)}"
         )
     if len(first_rows) == 1:
-        (only,) = first_rows
+        (sole_label,) = first_rows
         raise DataError(
-            f"{train.name}: '{column}' is {only!r} in every row; two classes are needed"
+            f"{train.name}: '{column}' is {sole_label!r} in every row; two classes are needed"
         )
 
 

@@ -111,52 +111,52 @@ def _example(
     return ChatExample(task, messages, place, record, unlearned)
 
 
-def _turn(item: Any, where: str) -> Turn:
+def _turn(item: Any, place: str) -> Turn:
     """Return a message with role, content and all that it holds beside them but null."""
     if not isinstance(item, dict):
-        raise BadRow(f"{where} is {shown(item)}, not an object with role and content")
+        raise BadRow(f"{place} is {shown(item)}, not an object with role and content")
     role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
     called = item.get("tool_calls")
     for key in (role_key, content_key):
         if key not in item and not (key == content_key and called):
-            raise BadRow(f"{where} has no '{key}'{did_you_mean(key, item)}")
+            raise BadRow(f"{place} has no '{key}'{did_you_mean(key, item)}")
     name = item[role_key]
     role = ALIASES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         allowed = (*ROLES, *ALIASES) if role_key == "from" else ROLES
-        raise BadRow(f"{where}.{role_key} is {shown(name)}; allowed: {', '.join(allowed)}")
-    content = _content(item.get(content_key), f"{where}.{content_key}")
+        raise BadRow(f"{place}.{role_key} is {shown(name)}; allowed: {', '.join(allowed)}")
+    content = _content(item.get(content_key), f"{place}.{content_key}")
     extra = {key: value for key, value in item.items() if value is not None}
     for key in (role_key, content_key):
         extra.pop(key, None)
     if name == "function_call" and (call := _parsed(content)):
         content, extra = "", extra | {"tool_calls": [{"type": "function", "function": call}]}
     if called:
-        extra["tool_calls"] = [_call(call, f"{where}.tool_calls") for call in called]
+        extra["tool_calls"] = [_call(call, f"{place}.tool_calls") for call in called]
     return {"role": role, "content": content} | extra
 
 
-def _content(value: Any, where: str) -> str:
+def _content(value: Any, place: str) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        return "".join(_part(part, where) for part in value)
+        return "".join(_part(part, place) for part in value)
     if not isinstance(value, str):
-        raise BadRow(f"{where} is {shown(value)}, not a text")
-    return check_utf8(value, where)
+        raise BadRow(f"{place} is {shown(value)}, not a text")
+    return check_utf8(value, place)
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, place: str) -> str:
     text = part.get("text") if isinstance(part, dict) else part
     if isinstance(part, dict) and part.get("type", "text") != "text":
-        raise BadRow(f"{where} has a part of type {shown(part['type'])}; only text is read")
-    return _content(text, where)
+        raise BadRow(f"{place} has a part of type {shown(part['type'])}; only text is read")
+    return _content(text, place)
 
 
-def _call(call: Any, where: str) -> Any:
+def _call(call: Any, place: str) -> Any:
     """Return a tool call with its arguments as an object, which templates want, not as its JSON."""
     if not isinstance(call, dict):
-        raise BadRow(f"{where} holds {shown(call)}, not an object")
+        raise BadRow(f"{place} holds {shown(call)}, not an object")
     function = call.get("function")
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         arguments = _parsed(function["arguments"])
@@ -195,11 +195,11 @@ def _is_learned(turn: Turn) -> bool:
 
 def _merged(turns: list[Turn]) -> list[Turn]:
     systems = [turn["content"] for turn in turns if turn["role"] in ("system", "developer")]
-    others = [dict(turn) for turn in turns if turn["role"] not in ("system", "developer")]
+    other_turns = [dict(turn) for turn in turns if turn["role"] not in ("system", "developer")]
     if not systems:
         return turns
-    first = next((turn for turn in others if turn["role"] == "user"), None)
+    first = next((turn for turn in other_turns if turn["role"] == "user"), None)
     if first is None:
-        return [{"role": "user", "content": "\n\n".join(systems)}, *others]
+        return [{"role": "user", "content": "\n\n".join(systems)}, *other_turns]
     first["content"] = "\n\n".join([*systems, first["content"]])
-    return others
+    return other_turns

@@ -32,8 +32,10 @@ def read_parts(data: DataSection) -> dict[str, Table]:
     if data.path is not None:
         place = _existing(data.path)
         if place is None:
-            what = f"data.path: no file or folder {data.path}, and it"
-            dataset = load_from_hub(what, "give a path, or go online", data.path, data.config_name)
+            message = f"data.path: no file or folder {data.path}, and it"
+            dataset = load_from_hub(
+                message, "give a path, or go online", data.path, data.config_name
+            )
             tables = _tables_of(dataset, data.path, data)
         elif any((place / name).is_file() for name in _SAVED):
             import datasets
@@ -63,8 +65,8 @@ def read_parts(data: DataSection) -> dict[str, Table]:
 
 def read_other(path: str, data: DataSection) -> dict[str, Table]:
     """Read the parts of another path, as `data` would be read from it."""
-    others = dict.fromkeys(PARTS)
-    return read_parts(data.model_copy(update={**others, "path": path}))
+    no_parts = dict.fromkeys(PARTS)
+    return read_parts(data.model_copy(update={**no_parts, "path": path}))
 
 
 def _existing(path: str, key: str = "data.path") -> Path | None:
@@ -125,9 +127,9 @@ def _find_parts(folder: Path, data: DataSection) -> dict[str, list[Path]]:
             f"no train file in {folder}; there is one in each of its folders {', '.join(below)}",
             f"choose one: --set data.config_name={below[0]}",
         )
-    there = ", ".join(file.name for file in lone[:_LISTED]) or "no file of rows"
+    held_files = ", ".join(file.name for file in lone[:_LISTED]) or "no file of rows"
     raise DataError(
-        f"no train file in {folder}; it holds {there}",
+        f"no train file in {folder}; it holds {held_files}",
         "name it train.csv, ..., or give data.train, data.validation and data.test",
     )
 
@@ -163,23 +165,27 @@ def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, lis
 
 def _check_shards(files: Sequence[Path]) -> None:
     """Raise DataError where shards of a set are absent: train-00000-of-00002 tells of two."""
-    there: dict[tuple[str, str, str], set[int]] = {}
+    shards: dict[tuple[str, str, str], set[int]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file.name):
             stem, number, count, suffix = match.groups()
-            there.setdefault((stem, count, suffix), set()).add(int(number))
-    for (stem, count, suffix), numbers in there.items():
+            shards.setdefault((stem, count, suffix), set()).add(int(number))
+    for (stem, count, suffix), numbers in shards.items():
         absent = sorted(set(range(int(count))) - numbers) if len(count) < 7 else []
         if absent:
             name = f"{stem}-{absent[0]:0{len(count)}}-of-{count}{suffix}"
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise DataError(f"{files[0].parent}: {name}{more} of {int(count)} shards is missing")
+            and_more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise DataError(
+                f"{files[0].parent}: {name}{and_more} of {int(count)} shards is missing"
+            )
 
 
 def _part_names(data: DataSection) -> dict[str, tuple[str, ...]]:
     """Return the names of each part; a name that the recipe gives takes the place of the usual."""
-    given = {part: getattr(data.splits, part) for part in PARTS}
-    return {part: (given[part].lower(),) if given[part] else PARTS[part] for part in PARTS}
+    recipe_names = {part: getattr(data.splits, part) for part in PARTS}
+    return {
+        part: (recipe_names[part].lower(),) if recipe_names[part] else PARTS[part] for part in PARTS
+    }
 
 
 def _part_of(name: str, names: Mapping[str, Sequence[str]]) -> str | None:
@@ -205,17 +211,17 @@ def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
     if not isinstance(dataset, dict):
         return {"train": table_of_dataset(name, dataset)}
     for part in PARTS:
-        wanted = getattr(data.splits, part)
-        if wanted is not None and wanted not in dataset:
-            near = did_you_mean(wanted, dataset)
+        split_name = getattr(data.splits, part)
+        if split_name is not None and split_name not in dataset:
+            near = did_you_mean(split_name, dataset)
             raise DataError(
-                f"data.splits.{part}: {name} has no split {wanted!r}{near}",
+                f"data.splits.{part}: {name} has no split {split_name!r}{near}",
                 f"its splits: {', '.join(dataset)}",
             )
     tables: dict[str, Table] = {}
     for part, names in PARTS.items():
-        wanted = getattr(data.splits, part)
-        split = wanted or next((split for split in names if split in dataset), None)
+        split_name = getattr(data.splits, part)
+        split = split_name or next((split for split in names if split in dataset), None)
         if split is not None:
             tables[part] = table_of_dataset(f"{name}, split {split}", dataset[split])
     if "train" not in tables and data.train is None:

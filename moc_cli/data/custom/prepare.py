@@ -69,5 +69,5 @@ def _joined(fields: Fields) -> Fields:
     prompt: list[Any] = [
         turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in fields["prompt"]
     ]
-    others = {name: value for name, value in fields.items() if name not in _TURNS}
-    return {"messages": prompt + fields["completion"]} | others
+    other_fields = {name: value for name, value in fields.items() if name not in _TURNS}
+    return {"messages": prompt + fields["completion"]} | other_fields

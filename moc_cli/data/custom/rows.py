@@ -139,11 +139,11 @@ def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
     return _turns(examples, data)
 
 
-def same_place(path: str, other: str | None) -> bool:
+def same_place(path: str, other_path: str | None) -> bool:
     """Return whether two paths name one file or folder, however they are written."""
-    places = [Path(name).expanduser() for name in (path, other) if name is not None]
-    both = len(places) == 2 and all(place.exists() for place in places)
-    return path == other or (both and places[0].samefile(places[1]))
+    places = [Path(name).expanduser() for name in (path, other_path) if name is not None]
+    both_exist = len(places) == 2 and all(place.exists() for place in places)
+    return path == other_path or (both_exist and places[0].samefile(places[1]))
 
 
 def _build_examples(

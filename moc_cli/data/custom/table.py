@@ -100,10 +100,10 @@ def read_table(file: Path, quoting: Quoting | None = None) -> Table:
 
 def joined(tables: Sequence[Table]) -> Table:
     """Return the rows of several files as one table, in their order."""
-    first, *others = tables
-    if not others:
+    first, *other_tables = tables
+    if not other_tables:
         return first
-    table = Table(f"{first.name} and {len(others)} more", all(part.typed for part in tables))
+    table = Table(f"{first.name} and {len(other_tables)} more", all(part.typed for part in tables))
     for part in tables:
         table.rows += part.rows
         table.blank += part.blank
@@ -135,8 +135,8 @@ def _read_bytes(file: Path) -> bytes:
 def _read_json(file: Path, quoting: Quoting | None, lines: bool = False) -> Table:
     raw = _read_bytes(file)
     by_line = lines and not raw.lstrip().startswith(b"[")
-    whole = None if by_line else _whole_json(raw, file)
-    return _json_lines(raw, file) if whole is None else _json_rows(whole, file)
+    document = None if by_line else _whole_json(raw, file)
+    return _json_lines(raw, file) if document is None else _json_rows(document, file)
 
 
 def _whole_json(raw: bytes, file: Path) -> list[Any] | dict[str, Any] | None:
@@ -172,9 +172,9 @@ def _json_rows(value: list[Any] | dict[str, Any], file: Path) -> Table:
             "one row per line",
         )
     table = table_of(str(file), value[name])
-    others = [key for key in value if key != name]
-    rest = f"; not read: {', '.join(others)}" if others else ""
-    table.notes.append(f"{file}: its rows are under {name!r}{rest}")
+    other_keys = [key for key in value if key != name]
+    not_read = f"; not read: {', '.join(other_keys)}" if other_keys else ""
+    table.notes.append(f"{file}: its rows are under {name!r}{not_read}")
     return table
 
 

@@ -49,23 +49,26 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
 
 def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
     """The columns of the text and of the second one, in a benchmark's words or the recipe's."""
-    there = table.columns
+    available = table.columns
     if not data.custom:
-        wanted: list[tuple[str, ...]] = [(column,) for column in data.task.columns]
+        alternatives: list[tuple[str, ...]] = [(column,) for column in data.task.columns]
     else:
-        named = [data.columns.text, data.columns.text_pair]
+        recipe_names = [data.columns.text, data.columns.text_pair]
         usual = [COLUMNS["text"], COLUMNS["text_pair"]]
-        wanted = [(own,) if own else other for own, other in zip(named, usual, strict=True)]
-        if named[1] is None and not set(wanted[1]) & set(there):
-            wanted = wanted[:1]
-    chosen = [next((name for name in names if name in there), None) for names in wanted]
+        alternatives = [
+            (recipe_name,) if recipe_name else usual_names
+            for recipe_name, usual_names in zip(recipe_names, usual, strict=True)
+        ]
+        if recipe_names[1] is None and not set(alternatives[1]) & set(available):
+            alternatives = alternatives[:1]
+    chosen = [next((name for name in names if name in available), None) for names in alternatives]
     missing = [
-        f"a column {' or '.join(map(repr, names))}{did_you_mean(names[0], there)}"
-        for names, column in zip(wanted, chosen, strict=True)
+        f"a column {' or '.join(map(repr, names))}{did_you_mean(names[0], available)}"
+        for names, column in zip(alternatives, chosen, strict=True)
         if column is None
     ]
     if missing:
         raise DataError(
-            f"{table.name} lacks {' and '.join(missing)}", f"its columns: {', '.join(there)}"
+            f"{table.name} lacks {' and '.join(missing)}", f"its columns: {', '.join(available)}"
         )
     return tuple(column for column in chosen if column is not None)
