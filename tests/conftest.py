@@ -158,7 +158,7 @@ def new_objects() -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """`moc inspect-routing` writes its numbers alone; tests/inspection draws the pictures."""
-    monkeypatch.setattr("moc_cli.inspection.results.draw", lambda routing, folder: [])
+    monkeypatch.setattr("moc_cli.inspection.results.write_figures", lambda routing, folder: [])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ MARKERS = "osD^vP*"
 Entries = Mapping[str, Mapping[str, Any]]
 
 
-def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
+def draw_benchmark(results: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the pictures by their names, from what `moc bench --json` prints."""
     entries, key = results["methods"], varied(results["methods"])
     training = results["measured"] == "training"

@@ -10,7 +10,7 @@ from moc_cli.benchmark.generation import measure_generation
 from moc_cli.benchmark.machine import check_idle, choose_clock
 from moc_cli.benchmark.models import Bases
 from moc_cli.benchmark.steps import measure_steps
-from moc_cli.benchmark.summary import CONFIDENCE, summarize
+from moc_cli.benchmark.summary import CONFIDENCE, summarize_variants
 from moc_cli.benchmark.turns import BenchmarkOptions
 from moc_cli.benchmark.variants import Variant, with_bases
 from moc_cli.report.progress import WorkProgress
@@ -20,7 +20,7 @@ from moc_cli.training.environment import describe_machine
 from moc_cli.training.memory import ALLOCATED, COUNTED
 
 
-def run(
+def run_benchmark(
     recipe: str, variants: Sequence[Variant], options: BenchmarkOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure and return what `moc bench --json` prints; messages go to `say`.
@@ -45,7 +45,7 @@ def run(
             else:
                 measured = measure_generation(arms, bases, device, options, clock, bar)
     return {
-        "methods": summarize(measured, training=training),
+        "methods": summarize_variants(measured, training=training),
         "measured": "training" if training else "generation",
         "recipe": recipe,
         "model": first.model.model_name_or_path,

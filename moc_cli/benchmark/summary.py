@@ -17,7 +17,7 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
-def summarize(
+def summarize_variants(
     measured: Sequence[VariantMeasurement], *, training: bool
 ) -> dict[str, dict[str, Any]]:
     """Return an entry for each variant, by its name.

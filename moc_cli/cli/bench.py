@@ -90,8 +90,8 @@ def bench(
     place = Path(recipe).stem if Path(recipe).suffix else recipe.replace("/", "-")
     folder = output_dir or Path("runs") / "bench" / place
     check_folder(folder)
-    from moc_cli.benchmark.figure import PICTURES, draw
-    from moc_cli.benchmark.session import run
+    from moc_cli.benchmark.figure import PICTURES, draw_benchmark
+    from moc_cli.benchmark.session import run_benchmark
     from moc_cli.benchmark.turns import BenchmarkOptions, Lengths
     from moc_cli.report.benchmark_table import benchmark_table
     from moc_cli.report.output import print_json, print_table, say
@@ -104,8 +104,8 @@ def bench(
         own_rows=rows == "data",
         lengths=Lengths(prompt_tokens, new_tokens) if generate else None,
     )
-    results = run(recipe, variants, options, say)
-    pictures = draw(results)
+    results = run_benchmark(recipe, variants, options, say)
+    pictures = draw_benchmark(results)
     results["pictures"] = [folder / name for name in pictures]
     written = write_record(folder / RECORD, results, pictures)
     if json:

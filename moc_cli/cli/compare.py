@@ -41,7 +41,7 @@ def compare(
 
     Intervals are paired bootstraps over items. They need the items that `moc eval` writes.
     """
-    from moc_cli.comparison.compare import compare as compare_runs
+    from moc_cli.comparison.compare import compare_runs
     from moc_cli.comparison.curves import PICTURES, draw_curves
     from moc_cli.comparison.runs import read_runs
     from moc_cli.files import check_folder

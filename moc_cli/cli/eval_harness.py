@@ -25,7 +25,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
         run = RunFolder.open(options.run)
         recipe = _read_recipe(options, run)
     from moc_cli.evaluation import lm_eval_tasks
-    from moc_cli.evaluation.results_folder import check_output
+    from moc_cli.evaluation.results_folder import check_results_folder
     from moc_cli.evaluation.session import load_model
     from moc_cli.report.characters import printable
     from moc_cli.report.output import print_json, say
@@ -36,7 +36,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     else:
         home = model_home(options.model or "") / label
     folder = options.output_dir or home
-    check_output(folder, within=run.path if run and not options.output_dir else None)
+    check_results_folder(folder, within=run.path if run and not options.output_dir else None)
     tasks = lm_eval_tasks.load_tasks(options)
     model = load_model(options, recipe)
     written, by_model = lm_eval_tasks.run(options, tasks, model, folder)

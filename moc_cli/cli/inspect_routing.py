@@ -102,7 +102,7 @@ def inspect_routing(
     code = run_together(launch, context.obj, key="--num-processes ")
     if code is not None:
         raise typer.Exit(code)
-    from moc_cli.inspection.results import check_output, write_results
+    from moc_cli.inspection.results import check_routing_folder, write_results
     from moc_cli.inspection.session import InspectOptions, inspect
     from moc_cli.processes import current
     from moc_cli.report.output import out, print_json, print_table, say
@@ -123,7 +123,7 @@ def inspect_routing(
         device=device,
         base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
     )
-    check_output(folder)
+    check_routing_folder(folder)
     routing = inspect(options)
     if not current().main:
         return

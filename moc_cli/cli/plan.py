@@ -67,14 +67,14 @@ def plan(
     named = None if gpu is None else find_card(gpu)
     # Imported late: a mistake in the recipe is reported sooner.
     from moc_cli.planning.fit import card_here
-    from moc_cli.planning.session import run
+    from moc_cli.planning.session import plan_variants
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.plan_table import parts_table, plans_table, wire_table
     from moc_cli.report.progress import WorkProgress
 
     settings = [(variant.recipe, variant.changes) for variant in variants]
     with WorkProgress("settings", 0) as bar:
-        results = run(recipe, settings, named or card_here(), bar.observe)
+        results = plan_variants(recipe, settings, named or card_here(), bar.observe)
     if json:
         print_json(results)
         return

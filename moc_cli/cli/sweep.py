@@ -118,11 +118,11 @@ def _show(execution: "Execution", folder: Path, json: bool) -> None:
     """Write what is known of all finished runs, and print it."""
     from moc_cli.report.output import print_json, print_table, say
     from moc_cli.report.sweep_tables import sweep_tables
-    from moc_cli.sweep.figure import draw
-    from moc_cli.sweep.summary import summarize
+    from moc_cli.sweep.figure import draw_sweep
+    from moc_cli.sweep.summary import summarize_sweep
 
-    summary = summarize(execution.plan) | {"failed": execution.failed}
-    files = write_record(folder / SUMMARY, summary, draw(summary))
+    summary = summarize_sweep(execution.plan) | {"failed": execution.failed}
+    files = write_record(folder / SUMMARY, summary, draw_sweep(summary))
     if json:
         print_json(summary)
         return

@@ -48,7 +48,7 @@ class Comparison:
         }
 
 
-def compare(
+def compare_runs(
     runs: Sequence[Run],
     *,
     program: str = "moc",

@@ -28,7 +28,7 @@ SAMPLES = "samples.jsonl"
 OTHER = "give another folder: --output-dir DIR"
 
 
-def check_output(folder: Path, *, within: Path | None = None) -> None:
+def check_results_folder(folder: Path, *, within: Path | None = None) -> None:
     """Raise MocError unless scores can be written there and replace nothing but other scores.
 
     `within` is the run folder that `folder` lies in by its name.

@@ -25,7 +25,7 @@ from moc_cli.evaluation.base_scores import (
 )
 from moc_cli.evaluation.job import EvalJob, check_language_model, model_folder, model_job, run_job
 from moc_cli.evaluation.options import EvalOptions
-from moc_cli.evaluation.results_folder import ResultsFolder, check_output, prompt_hash
+from moc_cli.evaluation.results_folder import ResultsFolder, check_results_folder, prompt_hash
 from moc_cli.evaluation.same_rows import count_trained, find_changed
 from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
@@ -88,7 +88,7 @@ def _read_rows(
     """Read the rows, by the first process first; it also looks at the folder for the results."""
     with group.together(), group.main_first():
         if group.main:
-            check_output(folder, within=within)
+            check_results_folder(folder, within=within)
         return job.read_rows()
 
 

@@ -57,7 +57,7 @@ def export_run(options: ExportOptions, say: Say = lambda text: None) -> ExportRe
     """
     run, to, output, base = options.run, options.to, options.output_dir, options.base_options
     format = find_format(to)
-    check_output(output)
+    check_export_folder(output)
     if options.push_to_hub is not None:
         check_online()
     folder = RunFolder.open(run)
@@ -81,7 +81,7 @@ def export_run(options: ExportOptions, say: Say = lambda text: None) -> ExportRe
     return ExportResult(str(run), to, str(output), proof, written.notes, sizes, written.facts, url)
 
 
-def check_output(output: Path) -> None:
+def check_export_folder(output: Path) -> None:
     """Raise MocError unless the folder is new or empty."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise MocError(f"--output-dir {output} is not a folder")

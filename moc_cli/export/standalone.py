@@ -102,7 +102,7 @@ def write(
     """Write model, tokenizer and modeling file; `adapter` is the method's own description."""
     mixture = model.moc
     assert isinstance(mixture, Mixture)  # `check` refuses methods without one
-    settings = describe(mixture, adapter)
+    settings = describe_mixture(mixture, adapter)
     base, config = type(model), type(model.config)
     for class_ in (base, config):
         if getattr(transformers, class_.__name__, None) is not class_:
@@ -155,7 +155,7 @@ def modeling(base: str, config: str, model_type: str, head: ModelHead) -> str:
     return _HEAD.format(**names) + source + _CLASSES.format(**names)
 
 
-def describe(mixture: Mixture, adapter: dict[str, Any]) -> dict[str, Any]:
+def describe_mixture(mixture: Mixture, adapter: dict[str, Any]) -> dict[str, Any]:
     """Return what config.json says of the controls: their places and sizes, and the routing."""
     return {
         "placement": adapter["placement"],

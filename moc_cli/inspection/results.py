@@ -14,7 +14,7 @@ from moc_cli.run_files import RoutingJson, check_own
 RECORD, PAGE = "routing.json", "routing.html"
 
 
-def check_output(folder: Path) -> None:
+def check_routing_folder(folder: Path) -> None:
     """Raise FileError where `write_results` would replace or remove files of others."""
     pictures = [f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")]
     check_own(folder, RECORD, RoutingJson, [PAGE, *pictures], command="moc inspect-routing")
@@ -31,10 +31,10 @@ def write_results(routing: dict[str, Any], folder: Path) -> list[Path]:
         for key, value in to_plain(routing).items()
     ]
     write_text_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return [path, *draw(routing, folder)]
+    return [path, *write_figures(routing, folder)]
 
 
-def draw(routing: dict[str, Any], folder: Path) -> list[Path]:
+def write_figures(routing: dict[str, Any], folder: Path) -> list[Path]:
     """Write every figure that `routing` has data for, and routing.html; return their paths.
 
     Figures of an earlier inspection that this one has no data for are removed, as they would show

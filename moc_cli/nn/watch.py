@@ -81,9 +81,9 @@ def one_token_decides(decision: Decision) -> Tensor | None:
         rest = ballot.rows(lambda values: values.repeat_interleave(tokens, dim=0)) - single
         without = decide(rest, k, "renormalized").ids.view(voters, tokens, k)
     else:
-        others = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
-        ballots = [_poll(p, other, k, ballot.vote) for other in others]
-        without = torch.stack([decide(rest, k, "renormalized").ids for rest in ballots], dim=1)
+        masks = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
+        ballots = [_poll(p, voting, k, ballot.vote) for voting in masks]
+        without = torch.stack([decide(poll, k, "renormalized").ids for poll in ballots], dim=1)
     chosen = decision.route.ids.sort(dim=-1).values
     turned: Tensor = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
     return turned.flatten(1).any(dim=1) | (ballot.count[:, 0] <= 1)

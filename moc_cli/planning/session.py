@@ -14,7 +14,7 @@ from moc_cli.training import build
 PlanProgress = Callable[[int, int], None]  # settings done, settings in all
 
 
-def run(
+def plan_variants(
     name: str,
     variants: Sequence[tuple[Recipe, Sequence[str]]],
     card: Card | None,

@@ -43,7 +43,7 @@ def explain(error: ErrorDetails) -> Explanation:
     elif error["type"] in ("nul", "home"):
         message = f"found {show(value)}; {error['msg']}"
     else:
-        message = f"found {show(value)}; allowed: {describe(annotation)}"
+        message = f"found {show(value)}; allowed: {allowed_values(annotation)}"
         limits = error.get("ctx", {})
         if (limit := limits.get("le", limits.get("lt"))) in (LARGEST, HUGE):
             message += f", and at most {limit:.10g}"
@@ -72,7 +72,7 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def describe(annotation: Any) -> str:
+def allowed_values(annotation: Any) -> str:
     """Return what a field allows, for example "a whole number of at least 1, or null"."""
     field = FieldInfo.from_annotation(annotation)
     annotation = field.annotation
@@ -88,13 +88,13 @@ def describe(annotation: Any) -> str:
     if annotation == MethodConfig:
         return f"one of {', '.join(METHODS)}, or a section with a name"
     if get_origin(annotation) in _UNIONS:
-        return ", or ".join(map(describe, arguments))
+        return ", or ".join(map(allowed_values, arguments))
     if get_origin(annotation) is list:
         item, plural = arguments[0], {str: "texts", int: "whole numbers"}
         arms = [bare(arm) for arm in (get_args(item) if get_origin(item) in _UNIONS else [item])]
         if all(arm in plural for arm in arms):
             return f"a list of {' or '.join(plural[arm] for arm in arms)}"
-        return f"a list of {describe(item)}"
+        return f"a list of {allowed_values(item)}"
     if get_origin(annotation) is dict:
         return "a section with task names as keys"
     if issubclass(annotation, BaseModel):
@@ -173,7 +173,7 @@ def _missing(annotation: Any, enclosing: type[BaseModel] | None, path: Path) -> 
     section = section_of(annotation)
     if section is None:
         about = enclosing.model_fields[path[-1]].description if enclosing else ""
-        return f"missing, and it has no default ({about}); allowed: {describe(annotation)}"
+        return f"missing, and it has no default ({about}); allowed: {allowed_values(annotation)}"
     required = [name for name, field in section.model_fields.items() if field.is_required()]
     return f"missing section; it needs {', '.join(required)}"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 
-from moc_cli.recipe.messages import describe, section_of
+from moc_cli.recipe.messages import allowed_values, section_of
 from moc_cli.recipe.methods import METHODS
 from moc_cli.recipe.schema import RecipeFile
 
@@ -49,7 +49,7 @@ def _keys(section: type[BaseModel], path: tuple[str, ...], method: str) -> Itera
                 if field.is_required()
                 else json.dumps(field.get_default(call_default_factory=True))
             )
-            text = (default, describe(annotation), field.description or "")
+            text = (default, allowed_values(annotation), field.description or "")
             yield Key(".".join(key_path), method, _type(annotation), *text)
         for method_name, cls in sections.items():
             yield from _keys(cls, key_path, method_name)

@@ -98,7 +98,7 @@ def predict(options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows) -> 
         )
     names = list(model.base.get("id2label", {}).values())
     predictions = [
-        {**fields, **describe(item.scores, names)}
+        {**fields, **describe_prediction(item.scores, names)}
         for fields, item in zip(rows.fields, items, strict=True)
     ]
     facts: dict[str, Any] = {"run": str(options.run), "file": str(options.file)}
@@ -109,7 +109,7 @@ def predict(options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows) -> 
     return facts | {"output_file": str(options.output_file)}
 
 
-def describe(outputs: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
+def describe_prediction(outputs: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
     """Return the class with its probability and those of all classes, or a regression's value."""
     if len(outputs) == 1:
         return {"prediction": outputs[0]}

@@ -13,7 +13,7 @@ Summary = Mapping[str, Any]
 Point = tuple[float, float | None, float | None]  # the value, and its two ends
 
 
-def draw(summary: Summary) -> dict[str, bytes]:
+def draw_sweep(summary: Summary) -> dict[str, bytes]:
     """Return the pictures by their names, from what `moc sweep --json` prints; none without runs.
 
     With a reference: differences of means with intervals over items and seeds. Without: medians

@@ -34,7 +34,7 @@ class Column:
     runs: list[PlannedRun]
 
 
-def summarize(plan: SweepPlan) -> dict[str, Any]:
+def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
     """Return what sweep.json holds: every run, the scores of every cell, and the differences.
 
     A row is a combination of the groups that are not compared. Scores are main metrics, of the

@@ -92,18 +92,18 @@ def train_seeds(
             raise Interrupted(stop_number(stop), f"stopped at seed {run.seed}", hint) from None
         done.append(run)
         status = "finished" if len(done) == count else "running"
-        summary = on_main(partial(_summarize, home, done, status))
+        summary = on_main(partial(_write_summary, home, done, status))
     return summary
 
 
-def _summarize(home: Path, done: Sequence[Recipe], status: str) -> dict[str, Any]:
+def _write_summary(home: Path, done: Sequence[Recipe], status: str) -> dict[str, Any]:
     """Write seeds.json, and return what it holds."""
-    summary = {"status": status} | summarize(done)
+    summary = {"status": status} | summarize_seeds(done)
     write_json_atomic(home / SUMMARY, summary)
     return summary
 
 
-def summarize(seeds: Sequence[Recipe]) -> dict[str, Any]:
+def summarize_seeds(seeds: Sequence[Recipe]) -> dict[str, Any]:
     """Return every finished seed's scores, their mean and standard deviation, and the median run.
 
     Deviations are of a sample (n - 1), None for one seed. The median run is the middle one by the

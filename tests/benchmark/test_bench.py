@@ -14,7 +14,7 @@ from moc_cli.benchmark import machine, turns
 from moc_cli.benchmark.memory import StepMemory
 from moc_cli.benchmark.models import random_base, sharing_copy
 from moc_cli.benchmark.rows import make_rows
-from moc_cli.benchmark.summary import summarize
+from moc_cli.benchmark.summary import summarize_variants
 from moc_cli.benchmark.turns import Turn, VariantMeasurement
 from moc_cli.benchmark.variants import make_variants, with_bases
 from moc_cli.cli import run
@@ -39,7 +39,7 @@ def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no pictures, which take seconds."""
-    monkeypatch.setattr("moc_cli.benchmark.figure.draw", lambda results: {})
+    monkeypatch.setattr("moc_cli.benchmark.figure.draw_benchmark", lambda results: {})
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_a_ratio_is_of_the_same_turn() -> None:
             make_variants("quickstart", [], ["control", "moc"], []), (1, 2), strict=True
         )
     ]
-    entry = summarize(measured, training=True)["moc"]
+    entry = summarize_variants(measured, training=True)["moc"]
     assert entry["ratio_to_control"] == pytest.approx(2)
     assert entry["interval"]["ratio_to_control"] == pytest.approx([2, 2])
     assert entry["interval"]["step_seconds"][1] > entry["step_seconds"] == pytest.approx(0.2)

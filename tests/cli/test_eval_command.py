@@ -22,7 +22,7 @@ from moc_cli.errors import FileError, MocError
 from moc_cli.evaluation import session
 from moc_cli.evaluation.base_scores import BaseScore, find_score
 from moc_cli.evaluation.job import EvalJob
-from moc_cli.evaluation.results_folder import ResultsFolder, check_output, prompt_hash
+from moc_cli.evaluation.results_folder import ResultsFolder, check_results_folder, prompt_hash
 from moc_cli.kinds import Choice
 from moc_cli.load_run import LoadedModel
 from moc_cli.methods import bare
@@ -407,7 +407,7 @@ def test_two_calls_into_one_folder_keep_the_scores_of_both(tmp_path: Path) -> No
 
 def test_scores_replace_nothing_but_scores(tmp_path: Path) -> None:
     """Neither a run, nor the results of another program."""
-    check_output(tmp_path / "new")
+    check_results_folder(tmp_path / "new")
     foreign = {
         "recipe.yaml": "seed: 1",
         "results.json": '{"accuracy": 0.5}',
@@ -418,12 +418,12 @@ def test_scores_replace_nothing_but_scores(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / name).write_text(text)
         with refused(MocError):
-            check_output(folder)
+            check_results_folder(folder)
     scores = tmp_path / "scores"
     ResultsFolder(scores, {"protocol": "rank"}).add("boolq", ENTRY, [SAMPLE])
-    check_output(scores)
+    check_results_folder(scores)
     (scores / "results.json").unlink()  # stopped between the two files
-    check_output(scores)
+    check_results_folder(scores)
 
 
 def test_a_known_base_is_of_these_rows_and_metrics() -> None:

@@ -14,7 +14,7 @@ from support.messages import refused
 
 from moc_cli.adapter.folder import write_adapter
 from moc_cli.cli import run
-from moc_cli.comparison.compare import compare, method_name
+from moc_cli.comparison.compare import compare_runs, method_name
 from moc_cli.comparison.curves import draw_curves, smooth
 from moc_cli.comparison.pairs import BY_ITEM, pair
 from moc_cli.comparison.runs import Run, read_runs
@@ -160,7 +160,7 @@ def write_eval(
 
 def shown(runs: list[Run], width: int = 80, **how: Any) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    for table in comparison_tables(compare(runs, **how).to_json(), width=width):
+    for table in comparison_tables(compare_runs(runs, **how).to_json(), width=width):
         console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
@@ -171,7 +171,7 @@ def test_items_are_paired_and_the_difference_has_an_interval(make: Make) -> None
     first, second = make("a"), make("b", "method=control")
     write_eval(first, {"world": choice_items(RIGHT["a"])})
     write_eval(second, {"world": choice_items(RIGHT["b"])[::-1]})  # in another order
-    found = compare(read_runs([first, second]))
+    found = compare_runs(read_runs([first, second]))
     (one,) = found.differences
     assert (found.label, found.commands) == ("rank", [])
     assert (one.run, one.task, one.metric, one.items) == ("b", "world", "accuracy", 8)
@@ -190,7 +190,7 @@ def test_a_run_differs_from_its_copy_by_exactly_nothing(make: Make) -> None:
     first, second = make("a"), make("b")
     for folder in (first, second):
         write_eval(folder, {"world": choice_items(RIGHT["a"])})
-    found = compare(read_runs([first, second]))
+    found = compare_runs(read_runs([first, second]))
     assert [(one.value, one.low, one.high) for one in found.differences] == [(0, 0, 0)]
     assert found.notes == []
 
@@ -227,7 +227,7 @@ def test_metrics_of_classes_and_values_are_recomputed(make: Make) -> None:
             label="classify",
         )
     runs = read_runs(folders)
-    found = {(one.task, one.metric): one for one in compare(runs).differences}
+    found = {(one.task, one.metric): one for one in compare_runs(runs).differences}
     assert list(found) == [
         *[("mrpc", "accuracy"), ("mrpc", "f1"), ("stsb", "pearson"), ("stsb", "spearman")],
         ("average", ""),
@@ -260,7 +260,7 @@ def test_texts_are_paired_by_their_losses(make: Make) -> None:
             for row in range(9)
         ]
         write_eval(folder, {"notes": items}, {"notes": ["perplexity"]}, label="texts")
-    (one,) = compare(read_runs(folders)).differences
+    (one,) = compare_runs(read_runs(folders)).differences
     assert one.value == pytest.approx(np.exp(1.8) - np.exp(2.0))
     # Every text loses the same share, whichever are drawn.
     assert (one.low, one.high) == pytest.approx((one.value, one.value))
@@ -274,7 +274,7 @@ def test_what_does_not_pair_is_left_out_and_said(make: Make) -> None:
     other[5]["label"] = 0
     write_eval(first, {"world": choice_items(RIGHT["a"]), "only": choice_items([1, 0])})
     write_eval(second, {"world": other})
-    found = compare(read_runs([first, second]))
+    found = compare_runs(read_runs([first, second]))
     (one,) = found.differences
     assert one.items == 6
     assert one.value == pytest.approx((4 - 3) / 6)
@@ -300,7 +300,7 @@ def test_without_items_the_rest_is_shown_with_the_commands(make: Make, capsys) -
     assert "at the end of training" in shown.out
     assert f"moc eval {second} --limit 2" in shown.err
     assert f"moc eval {first}" not in shown.err
-    (one,) = compare(read_runs([first, second])).differences
+    (one,) = compare_runs(read_runs([first, second])).differences
     assert (one.value, one.low, one.items) == (0, None, 0)
 
 
@@ -310,11 +310,11 @@ def test_the_evaluation_with_the_most_items_is_taken_or_the_one_asked_for(make: 
         write_eval(folder, {"world": choice_items([1])}, label="rank-limit-1", limit=1)
         write_eval(folder, {"world": choice_items(RIGHT["a"])}, label="generate")
     runs = read_runs(folders)
-    assert compare(runs).label == "generate"
-    assert compare(runs, label="rank-limit-1").label == "rank-limit-1"
-    assert compare(runs, label="final").label == "final"
+    assert compare_runs(runs).label == "generate"
+    assert compare_runs(runs, label="rank-limit-1").label == "rank-limit-1"
+    assert compare_runs(runs, label="final").label == "final"
     with refused(RunError):
-        compare(runs, label="generat")
+        compare_runs(runs, label="generat")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_each_condition_that_differs_is_said(
     make: Make, overrides: list[str], changes: dict[str, Any], words: str
 ) -> None:
     base = ["data.train_on_inputs=false", "train.warmup_steps=0"]
-    found = compare(read_runs([make("a", *base), make("b", *base, *overrides, **changes)]))
+    found = compare_runs(read_runs([make("a", *base), make("b", *base, *overrides, **changes)]))
     assert any(words in note for note in found.notes), found.notes
     told = [note for note in found.notes if "No two runs have scores" not in note]
     assert len(told) == 1
@@ -372,7 +372,7 @@ def test_each_condition_of_a_scoring_that_differs_is_said(
         of_task = {key: value for key, value in given.items() if key in {*entry, "limited"}}
         results |= given | {"limit": given.get("limit", 9), "tasks": {"world": entry | of_task}}
         path.write_text(json.dumps(results))
-    (note,) = compare(read_runs(folders)).notes
+    (note,) = compare_runs(read_runs(folders)).notes
     assert words in note
 
 
@@ -380,7 +380,7 @@ def test_other_tasks_to_train_on_are_said(make: Make) -> None:
     runs = [
         make(task, f"data.tasks=[{task}]", recipe="glue/minilm/moc") for task in ("rte", "mrpc")
     ]
-    notes = compare(read_runs(runs)).notes
+    notes = compare_runs(read_runs(runs)).notes
     assert "Different tasks to train on: rte in rte; mrpc in mrpc." in notes
 
 
@@ -389,7 +389,7 @@ def test_scores_of_other_controls_or_of_changed_files_are_not_trusted(make: Make
     write_eval(first, {"world": choice_items(RIGHT["a"])}, controls_sha256="0" * 64)
     write_eval(second, {"world": choice_items(RIGHT["b"])})
     (second / "eval" / "rank" / "samples.jsonl").write_text("{}\n")
-    found = compare(read_runs([first, second]))
+    found = compare_runs(read_runs([first, second]))
     assert any("a holds other controls" in note for note in found.notes)
     assert any("does not match the hash in results.json" in r for r in found.notes)
     assert [one.low for one in found.differences] == [None]
@@ -411,9 +411,9 @@ def test_runs_that_cannot_be_compared(make: Make, tmp_path: Path) -> None:
     with refused(RunError):
         read_runs([first, tmp_path / "nowhere", tmp_path / "neither"])
     with refused(RunError):
-        compare(read_runs([first, second, glue]))
+        compare_runs(read_runs([first, second, glue]))
     with refused(RunError):
-        compare(read_runs([first, second]), tasks=["wrld"])
+        compare_runs(read_runs([first, second]), tasks=["wrld"])
 
 
 def test_unfinished_runs_are_shown_with_their_curves(make: Make, capsys, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from moc_cli.inspection.figure_parts import (
 )
 from moc_cli.inspection.figures import FIGURES, draw_figures, site_map
 from moc_cli.inspection.page import build_page
-from moc_cli.inspection.results import draw
+from moc_cli.inspection.results import write_figures
 from moc_cli.report.figure_style import DPI, FigureFrame, figure_style
 
 SHAPES = [(FEW, 1, 2), (64, 7, 8)]  # sites (the most whose names are ticks), top_k, tasks
@@ -108,9 +108,9 @@ def test_pictures_of_an_earlier_inspection_do_not_stay(
     monkeypatch.setattr(FigureFrame, "save", lambda frame, kind: b'<svg viewBox="0 0 1 1"/>')
     routing = routing_of(12, TASKS[:1])
     (tmp_path / "mine.png").write_bytes(b"kept")
-    draw(routing | {"ablation": ablated(routing)}, tmp_path)
+    write_figures(routing | {"ablation": ablated(routing)}, tmp_path)
     assert (tmp_path / "routing-ablation.png").is_file()
-    paths = draw(routing, tmp_path)
+    paths = write_figures(routing, tmp_path)
     assert set(tmp_path.iterdir()) == {*paths, tmp_path / "mine.png"}
     assert len(paths) == 3
 

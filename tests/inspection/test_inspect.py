@@ -80,7 +80,7 @@ def encoder(tmp_path_factory) -> Path:
 def undrawn(monkeypatch, request) -> None:
     """Pictures take seconds and have their own tests; one test here draws them."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("moc_cli.inspection.results.draw", lambda routing, folder: [])
+        monkeypatch.setattr("moc_cli.inspection.results.write_figures", lambda routing, folder: [])
 
 
 @pytest.fixture

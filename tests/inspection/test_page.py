@@ -14,7 +14,7 @@ from support.routing import NASTY, TASKS, full_routing, named, routing_of
 
 from moc_cli.inspection.figures import FIGURES, draw_figures
 from moc_cli.inspection.page import TOKENS, build_page
-from moc_cli.inspection.results import draw
+from moc_cli.inspection.results import write_figures
 from moc_cli.report.figure_style import DPI, FigureFrame, figure_style
 
 
@@ -76,7 +76,7 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
     """A routing with difficult names, and all files that are drawn from it."""
     routing = named(full_routing(4), NASTY + "$style <!-- ]]>")
     routing["warnings"] = [{"name": "one_token", "message": NASTY, "key": "</code>"}]
-    return routing, draw(routing, tmp_path_factory.mktemp("nasty"))
+    return routing, write_figures(routing, tmp_path_factory.mktemp("nasty"))
 
 
 def test_every_picture_is_written_and_readable(nasty) -> None:

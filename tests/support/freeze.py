@@ -256,8 +256,8 @@ def collect() -> dict[str, Any]:
     Pictures take seconds each and nothing of them is frozen: none is drawn.
     """
     torch.set_num_threads(1)
-    undrawn = mock.patch("moc_cli.inspection.results.draw", return_value=[])
-    plain = mock.patch("moc_cli.benchmark.figure.draw", return_value={})
+    undrawn = mock.patch("moc_cli.inspection.results.write_figures", return_value=[])
+    plain = mock.patch("moc_cli.benchmark.figure.draw_benchmark", return_value={})
     with (
         TemporaryDirectory() as folder,
         contextlib.chdir(folder),

@@ -13,7 +13,7 @@ from moc_cli.recipe.sweep import read_sweep
 from moc_cli.report.sweep_tables import sweep_tables
 from moc_cli.report.tables import FittedTable
 from moc_cli.sweep.plan import make_plan
-from moc_cli.sweep.summary import summarize
+from moc_cli.sweep.summary import summarize_sweep
 
 DOCUMENT = ROOT / "recipes" / "RESULTS.md"
 BLOCK = re.compile(r"(<!-- sweep: ([\w-]+) -->\n).*?(<!-- end of sweep -->\n)", re.S)
@@ -23,7 +23,7 @@ def tables(name: str) -> str:
     """Return the Markdown of a shipped sweep's results: conditions, then its tables."""
     plan = make_plan(read_sweep(name), [])
     plan.find_finished()
-    summary = summarize(plan)
+    summary = summarize_sweep(plan)
     return "\n".join(["", *_conditions(summary), *_markdown(summary)]) + "\n"
 
 

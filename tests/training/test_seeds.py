@@ -18,7 +18,7 @@ from moc_cli.results import main_score
 from moc_cli.runs import Call, RunFolder
 from moc_cli.training import seeds as module
 from moc_cli.training.interrupt import Interrupted
-from moc_cli.training.seeds import plan, summarize, train_seeds
+from moc_cli.training.seeds import plan, summarize_seeds, train_seeds
 
 
 def short(choices: list[str]) -> list[str]:
@@ -107,7 +107,7 @@ def test_a_head_is_drawn_by_seed_and_scored_for_each(tmp_path, pairs, capsys) ->
     ],
 )
 def test_the_median_is_a_run_that_there_is(tmp_path, values: list[float], median: int) -> None:
-    found = summarize(finished(tmp_path, values))
+    found = summarize_seeds(finished(tmp_path, values))
     assert found["median"]["seed"] == median
     assert found["median"]["path"] == str(tmp_path / f"seed-{median}")
     assert found["median"]["value"] == values[median] == sorted(values)[(len(values) - 1) // 2]
@@ -116,7 +116,7 @@ def test_the_median_is_a_run_that_there_is(tmp_path, values: list[float], median
 
 def test_mean_and_spread_are_of_a_sample(tmp_path) -> None:
     values = [0.80, 0.83, 0.81, 0.79, 0.90]
-    found = summarize(finished(tmp_path, values))["tasks"]["mrpc"]
+    found = summarize_seeds(finished(tmp_path, values))["tasks"]["mrpc"]
     assert found["accuracy"]["mean"] == pytest.approx(4.13 / 5)
     squares = sum((value - 4.13 / 5) ** 2 for value in values)
     assert found["accuracy"]["std"] == pytest.approx((squares / 4) ** 0.5)
@@ -127,7 +127,7 @@ def test_mean_and_spread_are_of_a_sample(tmp_path) -> None:
 
 
 def test_one_seed_has_no_spread_and_an_unscored_base_no_value(tmp_path) -> None:
-    found = summarize(finished(tmp_path, [0.5], before=None))
+    found = summarize_seeds(finished(tmp_path, [0.5], before=None))
     assert found["average"] == {"mean": 0.5, "std": None, "median": 0.5, "before": None}
 
 
@@ -139,7 +139,7 @@ def test_several_tasks_have_their_median_by_the_average(tmp_path) -> None:
             "piqa": {"metric": "accuracy", "value": b, "before": 0.3},
         }
         write_results(tmp_path, seed, tasks, (a + b) / 2)
-    found = summarize(plan(recipe, 3))
+    found = summarize_seeds(plan(recipe, 3))
     assert (found["median"]["seed"], found["median"]["by"]) == (2, "average")
     assert found["average"]["before"] == pytest.approx(0.4)
 
@@ -150,7 +150,7 @@ def test_of_perplexities_the_worse_are_the_higher(tmp_path) -> None:
         entry = {"metric": "perplexity", "value": value, "before": None}
         write_results(tmp_path, seed, {"notes": entry}, value)
     # Of two, the worse one: with accuracies the lower, here the higher.
-    assert summarize(plan(recipe, 2))["median"]["seed"] == 0
+    assert summarize_seeds(plan(recipe, 2))["median"]["seed"] == 0
 
 
 def test_a_stop_keeps_what_is_done_and_auto_goes_on(tmp_path, choices, capsys, monkeypatch) -> None:
