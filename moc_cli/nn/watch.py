@@ -83,7 +83,9 @@ def one_token_decides(decision: Decision) -> Tensor | None:
     else:
         masks = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
         ballots = [_poll(p, voting, k, ballot.vote) for voting in masks]
-        without = torch.stack([decide(poll, k, "renormalized").ids for poll in ballots], dim=1)
+        without = torch.stack(
+            [decide(remaining, k, "renormalized").ids for remaining in ballots], dim=1
+        )
     chosen = decision.route.ids.sort(dim=-1).values
     turned: Tensor = without.sort(dim=-1).values != chosen[:, None]  # (V, S, K)
     return turned.flatten(1).any(dim=1) | (ballot.count[:, 0] <= 1)

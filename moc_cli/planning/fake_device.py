@@ -57,7 +57,7 @@ class Kernel(NamedTuple):
 
 
 class FakeDevice(TorchDispatchMode):
-    """Within it models on the meta device run as on a device of the kind `device_type` (cuda or cpu).
+    """Within it models on the meta device run as on a device of type `device_type` (cuda or cpu).
 
     `syncs` counts where the host waits for the device, `kernels` what is started in each phase that
     `phase()` names, `work` the kernels by what each computes and moves. A number read by the host

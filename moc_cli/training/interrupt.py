@@ -18,9 +18,9 @@ NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoin
 class Interrupt:
     """The first SIGINT, SIGTERM or SIGHUP is remembered; a second SIGINT raises KeyboardInterrupt.
 
-    `signal` is the one to answer, the same in all processes. `signal_number` is the one that this process has
-    received; `agree`, or the training loop, shares it with the others. As a context manager it
-    installs its handlers and puts the old ones back.
+    `signal` is the one to answer, the same in all processes. `signal_number` is the one that this
+    process has received; `agree`, or the training loop, shares it with the others. As a context
+    manager it installs its handlers and puts the old ones back.
     """
 
     def __init__(self) -> None:
