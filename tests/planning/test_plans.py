@@ -136,7 +136,7 @@ def test_the_cheapest_that_fits_can_be_typed(recipe: MakeRecipe, planner: Planne
     assert changes == ["train.activation_checkpointing=full"]
     assert recipe(*changes).train.activation_checkpointing == "full"
     # It replays all layers, as test_fit.py does; few layers tell of many.
-    few: Any = SimpleNamespace(card=planner.card, plan=lambda own, whole: planner.plan(own))
+    few: Any = SimpleNamespace(card=planner.card, plan=lambda own, all_layers: planner.plan(own))
     auto = fitting_mode(recipe("train.activation_checkpointing=auto"), few)
     assert auto.train.activation_checkpointing == "full"
     planner.card = Card("none", 1)
