@@ -66,11 +66,11 @@ def cache_folder(part: str) -> Path | None:
 
     The environment variable MOC_CACHE names the folder, or is `off`.
     """
-    named = os.environ.get("MOC_CACHE", "")
-    if named == "off":
+    variable = os.environ.get("MOC_CACHE", "")
+    if variable == "off":
         return None
-    if named:
-        return Path(named).expanduser() / part
+    if variable:
+        return Path(variable).expanduser() / part
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "moc" / part
 

@@ -196,11 +196,11 @@ def _read_saved(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict
                 f"{folder.controls} holds another method than {folder.recipe_file} describes"
             )
         return adapter.config, read_state(adapter)
-    where = folder.checkpoint
-    check_bounds(where, recipe.method, saved_shapes(folder))
-    snapshot = checkpoint.read_checkpoint(where)
-    check_finite(snapshot.trainables, where)
-    step, files = snapshot.counters.step, checkpoint.read_state(where)["files"]
+    checkpoint_folder = folder.checkpoint
+    check_bounds(checkpoint_folder, recipe.method, saved_shapes(folder))
+    snapshot = checkpoint.read_checkpoint(checkpoint_folder)
+    check_finite(snapshot.trainables, checkpoint_folder)
+    step, files = snapshot.counters.step, checkpoint.read_state(checkpoint_folder)["files"]
     say(f"{folder.path}: the controls are those of a checkpoint, step {step:,}")
     return {
         "base_weights_sha256": snapshot.identity.get("weights"),

@@ -79,11 +79,11 @@ def _draw_lines(axes: Axes, entries: Entries, value: str, key: str) -> None:
                 _amount(method_entries[0], value), linestyle="--", color=colour, label=method
             )
             continue
-        where = [float(entry["changes"][0].partition("=")[2]) for entry in with_key]
+        positions = [float(entry["changes"][0].partition("=")[2]) for entry in with_key]
         amounts = [_amount(entry, value) for entry in with_key]
-        axes.plot(where, amounts, marker + "-", color=colour, label=method, markersize=4)
-        _draw_intervals(axes, with_key, where, value, colour)
-        axes.set_xticks(where, [f"{place:g}" for place in where])
+        axes.plot(positions, amounts, marker + "-", color=colour, label=method, markersize=4)
+        _draw_intervals(axes, with_key, positions, value, colour)
+        axes.set_xticks(positions, [f"{place:g}" for place in positions])
     axes.set_xlabel(key)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -147,13 +147,13 @@ def _read_recipe(path: Path, trust_remote_code: bool) -> "Recipe":
     recipe = RunFolder.open(path).read_recipe(trust_remote_code=trust_remote_code)
     name = recipe.method.name
     if name != "moc":
-        why = {
+        reason = {
             "control": "its controls are all local",
             "molex": "it routes between whole layers, not between controls",
         }.get(name, "it has no gate")
         raise MocError(
-            f"{path} was trained with method {name}: {why}, so there is no routing of controls to "
-            "inspect",
+            f"{path} was trained with method {name}: {reason}, so there is no routing of controls "
+            "to inspect",
             "give a run of method moc",
         )
     return recipe

@@ -64,7 +64,7 @@ def plan(
     set_ = [*(set_ or []), *launch_changes]
     variants = make_variants(recipe, set_, split_names(methods) or None, vary or [])
     check_trust(variants[0].recipe, recipe, granted=trust_remote_code)
-    named = None if gpu is None else find_card(gpu)
+    card = None if gpu is None else find_card(gpu)
     # Imported late: a mistake in the recipe is reported sooner.
     from moc_cli.planning.fit import card_here
     from moc_cli.planning.session import plan_variants
@@ -74,7 +74,7 @@ def plan(
 
     settings = [(variant.recipe, variant.changes) for variant in variants]
     with WorkProgress("settings", 0) as bar:
-        results = plan_variants(recipe, settings, named or card_here(), bar.observe)
+        results = plan_variants(recipe, settings, card or card_here(), bar.observe)
     if json:
         print_json(results)
         return

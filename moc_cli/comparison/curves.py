@@ -36,15 +36,15 @@ def draw_curves(runs: Sequence[Run]) -> dict[str, bytes]:
         for number, name in enumerate(names):
             colour = COLOURS[number % len(COLOURS)]
             dashes = DASHES[number // len(COLOURS) % len(DASHES)]
-            where, loss = logged[number]
+            positions, loss = logged[number]
             if loss.size:
-                axes.plot(where, loss, color=colour, alpha=0.25, linewidth=0.6)
-                axes.plot(where, smooth(loss), dashes, color=colour, linewidth=1.3, label=name)
-            where, loss = validation[number]
+                axes.plot(positions, loss, color=colour, alpha=0.25, linewidth=0.6)
+                axes.plot(positions, smooth(loss), dashes, color=colour, linewidth=1.3, label=name)
+            positions, loss = validation[number]
             if loss.size:
                 # Hollow, so that one run's points do not hide another's.
                 marker, label = MARKERS[number % len(MARKERS)], f"{name}, validation"
-                (marks,) = axes.plot(where, loss, marker, color=colour, label=label)
+                (marks,) = axes.plot(positions, loss, marker, color=colour, label=label)
                 marks.set(markersize=5, markerfacecolor="none", markeredgewidth=1.2)
         finite = losses[np.isfinite(losses)]
         if finite.size and finite.min() > 0 and finite.max() > WIDE * finite.min():
@@ -71,10 +71,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def _points(run: Run, *, by_step: bool, validation: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return where a run logged a loss, of training or of the validation rows, and the losses."""
-    where, points = "step" if by_step else "epoch", []
+    axis, points = "step" if by_step else "epoch", []
     for line in run.lines:
         loss = (line.get("eval", {}) if validation else line).get("loss")
         if loss is not None:
-            points.append((line.get(where), loss))
+            points.append((line.get(axis), loss))
     places, losses = np.array(points, dtype=float).reshape(-1, 2).T
     return places, losses

@@ -74,12 +74,12 @@ def column_of_row(fields: Fields, column: str) -> Any:
     return fields[column]
 
 
-def check_utf8(text: str, where: str) -> str:
+def check_utf8(text: str, column: str) -> str:
     """Return the text; raises BadRow for half characters, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"'{where}' is {NOT_UTF8}") from None
+        raise BadRow(f"'{column}' is {NOT_UTF8}") from None
     return text
 
 

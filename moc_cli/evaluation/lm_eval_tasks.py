@@ -37,11 +37,11 @@ class LmEvalFolder(ResultsFolder):
 
     def to_json(self) -> dict[str, Any]:
         """Return what results.json says; means of different metrics have no average."""
-        named = [entry for entry in self.tasks.values() if "part_of" not in entry]
-        is_one_metric = len({entry["metric"] for entry in named}) == 1
+        scored_tasks = [entry for entry in self.tasks.values() if "part_of" not in entry]
+        is_one_metric = len({entry["metric"] for entry in scored_tasks}) == 1
         return super().to_json() | {
-            "average": mean_of_main(named, "value") if is_one_metric else None,
-            "average_of_base": mean_of_main(named, "base") if is_one_metric else None,
+            "average": mean_of_main(scored_tasks, "value") if is_one_metric else None,
+            "average_of_base": mean_of_main(scored_tasks, "base") if is_one_metric else None,
         }
 
 

@@ -49,7 +49,8 @@ class EvalOptions:
         """Raise MocError naming all that is wrong with the options themselves."""
         if (self.run is None) == (self.model is None):
             raise MocError("give either a run folder or --model ID", "moc eval --help")
-        run, harness, named = self.run is not None, self.harness is not None, self.harness or ()
+        run, harness = self.run is not None, self.harness is not None
+        harness_tasks = self.harness or ()
         moved = self.base_options.path is not None or self.base_options.allow_changes
         of_model, not_here = "goes with --model; a run has its own", "cannot be used with --harness"
         of_harness = self.tasks_path is not None or self.num_fewshot is not None
@@ -67,8 +68,8 @@ class EvalOptions:
             (harness and self.path, f"--path: {not_here}"),
             (harness and self.protocol, f"--protocol: {not_here}"),
             (harness and self.torch_compile, not_compiled),
-            (harness and not named, "--harness: no task is named"),
-            (len(set(named)) < len(named), "--harness: a task is named twice"),
+            (harness and not harness_tasks, "--harness: no task is named"),
+            (len(set(harness_tasks)) < len(harness_tasks), "--harness: a task is named twice"),
         ]
         mistakes = [message for is_wrong, message in cases if is_wrong]
         closed = {

@@ -147,12 +147,12 @@ def _inputs(trained: LoadedRun) -> list[str]:
     else:
         lines = ["Prompt: the text itself, without a frame.", ""]
     tokens = {"begin": tokenizer.bos_token, "end": tokenizer.eos_token, "pad": tokenizer.pad_token}
-    named = ", ".join(f"{name} `{token}`" for name, token in tokens.items() if token is not None)
+    listed = ", ".join(f"{name} `{token}`" for name, token in tokens.items() if token is not None)
     tokenizer_name = trained.recipe.model.tokenizer_name
     whose = f"`{_shown(tokenizer_name)}`" if tokenizer_name else "that of the base model"
     lines.append(
         f"Tokenizer: {whose}; `{type(tokenizer).__name__}`, {len(tokenizer):,} tokens"
-        + (f"; {named}" if named else "")
+        + (f"; {listed}" if listed else "")
     )
     mask = "Give the `attention_mask` with padded rows"
     if getattr(trained.recipe.method, "top_k", 0):

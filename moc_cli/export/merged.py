@@ -31,8 +31,8 @@ def check(recipe: Recipe) -> None:
     """Raise MocError for methods that weights alone cannot hold."""
     name = recipe.method.name
     if name in _WHY:
-        why, instead = _WHY[name]
-        raise MocError(f"a run of {name} cannot be merged: {why}", instead)
+        reason, instead = _WHY[name]
+        raise MocError(f"a run of {name} cannot be merged: {reason}", instead)
     if recipe.model.trust_remote_code:
         raise MocError(
             "merged writes weights and no code, and this base needs code from its own folder",

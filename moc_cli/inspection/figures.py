@@ -213,13 +213,13 @@ def history(routing: dict[str, Any]) -> FigureFrame | None:
     series += [(name, axes, (i - 0.5, i + 0.5), use[i]) for i, name in enumerate(sites.names)]
     for first in range(0, len(steps), together):
         last = min(first + together, len(steps))
-        at = f"at step {steps[first]}"
+        steps_text = f"at step {steps[first]}"
         if together > 1:
-            at = f"at steps {steps[first]} to {steps[last - 1]}"
+            steps_text = f"at steps {steps[first]} to {steps[last - 1]}"
         for row, panel, (above, below), shares in series:
             box = (float(edges[first]), above, float(edges[last]), below)
             low, high = share_text(shares[first:last].min()), share_text(shares[first:last].max())
-            text = f"{at}: {low}" if low == high else f"{at}: {low} to {high}"
+            text = f"{steps_text}: {low}" if low == high else f"{steps_text}: {low} to {high}"
             frame.tooltips.append(Tooltip(panel, box, row, text, high != share_text(0.0)))
     colour_bar(frame, mesh, [line, axes], "share of all choices in its pool, %", size=0.75)
     return frame

@@ -183,8 +183,8 @@ def read_layout(run: Path, method: MocMethod) -> Layout:
     shapes = saved_shapes(folder)
     odd = [name[:80] for name in shapes if not KEY.match(name)]
     if odd:
-        where = folder.checkpoint or folder.controls
-        raise RunError(f"{where}: '{odd[0]}' is not a tensor of method moc")
+        source = folder.checkpoint or folder.controls
+        raise RunError(f"{source}: '{odd[0]}' is not a tensor of method moc")
     return layout_of_controls(set(shapes), method.top_k)
 
 

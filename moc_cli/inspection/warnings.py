@@ -54,12 +54,12 @@ def _untrained(method: MocMethod) -> GateWarning | None:
     if method.balance.weight or by_task:
         return None
     if method.alpha == 1:
-        why = "alpha = 1 leaves no weight to routed controls"
+        reason = "alpha = 1 leaves no weight to routed controls"
     else:
-        why = "at top_k = 1 renormalised weights are always 1, so the task gives no gradient"
+        reason = "at top_k = 1 renormalised weights are always 1, so the task gives no gradient"
     return {
         "name": "untrained_gate",
-        "message": f"the gate was never trained: balance.weight is 0, and {why}; its choices "
+        "message": f"the gate was never trained: balance.weight is 0, and {reason}; its choices "
         "come from its random start. Set method.balance.weight=0.01, or "
         "method.gate.estimator=straight_through",
         "key": "method.balance.weight",

@@ -60,8 +60,8 @@ def run_together(
     return start(plan, command, seconds=launch.ddp_timeout, progress=progress)
 
 
-def _number_line(processes: int, why: str, rows: Sequence[int]) -> str:
-    text = f"{processes} processes ({why})"
+def _number_line(processes: int, reason: str, rows: Sequence[int]) -> str:
+    text = f"{processes} processes ({reason})"
     if rows:
         total = processes
         for factor in rows:

@@ -228,8 +228,8 @@ def find_layers(model: PreTrainedModel, placement: Placement) -> nn.ModuleList:
             place = placement.place(block)
             for end, paths in (("read", place.read), ("write", place.write)):
                 if find_module(layer, paths) is None:
-                    named = " or ".join(f"'{path}'" for path in _listed(paths))
-                    missing[f"{block}.{end} {named} (layer {number})"] = number
+                    path_list = " or ".join(f"'{path}'" for path in _listed(paths))
+                    missing[f"{block}.{end} {path_list} (layer {number})"] = number
     if missing:
         first = next(iter(missing.values()))
         raise FamilyError(

@@ -139,8 +139,8 @@ def _match_padding(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is not None and pad < size:
         return []
-    why = "none" if pad is None else f"{_shown(tokenizer, pad)}, for which the model has none"
-    problem = f"the tokenizer's pad token is {why}"
+    pad_token = "none" if pad is None else f"{_shown(tokenizer, pad)}, for which the model has none"
+    problem = f"the tokenizer's pad token is {pad_token}"
     if end is None or end >= size:
         tokenizer.pad_token = None
         return [f"{problem}: batches are filled with token 0"]

@@ -169,8 +169,8 @@ def own_head(
     """
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     if shapes is None:
-        named = getattr(model.config, "architectures", None) or ()
-        return tuple(heads) if type(model).__name__ in named else ()
+        architectures = getattr(model.config, "architectures", None) or ()
+        return tuple(heads) if type(model).__name__ in architectures else ()
     return tuple(
         name
         for name in heads

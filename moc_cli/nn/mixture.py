@@ -158,20 +158,20 @@ class Mixture(MixtureBase):
     def _update(self, site: Site, x: Tensor, dtype: torch.dtype) -> Tensor:
         site.choice = None
         self.current.reentrant |= self.training and not torch.is_grad_enabled()
-        read = INPUT_NORMS[self.routing.input_norm](x).to(dtype)
+        normed = INPUT_NORMS[self.routing.input_norm](x).to(dtype)
         store = self.current.store
         if store is not None and not store.settled:
             store.dtypes[site.index] = dtype
         stack = self._stack(site, x, dtype)
         if stack is not None:
-            return stack.update(read)
+            return stack.update(normed)
         if not self.routing.top_k:
-            return self._products(site, read, None)
+            return self._products(site, normed, None)
         route, balance = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
         shown = balance is not None and self.balance_weight > 0
         site.balance = balance.detach() if balance is not None and shown else None
-        update = self._products(site, read, route)
+        update = self._products(site, normed, route)
         if balance is not None:
             weight = self.balance_weight * balance.size
             weight /= 1 if self.joint is None else self.joint.world  # each adds its part

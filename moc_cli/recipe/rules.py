@@ -82,9 +82,11 @@ def _data(recipe: Sections) -> Iterator[BrokenRule]:
     if data.path is None and data.train is None:
         message = "suite 'custom' needs the path of the dataset: a file, a folder or a hub id"
         yield BrokenRule("data.path", message, (suite, "data.train"))
-    read = FORMATS[data.format].columns if data.format else tuple(type(data.columns).model_fields)
-    for key in (key for key in columns if key not in read):
-        message = f"format '{data.format}' has no such column; its columns are {', '.join(read)}"
+    allowed = (
+        FORMATS[data.format].columns if data.format else tuple(type(data.columns).model_fields)
+    )
+    for key in (key for key in columns if key not in allowed):
+        message = f"format '{data.format}' has no such column; its columns are {', '.join(allowed)}"
         yield BrokenRule(f"data.columns.{key}", message, (suite, "data.format"))
     of_format = {"chat_turns": "chat", "template": "instruction"}
     if data.frame != "chat":

@@ -212,16 +212,16 @@ def _check_vary(vary: Any) -> Mistakes:
         yield ("vary",), "missing; allowed: keys of the recipe with a list of values each"
         return
     for group, values in vary.items():
-        at = ("vary", group)
+        path = ("vary", group)
         if not isinstance(values, list | dict) or not values:
-            yield at, "allowed: a list of values, or names with a set of keys each"
+            yield path, "allowed: a list of values, or names with a set of keys each"
         elif isinstance(values, dict):
             for name, changes in values.items():
                 if not isinstance(changes or {}, dict):
-                    yield (*at, name), "allowed: keys of the recipe with a value each"
+                    yield (*path, name), "allowed: keys of the recipe with a value each"
         names = _names(values) if isinstance(values, list | dict) else []
         if len(set(names)) < len(names):
-            yield at, "each value once"
+            yield path, "each value once"
 
 
 def _names(values: list[Any] | dict[str, Any]) -> list[str]:

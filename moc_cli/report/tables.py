@@ -171,8 +171,8 @@ def dry_run_views(
     targets = sum(piece["tokens"] for piece in pieces if piece["target"])
     row = Text("First row", "bold")
     if label is None:
-        where = "in green" if colored else "in ⟦brackets⟧"
-        count = f"{targets} of {tokens} tokens are learned, {where}"
+        marking = "in green" if colored else "in ⟦brackets⟧"
+        count = f"{targets} of {tokens} tokens are learned, {marking}"
     else:
         count = f"{tokens} tokens, label {label}"
     row.append(f"  {count}\n", "not bold")

@@ -37,9 +37,9 @@ def run_generate(
             trust_remote_code=trusted,
             load_in_4bit=options.base_options.load_in_4bit,
         )
-    frame, why = choose_frame(options.template, trained, loaded.tokenizer)
+    frame, reason = choose_frame(options.template, trained, loaded.tokenizer)
     check_system(options.system, frame)
-    say(f"template: {frame}, {why}")
+    say(f"template: {frame}, {reason}")
     writer = Writer(
         loaded.adapted, loaded.tokenizer, frame, template, options.system, options.sampling
     )

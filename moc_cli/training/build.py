@@ -153,8 +153,8 @@ def _encode(
         "train_on_inputs": data.train_on_inputs,
     }
     encode = partial(kind.encode, splits.train, tokenizer, **arguments)
-    named = arguments | {"kind": type(kind).__name__} | vars(kind)
-    encoded, note = encode_cached(encode, splits.train, tokenizer, named)
+    facts = arguments | {"kind": type(kind).__name__} | vars(kind)
+    encoded, note = encode_cached(encode, splits.train, tokenizer, facts)
     return encoded, [note] if note else []
 
 

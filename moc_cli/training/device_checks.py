@@ -81,8 +81,8 @@ def check_compiler(recipe: Recipe | None, torch_compile: bool | None, device: st
     """
     if torch_compile is None:
         torch_compile = recipe is not None and recipe.eval.torch_compile
-    named = device or ("auto" if recipe is None else recipe.launch.device)
-    problem = compiler_problem(find_device(named)) if torch_compile else None
+    device_name = device or ("auto" if recipe is None else recipe.launch.device)
+    problem = compiler_problem(find_device(device_name)) if torch_compile else None
     if problem is not None:
         raise MocError(f"--torch-compile {problem}", "or give --no-torch-compile")
     return torch_compile

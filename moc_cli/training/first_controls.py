@@ -118,8 +118,8 @@ def _inputs_to(mixture: Mixture, see: See) -> Iterator[None]:
     norm = INPUT_NORMS[mixture.routing.input_norm]
 
     def add(site: Site, x: Tensor, output: Tensor) -> Tensor:
-        read = norm(x.detach()).double()
-        return see(site, read.reshape(-1, read.shape[-1]), output)
+        normed = norm(x.detach()).double()
+        return see(site, normed.reshape(-1, normed.shape[-1]), output)
 
     vars(mixture)["add"] = add
     try:

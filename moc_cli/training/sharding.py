@@ -35,9 +35,9 @@ def check_sharding(model: PreTrainedModel) -> None:
         )
     quantization, stored = of_model(model), getattr(model.config, "quantization_config", None)
     if quantization is not None and (quantization.load_in_8bit or stored is not None):
-        where = "weights" if stored is None else "files"
+        stored_in = "weights" if stored is None else "files"
         raise MocError(
-            f"launch.strategy: fsdp2 does not split {where} in {quantization}",
+            f"launch.strategy: fsdp2 does not split {stored_in} in {quantization}",
             "use --set launch.strategy=ddp, or an unquantised base with model.load_in_4bit",
         )
 

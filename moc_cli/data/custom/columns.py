@@ -80,14 +80,16 @@ def find_columns(data: DataSection, train: Table) -> Columns:
     ]
     if missing:
         raise DataError(f"{train.name}: format '{format_}' needs {'; '.join(missing)}", hint)
-    read = {key: column_of[key] for key in keys if key in column_of}
-    read_columns = set(read.values())
-    read |= {
+    read_keys = {key: column_of[key] for key in keys if key in column_of}
+    read_columns = set(read_keys.values())
+    read_keys |= {
         key: next(name for name in names if name in columns)
         for key, names in EXTRA_COLUMNS.get(format_, {}).items()
         if not set(names).isdisjoint(set(columns) - read_columns)
     }
-    return Columns(format_, why, read, [name for name in columns if name not in read.values()])
+    return Columns(
+        format_, why, read_keys, [name for name in columns if name not in read_keys.values()]
+    )
 
 
 def _find_format(
