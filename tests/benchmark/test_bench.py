@@ -71,7 +71,7 @@ def test_training_of_all_methods_side_by_side(capsys: pytest.CaptureFixture[str]
     assert "÷" not in capsys.readouterr().out  # nothing to compare with
     (folder / "bench.json").write_text("{}")
     assert run(["bench", "quickstart", *TINY]) == 2
-    assert "not of `moc bench`" in capsys.readouterr().err
+    assert "was not written by `moc bench`" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("undrawn")

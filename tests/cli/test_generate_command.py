@@ -465,8 +465,8 @@ def test_steering_characters_never_reach_the_terminal(
         (("--prompt", "x", "--template", "chat"), "no chat template"),
         (("--prompt", "x", "--raw", "--template", "chat"), "contradict"),
         (("--prompt", "x", "--system", "y"), "--system has no place"),
-        (("--prompt", "x", "--model", "y"), "one of them"),
-        (("--prompt", "x", "--temperature", "1", "--num-beams", "2"), "one of them"),
+        (("--prompt", "x", "--model", "y"), "either a run folder or --model"),
+        (("--prompt", "x", "--temperature", "1", "--num-beams", "2"), "cannot be combined"),
     ],
 )
 def test_mistakes_are_sentences(

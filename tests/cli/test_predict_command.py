@@ -84,8 +84,16 @@ def test_what_cannot_be_predicted_is_refused_before_weights_load(
     file, mine = tmp_path / "new.jsonl", tmp_path / "mine.csv"
     mine.write_text("years,of\nwork,1\n")
     cases = [
-        ([{"review": "a"}], ["--output-file", str(mine)], "mine.csv is not of `moc predict`"),
-        ([{"review": "a"}], ["--output-file", str(file)], "new.jsonl is not of `moc predict`"),
+        (
+            [{"review": "a"}],
+            ["--output-file", str(mine)],
+            "mine.csv was not written by `moc",
+        ),
+        (
+            [{"review": "a"}],
+            ["--output-file", str(file)],
+            "new.jsonl was not written by `moc",
+        ),
         ([{"revew": "a"}], [], "lacks a column 'review'; did you mean 'revew'?"),
         ([{"review": "a"}, {"review": " "}], [], "line 2: 'review' is empty"),
         ([{"review": "a"}, {"review": 3}], [], "line 2: 'review' is 3, not a text"),

@@ -157,7 +157,7 @@ def test_compare_replaces_only_its_own_files(
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
-    assert f"{out / name} is damaged or not of `moc compare`" in refusal(*command)
+    assert f"{out / name} is damaged or was not written by `moc compare`" in refusal(*command)
     assert [path.name for path in out.iterdir()] == [name]
     (out / name).unlink()
     assert [run(command), run(command)] == [0, 0]
@@ -169,5 +169,7 @@ def test_inspect_routing_replaces_only_its_own_files(
 ) -> None:
     command = ["inspect-routing", str(trained), "--limit", "2", "--output-dir", str(tmp_path)]
     (tmp_path / name).write_text('{"run": 1}')
-    assert f"{tmp_path / name} is damaged or not of `moc inspect-routing`" in refusal(*command)
+    assert f"{tmp_path / name} is damaged or was not written by `moc inspect-routing`" in refusal(
+        *command
+    )
     assert (tmp_path / name).read_text() == '{"run": 1}'
