@@ -18,14 +18,14 @@ NOTICE = b"\nstopping after this step; Ctrl-C stops at once, without a checkpoin
 class Interrupt:
     """The first SIGINT, SIGTERM or SIGHUP is remembered; a second SIGINT raises KeyboardInterrupt.
 
-    `signal` is the one to answer, the same in all processes. `signal_number` is the one that this
+    `signal` is the one to answer, the same in all processes. `received` is the one that this
     process has received; `agree`, or the training loop, shares it with the others. As a context
     manager it installs its handlers and puts the old ones back.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.signal_number: int | None = None
+        self.received: int | None = None
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupt":
@@ -35,13 +35,13 @@ class Interrupt:
 
     def __exit__(self, kind: object, error: BaseException | None, place: object) -> None:
         if isinstance(error, processes.LostProcess):
-            error.stopped_by = self.signal_number
+            error.stopped_by = self.received
         self._handlers.close()
 
     def agree(self) -> int | None:
         """Return `signal`, which is now one that came to any of the processes; joint."""
         if self.signal is None:
-            for number in processes.current().gather(self.signal_number):
+            for number in processes.current().gather(self.received):
                 self.signal = number if self.signal is None else self.signal
         return self.signal
 
@@ -55,9 +55,9 @@ class Interrupt:
             raise Interrupted(number, message, hint)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
+        if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.signal_number = self.signal_number is None, number
+        first, self.received = self.received is None, number
         group = processes.current()
         if group.world == 1:
             self.signal = number

@@ -166,7 +166,7 @@ class Loop:
         total = self.gradients.of_window(
             batches,
             (self.counters.epoch, first),
-            signal=self.interrupt.signal_number,
+            signal=self.interrupt.received,
             after_forward=self.count_choices,
             meanwhile=lambda: self.windows.ahead(self.plan[first + n : first + 2 * n]),
         )

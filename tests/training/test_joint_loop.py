@@ -147,7 +147,7 @@ def stops(group: Processes, folder: Path) -> None:
 
     def observe(report: Any) -> None:
         if group.rank == 1 and report.step == 2:
-            interrupt.signal_number = signal.SIGTERM
+            interrupt.received = signal.SIGTERM
 
     with pytest.raises(Interrupted, match="stopped after step 3 of 5") as caught:
         loop.run(observe=observe)
