@@ -46,7 +46,6 @@ from moc_cli.errors import MocError
 from moc_cli.files import write_bytes_atomic, write_folder_atomic
 from moc_cli.methods import Adapted, Counts
 from moc_cli.methods import attach as place
-from moc_cli.methods.controls import check_fresh
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.load import name_classes
 from moc_cli.models.quantization import of_model
@@ -185,7 +184,6 @@ def attach(
     are not known (give `placement`); MocError where the model holds controls already.
     """
     section = make_method(method, options)
-    check_fresh(section)
     check_free(model)
     names = tuple(modules)
     check_modules(model, names)

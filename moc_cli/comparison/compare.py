@@ -81,9 +81,8 @@ def method_name(run: Run) -> str:
     method = run.recipe.method.model_dump()
     parts = [method["name"], f"r{method['rank']}"]
     if method["name"] == "moc":
-        alpha = method["alpha"]
         parts.append(f"K{method['top_k']}")
-        parts.append(f"α{alpha if alpha == 'learned' else f'{alpha:g}'}")
+        parts.append(f"α{method['alpha']:g}")
     if method.get("sites", "attn+ffn") != "attn+ffn":
         parts.append(method["sites"])
     return " ".join(parts)

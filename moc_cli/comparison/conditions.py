@@ -56,7 +56,6 @@ def _conditions(label: str, tasks: Sequence[str]) -> Iterator[Condition]:
     yield "numbers of steps", _result("steps"), "the runs have not learned for the same time"
     for key in SETTINGS:
         yield f"train.{key}", attrgetter(f"recipe.train.{key}"), ""
-    yield "train.loraplus_lr_ratio", lambda run: run.recipe.train.loraplus_lr_ratio or 1.0, ""
     yield "seeds", attrgetter("recipe.seed"), "order and initialisation differ"
     yield "protocols", _scored_under(label, "protocol"), "the scores are not comparable"
     not_same_rows = "the scores are not of the same rows"

@@ -6,7 +6,7 @@ from torch import nn
 
 from moc_cli.models.hooks import HookedModel, cast_inputs, find_layers
 from moc_cli.models.placement import Place, Placement
-from moc_cli.nn.control import Control, LearnedAlpha
+from moc_cli.nn.control import Control
 from moc_cli.nn.gate import GATES
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.routing import Routing
@@ -44,7 +44,7 @@ class Controlled:
             self.get_submodule(name).register_forward_pre_hook(cast_inputs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (Control, LearnedAlpha, *GATES.values())):
+        if isinstance(module, (Control, *GATES.values())):
             module.reset()
         else:
             super()._init_weights(module)

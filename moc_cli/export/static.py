@@ -127,7 +127,6 @@ def static_method(method: Any) -> ControlMethod:
     """The `control` method that the frozen run is."""
     return ControlMethod(
         rank=method.rank * (method.top_k + 1),
-        input_norm=method.input_norm,
         sites=method.sites,
         placement=method.placement,
     )

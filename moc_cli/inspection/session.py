@@ -30,7 +30,7 @@ from moc_cli.scoring.batch_size import BatchSizeOption
 from moc_cli.training.accelerator import join_launched
 
 FORMAT = 1
-KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|alpha\.|modules\.")
+KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|modules\.")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _describe(options: InspectOptions, trained: LoadedRun, records: RunRecord) -
         "level": level,
         **statistics.matrices(records.total),
         "tasks": {name: statistics.matrices(record) for name, record in records.tasks.items()},
-        "per_site": statistics.per_site(records.total, level, mixture.alpha),
+        "per_site": statistics.per_site(records.total, level),
         "per_control": statistics.per_control(records.total, mixture, method.scale),
         "summary": statistics.summary(records.total, mixture),
         "history": None,

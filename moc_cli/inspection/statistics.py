@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moc_cli.methods.route_counts import Record
-from moc_cli.nn.control import Control, LearnedAlpha
+from moc_cli.nn.control import Control
 from moc_cli.nn.mixture import Mixture
 
 
@@ -50,12 +50,9 @@ def sites(mixture: Mixture) -> list[dict[str, Any]]:
     ]
 
 
-def per_site(record: Record, level: str, alpha: LearnedAlpha | None = None) -> list[dict[str, Any]]:
-    """Return each site's numbers; `one_token` is null where every token decides for itself, and
-    `alpha` is there where it is learned.
-    """
+def per_site(record: Record, level: str) -> list[dict[str, Any]]:
+    """Return each site's numbers; `one_token` is null where every token decides for itself."""
     layout, sums, rows = record.layout, record.sums, []
-    weights = [] if alpha is None else alpha.logits.detach().sigmoid().tolist()
     for site, name in enumerate(layout.names):
         members, counts = layout.members(site), sums.counts[site]
         decisions, counted_rows = max(record.decisions(site), 1), max(sums.rows[site].item(), 1)
@@ -74,7 +71,6 @@ def per_site(record: Record, level: str, alpha: LearnedAlpha | None = None) -> l
                 "relative_size": sums.relative_size[site].item() / counted_rows,
                 "top": layout.names[members[int(counts.argmax())]],
             }
-            | ({"alpha": weights[site]} if weights else {})
         )
     return rows
 

@@ -133,12 +133,8 @@ class Adapted:
         return name.startswith("gates.") or name in self._vectors
 
     def in_gate(self, name: str) -> bool:
-        """Whether this has the gate's learning rate: gates, and learned weights of paths."""
-        return name.startswith(("gates.", "alpha.", "weight_logits"))
-
-    def is_up_projection(self, name: str) -> bool:
-        """Whether this is the B of a control or of a low-rank update B A."""
-        return name.endswith((".B", ".lora_B.weight"))
+        """Whether this has the gate's learning rate: gates, and learned weights of layers."""
+        return name.startswith(("gates.", "weight_logits"))
 
     def state(self) -> dict[str, Tensor]:
         """A copy of every trained parameter on the CPU."""

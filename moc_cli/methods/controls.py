@@ -15,7 +15,7 @@ from moc_cli.models.hooks import HookedModel, describe_layers, find_layers
 from moc_cli.models.placement import Place, Placement
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.routing import Routing
-from moc_cli.recipe.methods import ControlMethod, MethodConfig, MocMethod
+from moc_cli.recipe.methods import ControlMethod, MocMethod
 
 
 class ControlsMethod(Placed):
@@ -59,7 +59,6 @@ def make_mixture(
     layers = find_layers(model, placement)
     _check(model, routing, blocks, len(layers))
     check_size(model, method.rank)
-    _check_init(model, method)
     device = torch.device("meta") if empty else one_device(layers)
     mixture = Mixture(
         len(layers),
@@ -78,12 +77,10 @@ def make_mixture(
 def _routing(method: MocMethod | ControlMethod) -> Routing:
     """The recipe's section as flat numbers; Control is K = 0."""
     if isinstance(method, ControlMethod):
-        return Routing(top_k=0, input_norm=method.input_norm)
+        return Routing(top_k=0)
     return Routing(
         top_k=method.top_k,
-        input_norm=method.input_norm,
-        alpha=method.alpha_start if method.alpha == "learned" else method.alpha,
-        learn_alpha=method.alpha == "learned",
+        alpha=method.alpha,
         share_gate=method.share_gate,
         gate=method.gate.kind,
         projection_dim=method.gate.projection_dim,
@@ -135,24 +132,6 @@ def _multiplier(model: PreTrainedModel, placement: Placement, layer: nn.Module) 
                 hint=f"Add method.placement.multiplier: {name}.",
             )
     return 1.0
-
-
-def check_fresh(method: MethodConfig) -> None:
-    """Raise MocError for new controls whose start needs training rows, where there are none."""
-    if isinstance(method, MocMethod | ControlMethod) and method.init != "default":
-        raise MocError(
-            f"method.init: '{method.init}' looks at training rows, which moc train alone has",
-            "leave init out",
-        )
-
-
-def _check_init(model: PreTrainedModel, method: MocMethod | ControlMethod) -> None:
-    size = model.config.get_text_config().hidden_size
-    if method.init != "default" and method.rank > size:
-        raise MocError(
-            f"method.init: {method.init} takes {method.rank} directions (method.rank) of states "
-            f"that have only {size}"
-        )
 
 
 def _check(model: PreTrainedModel, routing: Routing, blocks: tuple[str, ...], layers: int) -> None:

@@ -44,43 +44,6 @@ class Control(nn.Module):
         return F.linear(hidden, self.B.to(x.dtype))
 
 
-class LearnedAlpha(nn.Module):
-    """α of each site as sigmoid(a): always between 0 and 1, and `start` at first.
-
-    Learned: the logits a (sites,), in float32.
-    """
-
-    def __init__(self, sites: int, start: float, device: str = "cpu") -> None:
-        super().__init__()
-        self.start = start
-        self.logits = nn.Parameter(torch.empty(sites, dtype=torch.float32, device=device))
-        if device != "meta":
-            self.reset()
-
-    def reset(self) -> None:
-        """Set the start values."""
-        nn.init.constant_(self.logits, math.log(self.start / (1 - self.start)))
-
-    def forward(self, place: Tensor) -> Tensor:
-        """The number of a site, as a tensor -> its α, in the same shape."""
-        return self.logits[place].sigmoid()
-
-
-def as_it_is(x: Tensor) -> Tensor:
-    """The state itself."""
-    return x
-
-
-def rms_normed(x: Tensor) -> Tensor:
-    """x (..., d) / sqrt(mean(x²) + ε), the mean over d, in float32 or wider; ε is its precision."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(wide, wide.shape[-1:])
-
-
-# What a control reads of a block's input; the gate reads the input itself.
-INPUT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"none": as_it_is, "rms": rms_normed}
-
-
 class ControlPool:
     """All N controls of a mixture for one forward, in the type of its products.
 
@@ -114,21 +77,16 @@ class ControlPool:
         local: Tensor,
         ids: Tensor | None = None,
         shares: Tensor | None = None,
-        alpha: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, d) -> the added part of eq. 9, the same shape and type.
 
         `local` (1, 1) and `ids` (V, K) name the local and the routed controls among all, `shares`
-        (V, K) are π, None for 1; V is 1 or B. Without `ids` the local control acts alone. `alpha`
-        (1, 1) is that of the site, None where all have the same.
+        (V, K) are π, None for 1; V is 1 or B. Without `ids` the local control acts alone.
         """
         index, weights = local, self._alone
         if ids is not None:
             index = torch.cat([index.expand(len(ids), 1), ids], dim=1)
-            if alpha is not None:
-                ones = self._of_equals.new_ones(()).expand(ids.shape)
-                weights = weigh(ones if shares is None else shares, alpha, self._scale)
-            elif shares is not None:
+            if shares is not None:
                 weights = weigh(shares, self._alpha, self._scale)
             else:
                 weights = self._of_equals.expand(len(ids), -1)
@@ -220,7 +178,7 @@ def combine(
     local: Control,
     member: Callable[[int], Control],
     route: Route | None,
-    alpha: float | Tensor,
+    alpha: float,
     scale: float,
 ) -> WeightedControls:
     """scale · (α·g_t + (1−α)·Σ_k π_k·g_k), the added part of eq. 9; without a route scale · g_t.
@@ -238,9 +196,6 @@ def combine(
     return WeightedControls([local, *map(member, used)], weigh(shares, alpha, scale))
 
 
-def weigh(shares: Tensor, alpha: float | Tensor, scale: float) -> Tensor:
-    """scale · (α, (1−α)·π) (V, 1 + K): the weights of eq. 9; shares π (V, K), α or (1, 1)."""
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(shares.device)
-        return scale * torch.cat([alpha.expand(len(shares), 1), (1 - alpha) * shares], dim=1)
+def weigh(shares: Tensor, alpha: float, scale: float) -> Tensor:
+    """scale · (α, (1−α)·π) (V, 1 + K): the weights of eq. 9; shares π (V, K)."""
     return F.pad(scale * (1 - alpha) * shares, (1, 0), value=scale * alpha)

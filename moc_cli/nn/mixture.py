@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from moc_cli.nn.autograd import autocast_dtype, inject
 from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.control import (
-    INPUT_NORMS,
     Control,
     ControlPool,
-    LearnedAlpha,
     StackedControls,
     WeightedControls,
     combine,
@@ -36,9 +34,8 @@ from moc_cli.nn.watch import Decision
 class Mixture(MixtureBase):
     """x_{t+1} = x_t + f_t(x_t) + α·g_t(x_t) + (1−α)·Σ_{k∈S_K} π_k·g_k(x_t)  (eq. 9).
 
-    Learned: one control a site and one gate a pool, and α if asked for. Its state dict is the
-    adapter file's: `controls.<layer>.<attn|ffn>.{A,B}`, `gates.<shared|attn|ffn>.*`,
-    `alpha.logits`. With `top_k` = 0 it is
+    Learned: one control a site and one gate a pool. Its state dict is the adapter file's:
+    `controls.<layer>.<attn|ffn>.{A,B}`, `gates.<shared|attn|ffn>.*`. With `top_k` = 0 it is
     Parallel Control: weight 1 instead of α, no gate, no balance loss.
     """
 
@@ -77,9 +74,6 @@ class Mixture(MixtureBase):
         if routing.balance_reduce == "mean":
             self.balance_weight /= len(self.sites)
         self.gates = nn.ModuleDict()
-        self.alpha: LearnedAlpha | None = None
-        if routing.top_k and routing.learn_alpha:
-            self.alpha = LearnedAlpha(len(self.sites), routing.alpha, device)
         if routing.top_k:
             make_gate = GATES[routing.gate]
             for name, pool in self.pools.items():
@@ -158,20 +152,20 @@ class Mixture(MixtureBase):
     def _update(self, site: Site, x: Tensor, dtype: torch.dtype) -> Tensor:
         site.choice = None
         self.current.reentrant |= self.training and not torch.is_grad_enabled()
-        normed = INPUT_NORMS[self.routing.input_norm](x).to(dtype)
+        state = x.to(dtype)  # what the controls read; the gate reads x
         store = self.current.store
         if store is not None and not store.settled:
             store.dtypes[site.index] = dtype
         stack = self._stack(site, x, dtype)
         if stack is not None:
-            return stack.update(normed)
+            return stack.update(state)
         if not self.routing.top_k:
-            return self._products(site, normed, None)
+            return self._products(site, state, None)
         route, balance = self.route(site, x)
         # Before the products: a recompute in the backward pass ends at the last tensor they save.
         shown = balance is not None and self.balance_weight > 0
         site.balance = balance.detach() if balance is not None and shown else None
-        update = self._products(site, normed, route)
+        update = self._products(site, state, route)
         if balance is not None:
             weight = self.balance_weight * balance.size
             weight /= 1 if self.joint is None else self.joint.world  # each adds its part
@@ -189,10 +183,9 @@ class Mixture(MixtureBase):
         if route is None:
             return pool.update(x, place)
         ids = route.ids if len(self.pools) == 1 else members[route.ids]
-        alpha = None if self.alpha is None else self.alpha(place)
         if self.routing.constant_weights and self.reroute is None:
-            return pool.update(x, place, ids, None, alpha)
-        return pool.update(x, place, ids, route.weights, alpha)
+            return pool.update(x, place, ids)
+        return pool.update(x, place, ids, route.weights)
 
     def _pool(self, dtype: torch.dtype) -> ControlPool:
         """The stacked controls of this forward."""
@@ -210,11 +203,9 @@ class Mixture(MixtureBase):
     def combine(self, site: Site, route: Route | None) -> WeightedControls:
         """The controls that a route uses at a site, with α, 1−α, π and the scale as weights."""
         pool, local = self.pools[site.pool], self.control(site.index)
-        alpha: float | Tensor = self.routing.alpha
-        if self.alpha is not None:
-            self._place_sites(local.A.device)
-            alpha = self.alpha(cast(Tensor, site.place))
-        return combine(local, lambda k: self.control(pool[k]), route, alpha, self.scale)
+        return combine(
+            local, lambda k: self.control(pool[k]), route, self.routing.alpha, self.scale
+        )
 
     def _stack(self, site: Site, x: Tensor, dtype: torch.dtype) -> StackedControls | None:
         """The stacked controls of a generation that feeds one token at a time, its route settled.

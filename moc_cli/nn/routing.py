@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from moc_cli.nn.control import INPUT_NORMS
 from moc_cli.nn.gate import GATES
 from moc_cli.nn.vote import VOTES, Estimator, Level
 
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "input_norm": tuple(INPUT_NORMS),
     "gate": tuple(GATES),
     "estimator": get_args(Estimator),
     "level": get_args(Level),
@@ -21,15 +19,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Routing:
-    """How routes are decided and what keeps them balanced; `top_k` = 0 means no gate at all.
-
-    `input_norm` is what all controls read, with a gate or without.
-    """
+    """How routes are decided and what keeps them balanced; `top_k` = 0 means no gate at all."""
 
     top_k: int = 1
-    input_norm: str = "none"
     alpha: float = 0.95
-    learn_alpha: bool = False  # each site has its own, which is `alpha` at first
     share_gate: bool = True
     gate: str = "cosine"
     projection_dim: int = 256

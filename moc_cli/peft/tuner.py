@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moc_cli.adapter.check import check_base, check_finite
 from moc_cli.errors import MocError, RunError, compare_entries
-from moc_cli.methods.controls import check_fresh, make_mixture
+from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.hooks import HookedModel
 from moc_cli.models.load import name_classes
@@ -117,8 +117,6 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         the one that the set was trained on.
         """
         config = self.peft_config[adapter_name]
-        if not config.base_fingerprint:
-            check_fresh(config.section)
         base = fingerprint(model, [MODULE, *(config.modules_to_save or ())], find_stored(model))
         check_base(
             getattr(model, "name_or_path", "") or type(model).__name__,

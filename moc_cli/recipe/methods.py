@@ -25,9 +25,6 @@ from moc_cli.recipe.types import (
 )
 
 Paths = str | Annotated[list[str], Field(min_length=1)]
-ControlInit = Literal["default", "pca", "gradient"]
-InputNorm = Literal["none", "rms"]
-Alpha = Share | Literal["learned"]
 Sites = Literal["attn", "ffn", "attn+ffn"]
 
 
@@ -67,7 +64,7 @@ class _GateSection(Section):
     projection_dim: Width = Field(default=256, description="dimension of the cosine gate's space")
     learning_rate: AboveZero | None = Field(
         default=None,
-        description="peak learning rate of the gate, and of a learned weight or alpha, in moc "
+        description="peak learning rate of the gate, and of a learned weight, in moc "
         "train; "
         "null: train.learning_rate",
     )
@@ -126,15 +123,6 @@ class _Controls(Section):
     name: str
     rank: Positive = Field(default=64, description="rank r of each control")
     scale: AboveZero = Field(default=1.0, description="factor of the output of each control")
-    init: ControlInit = Field(
-        default="default",
-        description="first A of a control, default: kaiming-uniform; pca, gradient: the leading "
-        "directions of the states that it reads, or of the loss's gradient there, over 64 rows",
-    )
-    input_norm: InputNorm = Field(
-        default="none",
-        description="what a control reads, rms: the state divided by its root mean square",
-    )
     sites: Sites = Field(default="attn+ffn", description="blocks that get a control")
     placement: PlacementSection | None = Field(
         default=None,
@@ -150,12 +138,10 @@ class MocMethod(_Controls):
         default=True,
         description="true: one gate and one pool for both sites; false: one for each site",
     )
-    alpha: Alpha = Field(
+    alpha: Share = Field(
         default=0.95,
-        description="weight of the local control, or learned, one for each site; the routed "
-        "controls get 1 - alpha",
+        description="weight of the local control; the routed controls get 1 - alpha",
     )
-    alpha_start: OpenShare = Field(default=0.95, description="first value of a learned alpha")
     top_k: Count = Field(default=1, description="number K of routed controls; 0: method control")
     gate: GateSection = section("how controls are scored")
     routing: RoutingSection = section("which tokens decide about the routed controls, and how")

@@ -302,8 +302,6 @@ def _sharded(recipe: Sections) -> Iterator[BrokenRule]:
         and "fsdp2 frees a layer's weights between uses, which cannot be compiled",
         "eval.torch_compile": recipe.eval.torch_compile
         and "fsdp2 frees a layer's weights between uses, which cannot be compiled",
-        "method.init": getattr(recipe.method, "init", "default") in ("pca", "gradient")
-        and "only the first process would read the rows that set them",
         "model.load_in_8bit": recipe.model.load_in_8bit and "weights in 8 bits are not split",
     }
     for key, reason in reasons.items():

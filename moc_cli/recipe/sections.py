@@ -199,11 +199,6 @@ class TrainSection(Section):
         "bitsandbytes; paged_adamw_8bit: and on a GPU, in host memory where the GPU's is short",
     )
     learning_rate: AboveZero = Field(default=3e-4, description="peak learning rate")
-    loraplus_lr_ratio: AboveZero | None = Field(
-        default=None,
-        description="LoRA+: the learning rate of every B is this times train.learning_rate; null: "
-        "that of A",
-    )
     weight_decay: AtLeastZero = Field(default=0.01, description="not for gates, biases and norms")
     adam_beta1: BelowOne = Field(default=0.9, description="decay of the first moment of AdamW")
     adam_beta2: BelowOne = Field(default=0.999, description="decay of the second moment of AdamW")

@@ -161,8 +161,7 @@ def site_rows(routing: Routing) -> HeadedRows:
     """Return the numbers of every site, in their order."""
     names = [site["name"] for site in routing["sites"]]
     head = ["site", "top", "share %", "local %", "effective", "entropy", "lead"]
-    learned = ["alpha"] if "alpha" in routing["per_site"][0] else []
-    return [*head, "one token %", "size %", *learned], [
+    return [*head, "one token %", "size %"], [
         [
             row["name"],
             row["top"],
@@ -173,7 +172,6 @@ def site_rows(routing: Routing) -> HeadedRows:
             decimal(row["margin"], 4),
             hundredths(row["one_token"]),
             hundredths(row["relative_size"]),
-            *(decimal(row[key], 4) for key in learned),
         ]
         for row, shares in zip(routing["per_site"], routing["share"], strict=True)
     ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moc_cli.errors import MocError
-from moc_cli.nn.control import INPUT_NORMS, Control, StackedControls, WeightedControls
+from moc_cli.nn.control import Control, StackedControls, WeightedControls
 from moc_cli.nn.forward import Forward, RouteStore
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.site import Site
@@ -105,7 +105,6 @@ class MixedBatch:
     """The rows of every forward and the sets they use. Evaluation only: nothing is trained here."""
 
     training = False
-    input_norm = "none"  # that of all sets
 
     def __init__(self) -> None:
         self.assigned: tuple[ControlSet | None, ...] = ()
@@ -136,8 +135,7 @@ class MixedBatch:
             if block not in store.stacks:
                 self._fill(store, block, x)
             stack = store.stacks[block]
-            read = INPUT_NORMS[self.input_norm](x).to(x.dtype)
-            update = None if stack is None else stack.update(read)
+            update = None if stack is None else stack.update(x)
         else:
             update = self._by_group(block, x)
         return output if update is None else output + update

@@ -56,16 +56,10 @@ class Tenants:
         mixture, placement = make_mixture(self.model, method, checked.seed)
         if self._placement is not None and placement != self._placement:
             raise MocError(f"{folder} places its controls elsewhere than the sets that are here")
-        if self._placement is not None and method.input_norm != self._batch.input_norm:
-            raise MocError(
-                f"{folder} has method.input_norm {method.input_norm}, and the sets that are here "
-                f"{self._batch.input_norm}; all sets of a batch read the same"
-            )
         mixture.load_state_dict(read_state(checked.adapter), strict=True)
         mixture.requires_grad_(False).train(False)
         if self._placement is None:
             self._place(placement)
-            self._batch.input_norm = method.input_norm
         self._sets[name] = ControlSet(name, mixture)
         return self._sets[name].bytes
 

@@ -282,7 +282,6 @@ def make_settings(recipe: Recipe) -> Settings:
         group_by_length=train.group_by_length,
         optim=train.optim,
         learning_rate=train.learning_rate,
-        loraplus_lr_ratio=train.loraplus_lr_ratio,
         gate_learning_rate=gate.learning_rate if gate else None,
         weight_decay=train.weight_decay,
         betas=(train.adam_beta1, train.adam_beta2),

@@ -33,7 +33,6 @@ CHANGEABLE = {
     "train.num_train_epochs": FOLLOWS,
     "train.max_steps": FOLLOWS,
     "train.learning_rate": FROM_HERE,
-    "train.loraplus_lr_ratio": FROM_HERE,
     "method.gate.learning_rate": FROM_HERE,
     "train.max_grad_norm": FROM_HERE,
     "train.activation_checkpointing": "",

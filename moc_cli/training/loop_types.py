@@ -31,7 +31,6 @@ class Settings:
     group_by_length: Grouping = True
     optim: str = "adamw"
     learning_rate: float = 3e-4
-    loraplus_lr_ratio: float | None = None  # rate of B / rate of A; None: 1
     gate_learning_rate: float | None = None  # None: as all others
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)

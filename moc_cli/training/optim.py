@@ -5,7 +5,7 @@ numbers; bitsandbytes keeps those of parameters with fewer than 4,096 numbers in
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -27,35 +27,26 @@ def make_optimizer(adapted: Adapted, settings: Settings) -> torch.optim.Optimize
     """Return the optimizer of a run; `build_optimizer` says of what."""
     named = adapted.named_trainables()
     no_decay = {name for name in named if adapted.no_decay(name)}
-    return build_optimizer(named, no_decay, settings, _own_rates(adapted, named, settings))
-
-
-def _own_rates(adapted: Adapted, names: Iterable[str], settings: Settings) -> dict[str, float]:
-    """Return the peak rates that are others than `train.learning_rate`, by parameter."""
-    up = settings.loraplus_lr_ratio  # LoRA+, arXiv 2402.12354
-    gate, rates = settings.gate_learning_rate, {}
-    for name in names:
-        if gate is not None and adapted.in_gate(name):
-            rates[name] = gate
-        elif up is not None and adapted.is_up_projection(name):
-            rates[name] = up * settings.learning_rate
-    return rates
+    in_gate = {name for name in named if adapted.in_gate(name)}
+    return build_optimizer(named, no_decay, settings, in_gate)
 
 
 def build_optimizer(
     named: dict[str, Parameter],
     no_decay: set[str],
     settings: Settings,
-    own_rates: Mapping[str, float] | None = None,
+    in_gate: Container[str] = (),
 ) -> torch.optim.Optimizer:
     """Return AdamW of a kind of `train.optim`; names in `no_decay` take no weight decay.
 
-    Names in `own_rates` have that rate instead of the settings'. A group's `initial_lr` is its
-    peak rate, as torch's schedulers call it.
+    Names in `in_gate` learn at the gate's rate, where the settings have one. A group's
+    `initial_lr` is its peak rate, as torch's schedulers call it.
     """
     members: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in named.items():
-        rate = (own_rates or {}).get(name, settings.learning_rate)
+        rate = settings.learning_rate
+        if name in in_gate and settings.gate_learning_rate is not None:
+            rate = settings.gate_learning_rate
         decay = 0.0 if name in no_decay else settings.weight_decay
         members.setdefault((rate, decay), []).append(parameter)
     groups = [

@@ -19,7 +19,6 @@ from moc_cli.data.examples import row_hashes
 from moc_cli.errors import FileError, MocError
 from moc_cli.processes import LostProcess, Processes
 from moc_cli.recipe.load import dump
-from moc_cli.recipe.methods import ControlMethod, MocMethod
 from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
@@ -31,7 +30,6 @@ from moc_cli.training import build
 from moc_cli.training.accelerator import join_launched, make_accelerator
 from moc_cli.training.checkpoint import Checkpoints, Snapshot, read_checkpoint
 from moc_cli.training.environment import describe_environment
-from moc_cli.training.first_controls import begin_controls
 from moc_cli.training.interrupt import Interrupt, Interrupted
 from moc_cli.training.log import MetricsLog, require_trackers, start_trackers
 from moc_cli.training.loop import Loop
@@ -182,8 +180,6 @@ class Session:
                 before[name] = self.score(job, name, "before", progress).values
         begun = {"format": FORMAT, "status": "running", "before": before}
         self.processes.on_main(lambda: self.folder.write_results(begun))
-        if job.snapshot is None:
-            self.begin_controls(job)
         outcome = self.fit(job)
         chosen = self.keep_controls(job, outcome)
         recorder = job.built.adapted.recorder(detailed=False)
@@ -203,14 +199,6 @@ class Session:
             )
             raise self.processes.reported_by_main(error)
         return results
-
-    def begin_controls(self, job: Job) -> None:
-        """Let the first rows say where new controls begin, where the recipe asks for it."""
-        method = job.recipe.method
-        if isinstance(method, MocMethod | ControlMethod) and method.init != "default":
-            adapted, device = job.built.adapted, job.accelerator.device
-            rows = begin_controls(adapted, method, job.rows.data, device, self.processes)
-            self.say(lines.labelled("init", f"{method.init}, over {rows} training rows"))
 
     def fit(self, job: Job) -> Outcome:
         """Run the loop under a progress bar."""

@@ -35,7 +35,6 @@ METHODS = {
     "moc": {"name": "moc", "rank": 4, "top_k": 2, "alpha": 0.6, "gate": {"projection_dim": 8}},
     "control": {"name": "control", "rank": 3},
 }
-ALL = METHODS | {"options": METHODS["moc"] | {"input_norm": "rms", "alpha": "learned"}}
 ROWS, NEW = 6, 5
 BEAMS = {"max_new_tokens": NEW, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
 
@@ -48,7 +47,7 @@ def make(family: str = "llama") -> PreTrainedModel:
 
 def wrapped(family: str = "llama", method: str = "moc", seed: int = 5) -> PeftModel:
     """A model with controls by peft, with numbers as if trained."""
-    config = MocConfig(method=ALL[method], task_type="CAUSAL_LM", seed=seed)
+    config = MocConfig(method=METHODS[method], task_type="CAUSAL_LM", seed=seed)
     model = get_peft_model(make(family), config)
     named = dict(model.base_model.model.moc.moc_mixtures["default"].named_parameters())
     train_controls(named, seed)
@@ -64,11 +63,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(**inputs()).logits
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", KINDS_OF_DECODERS)
 def test_peft_gives_what_our_own_surface_gives(family: str, method: str, tmp_path: Path) -> None:
     peft_model = wrapped(family, method)
-    options = dict(ALL[method])
+    options = dict(METHODS[method])
     controls = attach(make(family), options.pop("name"), seed=5, **options)
     train_controls(controls.named_parameters())
     assert torch.equal(logits(peft_model), logits(controls.model))

@@ -25,12 +25,7 @@ from moc_cli.scoring.metrics import METRICS
 
 Make = Callable[..., Path]
 OTHER_SETTINGS = {
-    **{
-        "learning_rate": 0.5,
-        "loraplus_lr_ratio": 8.0,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.5,
-    },
+    **{"learning_rate": 0.5, "lr_scheduler_type": "constant", "weight_decay": 0.5},
     **{"warmup_steps": 7, "warmup_ratio": 0.5, "max_grad_norm": 0.5},
     **{"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5},
 }
@@ -448,8 +443,6 @@ def test_names_are_as_long_as_they_must_be(make: Make) -> None:
     runs = read_runs([folders[0], other])
     assert [one.name for one in runs] == ["moc", "control"]
     assert method_name(runs[1]) == "control r4 ffn"
-    learned = make("x/learned", "method={name: moc, rank: 4, alpha: learned}")
-    assert method_name(read_runs([folders[0], learned])[1]) == "moc r4 K1 αlearned"
 
 
 def test_curves_are_drawn_the_same_each_time(make: Make) -> None:

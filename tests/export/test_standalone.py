@@ -48,7 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "away": {"routing": {"exclude_local": True}, "gate": GATE | {"estimator": "probability"}},
     "running": {"routing": {"decode": "running", "vote": "mode"}, "top_k": 2},
     "token": {"routing": {"level": "token"}, "top_k": 2},
-    "options": {"input_norm": "rms", "alpha": "learned"},
 }
 
 # No moc, no network, and memory that was never written to holds what no model survives.

@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ffn": {"sites": "ffn"},
     "running": {"routing": {"decode": "running"}},
     "token": {"routing": {"level": "token"}},
-    "options": {"input_norm": "rms", "alpha": "learned"},
 }
 
 

@@ -173,7 +173,7 @@ def test_the_reference_names_every_key(decoder, tmp_path, capsys):
         inspect(capsys, decoder, "--text", "A cup", "--output-dir", tmp_path / "b"),
     ]
     warning = find_warnings(looks[0], MocMethod(balance={"weight": 0.0}))
-    found = keys_of(warning) | {"alpha"}  # a learned one: test_statistics.py
+    found = keys_of(warning)
     for look in looks:
         tasks = look.pop("tasks") or {}
         del look["method"], look["folder"]

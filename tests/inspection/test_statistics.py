@@ -12,7 +12,6 @@ from moc_cli.inspection.tokens import text_votes
 from moc_cli.kinds import Choice
 from moc_cli.methods import attach
 from moc_cli.recipe.methods import MocMethod
-from moc_cli.report.routing import site_rows
 
 
 def make(**method):
@@ -53,18 +52,6 @@ def test_shares_are_of_the_choices_of_each_site():
     assert whole["chance_local"] == pytest.approx(1 / len(mixture.sites))
     excluded = make(routing={"exclude_local": True})
     assert summary(run(excluded), excluded.mixture)["chance_local"] == 0
-
-
-def test_a_learned_alpha_is_told_site_by_site():
-    adapted = make(alpha="learned")
-    record, alpha = run(adapted), adapted.mixture.alpha
-    rows = per_site(record, "sample", alpha)
-    assert [row["alpha"] for row in rows] == pytest.approx(alpha.logits.sigmoid().tolist())
-    share = [[1.0] * len(rows)] * len(rows)
-    names = [{"name": row["name"]} for row in rows]
-    head, cells = site_rows({"sites": names, "per_site": rows, "share": share})
-    assert [row[head.index("alpha")] for row in cells] == [f"{row['alpha']:.4f}" for row in rows]
-    assert not any("alpha" in row for row in per_site(record, "sample"))
 
 
 def test_local_shares_where_gates_are_not_shared():

@@ -19,11 +19,9 @@ _LOW_RANK = {"rank": RANK, "alpha": 8, "dropout": 0.0}
 METHODS = {
     "moc": MocMethod(rank=RANK, gate={"projection_dim": GATE}),
     "moc-linear": MocMethod(rank=RANK, top_k=2, share_gate=False, gate={"kind": "linear"}),
-    "moc-options": MocMethod(
+    "moc-probability": MocMethod(
         rank=RANK,
         gate={"projection_dim": GATE, "estimator": "probability"},
-        input_norm="rms",
-        alpha="learned",
     ),
     "control": ControlMethod(rank=RANK),
     "lora": LoraMethod(**_LOW_RANK),
@@ -70,11 +68,11 @@ def logits(model: nn.Module, family: str) -> torch.Tensor:
 def expected_size(adapted: Adapted, sizes: dict[str, torch.Size], method: str) -> int:
     """The formula for the number of trained values; `sizes`: the linear modules of the base."""
     layers = 2
-    if method in ("moc", "moc-linear", "moc-options", "control"):
+    if method in ("moc", "moc-linear", "moc-probability", "control"):
         cosine, linear = GATE * WIDTH + 2 * layers * GATE + 1, 2 * layers * WIDTH
         gates = {
             "moc": cosine,
-            "moc-options": cosine + 2 * layers,
+            "moc-probability": cosine,
             "moc-linear": linear,
             "control": 0,
         }

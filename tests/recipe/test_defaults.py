@@ -8,7 +8,6 @@ from moc_cli.recipe.load import load_recipe
 from moc_cli.recipe.reference import keys
 
 UPDATE = {"method.alpha": 0.95, "method.top_k": 1, "method.scale": 1.0, "method.rank": 64}
-UPDATE |= {"method.init": "default", "method.input_norm": "none", "method.alpha_start": 0.95}
 GATE = {"method.gate.kind": "cosine", "method.gate.projection_dim": 256}
 VOTE = {
     "method.routing.level": "batch",
@@ -24,7 +23,6 @@ LORA = {"method.rank": 32, "method.alpha": 64, "method.dropout": 0.05}
 TRAINING = {
     # Table 5 of the paper
     "train.learning_rate": 3e-4,
-    "train.loraplus_lr_ratio": None,
     "train.weight_decay": 0.01,
     "train.num_train_epochs": 3.0,
     "train.per_device_train_batch_size": 16,

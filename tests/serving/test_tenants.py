@@ -31,7 +31,7 @@ SETS = {
             "sites": "ffn",
             "gate": {"kind": "linear", "estimator": "probability"},
             "scale": 2.0,
-            "alpha": "learned",
+            "alpha": 0.7,
         },
     ),
 }
@@ -403,23 +403,6 @@ def test_sets_that_cannot_share_a_batch_are_refused(tmp_path: Path, folders: dic
     with refused(MocError):
         tenants.remove("lav")
     assert tenants.names == tuple(SETS)
-
-
-def test_sets_with_another_input_norm_share_a_batch_among_themselves(
-    tmp_path: Path, folders: dict
-) -> None:
-    sets = {}
-    for seed, name in enumerate(("law", "code")):
-        controls = attach(make("llama"), "control", seed=seed, rank=4, input_norm="rms")
-        train_controls(controls.named_parameters())
-        controls.save(sets.setdefault(name, tmp_path / name))
-    inputs, names = make_batch(), ["law", "code", None, "code"] * 3
-    expected, bound = singly("llama", sets, inputs, names), allowed("llama")
-    tenants = serve(make("llama"), sets)
-    with tenants.rows(names):
-        assert (steps(tenants.model, inputs) - expected).abs().max() <= bound
-    with refused(MocError):
-        tenants.add("other", folders["llama"]["law"])
 
 
 def test_the_memory_of_a_set_is_that_of_its_file(folders: dict) -> None:

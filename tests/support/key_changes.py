@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from support.key_runs import KeyRun
 
 from moc_cli.kinds import make_kind
@@ -235,9 +234,6 @@ OTHERS = {
     "train.gradient_accumulation_steps": Change(2, lambda run: 1 / run.loop.scales[0]),
     "train.optim": Change("adamw_8bit", lambda run: run.loop.optimizer_name, "AdamW8bit"),
     "train.learning_rate": Change(0.002, lambda run: run.loop.losses[0]["lr"], also=STEPS),
-    "train.loraplus_lr_ratio": Change(
-        8.0, lambda run: run.loop.optimizer["lr"] / run.recipe.train.learning_rate
-    ),
     "train.weight_decay": Change(0.3, _of_optimizer("weight_decay")),
     "train.adam_beta1": Change(0.7, lambda run: run.loop.optimizer["betas"][0]),
     "train.adam_beta2": Change(0.8, lambda run: run.loop.optimizer["betas"][1]),
@@ -369,12 +365,6 @@ def _projection(run: KeyRun) -> int:
     return size
 
 
-def _first_A(run: KeyRun) -> Any:
-    assert run.finished
-    state = load_file(run.folder / "run" / "controls" / "adapter_model.safetensors")
-    return state["controls.0.attn.A"].tolist()
-
-
 def _control_changes(method: str) -> dict[str, Change]:
     """The keys of `moc` and `control`; placements are seen in the logits."""
     also = {"method": method}
@@ -382,10 +372,6 @@ def _control_changes(method: str) -> dict[str, Change]:
     changes = {
         "rank": Change(6, lambda run: run.state["controls.0.attn.A"].shape[0], also=also),
         "scale": Change(0.3, lambda run: run.mixture.scale, also=also),
-        "init": Change(
-            "pca", _first_A, OTHER, also=SHORT | {"method": {"name": method, "rank": 4}}
-        ),
-        "input_norm": Change("rms", _of_routing("input_norm"), also=also),
         "sites": Change("ffn", _sites, also=also),
         "placement": Change(SWAPPED, lambda run: run.logits.tolist(), OTHER, also=also),
         "placement.layers": Change("blocks", lambda run: run.refusal, OTHER, also=placed),
@@ -439,15 +425,11 @@ def _moc_changes() -> dict[str, Change]:
         f"balance.{key}": Change(value, _of_routing(f"balance_{key}"), also=also)
         for key, value in balance.items()
     }
-    learned = {"method": {"name": "moc", "alpha": "learned"}}
     return (
         changes
         | {
             "share_gate": Change(
                 False, lambda run: list(run.mixture.gates), ["attn", "ffn"], also=also
-            ),
-            "alpha_start": Change(
-                0.6, lambda run: run.mixture.alpha(torch.tensor(0)).item(), also=learned
             ),
         }
         | _gate_changes("moc")

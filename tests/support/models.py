@@ -216,7 +216,7 @@ def make_batch(rows: int = 8, side: str = "right") -> dict[str, torch.Tensor]:
 
 
 def train_controls(parameters: dict[str, torch.nn.Parameter], seed: int = 5) -> None:
-    """Draw non-zero B and α, and make the gate sharp, so that rows take different routes."""
+    """Draw non-zero B, and make the gate sharp, so that rows take different routes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -224,8 +224,6 @@ def train_controls(parameters: dict[str, torch.nn.Parameter], seed: int = 5) -> 
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
             elif name.endswith("log_temperature"):
                 parameter.fill_(4.0)
-            elif name.endswith("alpha.logits"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def has_hooks(model: torch.nn.Module) -> bool:

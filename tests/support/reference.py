@@ -21,14 +21,6 @@ class Settings:
     estimator: str = "renormalized"
     exclude_local: bool = False
     f: str = "top_k"
-    input_norm: str = "none"
-
-
-def read_by_a_control(x: Tensor, s: Settings) -> Tensor:
-    """One token's state, as a control sees it: x (d,) -> (d,)."""
-    if s.input_norm == "none":
-        return x
-    return x / (sum(value * value for value in x) / len(x)).sqrt()
 
 
 def gate_logits(x: Tensor, gate: dict[str, Tensor], kind: str) -> Tensor:
@@ -121,7 +113,7 @@ def site_update(
         line = []
         for t in range(tokens):
             A, B = controls[local]
-            state = read_by_a_control(x[b, t], s)
+            state = x[b, t]
             total = s.alpha * (B @ (A @ state))
             picks, weights = decisions[b, t]
             routed = [(controls[k], weight) for k, weight in zip(picks, weights, strict=True)]

@@ -51,9 +51,6 @@ class ToyAdapted:
     def in_gate(self, name: str) -> bool:
         return name.endswith("bias")
 
-    def is_up_projection(self, name: str) -> bool:
-        return name.endswith("weight")
-
     def state(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.named_trainables().items()}
 
