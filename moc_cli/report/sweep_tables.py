@@ -38,7 +38,7 @@ def _score_table(summary: Summary) -> FittedTable:
         medians = [average["values"].get(value, {}).get("median") for value in values]
         if len(rows) > 1:
             texts = [score_text("", median) for median in medians]
-            rows.append([Text(cell, "bold") for cell in ("average", *texts)])
+            rows.append([Text(cell, "bold") for cell in (_average_name(summary), *texts)])
     title = "Scores: median over seeds (lowest to highest)"
     return FittedTable(title, ["", *values], rows)
 
@@ -55,8 +55,11 @@ def _score(score: Mapping[str, Any] | None) -> str:
 
 
 def _cost_table(summary: Summary) -> FittedTable:
+    """What each cell cost, or where it was trained: times of other devices do not compare."""
     chosen = summary["chosen"]
-    head = ["", summary["compared"], "seeds", "trained", "training time"]
+    one_device = len(summary["conditions"]["device"]) == 1
+    head = ["", summary["compared"], "seeds", "trained"]
+    head.append("training time" if one_device else "device")
     if chosen:
         head.append(chosen.rpartition(".")[2])
     rows: Rows = []
@@ -64,7 +67,7 @@ def _cost_table(summary: Summary) -> FittedTable:
         for value, cell in row["cells"].items():
             seeds = ", ".join(map(str, cell["seeds"]))
             line = [row["name"], value, seeds, decimal(cell["trained"], 0)]
-            line.append(duration(cell["seconds"]))
+            line.append(duration(cell["seconds"]) if one_device else "; ".join(cell["devices"]))
             rows.append([*line, *([cell["chosen"] or MISSING] if chosen else [])])
     return FittedTable("Runs that count", head, rows)
 
@@ -79,10 +82,17 @@ def _difference_table(summary: Summary) -> FittedTable:
                 rows.append([value, label, *difference_cells(entry, entry["mean"]), seeds])
     for value, entry in summary["average"].get("values", {}).items():
         if "difference" in entry and len(summary["average"]["rows"]) > 1:
-            rows.append([value, "average", *difference_cells(entry, entry["difference"]), ""])
+            cells = difference_cells(entry, entry["difference"])
+            rows.append([value, _average_name(summary), *cells, ""])
     interval = f"{percent(summary['confidence'], 0)} interval"
     title = f"Difference to {summary['reference']}, of means over seeds"
     return FittedTable(title, ["", "", "difference", interval, "seeds"], rows)
+
+
+def _average_name(summary: Summary) -> str:
+    """Name the average, with its rows where it is not of all."""
+    rows = summary["average"]["rows"]
+    return "average" if len(rows) == len(summary["rows"]) else f"average of {', '.join(rows)}"
 
 
 def line_name(*parts: str) -> str:

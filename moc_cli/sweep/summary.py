@@ -17,7 +17,7 @@ from moc_cli.comparison.bootstrap import (
     resample_scores,
 )
 from moc_cli.comparison.pairs import Item, pair, sides
-from moc_cli.comparison.runs import Items, evaluations, read_items
+from moc_cli.comparison.runs import FINAL, Items, Scores, evaluations, read_items
 from moc_cli.errors import RunError
 from moc_cli.results import main_score
 from moc_cli.sweep.plan import Cell, PlannedRun, SweepPlan
@@ -38,7 +38,8 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
     """Return what sweep.json holds: every run, the scores of every cell, and the differences.
 
     A row is a combination of the groups that are not compared. Scores are main metrics, of the
-    training's own final scoring; intervals need the items of an evaluation (`eval` in the sweep).
+    evaluation with the most items (`eval` in the sweep), so that an interval is of the same items;
+    without one, of the training's own final scoring, which has no intervals.
     """
     sweep = plan.sweep
     group, finished = sweep.compared_group, [r for r in plan.runs if r.name in plan.finished]
@@ -91,7 +92,7 @@ def _run(run: PlannedRun) -> dict[str, Any]:
         "settings": {setting.group: setting.name for setting in run.cell},
         "candidate": run.candidate and run.candidate.name,
         "seed": run.seed,
-        "tasks": {task: main_score(entry)["value"] for task, entry in results["tasks"].items()},
+        "tasks": {task: main_score(e)["value"] for task, e in _scored(run).tasks.items()},
         "validation": results.get("validation"),
         "trained": results["parameters"]["adapter"],
         "seconds": results["seconds"],
@@ -110,10 +111,11 @@ def _row(name: str, columns: Sequence[Column], plan: SweepPlan) -> dict[str, Any
 
 def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
     results = [run.results.read_results() for run in column.runs]
+    scores = [_scored(run).tasks for run in column.runs]
     chosen = plan.chosen(column.cell)
     tasks = {}
-    for task, entry in results[0]["tasks"].items():
-        values = [main_score(result["tasks"][task])["value"] for result in results]
+    for task, entry in scores[0].items():
+        values = [main_score(of_run[task])["value"] for of_run in scores]
         tasks[task] = {
             "metric": entry["metric"],
             "majority": main_score(entry).get("majority"),
@@ -128,6 +130,7 @@ def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
         "chosen": chosen.candidate.name if chosen and chosen.candidate else None,
         "trained": results[0]["parameters"]["adapter"],
         "seconds": statistics.median(result["seconds"] for result in results),
+        "devices": _conditions(column.runs)["device"],
     }
 
 
@@ -193,13 +196,22 @@ def _resampled(
     return dict(zip(predictions, np.split(scores, ends), strict=True))
 
 
-def _items(run: PlannedRun) -> Items:
-    """Return the items of a run's evaluation with the most of them; none where there is none."""
+def _scored(run: PlannedRun) -> Scores:
+    """Return a run's evaluation with the most items; without one, the training's own scoring."""
     scored = evaluations(run.results)
-    if not scored:
+    if scored:
+        return max(scored.values(), key=lambda scores: scores.items)
+    results = run.results.read_results()
+    return Scores(FINAL, results, results["tasks"])
+
+
+def _items(run: PlannedRun) -> Items:
+    """Return the items of what a run is scored by; none where they are not kept."""
+    scored = _scored(run)
+    if scored.folder is None:
         return {}
     try:
-        return read_items(max(scored.values(), key=lambda scores: scores.items))
+        return read_items(scored)
     except RunError:
         return {}
 
