@@ -1,6 +1,7 @@
 """`moc sweep SWEEP`: train every combination of values, and compare the scores."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,12 @@ def sweep(
             help="Runs at the same time, each on a GPU of its own; auto: one for each GPU.",
         ),
     ] = "auto",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE", help="Value that the others are compared with; default: the sweep's."
+        ),
+    ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the run folders; default: the sweep's."),
@@ -62,7 +69,7 @@ def sweep(
     from moc_cli.report.output import say
     from moc_cli.sweep.plan import make_plan
 
-    definition = _sweep(sweep, vary or [], seeds, output_dir)
+    definition = _sweep(sweep, vary or [], seeds, reference, output_dir)
     plan = make_plan(definition, set_ or [])
     job_limit = _read_jobs(jobs)
     folders = [Path(place) for place in (definition.output_dir, definition.results_dir) if place]
@@ -78,7 +85,10 @@ def sweep(
         return
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    resume_command = _resume_command(sweep, set_ or [], vary or [], seeds, jobs, output_dir)
+    resume_command = _resume_command(
+        [sweep, *repeated("--set", set_ or []), *repeated("--vary", vary or [])],
+        {"--seeds": seeds, "--jobs": jobs, "--reference": reference, "--output-dir": output_dir},
+    )
     gpus = _count_gpus() if any(plan.next_runs()) else 0
     execution = Execution(plan, job_limit or max(1, gpus), gpus, say)
     stopped = None
@@ -130,10 +140,16 @@ def _show(execution: "Execution", folder: Path, json: bool) -> None:
     say(f"Written: {', '.join(map(str, files))}")
 
 
-def _sweep(name: str, vary: list[str], seeds: str | None, output_dir: Path | None) -> "Sweep":
+def _sweep(
+    name: str,
+    vary: list[str],
+    seeds: str | None,
+    reference: str | None,
+    output_dir: Path | None,
+) -> "Sweep":
     """Return the sweep of a file, or of a recipe with `--vary`."""
     from moc_cli.errors import MocError
-    from moc_cli.recipe.sweep import Sweep, parse_vary, read_sweep, setting_of
+    from moc_cli.recipe.sweep import Sweep, check_reference, parse_vary, read_sweep, setting_of
 
     if vary:
         groups = {}
@@ -151,6 +167,11 @@ def _sweep(name: str, vary: list[str], seeds: str | None, output_dir: Path | Non
         if not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
             raise MocError(f"--seeds {seeds}: expected whole numbers, each once", "as --seeds 0,1")
         definition = replace(definition, seeds=tuple(map(int, texts)))
+    if reference is not None:
+        names = [setting.name for settings in definition.groups.values() for setting in settings]
+        if message := check_reference(reference, names):
+            raise MocError(f"--reference {reference}: {message}")
+        definition = replace(definition, reference=reference)
     if output_dir is not None:
         definition = replace(definition, output_dir=str(output_dir))
     return definition
@@ -171,17 +192,9 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _resume_command(
-    sweep: str,
-    changes: list[str],
-    vary: list[str],
-    seeds: str | None,
-    jobs: str,
-    output_dir: Path | None,
-) -> str:
+def _resume_command(command: list[str], options: Mapping[str, object]) -> str:
     """Return the command that goes on."""
-    command = [program(), "sweep", sweep, *repeated("--set", changes), *repeated("--vary", vary)]
-    for option, value in (("--seeds", seeds), ("--jobs", jobs), ("--output-dir", output_dir)):
+    for option, value in options.items():
         if value not in (None, "auto"):
             command += [option, str(value)]
-    return shlex.join(command)
+    return shlex.join([program(), "sweep", *command])

@@ -129,6 +129,11 @@ def check_keys(changes: Sequence[str]) -> Iterator[str]:
             yield "output.output_dir: a sweep names each run's folder; --output-dir DIR for all"
 
 
+def check_reference(name: str, names: Sequence[str]) -> str | None:
+    """Return what is wrong with a reference, where it is not one of the values that vary."""
+    return None if names.count(name) == 1 else f"allowed is one value{choices(name, names)}"
+
+
 def parse_vary(text: str) -> tuple[str, list[Any]]:
     """Return the key and the values of `KEY=VALUE,VALUE`; MocError where it is something else."""
     key, equals, values = text.partition("=")
@@ -197,8 +202,8 @@ def _check(value: dict[str, Any]) -> Mistakes:
         yield ("choose",), f"allowed is one of vary{choices(str(value['choose']), groups)}"
     if value.get("reference") is not None:
         names = [name for values in groups.values() if values for name in _names(values)]
-        if names.count(str(value["reference"])) != 1:
-            yield ("reference",), f"allowed is one value{choices(str(value['reference']), names)}"
+        if message := check_reference(str(value["reference"]), names):
+            yield ("reference",), message
     evaluations = value.get("eval") or []
     if not isinstance(evaluations, list) or not all(isinstance(e, str) for e in evaluations):
         yield ("eval",), 'allowed: a list of options of moc eval, as ["--limit 200"]; [""] for none'

@@ -4,7 +4,8 @@ Written again by `PYTHONPATH=tests:. python -m support.results_tables`.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from support.machine import ROOT
@@ -16,20 +17,28 @@ from moc_cli.sweep.plan import make_plan
 from moc_cli.sweep.summary import summarize_sweep
 
 DOCUMENT = ROOT / "recipes" / "RESULTS.md"
-BLOCK = re.compile(r"(<!-- sweep: ([\w-]+) -->\n).*?(<!-- end of sweep -->\n)", re.S)
+BLOCK = re.compile(
+    r"(<!-- sweep: ([\w-]+)(?:, reference: ([\w-]+))? -->\n).*?(<!-- end of sweep -->\n)", re.S
+)
 
 
-def tables(name: str) -> str:
-    """Return the Markdown of a shipped sweep's results: conditions, then its tables."""
-    plan = make_plan(read_sweep(name), [])
+def tables(name: str, reference: str | None) -> str:
+    """Return the Markdown of a shipped sweep's results: conditions, then its tables.
+
+    With another reference than the sweep's: the differences to it alone.
+    """
+    sweep = read_sweep(name)
+    plan = make_plan(replace(sweep, reference=reference or sweep.reference), [])
     plan.find_finished()
     summary = summarize_sweep(plan)
-    return "\n".join(["", *_conditions(summary), *_markdown(summary)]) + "\n"
+    if reference:
+        return "\n".join(["", *_markdown(sweep_tables(summary)[-1:])]) + "\n"
+    return "\n".join(["", *_conditions(summary), *_markdown(sweep_tables(summary))]) + "\n"
 
 
 def document(text: str) -> str:
     """Return RESULTS.md with every block written again."""
-    return BLOCK.sub(lambda block: block[1] + tables(block[2]) + block[3], text)
+    return BLOCK.sub(lambda block: block[1] + tables(block[2], block[3]) + block[4], text)
 
 
 def _conditions(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -40,8 +49,8 @@ def _conditions(summary: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _markdown(summary: Mapping[str, Any]) -> Iterator[str]:
-    for table in sweep_tables(summary):
+def _markdown(tables: Iterable[FittedTable]) -> Iterator[str]:
+    for table in tables:
         yield f"**{table.title}**\n"
         yield from _lines(table)
         yield ""

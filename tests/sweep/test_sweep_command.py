@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -123,6 +124,12 @@ def test_it_searches_trains_the_other_seeds_and_compares(
     difference = row["differences"]["r4"]["ARC-Easy"]
     assert (difference["low"], difference["mean"], difference["high"]) == (1.0, 1.0, 1.0)
     assert row["cells"]["r2"]["tasks"]["ARC-Easy"]["values"] == [0.0, 0.0]
+    # The same runs beside another of them.
+    assert run(["sweep", sweep, "--reference", "r4", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert list(row["differences"]) == ["r2"]
+    assert row["differences"]["r2"]["ARC-Easy"]["mean"] == -1.0
+    assert not started
 
 
 def answer_all(folder: Path, *, right: bool) -> None:
@@ -157,12 +164,13 @@ def test_a_run_that_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(execute, "start", start)
     monkeypatch.setattr(execute, "POLL", 0.0)
-    assert run(["sweep", write_sweep(tmp_path, choices[1]), "--json"]) == 2
+    call = ["sweep", write_sweep(tmp_path, choices[1]), "--reference", "r4"]
+    assert run([*call, "--json"]) == 2
     said = capsys.readouterr()
     failed = json.loads(said.out)["failed"]
     assert len(failed) == 4
     assert all(reason.startswith("no rows (see ") for reason in failed.values())
-    assert "4 runs failed; after fixing the cause: moc sweep" in said.err
+    assert f"4 runs failed; after fixing the cause: {shlex.join(['moc', *call])}" in said.err
 
 
 def test_mistakes_of_all_recipes_are_told_before_anything_is_trained(
@@ -185,6 +193,18 @@ def test_keys_that_a_sweep_gives_itself_are_refused(
     said = capsys.readouterr().err
     assert "--seeds N,M" in said
     assert "--output-dir DIR for all" in said
+
+
+def test_a_reference_is_one_of_the_values(
+    choices: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = ["sweep", choices[1], "--vary", "method.rank=12,16", "--dry-run", "--reference"]
+    assert run([*ranks, "12"]) == 0
+    capsys.readouterr()
+    assert run([*ranks, "13"]) == 2
+    said = capsys.readouterr().err
+    assert "--reference 13: allowed is one value" in said
+    assert "allowed: 12, 16" in said
 
 
 def test_a_recipe_needs_what_varies(capsys: pytest.CaptureFixture[str]) -> None:
