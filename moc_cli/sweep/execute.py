@@ -171,7 +171,8 @@ def commands(sweep: Sweep, run: PlannedRun) -> list[list[str]]:
 def keep_small_files(run: PlannedRun) -> None:
     """Copy a finished run's recipe, results and evaluations to the folder of results.
 
-    The recipe is as the sweep has it, so that it names no place of this machine.
+    Of metrics.jsonl the lines of the validation rows are kept. The recipe is as the sweep has it,
+    so that it names no place of this machine.
     """
     if run.results.path == run.folder.path:
         return
@@ -187,6 +188,8 @@ def keep_small_files(run: PlannedRun) -> None:
     target.mkdir(parents=True, exist_ok=True)
     recipe = run.recipe.changed(output={"output_dir": run.name})
     write_text_atomic(target / "recipe.yaml", dump(recipe))
+    validated = [json.dumps(line) for line in run.folder.read_metrics() if "eval" in line]
+    write_text_atomic(run.results.metrics, "".join(f"{line}\n" for line in validated))
     write_json_atomic(target / "environment.json", _conditions(run))
     write_json_atomic(target / "results.json", run.folder.read_results())  # last: it is finished
 

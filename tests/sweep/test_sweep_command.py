@@ -99,9 +99,12 @@ def test_it_searches_trains_the_other_seeds_and_compares(
     assert (difference["items"], difference["seeds"]) == (6, [2, 2])
     kept = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert {path.name for path in kept} == {
-        *("recipe.yaml", "results.json", "environment.json", "samples.jsonl.gz"),
+        *("recipe.yaml", "results.json", "environment.json", "samples.jsonl.gz", "metrics.jsonl"),
         *("sweep.json", "sweep.png", "sweep.svg"),
     }
+    for path in (tmp_path / "kept").rglob("metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["step"] for line in lines if line["eval"]] == [1]
     home = str(tmp_path / "runs").encode()
     assert not any(home in path.read_bytes() for path in kept)
     # The kept files are enough: nothing is trained again, and the numbers are the same.
