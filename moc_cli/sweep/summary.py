@@ -92,7 +92,7 @@ def _run(run: PlannedRun) -> dict[str, Any]:
         "settings": {setting.group: setting.name for setting in run.cell},
         "candidate": run.candidate and run.candidate.name,
         "seed": run.seed,
-        "tasks": {task: main_score(e)["value"] for task, e in _scored(run).tasks.items()},
+        "tasks": {task: main_score(e)["value"] for task, e in _scored([run])[0].tasks.items()},
         "validation": results.get("validation"),
         "trained": results["parameters"]["adapter"],
         "seconds": results["seconds"],
@@ -111,10 +111,12 @@ def _row(name: str, columns: Sequence[Column], plan: SweepPlan) -> dict[str, Any
 
 def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
     results = [run.results.read_results() for run in column.runs]
-    scores = [_scored(run).tasks for run in column.runs]
+    scores = [scored.tasks for scored in _scored(column.runs)]
     chosen = plan.chosen(column.cell)
     tasks = {}
     for task, entry in scores[0].items():
+        if not all(task in of_run for of_run in scores):
+            continue
         values = [main_score(of_run[task])["value"] for of_run in scores]
         tasks[task] = {
             "metric": entry["metric"],
@@ -141,7 +143,8 @@ def _differences(
 
     Each run is scored once on the resampled items of a task.
     """
-    items = {column.value: list(map(_items, column.runs)) for column in [reference, *other_columns]}
+    columns = [reference, *other_columns]
+    items = {column.value: list(map(_items, _scored(column.runs))) for column in columns}
     differences: dict[str, dict[str, Any]] = {column.value: {} for column in other_columns}
     for task, first in cells[reference.value]["tasks"].items():
         anchor = items[reference.value][0].get(task, [])
@@ -196,18 +199,22 @@ def _resampled(
     return dict(zip(predictions, np.split(scores, ends), strict=True))
 
 
-def _scored(run: PlannedRun) -> Scores:
-    """Return a run's evaluation with the most items; without one, the training's own scoring."""
-    scored = evaluations(run.results)
-    if scored:
-        return max(scored.values(), key=lambda scores: scores.items)
-    results = run.results.read_results()
-    return Scores(FINAL, results, results["tasks"])
+def _scored(runs: Sequence[PlannedRun]) -> list[Scores]:
+    """Return each run's evaluation of a name that all have, that with the most items.
+
+    Where they share none: the trainings' own final scoring.
+    """
+    found = [evaluations(run.results) for run in runs]
+    shared = [label for label in found[0] if all(label in scored for scored in found)]
+    if shared:
+        label = max(shared, key=lambda label: found[0][label].items)
+        return [scored[label] for scored in found]
+    results = [run.results.read_results() for run in runs]
+    return [Scores(FINAL, result, result["tasks"]) for result in results]
 
 
-def _items(run: PlannedRun) -> Items:
-    """Return the items of what a run is scored by; none where they are not kept."""
-    scored = _scored(run)
+def _items(scored: Scores) -> Items:
+    """Return the items that scores are made from; none where they are not kept."""
     if scored.folder is None:
         return {}
     try:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -119,6 +120,16 @@ def test_it_searches_trains_the_other_seeds_and_compares(
         check=True,
     )
     assert json.loads(answer.stdout) == summary
+    # An evaluation that one run alone has counts for none, though it has more items.
+    one = next((tmp_path / "kept").glob("r4/*/seed-1/eval/*"))
+    other = shutil.copytree(one, one.with_name("other"))
+    content = json.loads((other / "results.json").read_text())
+    for score in content["tasks"]["ARC-Easy"]["metrics"].values():
+        score |= {"n": 1000, "value": 0.123}
+    (other / "results.json").write_text(json.dumps(content))
+    assert run(["sweep", sweep, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == summary["rows"]
+    shutil.rmtree(other)
     # Each side's interval is made from its own items: here r4 is right everywhere, r2 nowhere.
     for folder in (tmp_path / "kept").glob("r[24]/*/*/eval/*"):
         answer_all(folder, right="r4" in folder.parts)
