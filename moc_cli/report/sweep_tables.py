@@ -38,7 +38,7 @@ def _score_table(summary: Summary) -> FittedTable:
         medians = [average["values"].get(value, {}).get("median") for value in values]
         if len(rows) > 1:
             texts = [score_text("", median) for median in medians]
-            rows.append([Text(cell, "bold") for cell in (_average_name(summary), *texts)])
+            rows.append([Text(cell, "bold") for cell in (average_name(summary), *texts)])
     title = "Scores: median over seeds (lowest to highest)"
     return FittedTable(title, ["", *values], rows)
 
@@ -83,13 +83,13 @@ def _difference_table(summary: Summary) -> FittedTable:
     for value, entry in summary["average"].get("values", {}).items():
         if "difference" in entry and len(summary["average"]["rows"]) > 1:
             cells = difference_cells(entry, entry["difference"])
-            rows.append([value, _average_name(summary), *cells, ""])
+            rows.append([value, average_name(summary), *cells, ""])
     interval = f"{percent(summary['confidence'], 0)} interval"
     title = f"Difference to {summary['reference']}, of means over seeds"
     return FittedTable(title, ["", "", "difference", interval, "seeds"], rows)
 
 
-def _average_name(summary: Summary) -> str:
+def average_name(summary: Summary) -> str:
     """Name the average, with its rows where it is not of all."""
     rows = summary["average"]["rows"]
     return "average" if len(rows) == len(summary["rows"]) else f"average of {', '.join(rows)}"

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from moc_cli.report.figure_style import COLOURS, FigureFrame, figure_style, fitted
-from moc_cli.report.sweep_tables import line_name
+from moc_cli.report.sweep_tables import average_name, line_name
 
 PICTURES = ("sweep.png", "sweep.svg")
 Summary = Mapping[str, Any]
@@ -79,5 +79,5 @@ def _lines(summary: Summary) -> dict[str, dict[str, Point]]:
     for value, entry in summary["average"].get("values", {}).items():
         if "difference" in entry and len(lines) > 1:
             point = (entry["difference"], entry["low"], entry["high"])
-            lines.setdefault("average", {})[value] = point
+            lines.setdefault(average_name(summary), {})[value] = point
     return lines

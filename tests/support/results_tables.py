@@ -1,4 +1,4 @@
-"""The tables of recipes/RESULTS.md, from the small files of runs in recipes/results.
+"""The tables and pictures of recipes/RESULTS.md, from the small files of runs in recipes/results.
 
 Written again by `PYTHONPATH=tests:. python -m support.results_tables`.
 """
@@ -6,6 +6,8 @@ Written again by `PYTHONPATH=tests:. python -m support.results_tables`.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from support.machine import ROOT
@@ -13,6 +15,7 @@ from support.machine import ROOT
 from moc_cli.recipe.sweep import read_sweep
 from moc_cli.report.sweep_tables import sweep_tables
 from moc_cli.report.tables import FittedTable
+from moc_cli.sweep.figure import draw_sweep
 from moc_cli.sweep.plan import make_plan
 from moc_cli.sweep.summary import summarize_sweep
 
@@ -22,18 +25,36 @@ BLOCK = re.compile(
 )
 
 
-def tables(name: str, reference: str | None) -> str:
-    """Return the Markdown of a shipped sweep's results: conditions, then its tables.
-
-    With another reference than the sweep's: the differences to it alone.
-    """
+@cache
+def summarized(name: str, reference: str | None = None) -> dict[str, Any]:
+    """Return what `moc sweep --json` prints of a shipped sweep's kept runs."""
     sweep = read_sweep(name)
     plan = make_plan(replace(sweep, reference=reference or sweep.reference), [])
     plan.find_finished()
-    summary = summarize_sweep(plan)
+    return summarize_sweep(plan)
+
+
+def tables(name: str, reference: str | None) -> str:
+    """Return the Markdown of a shipped sweep's results: conditions, picture, then its tables.
+
+    With another reference than the sweep's: the differences to it alone.
+    """
+    summary = summarized(name, reference)
     if reference:
         return "\n".join(["", *_markdown(sweep_tables(summary)[-1:])]) + "\n"
-    return "\n".join(["", *_conditions(summary), *_markdown(sweep_tables(summary))]) + "\n"
+    picture = f"![Differences to {summary['reference']}](results/{name}.svg)\n"
+    lines = ["", *_conditions(summary), picture, *_markdown(sweep_tables(summary))]
+    return "\n".join(lines) + "\n"
+
+
+def draw(name: str) -> bytes:
+    """Return the picture of a sweep's kept runs, as SVG."""
+    return draw_sweep(summarized(name))["sweep.svg"]
+
+
+def picture_file(name: str) -> Path:
+    """Return the place of a sweep's picture."""
+    return DOCUMENT.parent / "results" / f"{name}.svg"
 
 
 def document(text: str) -> str:
@@ -72,8 +93,11 @@ def _line(cells: list[str]) -> str:
 
 
 def main() -> None:
-    """Write the tables into RESULTS.md."""
+    """Write the tables into RESULTS.md, and the pictures beside the runs."""
     text = DOCUMENT.read_text(encoding="utf-8")
+    for _, name, reference, _ in BLOCK.findall(text):
+        if not reference:
+            picture_file(name).write_bytes(draw(name))
     DOCUMENT.write_text(document(text), encoding="utf-8")
 
 
