@@ -34,11 +34,10 @@ def _score_table(summary: Summary) -> FittedTable:
             scores = [row["cells"].get(value, {}).get("tasks", {}).get(task) for value in values]
             metric = next(score["metric"] for score in scores if score)
             rows.append([line_name(row["name"], task, metric), *map(_score, scores)])
-    if average := summary["average"]:
-        medians = [average["values"].get(value, {}).get("median") for value in values]
-        if len(rows) > 1:
-            texts = [score_text("", median) for median in medians]
-            rows.append([Text(cell, "bold") for cell in (average_name(summary), *texts)])
+    if averages := averaged(summary):
+        medians = [averages.get(value, {}).get("median") for value in values]
+        texts = [score_text("", median) for median in medians]
+        rows.append([Text(cell, "bold") for cell in (average_name(summary), *texts)])
     title = "Scores: median over seeds (lowest to highest)"
     return FittedTable(title, ["", *values], rows)
 
@@ -80,13 +79,19 @@ def _difference_table(summary: Summary) -> FittedTable:
                 label = line_name(row["name"], task)
                 seeds = " and ".join(map(str, reversed(entry["seeds"])))
                 rows.append([value, label, *difference_cells(entry, entry["mean"]), seeds])
-    for value, entry in summary["average"].get("values", {}).items():
-        if "difference" in entry and len(summary["average"]["rows"]) > 1:
+    for value, entry in averaged(summary).items():
+        if "difference" in entry:
             cells = difference_cells(entry, entry["difference"])
             rows.append([value, average_name(summary), *cells, ""])
     interval = f"{percent(summary['confidence'], 0)} interval"
     title = f"Difference to {summary['reference']}, of means over seeds"
     return FittedTable(title, ["", "", "difference", interval, "seeds"], rows)
+
+
+def averaged(summary: Summary) -> Mapping[str, Any]:
+    """Return the averages by value; none where only one score of each value would be in them."""
+    values: Mapping[str, Any] = summary["average"].get("values", {})
+    return values if any(entry["tasks"] > 1 for entry in values.values()) else {}
 
 
 def average_name(summary: Summary) -> str:

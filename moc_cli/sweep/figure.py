@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from moc_cli.report.figure_style import COLOURS, FigureFrame, figure_style, fitted
-from moc_cli.report.sweep_tables import average_name, line_name
+from moc_cli.report.sweep_tables import average_name, averaged, line_name
 
 PICTURES = ("sweep.png", "sweep.svg")
 Summary = Mapping[str, Any]
@@ -76,8 +76,8 @@ def _lines(summary: Summary) -> dict[str, dict[str, Point]]:
                     point = (entry["median"], min(entry["values"]), max(entry["values"]))
                 name = line_name(row["name"], task, entry["metric"])
                 lines.setdefault(name, {})[value] = point
-    for value, entry in summary["average"].get("values", {}).items():
-        if "difference" in entry and len(lines) > 1:
+    for value, entry in averaged(summary).items():
+        if "difference" in entry:
             point = (entry["difference"], entry["low"], entry["high"])
             lines.setdefault(average_name(summary), {})[value] = point
     return lines

@@ -14,12 +14,14 @@ from typing import IO, Any
 import pytest
 
 from moc_cli.cli import run
+from moc_cli.report.sweep_tables import average_name, averaged
 from moc_cli.sweep import execute
 
 WITHOUT_TORCH = """
 import sys
 sys.modules |= {"torch": None, "transformers": None}
 from moc_cli.cli import run
+from moc_cli.report.sweep_tables import average_name, averaged
 sys.exit(run(sys.argv[1:]))
 """
 
@@ -157,6 +159,17 @@ def answer_all(folder: Path, *, right: bool) -> None:
         entry["metrics"][entry["metric"]]["value"] = float(right)
     content["samples_sha256"] = hashlib.sha256("".join(lines).encode()).hexdigest()
     results.write_text(json.dumps(content))
+
+
+def test_an_average_is_of_several_scores_and_says_of_which() -> None:
+    values = {"r2": {"tasks": 2, "median": 0.5}}
+    summary = {"rows": [{"name": "a"}, {"name": "b"}], "average": {"rows": ["a"], "values": values}}
+    assert averaged(summary) == values
+    assert average_name(summary) == "average of a"
+    summary["average"] = {"rows": ["a", "b"], "values": {"r2": {"tasks": 1}}}
+    assert averaged(summary) == {}
+    assert average_name(summary) == "average"
+    assert averaged({"rows": [], "average": {}}) == {}
 
 
 def _rank(validation: dict[str, Any]) -> float:
