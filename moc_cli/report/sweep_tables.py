@@ -73,9 +73,11 @@ def _cost_table(summary: Summary) -> FittedTable:
 
 def _difference_table(summary: Summary) -> FittedTable:
     rows: Rows = []
+    without_items = False
     for row in summary["rows"]:
         for value, tasks in row["differences"].items():
             for task, entry in tasks.items():
+                without_items |= entry["low"] is None
                 label = line_name(row["name"], task)
                 seeds = " and ".join(map(str, reversed(entry["seeds"])))
                 rows.append([value, label, *difference_cells(entry, entry["mean"]), seeds])
@@ -85,7 +87,9 @@ def _difference_table(summary: Summary) -> FittedTable:
             rows.append([value, average_name(summary), *cells, ""])
     interval = f"{percent(summary['confidence'], 0)} interval"
     title = f"Difference to {summary['reference']}, of means over seeds"
-    return FittedTable(title, ["", "", "difference", interval, "seeds"], rows)
+    note = f"{MISSING}: an interval needs the items that `eval` in a sweep file keeps"
+    notes = [note] if without_items else []
+    return FittedTable(title, ["", "", "difference", interval, "seeds"], rows, notes=notes)
 
 
 def averaged(summary: Summary) -> Mapping[str, Any]:

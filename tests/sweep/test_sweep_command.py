@@ -146,6 +146,12 @@ def test_it_searches_trains_the_other_seeds_and_compares(
     assert list(row["differences"]) == ["r2"]
     assert row["differences"]["r2"]["ARC-Easy"]["mean"] == -1.0
     assert not started
+    assert run(["sweep", sweep]) == 0
+    assert "an interval needs" not in capsys.readouterr().out
+    # Without the items of one run there is no interval, and a line says what it needs.
+    next((tmp_path / "kept").glob("r4/*/seed-1/eval/*/samples.jsonl.gz")).unlink()
+    assert run(["sweep", sweep]) == 0
+    assert "an interval needs the items" in capsys.readouterr().out
 
 
 def answer_all(folder: Path, *, right: bool) -> None:
