@@ -18,7 +18,8 @@ Cell = tuple[Setting, ...]
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep. `recipe` is as the sweep has it, with no `--set` of the command line.
+    """One run of a sweep. `recipe` is as the sweep has it, with no `--set` of the command line;
+    `trained` is with it.
 
     `changes` are what `moc train` is called with, but for the run folder; `results` is the folder
     that keeps its small files, the run folder itself where the sweep names no other.
@@ -29,6 +30,7 @@ class PlannedRun:
     candidate: Setting | None
     seed: int
     recipe: Recipe
+    trained: Recipe
     changes: tuple[str, ...]
     folder: RunFolder
     results: RunFolder
@@ -39,7 +41,8 @@ class PlannedRun:
         Raises RunError where its folder holds another one.
         """
         scored = [*self.results.path.glob("eval/*/results.json")]
-        return is_finished(self.recipe, self.results) and len(scored) >= evaluations
+        kept = self.trained if self.results.path == self.folder.path else self.recipe
+        return is_finished(kept, self.results) and len(scored) >= evaluations
 
     def validation(self) -> tuple[str, float]:
         """Return the metric that chose the run's step, and its best value during training."""
@@ -149,15 +152,16 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
         for candidate in sweep.candidates
     }
     loaded: dict[Cell, Recipe] = {}
+    changed: dict[Cell, Recipe] = {}
     varied = [change for chosen in settings.values() for change in _varied(chosen)]
     if refused := list(check_keys([*sweep.common, *varied, *changes])):
         raise MocError("\n".join(refused))
     draft, common = read_draft(sweep.recipe), [*sweep.common, "output.output_dir=run"]
     for chosen in settings.values():
         try:
-            loaded[chosen] = finish_recipe(draft, common, _varied(chosen))
+            loaded[chosen] = changed[chosen] = finish_recipe(draft, common, _varied(chosen))
             if changes:
-                finish_recipe(draft, [*common, *_varied(chosen), *changes])
+                changed[chosen] = finish_recipe(draft, [*common, *_varied(chosen), *changes])
         except MocError as error:
             for line in error.message.splitlines():
                 mistakes.setdefault(line, _name(chosen))
@@ -175,14 +179,19 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
         for (cell, candidate), chosen in settings.items():
             name = f"{_name(chosen)}/seed-{seed}"
             folder = RunFolder(Path(sweep.output_dir) / name)
-            recipe = loaded[chosen].changed(output={"output_dir": str(folder.path)})
+            output = {"output_dir": str(folder.path)}
+            recipe, trained = (
+                made[chosen].changed(output=output).model_copy(update={"seed": seed})
+                for made in (loaded, changed)
+            )
             runs.append(
                 PlannedRun(
                     name=name,
                     cell=cell,
                     candidate=candidate,
                     seed=seed,
-                    recipe=recipe.model_copy(update={"seed": seed}),
+                    recipe=recipe,
+                    trained=trained,
                     changes=(*sweep.common, *_varied(chosen), *changes, f"seed={seed}"),
                     folder=folder,
                     results=RunFolder(Path(sweep.results_dir or sweep.output_dir) / name),

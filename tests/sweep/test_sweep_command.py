@@ -183,6 +183,23 @@ def _rank(validation: dict[str, Any]) -> float:
     return validation["value"] if lower else -validation["value"]
 
 
+def test_the_same_command_goes_on_with_its_changes(
+    tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no small files are kept apart, a run's own recipe holds what `--set` has changed."""
+    keys = {"vary": {"method.rank": [2, 4]}, "choose": None, "reference": None, "seeds": [0]}
+    call = ["sweep", write_sweep(tmp_path, choices[1], **keys, eval=[], results_dir=None)]
+    changed = [*call, "--set", "eval.max_samples=3", "--set", "train.weight_decay=0.5", "--json"]
+    assert run(changed) == 0
+    assert len(started) == 2
+    summary = json.loads(capsys.readouterr().out)
+    assert run(changed) == 0
+    assert len(started) == 2
+    assert json.loads(capsys.readouterr().out) == summary
+    assert run([*call, "--set", "train.weight_decay=0.5", "--json"]) == 2
+    assert "eval.max_samples (3 then" in capsys.readouterr().out
+
+
 def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     choices: list[str],
