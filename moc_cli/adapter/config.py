@@ -4,7 +4,7 @@ Format 2 also carries a hash of the config itself, the seed, a fingerprint of th
 the kind of model; format 1 lacks them and is still read.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -123,6 +123,6 @@ def make_method(name: str, options: dict[str, Any]) -> MethodConfig:
         raise RecipeError("\n".join(dict.fromkeys(lines))) from error
 
 
-def drawn_from_the_base(method: MethodConfig) -> bool:
+def drawn_from_the_base(method: MethodConfig) -> TypeGuard[LoraMethod | DoraMethod]:
     """Whether placing the method rewrites the base from a seed (PiSSA and OLoRA do)."""
     return isinstance(method, LoraMethod | DoraMethod) and method.init.startswith(REWRITING_INITS)

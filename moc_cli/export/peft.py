@@ -18,7 +18,7 @@ from moc_cli.export.parity import Written
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.quantization import silence_notice
-from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
+from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
 from moc_cli.recipe.schema import Recipe
 
 _PREFIX = "base_model.model."
@@ -32,7 +32,7 @@ def check(recipe: Recipe) -> None:
             "export with --to controls",
         )
     method = recipe.method
-    if isinstance(method, LoraMethod | DoraMethod) and drawn_from_the_base(method):
+    if drawn_from_the_base(method):
         raise MocError(
             f"method.init {method.init} rewrites the base's weights, "
             "which peft would do again, and not to the bit",

@@ -27,11 +27,15 @@ VERSIONS = ("python", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Column:
-    """One value of the compared group in one row of the table: the finished runs of its cell."""
+    """One value of the compared group in one row of the table: the finished runs of its cell.
+
+    `scores` are those of each run.
+    """
 
     cell: Cell
     value: str
     runs: list[PlannedRun]
+    scores: list[Scores]
 
 
 def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
@@ -47,7 +51,9 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
     for cell in sweep.cells:
         runs = plan.counting(cell)
         value = next((setting.name for setting in cell if setting.group == group), sweep.name)
-        rows.setdefault(sweep.row(cell), []).append(Column(cell, value, runs))
+        rows.setdefault(sweep.row(cell), []).append(
+            Column(cell, value, runs, _scored(runs) if runs else [])
+        )
     table = [_row(row, columns, plan) for row, columns in rows.items()]
     average = _average(table, sweep.reference)
     for row in table:
@@ -111,7 +117,7 @@ def _row(name: str, columns: Sequence[Column], plan: SweepPlan) -> dict[str, Any
 
 def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
     results = [run.results.read_results() for run in column.runs]
-    scores = [scored.tasks for scored in _scored(column.runs)]
+    scores = [scored.tasks for scored in column.scores]
     chosen = plan.chosen(column.cell)
     tasks = {}
     for task, entry in scores[0].items():
@@ -144,7 +150,7 @@ def _differences(
     Each run is scored once on the resampled items of a task.
     """
     columns = [reference, *other_columns]
-    items = {column.value: list(map(_items, _scored(column.runs))) for column in columns}
+    items = {column.value: list(map(_items, column.scores)) for column in columns}
     differences: dict[str, dict[str, Any]] = {column.value: {} for column in other_columns}
     for task, first in cells[reference.value]["tasks"].items():
         anchor = items[reference.value][0].get(task, [])

@@ -21,7 +21,6 @@ WITHOUT_TORCH = """
 import sys
 sys.modules |= {"torch": None, "transformers": None}
 from moc_cli.cli import run
-from moc_cli.report.sweep_tables import average_name, averaged
 sys.exit(run(sys.argv[1:]))
 """
 
