@@ -126,15 +126,22 @@ def open_own(path: str | Path, flags: int) -> int:
 def lock(
     folder: str | Path, *, wait: bool = False, say: Callable[[str], None] | None = None
 ) -> int | None:
-    """Lock an existing folder for this process; return the descriptor that holds the lock.
+    """Lock an existing folder for this process; as `lock_file` for a file in it."""
+    return lock_file(Path(folder, LOCK), os.O_RDWR | os.O_CREAT, wait=wait, say=say)
 
-    None where another process has it, unless `wait`. Closing the descriptor gives it back, and so
-    does the end of the process. Where the file system has no locks there is none, and `say` gets
-    a note. Raises FileError where the lock file cannot be opened.
+
+def lock_file(
+    path: Path, flags: int, *, wait: bool = False, say: Callable[[str], None] | None = None
+) -> int | None:
+    """Open a file as `open_own` and lock it; return the descriptor that holds the lock.
+
+    None where another process has it, unless `wait`. Closing the descriptor, and what a child got
+    of it, gives it back, and so does their end. Where the file system has no locks there is none,
+    and `say` gets a note. Raises FileError where the file cannot be opened.
     """
     import fcntl
 
-    descriptor = open_own(Path(folder, LOCK), os.O_RDWR | os.O_CREAT)
+    descriptor = open_own(path, flags)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -144,7 +151,7 @@ def lock(
         if error.errno not in WITHOUT_LOCKS:
             raise
         if say is not None:
-            say(f"{folder}: its file system has no locks; start nothing else there meanwhile")
+            say(f"{path.parent}: its file system has no locks; start nothing else there meanwhile")
     return descriptor
 
 

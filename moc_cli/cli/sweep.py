@@ -12,6 +12,7 @@ from moc_cli.cli.options import JsonOption, SetOption, program, repeated, write_
 
 if TYPE_CHECKING:
     from moc_cli.recipe.sweep import Sweep
+    from moc_cli.signals import EndedBySignal
     from moc_cli.sweep.execute import Execution
     from moc_cli.sweep.plan import SweepPlan
 
@@ -53,7 +54,7 @@ def sweep(
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the run folders; default: the sweep's."),
+        typer.Option(metavar="DIR", help="Folder of runs and results; default: the sweep's."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every recipe, and list the runs.")
@@ -69,16 +70,23 @@ def sweep(
     from moc_cli.report.output import say
     from moc_cli.sweep.plan import make_plan
 
-    definition = _sweep(sweep, vary or [], seeds, reference, output_dir)
-    plan = make_plan(definition, set_ or [])
+    definition = _sweep(sweep, vary or [], seeds, reference)
+    chosen = definition
+    if output_dir is not None:
+        chosen = replace(definition, output_dir=str(output_dir), results_dir=None)
+    plan = make_plan(chosen, set_ or [])
     job_limit = _read_jobs(jobs)
-    folders = [Path(place) for place in (definition.output_dir, definition.results_dir) if place]
+    places = [plan.sweep.output_dir, plan.sweep.results_dir]
+    folders = [Path(place) for place in places if place]
     for folder in folders:
         check_folder(folder)
-    from moc_cli.report.progress import WorkProgress
-    from moc_cli.signals import EndedBySignal
     from moc_cli.sweep.execute import Execution
 
+    if definition.results_dir and not plan.sweep.results_dir:
+        say(
+            f"results stay in {folders[-1]}: {definition.results_dir} is for the sweep as its "
+            "file has it, and is left alone"
+        )
     plan.find_finished()
     if dry_run:
         _list(plan, job_limit, json)
@@ -91,15 +99,9 @@ def sweep(
     )
     gpus = _count_gpus() if any(plan.next_runs()) else 0
     execution = Execution(plan, job_limit or max(1, gpus), gpus, say)
-    stopped = None
-    try:
-        total, finished = plan.total(), len(plan.finished)
-        if finished:
-            say(f"{finished} of {total} runs are finished from before")
-        with WorkProgress("runs", total - finished, interval=total) as bar:
-            execution.run_all(lambda done: bar.observe(done - finished), resume_command)
-    except EndedBySignal as stop:
-        stopped = stop
+    if plan.finished:
+        say(f"{len(plan.finished)} of {plan.total()} runs are finished, in {folders[-1]}")
+    stopped = _train(execution, resume_command)
     _show(execution, folders[-1], json)
     if execution.failed:
         say(f"{len(execution.failed)} runs failed; after fixing the cause: {resume_command}")
@@ -108,6 +110,20 @@ def sweep(
         raise typer.Exit(stopped.exit_code)
     if execution.failed:
         raise typer.Exit(2)
+
+
+def _train(execution: "Execution", resume_command: str) -> "EndedBySignal | None":
+    """Train what is not finished, under a progress bar; return the signal that ended it."""
+    from moc_cli.report.progress import WorkProgress
+    from moc_cli.signals import EndedBySignal
+
+    total, finished = execution.plan.total(), len(execution.plan.finished)
+    try:
+        with WorkProgress("runs", total - finished, interval=total) as bar:
+            execution.run_all(lambda done: bar.observe(done - finished), resume_command)
+    except EndedBySignal as stop:
+        return stop
+    return None
 
 
 def _list(plan: "SweepPlan", jobs: int | None, json: bool) -> None:
@@ -145,7 +161,6 @@ def _sweep(
     vary: list[str],
     seeds: str | None,
     reference: str | None,
-    output_dir: Path | None,
 ) -> "Sweep":
     """Return the sweep of a file, or of a recipe with `--vary`."""
     from moc_cli.errors import MocError
@@ -172,8 +187,6 @@ def _sweep(
         if message := check_reference(reference, names):
             raise MocError(f"--reference {reference}: {message}")
         definition = replace(definition, reference=reference)
-    if output_dir is not None:
-        definition = replace(definition, output_dir=str(output_dir))
     return definition
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from moc_cli.comparison.runs import PACKED
-from moc_cli.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from moc_cli.errors import MocError
+from moc_cli.files import lock_file, write_bytes_atomic, write_json_atomic, write_text_atomic
 from moc_cli.processes import PARENT
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.sweep import Sweep
@@ -25,6 +26,7 @@ from moc_cli.signals import EndedBySignal, handled, stop_number
 from moc_cli.sweep.plan import PlannedRun, SweepPlan
 
 POLL = 0.2  # seconds between two looks at the processes
+LOOK_AGAIN = 5.0  # and at a run that another sweep trains
 # What is kept of an item: what names it, and what a score is made from.
 OF_ITEMS = ("task", "row", "prompt", "label", "prediction", "correct", "loss", "tokens")
 
@@ -66,7 +68,6 @@ class ActiveRun:
                 return False
             self.code = code
         if self.code or not self.commands:
-            self.log.close()
             return True
         self.process = start(self.commands.pop(0), self.environment, self.log)
         return False
@@ -74,13 +75,18 @@ class ActiveRun:
 
 @dataclass
 class Execution:
-    """A sweep at work: `failed` says by names of runs why they failed."""
+    """A sweep at work: `failed` says by names of runs why they failed.
+
+    `elsewhere` holds the runs that another process trains, the same sweep started twice, and when
+    each is looked at again.
+    """
 
     plan: SweepPlan
     jobs: int
     gpus: int
     say: Callable[[str], None]
     failed: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, float] = field(default_factory=dict)
 
     def run_all(self, observe: Callable[[int], None], resume_command: str) -> None:
         """Train what is not finished; `observe` takes the number of finished runs.
@@ -93,9 +99,8 @@ class Execution:
             while True:
                 self._collect(working, observe)
                 for run in self._startable(working):
-                    slot = min(set(range(self.jobs)) - {job.slot for job in working})
-                    working.append(self._start(run, slot))
-                if not working:
+                    self._start(run, working, observe)
+                if not working and not self.elsewhere:
                     return
                 time.sleep(POLL)
         except KeyboardInterrupt as stop:
@@ -116,30 +121,68 @@ class Execution:
     def _collect(self, working: list[ActiveRun], observe: Callable[[int], None]) -> None:
         for job in [job for job in working if job.is_done()]:
             working.remove(job)
+            if not job.code:
+                keep_small_files(job.run)
+            job.log.close()  # from here on another sweep may have the run
             if job.code:
-                self.failed[job.run.name] = _last_words(Path(job.log.name))
-                self.say(f"{job.run.name}: failed: {self.failed[job.run.name]}")
-                continue
-            keep_small_files(job.run)
-            self.plan.finished.add(job.run.name)
-            self.say(f"{job.run.name}: {_scores(job.run)}")
-            observe(len(self.plan.finished))
+                self._fail(job.run, _last_words(self._log_file(job.run)))
+            else:
+                self._finish(job.run, observe)
 
     def _startable(self, working: list[ActiveRun]) -> Iterator[PlannedRun]:
         if len(working) >= self.jobs:
             return  # the usual case, five times a second: the plan is not looked through
         busy = {job.run.name for job in working} | self.failed.keys()
+        now = time.monotonic()
         for run in self.plan.next_runs():
             if len(working) >= self.jobs:
                 return
-            if run.name not in busy:
+            if run.name not in busy and self.elsewhere.get(run.name, now) <= now:
                 yield run
 
-    def _start(self, run: PlannedRun, slot: int) -> ActiveRun:
-        path = Path(self.plan.sweep.output_dir) / "logs" / (run.name.replace("/", "--") + ".log")
+    def _start(
+        self, run: PlannedRun, working: list[ActiveRun], observe: Callable[[int], None]
+    ) -> None:
+        """Start a run, unless another process trains it or has finished it."""
+        log = self._open_log(run)
+        if log is None:
+            if run.name not in self.elsewhere:
+                self.say(f"{run.name}: another process trains it")
+            self.elsewhere[run.name] = time.monotonic() + LOOK_AGAIN
+            return
+        self.elsewhere.pop(run.name, None)
+        try:
+            finished = run.is_finished(len(self.plan.sweep.evaluations))
+        except MocError as error:
+            log.close()
+            self._fail(run, error.message)
+            return
+        if finished:
+            log.close()
+            self._finish(run, observe)
+            return
+        slot = min(set(range(self.jobs)) - {job.slot for job in working})
+        steps = commands(self.plan.sweep, run)
+        working.append(ActiveRun(run, steps, self._share(slot), slot, log))
+
+    def _open_log(self, run: PlannedRun) -> IO[str] | None:
+        """Open a run's log, locked until the run has ended; None where another process has it."""
+        path = self._log_file(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("a", encoding="utf-8")
-        return ActiveRun(run, commands(self.plan.sweep, run), self._share(slot), slot, log)
+        descriptor = lock_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, say=self.say)
+        return None if descriptor is None else os.fdopen(descriptor, "a", encoding="utf-8")
+
+    def _log_file(self, run: PlannedRun) -> Path:
+        return Path(self.plan.sweep.output_dir) / "logs" / (run.name.replace("/", "--") + ".log")
+
+    def _fail(self, run: PlannedRun, reason: str) -> None:
+        self.failed[run.name] = reason
+        self.say(f"{run.name}: failed: {reason}")
+
+    def _finish(self, run: PlannedRun, observe: Callable[[int], None]) -> None:
+        self.plan.finished.add(run.name)
+        self.say(f"{run.name}: {_scores(run)}")
+        observe(len(self.plan.finished))
 
     def _share(self, slot: int) -> dict[str, str]:
         """Return the environment that gives a run its own GPU, or its share of the processors."""

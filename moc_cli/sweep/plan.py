@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moc_cli.errors import MocError, RunError
@@ -11,7 +11,7 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sweep import Setting, Sweep, check_keys
 from moc_cli.results import LOWER_IS_BETTER
 from moc_cli.runs import RunFolder
-from moc_cli.training.changes import is_finished
+from moc_cli.training.changes import is_finished, trains_the_same
 
 Cell = tuple[Setting, ...]
 
@@ -141,7 +141,8 @@ def best_of(runs: Sequence[PlannedRun]) -> PlannedRun:
 def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
     """Return all runs of a sweep, `changes` being the `--set` of the command line.
 
-    A row of the table is trained whole before the next one is begun.
+    A row of the table is trained whole before the next one is begun. Small files are kept apart
+    only where the changes are of places and of the use of the machine: those are the sweep's own.
     Raises MocError naming every mistake of every run's recipe, before anything is trained.
     """
     runs: list[PlannedRun] = []
@@ -168,6 +169,8 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
     if mistakes:
         lines = [f"{line} (first in {name})" for line, name in mistakes.items()]
         raise MocError("\n".join(lines), "moc train RECIPE --dry-run --set ... shows one run")
+    if not all(trains_the_same(loaded[chosen], changed[chosen]) for chosen in loaded):
+        sweep = replace(sweep, results_dir=None)
     first = next(iter(loaded.values()))
     if sweep.chosen_group is not None and first.eval.eval_strategy == "no":
         raise RunError(

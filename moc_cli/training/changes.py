@@ -120,14 +120,29 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
         if value is None:  # read from the rows of a custom dataset
             current["data"][key] = saved["data"][key]
     check_recipe(saved, current)
-    saved_keys, current_keys = flatten(saved), flatten(current)
-    changed = {key for key in IN_USE if saved_keys.get(key) != current_keys.get(key)}
+    changed = _changed_in_use(saved, current)
     if changed - LENGTH:
         raise RunError(
             f"{folder.path} is finished with another {', '.join(sorted(changed - LENGTH))}",
             "take the values of then, or another folder: --output-dir OTHER",
         )
     return not changed
+
+
+def trains_the_same(recipe: Recipe, other: Recipe) -> bool:
+    """Whether two recipes differ in places and in the use of the machine alone."""
+    one, two = recipe.model_dump(mode="json"), other.model_dump(mode="json")
+    try:
+        check_recipe(one, two)
+    except RunError:
+        return False
+    return not _changed_in_use(one, two)
+
+
+def _changed_in_use(saved: dict[str, Any], current: dict[str, Any]) -> set[str]:
+    """Return the keys that a resume may change, and that differ."""
+    saved_keys, current_keys = flatten(saved), flatten(current)
+    return {key for key in IN_USE if saved_keys.get(key) != current_keys.get(key)}
 
 
 def rows_a_step(recipe: Mapping[str, Any], processes: int) -> int:

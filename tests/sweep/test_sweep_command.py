@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import IO, Any
 import pytest
 
 from moc_cli.cli import run
+from moc_cli.files import lock_file
 from moc_cli.report.sweep_tables import average_name, averaged
 from moc_cli.sweep import execute
 
@@ -199,6 +201,31 @@ def test_the_same_command_goes_on_with_its_changes(
     assert "eval.max_samples (3 then" in capsys.readouterr().out
 
 
+def test_kept_results_are_those_of_the_sweep_as_its_file_has_it(
+    tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `--set` changes beside places, and runs in a folder of one's own, are not kept there."""
+    keys = {"vary": {"method.rank": [2]}, "choose": None, "reference": None, "seeds": [0]}
+    call = ["sweep", write_sweep(tmp_path, choices[1], **keys, eval=[])]
+    elsewhere = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    places = ["--set", f"data.path={elsewhere}", "--set", "launch.num_threads=2"]
+    assert run([*call, *places]) == 0
+    assert "is left alone" not in capsys.readouterr().err
+    kept = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    assert not any(str(elsewhere).encode() in content for content in kept.values())
+    changed = [*call, "--set", "train.weight_decay=0.5"]
+    assert run(changed) == 2
+    assert "train.weight_decay (0.01 then, 0.5 now)" in capsys.readouterr().err
+    for command in (changed, call):
+        started.clear()
+        assert run([*command, "--output-dir", str(tmp_path / "own")]) == 0
+        assert len(started) == 1
+        said = capsys.readouterr().err
+        assert f"results stay in {tmp_path / 'own'}: {tmp_path / 'kept'} is for the sweep" in said
+        shutil.rmtree(tmp_path / "own")
+    assert kept == {path: path.read_bytes() for path in kept}
+
+
 def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     choices: list[str],
@@ -220,6 +247,36 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert len(failed) == 4
     assert all(reason.startswith("no rows (see ") for reason in failed.values())
     assert f"4 runs failed; after fixing the cause: {shlex.join(['moc', *call])}" in said.err
+
+
+def test_two_sweeps_share_the_runs(
+    tmp_path: Path,
+    choices: list[str],
+    started: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process trains one run: the others are trained meanwhile, and that one awaited."""
+    keys = {"vary": {"method.rank": [2, 4]}, "choose": None, "reference": None, "seeds": [0]}
+    call = ["sweep", write_sweep(tmp_path, choices[1], **keys, eval=[])]
+    logs = tmp_path / "runs" / "logs"
+    logs.mkdir(parents=True)
+    other = lock_file(logs / "rank-2--seed-0.log", os.O_RDWR | os.O_CREAT)
+    assert other is not None
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(started) == 1 and len(waits) == 5:  # the other sweep ends, its run finished
+            os.close(other)
+            assert run(call) == 0
+
+    monkeypatch.setattr(execute.time, "sleep", wait)
+    monkeypatch.setattr(execute, "LOOK_AGAIN", 0.0)
+    assert run([*call, "--json"]) == 0
+    ranks = [next(key for key in command if "method.rank" in key) for command in started]
+    assert ranks == ["method.rank=4", "method.rank=2"]
+    assert capsys.readouterr().err.count("rank-2/seed-0: another process trains it") == 1
 
 
 def test_mistakes_of_all_recipes_are_told_before_anything_is_trained(
