@@ -1,7 +1,8 @@
 """`moc eval RUN` and `moc eval --model ID`: score a run, or a base model."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,15 @@ from moc_cli.cli.options import (
     TorchCompileOption,
     TrustOption,
     split_names,
+)
+
+if TYPE_CHECKING:
+    from moc_cli.evaluation.options import EvalOptions
+
+# Parameters that are options of an evaluation as they are.
+AS_TYPED = (
+    *("run", "model", "suite", "path", "protocol", "limit", "batch_size", "dtype", "device"),
+    *("trust_remote_code", "torch_compile", "base", "output_dir", "tasks_path", "num_fewshot"),
 )
 
 
@@ -104,33 +114,12 @@ def evaluate(
     Every task is saved as soon as it is scored; after Ctrl-C the same command continues.
     """
     from moc_cli.errors import MocError
-    from moc_cli.evaluation.options import EvalOptions
     from moc_cli.launching.together import run_together
     from moc_cli.processes import check_one_process
     from moc_cli.recipe.launch import launch_of_options
     from moc_cli.report.output import print_json, print_table, say
-    from moc_cli.runs import BaseOptions
 
-    options = EvalOptions(
-        run=run,
-        model=model,
-        tasks=tuple(split_names(tasks)),
-        suite=suite,
-        path=path,
-        protocol=protocol,
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        base_options=BaseOptions(base_path, allow_changed_base, load_in_4bit),
-        torch_compile=torch_compile,
-        base=base,
-        output_dir=output_dir,
-        harness=None if harness is None else tuple(split_names(harness)),
-        tasks_path=tasks_path,
-        num_fewshot=num_fewshot,
-    )
+    options = _options(context.params)
     options.check()
     launch = launch_of_options(num_processes, device)
     if options.harness is not None:
@@ -159,3 +148,36 @@ def evaluate(
     else:
         print_table(evaluation_table(results.to_json()))
         say(f"every item: {results.samples_file}")
+
+
+def read_options(arguments: list[str]) -> "EvalOptions":
+    """Return the options that `moc eval` reads from these arguments; MocError where it refuses."""
+    from moc_cli.errors import MocError
+
+    app = typer.Typer()
+    app.command()(evaluate)
+    try:
+        context = typer.main.get_command(app).make_context("moc eval", arguments)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of typer; see `cli._explain`
+            raise
+        raise MocError(error.format_message()) from error
+    options = _options(context.params)
+    options.check()
+    return options
+
+
+def _options(values: Mapping[str, Any]) -> "EvalOptions":
+    """Return the options of a call, from its parameters by name."""
+    from moc_cli.evaluation.options import EvalOptions
+    from moc_cli.runs import BaseOptions
+
+    harness = values["harness"]
+    return EvalOptions(
+        base_options=BaseOptions(
+            *(values[name] for name in ("base_path", "allow_changed_base", "load_in_4bit"))
+        ),
+        tasks=tuple(split_names(values["tasks"])),
+        harness=None if harness is None else tuple(split_names(harness)),
+        **{name: values[name] for name in AS_TYPED},
+    )

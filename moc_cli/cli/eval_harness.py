@@ -30,7 +30,7 @@ def score_harness(options: "EvalOptions", json: bool) -> None:
     from moc_cli.report.characters import printable
     from moc_cli.report.output import print_json, say
 
-    label = lm_eval_tasks.label(options)
+    label = options.label("harness")
     if run is not None:
         home = run.path / "eval" / run.labelled(label)
     else:

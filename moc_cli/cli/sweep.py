@@ -11,6 +11,7 @@ import typer
 from moc_cli.cli.options import JsonOption, SetOption, program, repeated, write_record
 
 if TYPE_CHECKING:
+    from moc_cli.evaluation.options import EvalOptions
     from moc_cli.recipe.sweep import Sweep
     from moc_cli.signals import EndedBySignal
     from moc_cli.sweep.execute import Execution
@@ -74,7 +75,7 @@ def sweep(
     chosen = definition
     if output_dir is not None:
         chosen = replace(definition, output_dir=str(output_dir), results_dir=None)
-    plan = make_plan(chosen, set_ or [])
+    plan = make_plan(chosen, set_ or [], read_evaluations(chosen))
     job_limit = _read_jobs(jobs)
     places = [plan.sweep.output_dir, plan.sweep.results_dir]
     folders = [Path(place) for place in places if place]
@@ -103,12 +104,12 @@ def sweep(
         say(f"{len(plan.finished)} of {plan.total()} runs are finished, in {folders[-1]}")
     stopped = _train(execution, resume_command)
     _show(execution, folders[-1], json)
-    if execution.failed:
-        say(f"{len(execution.failed)} runs failed; after fixing the cause: {resume_command}")
+    if plan.failed:
+        say(f"{len(plan.failed)} runs failed; after fixing the cause: {resume_command}")
     if stopped is not None:
         say(f"{stopped.message}\n{stopped.hint}")
         raise typer.Exit(stopped.exit_code)
-    if execution.failed:
+    if plan.failed:
         raise typer.Exit(2)
 
 
@@ -147,7 +148,7 @@ def _show(execution: "Execution", folder: Path, json: bool) -> None:
     from moc_cli.sweep.figure import draw_sweep
     from moc_cli.sweep.summary import summarize_sweep
 
-    summary = summarize_sweep(execution.plan) | {"failed": execution.failed}
+    summary = summarize_sweep(execution.plan)
     files = write_record(folder / SUMMARY, summary, draw_sweep(summary))
     if json:
         print_json(summary)
@@ -165,6 +166,7 @@ def _sweep(
     """Return the sweep of a file, or of a recipe with `--vary`."""
     from moc_cli.errors import MocError
     from moc_cli.recipe.sweep import Sweep, check_reference, parse_vary, read_sweep, setting_of
+    from moc_cli.recipe.types import LAST_SEED
 
     if vary:
         groups = {}
@@ -179,15 +181,35 @@ def _sweep(
         definition = read_sweep(name)
     if seeds is not None:
         texts = [text.strip() for text in seeds.split(",")]
-        if not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
-            raise MocError(f"--seeds {seeds}: expected whole numbers, each once", "as --seeds 0,1")
-        definition = replace(definition, seeds=tuple(map(int, texts)))
+        numbers = tuple(int(text) for text in texts if text.isdecimal() and int(text) <= LAST_SEED)
+        if len(set(numbers)) < len(texts):
+            allowed = f"whole numbers from 0 to {LAST_SEED}, each once"
+            raise MocError(f"--seeds {seeds}: allowed: {allowed}", "as --seeds 0,1")
+        definition = replace(definition, seeds=numbers)
     if reference is not None:
         names = [setting.name for settings in definition.groups.values() for setting in settings]
         if message := check_reference(reference, names):
             raise MocError(f"--reference {reference}: {message}")
         definition = replace(definition, reference=reference)
     return definition
+
+
+def read_evaluations(sweep: "Sweep") -> "list[EvalOptions]":
+    """Return the options of each `moc eval` of a sweep; MocError naming what is wrong with any."""
+    from moc_cli.cli.eval import read_options
+    from moc_cli.errors import MocError
+
+    options, mistakes = [], []
+    for text in sweep.evaluations:
+        try:
+            options.append(read_options(["RUN", *shlex.split(text)]))
+            if options[-1].output_dir is not None:
+                mistakes.append(f"eval: {text}: a sweep gives the folder; leave --output-dir out")
+        except (ValueError, MocError) as error:
+            mistakes.append(f"eval: {text}: {error}")
+    if mistakes:
+        raise MocError("\n".join(mistakes), "moc eval --help")
+    return options
 
 
 def _read_jobs(text: str) -> int | None:

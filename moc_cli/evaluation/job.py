@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError
-from moc_cli.evaluation.options import EvalOptions, refuse
+from moc_cli.evaluation.options import EvalOptions, limited, refuse
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.load import load_config
@@ -53,8 +53,7 @@ class EvalJob:
     @property
     def label(self) -> str:
         """Names the conditions in a folder's name."""
-        limit = "" if self.limit is None else f"-limit-{self.limit}"
-        return self.scoring.protocol + limit
+        return limited(self.scoring.protocol, self.limit)
 
     @property
     def conditions(self) -> dict[str, Any]:

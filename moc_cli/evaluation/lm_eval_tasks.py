@@ -45,12 +45,6 @@ class LmEvalFolder(ResultsFolder):
         }
 
 
-def label(options: EvalOptions) -> str:
-    """The name of the results folder."""
-    shots = "" if options.num_fewshot is None else f"-{options.num_fewshot}-shot"
-    return f"harness{shots}" + ("" if options.limit is None else f"-limit-{options.limit}")
-
-
 def load_tasks(options: EvalOptions) -> dict[str, dict[str, Any]]:
     """Read the rows of every named task; raises DataError with all mistakes at once."""
     if find_spec("lm_eval") is None:

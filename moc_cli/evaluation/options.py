@@ -39,6 +39,14 @@ class EvalOptions:
     tasks_path: Path | None = None
     num_fewshot: int | None = None
 
+    def label(self, protocol: str) -> str:
+        """Name the folder of results by its conditions; `protocol` is the recipe's own."""
+        name = self.protocol or protocol
+        if self.harness is not None:
+            shots = "" if self.num_fewshot is None else f"-{self.num_fewshot}-shot"
+            name = f"harness{shots}"
+        return limited(name, self.limit)
+
     def rows_per_batch(self, default: "int | Literal['auto']") -> "int | Literal['auto']":
         """Return the batch size that was typed, or the default."""
         if self.batch_size is None:
@@ -86,6 +94,11 @@ class EvalOptions:
                 f"--batch-size: found '{size}'; allowed: auto, or a whole number of at least 1"
             )
         refuse(mistakes)
+
+
+def limited(name: str, limit: int | None) -> str:
+    """Return the name of results, with the limit of rows where there is one."""
+    return name if limit is None else f"{name}-limit-{limit}"
 
 
 def refuse(mistakes: list[str]) -> None:

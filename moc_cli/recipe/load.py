@@ -132,13 +132,19 @@ def dump(recipe: Recipe) -> str:
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
-    """Block style, with lists of plain values on one line."""
+    """Block style, with lists of plain values on one line, for readers of YAML 1.1 and 1.2."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """Quote what YAML 1.2 reads as a number or a word, and 1.1, PyYAML's, as a text."""
+        style = None if reader.parse_scalar(text) == text else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     def represent_list(self, items: list[Any]) -> yaml.Node:
         return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
 
 _Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def read_draft(name: str | Path) -> Draft:

@@ -36,10 +36,17 @@ def _score_table(summary: Summary) -> FittedTable:
             rows.append([line_name(row["name"], task, metric), *map(_score, scores)])
     if averages := averaged(summary):
         medians = [averages.get(value, {}).get("median") for value in values]
-        texts = [score_text("", median) for median in medians]
+        texts = [score_text(summary["average"]["metric"], median) for median in medians]
         rows.append([Text(cell, "bold") for cell in (average_name(summary), *texts)])
-    title = "Scores: median over seeds (lowest to highest)"
+    title = f"Scores{_scored_by(summary)}: median over seeds (lowest to highest)"
     return FittedTable(title, ["", *values], rows)
+
+
+def _scored_by(summary: Summary) -> str:
+    """Name the evaluations that the scores are of, by their folders; nothing without any."""
+    labels = [cell["scored"] for row in summary["rows"] for cell in row["cells"].values()]
+    named = [f"eval/{label}" for label in dict.fromkeys(labels) if label != "final"]
+    return f" of {', '.join(named)}" if named else ""
 
 
 def _score(score: Mapping[str, Any] | None) -> str:

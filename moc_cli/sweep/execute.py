@@ -75,7 +75,7 @@ class ActiveRun:
 
 @dataclass
 class Execution:
-    """A sweep at work: `failed` says by names of runs why they failed.
+    """A sweep at work.
 
     `elsewhere` holds the runs that another process trains, the same sweep started twice, and when
     each is looked at again.
@@ -85,7 +85,6 @@ class Execution:
     jobs: int
     gpus: int
     say: Callable[[str], None]
-    failed: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, float] = field(default_factory=dict)
 
     def run_all(self, observe: Callable[[int], None], resume_command: str) -> None:
@@ -132,7 +131,7 @@ class Execution:
     def _startable(self, working: list[ActiveRun]) -> Iterator[PlannedRun]:
         if len(working) >= self.jobs:
             return  # the usual case, five times a second: the plan is not looked through
-        busy = {job.run.name for job in working} | self.failed.keys()
+        busy = {job.run.name for job in working}
         now = time.monotonic()
         for run in self.plan.next_runs():
             if len(working) >= self.jobs:
@@ -152,7 +151,7 @@ class Execution:
             return
         self.elsewhere.pop(run.name, None)
         try:
-            finished = run.is_finished(len(self.plan.sweep.evaluations))
+            finished = run.is_finished()
         except MocError as error:
             log.close()
             self._fail(run, error.message)
@@ -176,7 +175,7 @@ class Execution:
         return Path(self.plan.sweep.output_dir) / "logs" / (run.name.replace("/", "--") + ".log")
 
     def _fail(self, run: PlannedRun, reason: str) -> None:
-        self.failed[run.name] = reason
+        self.plan.failed[run.name] = reason
         self.say(f"{run.name}: failed: {reason}")
 
     def _finish(self, run: PlannedRun, observe: Callable[[int], None]) -> None:

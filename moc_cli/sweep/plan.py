@@ -1,11 +1,12 @@
 """The runs of a sweep: their recipes, their folders, and which of them are done."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moc_cli.errors import MocError, RunError
+from moc_cli.evaluation.options import EvalOptions
 from moc_cli.recipe.load import finish_recipe, read_draft
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sweep import Setting, Sweep, check_keys
@@ -22,7 +23,8 @@ class PlannedRun:
     `trained` is with it.
 
     `changes` are what `moc train` is called with, but for the run folder; `results` is the folder
-    that keeps its small files, the run folder itself where the sweep names no other.
+    that keeps its small files, the run folder itself where the sweep names no other. `evaluations`
+    are those that it needs, by the names of their folders; its scores are those of the first one.
     """
 
     name: str
@@ -34,15 +36,25 @@ class PlannedRun:
     changes: tuple[str, ...]
     folder: RunFolder
     results: RunFolder
+    evaluations: Mapping[str, EvalOptions]
 
-    def is_finished(self, evaluations: int) -> bool:
-        """Whether the run is trained and has so many evaluations.
+    def is_finished(self) -> bool:
+        """Whether the run is trained and each task of its evaluations is scored.
 
         Raises RunError where its folder holds another one.
         """
-        scored = [*self.results.path.glob("eval/*/results.json")]
         kept = self.trained if self.results.path == self.folder.path else self.recipe
-        return is_finished(kept, self.results) and len(scored) >= evaluations
+        if not is_finished(kept, self.results):
+            return False
+        if not self.evaluations:
+            return True
+        scored = self.results.read_evaluations()
+        tasks = self.results.read_results()["tasks"]
+        for label, options in self.evaluations.items():
+            needed = options.harness or options.tasks or tasks
+            if label not in scored or not {*needed} <= scored[label]["tasks"].keys():
+                return False  # one may have been stopped between two tasks
+        return True
 
     def validation(self) -> tuple[str, float]:
         """Return the metric that chose the run's step, and its best value during training."""
@@ -56,12 +68,13 @@ class PlannedRun:
 class SweepPlan:
     """All runs that a sweep may need, and the names of those that are `finished`.
 
-    `choices` grows as searches are done.
+    `failed` says by names of runs why they failed; `choices` grows as searches are done.
     """
 
     sweep: Sweep
     runs: list[PlannedRun]
     finished: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
     choices: dict[Cell, PlannedRun] = field(default_factory=dict)
 
     def find_finished(self) -> None:
@@ -69,7 +82,7 @@ class SweepPlan:
         wrong = []
         for run in self.runs:
             try:
-                if run.is_finished(len(self.sweep.evaluations)):
+                if run.is_finished():
                     self.finished.add(run.name)
             except MocError as error:
                 wrong.append(error.message)
@@ -77,13 +90,13 @@ class SweepPlan:
             raise MocError("\n".join(wrong), "take another folder: --output-dir OTHER")
 
     def next_runs(self) -> Iterator[PlannedRun]:
-        """Yield the runs that can start now, in their order.
+        """Yield the runs that can start now and have not failed, in their order.
 
         Those of later seeds wait until all candidates of their cell are finished, and only the
         chosen one has them.
         """
         for run in self.runs:
-            if run.name not in self.finished and self.is_needed(run):
+            if run.name not in self.finished | self.failed.keys() and self.is_needed(run):
                 yield run
 
     def is_needed(self, run: PlannedRun) -> bool:
@@ -94,10 +107,14 @@ class SweepPlan:
         return chosen is not None and chosen.candidate == run.candidate
 
     def chosen(self, cell: Cell) -> PlannedRun | None:
-        """Return the first seed's run of a cell's best candidate; None until all are finished."""
+        """Return the first seed's run of a cell's best candidate; None until all are finished.
+
+        One that has failed cannot be the best: a rate may be too high for a method.
+        """
         first = self.runs[0].seed
         tried = [run for run in self.runs if run.cell == cell and run.seed == first]
-        if any(run.name not in self.finished for run in tried):
+        tried = [run for run in tried if run.name not in self.failed]
+        if not tried or any(run.name not in self.finished for run in tried):
             return None
         if cell not in self.choices:
             self.choices[cell] = tried[0] if len(tried) == 1 else best_of(tried)
@@ -138,8 +155,12 @@ def best_of(runs: Sequence[PlannedRun]) -> PlannedRun:
     return runs[best(range(len(runs)), key=lambda number: values[number][1])]
 
 
-def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
+def make_plan(
+    sweep: Sweep, changes: Sequence[str], evaluations: Sequence[EvalOptions] = ()
+) -> SweepPlan:
     """Return all runs of a sweep, `changes` being the `--set` of the command line.
+
+    `evaluations` are the options of each `moc eval`.
 
     A row of the table is trained whole before the next one is begun. Small files are kept apart
     only where the changes are of places and of the use of the machine: those are the sweep's own.
@@ -152,6 +173,7 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
         for cell in sweep.cells
         for candidate in sweep.candidates
     }
+    _check_names(settings.values())
     loaded: dict[Cell, Recipe] = {}
     changed: dict[Cell, Recipe] = {}
     varied = [change for chosen in settings.values() for change in _varied(chosen)]
@@ -198,10 +220,41 @@ def make_plan(sweep: Sweep, changes: Sequence[str]) -> SweepPlan:
                     changes=(*sweep.common, *_varied(chosen), *changes, f"seed={seed}"),
                     folder=folder,
                     results=RunFolder(Path(sweep.results_dir or sweep.output_dir) / name),
+                    evaluations=_by_label(evaluations, trained),
                 )
             )
     rows = list(dict.fromkeys(sweep.row(run.cell) for run in runs))
     return SweepPlan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
+
+
+def _check_names(cells: Iterable[Cell]) -> None:
+    """Raise MocError where two runs would share a folder."""
+    names: dict[str, Cell] = {}
+    for cell in cells:
+        other = names.setdefault(_name(cell), cell)
+        differing = [pair for pair in zip(other, cell, strict=True) if pair[0] is not pair[1]]
+        if differing:
+            one, two = differing[0]
+            raise MocError(
+                f"{one.group}: '{one.name}' and '{two.name}' would be trained in one folder, "
+                f"{_name(cell)}",
+                "give each value once, with names that differ in letters, digits or one of _.+-",
+            )
+
+
+def _by_label(evaluations: Sequence[EvalOptions], recipe: Recipe) -> dict[str, EvalOptions]:
+    """Return evaluations of a run by the names of their folders; MocError where two share one."""
+    labels: dict[str, EvalOptions] = {}
+    protocol = recipe.data.kind.protocol(recipe.eval.protocol)
+    for options in evaluations:
+        label = options.label(protocol)
+        if label in labels:
+            raise MocError(
+                f"eval: two evaluations would be written to eval/{label}",
+                "each needs its own protocol or limit",
+            )
+        labels[label] = options
+    return labels
 
 
 def _varied(settings: Cell) -> list[str]:

@@ -3,7 +3,7 @@ reference with intervals.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from moc_cli.comparison.bootstrap import (
 from moc_cli.comparison.pairs import Item, pair, sides
 from moc_cli.comparison.runs import FINAL, Items, Scores, evaluations, read_items
 from moc_cli.errors import RunError
-from moc_cli.results import main_score
+from moc_cli.results import LOWER_IS_BETTER, main_score
 from moc_cli.sweep.plan import Cell, PlannedRun, SweepPlan
 
 VERSIONS = ("python", "torch", "transformers")
@@ -42,8 +42,8 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
     """Return what sweep.json holds: every run, the scores of every cell, and the differences.
 
     A row is a combination of the groups that are not compared. Scores are main metrics, of the
-    evaluation with the most items (`eval` in the sweep), so that an interval is of the same items;
-    without one, of the training's own final scoring, which has no intervals.
+    sweep's first evaluation (`eval`), so that an interval is of the same items; without one, of the
+    training's own final scoring, which has no intervals.
     """
     sweep = plan.sweep
     group, finished = sweep.compared_group, [r for r in plan.runs if r.name in plan.finished]
@@ -52,7 +52,7 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
         runs = plan.counting(cell)
         value = next((setting.name for setting in cell if setting.group == group), sweep.name)
         rows.setdefault(sweep.row(cell), []).append(
-            Column(cell, value, runs, _scored(runs) if runs else [])
+            Column(cell, value, runs, [_scored(run) for run in runs])
         )
     table = [_row(row, columns, plan) for row, columns in rows.items()]
     average = _average(table, sweep.reference)
@@ -71,6 +71,7 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
         "needed": plan.total(),
         "conditions": _conditions(finished),
         "runs": [_run(run) for run in finished],
+        "failed": plan.failed,
         "rows": table,
         "average": average,
         "confidence": CONFIDENCE,
@@ -98,7 +99,7 @@ def _run(run: PlannedRun) -> dict[str, Any]:
         "settings": {setting.group: setting.name for setting in run.cell},
         "candidate": run.candidate and run.candidate.name,
         "seed": run.seed,
-        "tasks": {task: main_score(e)["value"] for task, e in _scored([run])[0].tasks.items()},
+        "tasks": {task: main_score(e)["value"] for task, e in _scored(run).tasks.items()},
         "validation": results.get("validation"),
         "trained": results["parameters"]["adapter"],
         "seconds": results["seconds"],
@@ -136,6 +137,7 @@ def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
         "tasks": tasks,
         "seeds": [run.seed for run in column.runs],
         "chosen": chosen.candidate.name if chosen and chosen.candidate else None,
+        "scored": column.scores[0].label,
         "trained": results[0]["parameters"]["adapter"],
         "seconds": statistics.median(result["seconds"] for result in results),
         "devices": _conditions(column.runs)["device"],
@@ -205,18 +207,12 @@ def _resampled(
     return dict(zip(predictions, np.split(scores, ends), strict=True))
 
 
-def _scored(runs: Sequence[PlannedRun]) -> list[Scores]:
-    """Return each run's evaluation of a name that all have, that with the most items.
-
-    Where they share none: the trainings' own final scoring.
-    """
-    found = [evaluations(run.results) for run in runs]
-    shared = [label for label in found[0] if all(label in scored for scored in found)]
-    if shared:
-        label = max(shared, key=lambda label: found[0][label].items)
-        return [scored[label] for scored in found]
-    results = [run.results.read_results() for run in runs]
-    return [Scores(FINAL, result, result["tasks"]) for result in results]
+def _scored(run: PlannedRun) -> Scores:
+    """Return a run's first evaluation; without one its training's own final scoring."""
+    for label in run.evaluations:
+        return evaluations(run.results)[label]
+    results = run.results.read_results()
+    return Scores(FINAL, results, results["tasks"])
 
 
 def _items(scored: Scores) -> Items:
@@ -232,26 +228,40 @@ def _items(scored: Scores) -> Items:
 def _average(table: Sequence[Mapping[str, Any]], reference: str | None) -> dict[str, Any]:
     """Return each value's mean over rows and tasks, and its difference to the reference.
 
-    Only rows in which all values have runs count, so that all means are over the same tasks.
+    Only rows in which all values have runs count, and tasks that all have scored, so that all means
+    are over the same. A perplexity has no average with other metrics.
     """
     values = list(dict.fromkeys(value for row in table for value in row["cells"]))
-    complete_rows = [row for row in table if all(value in row["cells"] for value in values)]
-    if not complete_rows:
+    if not values:
         return {}
-    averages: dict[str, Any] = {"rows": [row["name"] for row in complete_rows], "values": {}}
+    rows = [row for row in table if all(value in row["cells"] for value in values)]
+    tasks = {row["name"]: _shared_tasks(row["cells"].values()) for row in rows}
+    rows = [row for row in rows if tasks[row["name"]]]
+    metrics = {metric for row in rows for metric in tasks[row["name"]].values()}
+    if not rows or (len(metrics) > 1 and metrics & {*LOWER_IS_BETTER}):
+        return {}
+    metric = metrics.pop() if len(metrics) == 1 else ""
+    names = [(row, task) for row in rows for task in tasks[row["name"]]]
+    averages: dict[str, Any] = {}
     for value in values:
-        medians = [
-            task["median"]
-            for row in complete_rows
-            for task in row["cells"][value]["tasks"].values()
-        ]
+        medians = [row["cells"][value]["tasks"][task]["median"] for row, task in names]
         entry: dict[str, Any] = {"median": statistics.fmean(medians), "tasks": len(medians)}
         if reference in values and value != reference:
-            parts = [part for row in complete_rows for part in row["differences"][value].values()]
+            parts = [row["differences"][value][task] for row, task in names]
+            entry |= {"metric": metric, "low": None, "high": None}
             entry["difference"] = statistics.fmean(part["mean"] for part in parts)
-            entry["low"] = entry["high"] = None
             if all(part["resampled"] is not None for part in parts):
                 joint = np.mean([part["resampled"] for part in parts], axis=0)
                 entry["low"], entry["high"] = interval(joint)
-        averages["values"][value] = entry
-    return averages
+        averages[value] = entry
+    return {"rows": [row["name"] for row in rows], "metric": metric, "values": averages}
+
+
+def _shared_tasks(cells: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the metric of each task that all cells have scored."""
+    first, *others = [cell["tasks"] for cell in cells]
+    return {
+        task: entry["metric"]
+        for task, entry in first.items()
+        if all(task in other for other in others)
+    }

@@ -51,6 +51,9 @@ CHANGEABLE = {
 IN_USE = {key for key, rule in CHANGEABLE.items() if rule in (FROM_HERE, FOLLOWS)}
 LENGTH = {"train.max_steps", "train.num_train_epochs"}
 SAME_OPTIMIZERS = {"adamw", "adamw_fused"}  # one state, on a GPU and where there is none
+PLACES = ("model.model_name_or_path", "model.tokenizer_name", "data.path")
+OF_MACHINE = {*PLACES, "train.tf32", "eval.per_device_eval_batch_size"}
+PROCESSES = {"launch.num_processes", "launch.num_machines"}
 BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
@@ -130,13 +133,18 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
 
 
 def trains_the_same(recipe: Recipe, other: Recipe) -> bool:
-    """Whether two recipes differ in places and in the use of the machine alone."""
-    one, two = recipe.model_dump(mode="json"), other.model_dump(mode="json")
-    try:
-        check_recipe(one, two)
-    except RunError:
-        return False
-    return not _changed_in_use(one, two)
+    """Whether two recipes differ in places and in the use of the machine alone.
+
+    Another number of processes is another number of rows a step, and another split of them into
+    micro-batches votes on other routes.
+    """
+    one, two = (flatten(each.model_dump(mode="json")) for each in (recipe, other))
+    return all(one[key] == two.get(key) or _is_of_machine(key) for key in one)
+
+
+def _is_of_machine(key: str) -> bool:
+    of_machine = key.startswith(("output.", "launch.")) or key in OF_MACHINE
+    return of_machine and key not in PROCESSES
 
 
 def _changed_in_use(saved: dict[str, Any], current: dict[str, Any]) -> set[str]:

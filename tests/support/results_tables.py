@@ -12,6 +12,7 @@ from typing import Any
 
 from support.machine import ROOT
 
+from moc_cli.cli.sweep import read_evaluations
 from moc_cli.recipe.sweep import read_sweep
 from moc_cli.report.sweep_tables import sweep_tables
 from moc_cli.report.tables import FittedTable
@@ -29,7 +30,8 @@ BLOCK = re.compile(
 def summarized(name: str, reference: str | None = None) -> dict[str, Any]:
     """Return what `moc sweep --json` prints of a shipped sweep's kept runs."""
     sweep = read_sweep(name)
-    plan = make_plan(replace(sweep, reference=reference or sweep.reference), [])
+    sweep = replace(sweep, reference=reference or sweep.reference)
+    plan = make_plan(sweep, [], read_evaluations(sweep))
     plan.find_finished()
     return summarize_sweep(plan)
 
