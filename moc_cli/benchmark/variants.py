@@ -13,9 +13,10 @@ from typing import Any
 from moc_cli.errors import MocError
 from moc_cli.recipe.load import finish_recipe, read_draft
 from moc_cli.recipe.methods import METHODS
+from moc_cli.recipe.reader import as_text
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import choices
-from moc_cli.recipe.sweep import as_text, parse_vary
+from moc_cli.recipe.sweep import parse_vary
 
 BASE = "base"
 # Keys that are the same for everything that is compared, beside the sections launch and output.

@@ -1,7 +1,6 @@
 """`moc import CONTROLS RECIPE`: controls that were trained elsewhere become a run."""
 
 import shlex
-from json import dumps as quote
 from pathlib import Path
 from typing import Annotated
 
@@ -39,9 +38,10 @@ def import_controls(
     The recipe names the base model and the rows; its method is replaced by that of the controls.
     """
     from moc_cli.recipe.load import check_trust, load_recipe
+    from moc_cli.recipe.reader import as_text
 
     changes = list(set_ or [])
-    folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
+    folder = [] if output_dir is None else [f"output.output_dir={as_text(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
     check_trust(loaded, recipe, granted=trust_remote_code)
     from moc_cli.cli.try_next import show_next, use_commands

@@ -15,7 +15,7 @@ app = typer.Typer(
 )
 
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of a recipe, see `moc recipes list`.")
+    str, typer.Argument(metavar="NAME", help="Name of a recipe or a sweep, see `moc recipes list`.")
 ]
 
 
@@ -25,23 +25,26 @@ def list_recipes(json: JsonOption = False) -> None:
     from moc_cli.recipe.catalog import entries, shipped_sweeps
     from moc_cli.report.output import print_json, print_table
 
-    recipes = entries()
+    recipes, sweeps = entries(), shipped_sweeps()
     if json:
-        rows = [{"name": e.name, "path": e.path, "about": e.summary} for e in recipes]
-        print_json(rows)
+        print_json(
+            [
+                {"name": e.name, "kind": e.kind, "path": e.path, "about": e.summary}
+                for e in [*recipes, *sweeps]
+            ]
+        )
         return
     from moc_cli.report.tables import recipe_table
 
-    sweeps = [(entry.name, entry.summary) for entry in shipped_sweeps()]
     print_table(
         recipe_table([(entry.name, entry.summary) for entry in recipes]),
-        recipe_table(sweeps, kind="sweep"),
+        recipe_table([(entry.name, entry.summary) for entry in sweeps], kind="sweep"),
     )
 
 
 @app.command()
 def show(name: NameArgument, json: JsonOption = False) -> None:
-    """Print one recipe file (with --json: all its values, with the defaults)."""
+    """Print one recipe or sweep file (with --json: its values, a recipe's with the defaults)."""
     from moc_cli.recipe.catalog import shipped
 
     entry = shipped(name)
@@ -49,9 +52,13 @@ def show(name: NameArgument, json: JsonOption = False) -> None:
         typer.echo(entry.path.read_text(encoding="utf-8"), nl=False)
         return
     from moc_cli.recipe.load import load_recipe
+    from moc_cli.recipe.reader import read_yaml
     from moc_cli.report.output import print_json
 
-    print_json(load_recipe(entry.path).model_dump(mode="json"))
+    if entry.kind == "sweep":
+        print_json(read_yaml(entry.path.read_text(encoding="utf-8")).value)
+    else:
+        print_json(load_recipe(entry.path).model_dump(mode="json"))
 
 
 @app.command()
@@ -66,7 +73,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Copy one recipe to a file of your own."""
+    """Copy one recipe or sweep to a file of your own."""
     from moc_cli.errors import FileError
     from moc_cli.files import write_text_atomic
     from moc_cli.recipe.catalog import shipped
@@ -81,7 +88,8 @@ def copy(
     if json:
         print_json({"name": entry.name, "path": target})
     else:
-        command = shlex.join([program(), "train", str(target)])
+        verb = "sweep" if entry.kind == "sweep" else "train"
+        command = shlex.join([program(), verb, str(target)])
         say(f"Copied {entry.name} to {target}. Next: {command}")
 
 

@@ -69,6 +69,7 @@ def sweep(
     """
     from moc_cli.files import check_folder
     from moc_cli.report.output import say
+    from moc_cli.run_files import Swept, check_own
     from moc_cli.sweep.plan import make_plan
 
     definition = _sweep(sweep, vary or [], seeds, reference)
@@ -92,6 +93,9 @@ def sweep(
     if dry_run:
         _list(plan, job_limit, json)
         return
+    from moc_cli.sweep.figure import PICTURES
+
+    check_own(folders[-1], SUMMARY, Swept, PICTURES, command="moc sweep")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     resume_command = _resume_command(
@@ -175,8 +179,9 @@ def _sweep(
             if key in groups:
                 raise MocError(f"--vary {key} is given twice", "give all its values at once")
             groups[key] = [setting_of(key, value) for value in values]
-        stem = Path(name).stem
-        definition = Sweep(stem, name, groups=groups, output_dir=f"runs/sweeps/{stem}")
+        recipe = Path(name).stem if Path(name).suffix else name.replace("/", "-")
+        title = "-".join([recipe, *(key.rpartition(".")[2] for key in groups)])
+        definition = Sweep(title, name, groups=groups, output_dir=f"runs/sweeps/{title}")
     else:
         definition = read_sweep(name)
     if seeds is not None:
@@ -187,7 +192,9 @@ def _sweep(
             raise MocError(f"--seeds {seeds}: allowed: {allowed}", "as --seeds 0,1")
         definition = replace(definition, seeds=numbers)
     if reference is not None:
-        names = [setting.name for settings in definition.groups.values() for setting in settings]
+        chosen = definition.chosen_group
+        compared = [values for group, values in definition.groups.items() if group != chosen]
+        names = [setting.name for values in compared for setting in values]
         if message := check_reference(reference, names):
             raise MocError(f"--reference {reference}: {message}")
         definition = replace(definition, reference=reference)

@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import dumps as quote
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +76,7 @@ def train(
     """
     from moc_cli.errors import MocError
     from moc_cli.recipe.load import check_trust, load_recipe
+    from moc_cli.recipe.reader import as_text
 
     changes = list(set_ or [])
     if base_path is not None:
@@ -85,10 +85,10 @@ def train(
                 "--base-path is for a run that is continued",
                 "add --resume auto, or name the base model: --set model.model_name_or_path=DIR",
             )
-        changes.append(f"model.model_name_or_path={quote(str(base_path))}")
+        changes.append(f"model.model_name_or_path={as_text(str(base_path))}")
     if allow_changed_base and resume is None:
         raise MocError("--allow-changed-base is for a run that is continued", "add --resume auto")
-    folder = [] if output_dir is None else [f"output.output_dir={quote(str(output_dir))}"]
+    folder = [] if output_dir is None else [f"output.output_dir={as_text(str(output_dir))}"]
     loaded = load_recipe(recipe, [*changes, *folder])
     typed = any(change.partition("=")[0].strip() == TRUST for change in changes)
     check_trust(loaded, recipe, granted=trust_remote_code or typed)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 from moc_cli.comparison.runs import FINAL, Run
+from moc_cli.files import flatten
 from moc_cli.recipe.quantization import of_arguments
 from moc_cli.report.numbers import percent
 from moc_cli.results import main_score
@@ -17,6 +19,8 @@ SETTINGS = (
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
 )
 
+IN_NAME = ("name", "rank", "top_k", "alpha", "sites")  # what the tables show with a method
+
 
 def notes(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str]:
     """Return a sentence for each condition that differs, then those about single runs.
@@ -24,7 +28,7 @@ def notes(runs: Sequence[Run], label: str, tasks: Sequence[str]) -> list[str]:
     `label` names the scores that are compared.
     """
     sentences = (_difference(runs, *condition) for condition in _conditions(label, tasks))
-    return [*filter(None, sentences), *_states(runs, label)]
+    return [*filter(None, [*sentences, *_methods(runs)]), *_states(runs, label)]
 
 
 def batch(run: Run) -> int:
@@ -84,6 +88,24 @@ def _difference(
     return f"Different {name}: {listed}" + (f" ({meaning})." if meaning else ".")
 
 
+def _methods(runs: Sequence[Run]) -> Iterator[str | None]:
+    """Yield a sentence for each key of a method that differs, and that the tables do not show."""
+    for name in dict.fromkeys(run.recipe.method.name for run in runs):
+        alike = [run for run in runs if run.recipe.method.name == name]
+        for key in _method_keys(alike[0]):
+            if key not in IN_NAME:
+                yield _difference(alike, f"method.{key}", partial(_method_value, key=key), "")
+
+
+def _method_keys(run: Run) -> dict[str, Any]:
+    return flatten(run.recipe.method.model_dump(mode="json"))
+
+
+def _method_value(run: Run, key: str) -> Any:
+    value = _method_keys(run).get(key)
+    return str(value) if isinstance(value, list) else value
+
+
 def _states(runs: Sequence[Run], label: str) -> Iterator[str]:
     """Yield sentences on single runs: not finished, stopped early, scored with other controls."""
     for run in runs:
@@ -96,9 +118,8 @@ def _states(runs: Sequence[Run], label: str) -> Iterator[str]:
         scores = run.scores.get(label)
         if scores is None:
             continue
-        if label != FINAL and scores.conditions.get("controls_sha256") != run.controls.get(
-            "payload_sha256"
-        ):
+        scored = scores.conditions.get("controls_sha256")
+        if label != FINAL and run.controls and scored != run.controls.get("payload_sha256"):
             yield (
                 f"{run.name} holds other controls than its scores in eval/{label} were made with: "
                 "run moc eval again."

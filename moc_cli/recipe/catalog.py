@@ -12,11 +12,16 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class ShippedRecipe(NamedTuple):
-    """A shipped recipe: the name to call it by, its file, and its first line of comment."""
+    """A shipped recipe or sweep: the name to call it by, its file, and its first comment."""
 
     name: str
     path: Path
     summary: str
+
+    @property
+    def kind(self) -> str:
+        """`recipe` or `sweep`."""
+        return "sweep" if self.path.parent.name == SWEEPS else "recipe"
 
 
 def folder() -> Path:
@@ -48,7 +53,7 @@ def find_sweep(name: str) -> Path:
 
     Raises RecipeError with the nearest name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     sweeps = {entry.name: entry.path for entry in shipped_sweeps()}
@@ -63,12 +68,15 @@ def find_sweep(name: str) -> Path:
 
 
 def shipped(name: str) -> ShippedRecipe:
-    """Return the shipped recipe of this name. Raises RecipeError naming the nearest."""
-    recipes, plain_name = {entry.name: entry for entry in entries()}, _plain(name)
+    """Return the shipped recipe or sweep of this name. Raises RecipeError naming the nearest."""
+    recipes = {entry.name: entry for entry in [*entries(), *shipped_sweeps()]}
+    plain_name = _plain(name).removeprefix(f"{SWEEPS}/")
     if plain_name in recipes:
         return recipes[plain_name]
     guess = did_you_mean(plain_name, recipes)
-    raise RecipeError(f"no shipped recipe is called {name!r}{guess}", hint="moc recipes list")
+    raise RecipeError(
+        f"no shipped recipe or sweep is called {name!r}{guess}", hint="moc recipes list"
+    )
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -76,7 +84,7 @@ def find_recipe(name: str | Path) -> Path:
 
     Raises RecipeError with the nearest file or name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists() and not path.is_dir():
         return path
     recipes, plain_name = {entry.name: entry.path for entry in entries()}, _plain(str(name))

@@ -31,5 +31,5 @@ def absolute_path(value: Any) -> Any:
     """Return a path that exists here as an absolute one, and anything else as it is."""
     if not isinstance(value, str):
         return value
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     return os.path.abspath(path) if path.exists() else value

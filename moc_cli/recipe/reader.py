@@ -4,6 +4,7 @@ Scalars are those of YAML 1.2: `1e-4` is a number, `no` and `on` are texts, `010
 is a text. PyYAML's own loader reads YAML 1.1: a text, two booleans, eight and ninety.
 """
 
+import json
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -92,6 +93,12 @@ def read_yaml(text: str) -> Document:
         mistake = Mistake(0, (), "nested too deeply")
     document.mistakes.append(mistake)
     return document
+
+
+def as_text(value: Any) -> str:
+    """Return a value as a text that `--set` reads back to it, without quotes where it can."""
+    plain = isinstance(value, str) and read_yaml(value).value == value
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def parse_scalar(text: str) -> Any:

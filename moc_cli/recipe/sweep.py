@@ -16,7 +16,6 @@ output_dir: runs/sweeps/glue     # default: runs/sweeps/<name>
 results_dir: results/glue        # where the small files of finished runs are copied
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -110,14 +109,8 @@ def read_sweep(name: str) -> Sweep:
 
 def setting_of(group: str, value: Any) -> Setting:
     """Return the setting of a key and one of its values, named by the value."""
-    text = as_text(value)
+    text = reader.as_text(value)
     return Setting(group, text, (f"{group}={text}",))
-
-
-def as_text(value: Any) -> str:
-    """Return a value as a text that `--set` reads back to it, without quotes where it can."""
-    plain = isinstance(value, str) and reader.read_yaml(value).value == value
-    return value if plain else json.dumps(value)
 
 
 def check_keys(changes: Sequence[str]) -> Iterator[str]:
@@ -162,7 +155,7 @@ def _parse(path: Path, value: Any) -> tuple[Sweep, list[tuple[reader.Path, str]]
         name=path.stem,
         recipe=value["recipe"],
         common=tuple(
-            f"{key}={as_text(setting)}" for key, setting in (value.get("set") or {}).items()
+            f"{key}={reader.as_text(setting)}" for key, setting in (value.get("set") or {}).items()
         ),
         groups=groups,
         seeds=tuple(value.get("seeds") or ()),
@@ -179,7 +172,7 @@ def _settings(group: str, values: list[Any] | dict[str, Any]) -> Iterator[Settin
         yield from (setting_of(group, value) for value in values)
         return
     for name, changes in values.items():
-        texts = tuple(f"{key}={as_text(value)}" for key, value in (changes or {}).items())
+        texts = tuple(f"{key}={reader.as_text(value)}" for key, value in (changes or {}).items())
         yield Setting(group, name, texts)
 
 
@@ -201,7 +194,9 @@ def _check(value: dict[str, Any]) -> Mistakes:
     if value.get("choose") is not None and value["choose"] not in groups:
         yield ("choose",), f"allowed is one of vary{choices(str(value['choose']), groups)}"
     if value.get("reference") is not None:
-        names = [name for values in groups.values() if values for name in _names(values)]
+        chosen = value.get("choose")
+        compared = [values for key, values in groups.items() if values and key != chosen]
+        names = [name for values in compared for name in _names(values)]
         if message := check_reference(str(value["reference"]), names):
             yield ("reference",), message
     evaluations = value.get("eval") or []
@@ -230,7 +225,7 @@ def _check_vary(vary: Any) -> Mistakes:
 
 
 def _names(values: list[Any] | dict[str, Any]) -> list[str]:
-    return [as_text(value) for value in values] if isinstance(values, list) else list(values)
+    return [reader.as_text(value) for value in values] if isinstance(values, list) else list(values)
 
 
 def _is_seed(value: Any) -> bool:

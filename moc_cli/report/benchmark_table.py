@@ -35,11 +35,17 @@ def benchmark_table(results: Mapping[str, Any]) -> FittedTable:
             cells = [str(entry["rows"]), _digits(entry["batch_seconds"])]
         cells += [_digits(entry["tokens_per_second"]), byte_size(entry["peak_bytes"])]
         cells += [_ratio(entry, reference) for reference in references]
-        tried = [change.rpartition(".")[2] for change in entry["changes"]]
+        tried = [_short(change) for change in entry["changes"]]
         rows.append([" ".join([entry["method"], *tried]), *cells])
     title = "Training steps" if training else "Generation"
     turns = f"medians of {results['repeats']} turns; of ratios also the 95 % interval"
     return FittedTable(title, head, rows, notes=[turns], column_width=COLUMN_WIDTH)
+
+
+def _short(change: str) -> str:
+    """Return a change of the recipe with the last word of its key: `alpha=0.5`."""
+    key, equals, value = change.partition("=")
+    return key.rpartition(".")[2] + equals + value
 
 
 def _ratio(entry: Mapping[str, Any], reference: str) -> str:

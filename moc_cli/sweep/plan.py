@@ -173,7 +173,8 @@ def make_plan(
         for cell in sweep.cells
         for candidate in sweep.candidates
     }
-    _check_names(settings.values())
+    for values in sweep.groups.values():
+        _check_names(values)
     loaded: dict[Cell, Recipe] = {}
     changed: dict[Cell, Recipe] = {}
     varied = [change for chosen in settings.values() for change in _varied(chosen)]
@@ -227,17 +228,15 @@ def make_plan(
     return SweepPlan(sweep, sorted(runs, key=lambda run: rows.index(sweep.row(run.cell))))
 
 
-def _check_names(cells: Iterable[Cell]) -> None:
-    """Raise MocError where two runs would share a folder."""
-    names: dict[str, Cell] = {}
-    for cell in cells:
-        other = names.setdefault(_name(cell), cell)
-        differing = [pair for pair in zip(other, cell, strict=True) if pair[0] is not pair[1]]
-        if differing:
-            one, two = differing[0]
+def _check_names(settings: Iterable[Setting]) -> None:
+    """Raise MocError where two values of a group would have one folder."""
+    names: dict[str, Setting] = {}
+    for setting in settings:
+        other = names.setdefault(_part(setting), setting)
+        if other is not setting:
             raise MocError(
-                f"{one.group}: '{one.name}' and '{two.name}' would be trained in one folder, "
-                f"{_name(cell)}",
+                f"{setting.group}: '{other.name}' and '{setting.name}' would be trained in one "
+                f"folder, {_part(setting)}",
                 "give each value once, with names that differ in letters, digits or one of _.+-",
             )
 

@@ -55,7 +55,7 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
             Column(cell, value, runs, [_scored(run) for run in runs])
         )
     table = [_row(row, columns, plan) for row, columns in rows.items()]
-    average = _average(table, sweep.reference)
+    average = average_of_rows(table, sweep.reference)
     for row in table:
         for tasks in row["differences"].values():
             for entry in tasks.values():
@@ -225,7 +225,7 @@ def _items(scored: Scores) -> Items:
         return {}
 
 
-def _average(table: Sequence[Mapping[str, Any]], reference: str | None) -> dict[str, Any]:
+def average_of_rows(table: Sequence[Mapping[str, Any]], reference: str | None) -> dict[str, Any]:
     """Return each value's mean over rows and tasks, and its difference to the reference.
 
     Only rows in which all values have runs count, and tasks that all have scored, so that all means

@@ -181,6 +181,29 @@ def test_list_show_and_schema(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("typo")
+def test_sweeps_are_listed_shown_and_copied_as_recipes_are(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["recipes", "list", "--json"]) == 0
+    kinds = {entry["name"]: entry["kind"] for entry in json.loads(capsys.readouterr().out)}
+    assert (kinds["quickstart"], kinds["glue-minilm"]) == ("recipe", "sweep")
+    text = (ROOT / "recipes/sweeps/glue-minilm.yaml").read_text()
+    assert cli.run(["recipes", "show", "glue-minilm"]) == 0
+    assert capsys.readouterr().out == text
+    assert cli.run(["recipes", "show", "glue-minilm", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reference"] == "control"
+    assert cli.run(["recipes", "copy", "sweeps/glue-minilm"]) == 0
+    assert "Next: moc sweep glue-minilm.yaml" in capsys.readouterr().err
+    assert Path("glue-minilm.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_home_that_is_not_there_is_no_traceback(
+    command: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.run([command, "~nobody-of-this-name/mine.yaml"]) == 2
+    assert "~nobody-of-this-name/mine.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("typo")
 def test_copy_never_overwrites_unasked(capsys: pytest.CaptureFixture) -> None:
     assert cli.run(["recipes", "copy", "glue/minilm/moc"]) == 0
     assert "Next: moc train glue-minilm-moc.yaml" in capsys.readouterr().err

@@ -329,6 +329,8 @@ def test_the_evaluation_with_the_most_items_is_taken_or_the_one_asked_for(make: 
         ([], {"results": {"stopped": "early"}}, "b stopped early, at step 30."),
         ([], {"results": {"parameters": SHARE}}, "a run that trains more may fit better"),
         (["train.bf16=true"], {}, "Different train.bf16: false in a; true in b."),
+        (["method.gate.kind=linear"], {}, "Different method.gate.kind: cosine in a; linear in b."),
+        (["method.share_gate=false"], {}, "Different method.share_gate: true in a; false in b."),
         (["seed=7"], {}, "Different seeds"),
         ([], {"threads": 2}, "times and speeds are not comparable"),
         ([], {"kind": "peak allocated"}, "it is not the same measure"),

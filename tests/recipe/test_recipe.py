@@ -15,7 +15,7 @@ from moc_cli.errors import RecipeError
 from moc_cli.recipe.catalog import entries
 from moc_cli.recipe.load import dump, load_recipe
 from moc_cli.recipe.methods import METHODS, PlacementSection
-from moc_cli.recipe.reader import parse_scalar, read_yaml
+from moc_cli.recipe.reader import as_text, parse_scalar, read_yaml
 from moc_cli.recipe.reference import Key, json_schema, keys
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.suggest import nearest
@@ -331,6 +331,18 @@ def test_dump_round_trips_through_any_reader(name: str) -> None:
     assert Recipe.model_validate(yaml.safe_load(text)) == recipe
     assert isinstance(yaml.safe_load(text)["train"]["learning_rate"], float)
     assert dump(read(text)) == text
+
+
+@pytest.mark.parametrize("text", ["08", "1e5", "0x1F", "~", "no", "null", "1_0", "12:30", "🦜"])
+@pytest.mark.usefixtures("here")
+def test_texts_that_look_like_something_else_stay_texts(text: str) -> None:
+    """Readers of YAML 1.1 and 1.2 take other words for numbers."""
+    recipe = read(GOOD).changed(data={"labels": [text, "b"]}, output={"output_dir": text})
+    dumped = dump(recipe)
+    for values in (yaml.safe_load(dumped), read_yaml(dumped).value):
+        assert values["data"]["labels"] == [text, "b"]
+        assert values["output"]["output_dir"] == text
+    assert read_yaml(as_text(text)).value == text
 
 
 def test_a_recipe_is_frozen_and_refuses_bad_combinations_without_a_file() -> None:

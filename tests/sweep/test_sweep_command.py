@@ -8,16 +8,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stdout
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
+from support.sweeps import Ended, write_sweep
 
 from moc_cli.cli import run
 from moc_cli.files import lock_file
-from moc_cli.report.sweep_tables import average_name, averaged
+from moc_cli.report.sweep_tables import average_name, averaged, sweep_tables
 from moc_cli.sweep import execute
+from moc_cli.sweep.summary import average_of_rows
 
 WITHOUT_TORCH = """
 import sys
@@ -25,54 +28,6 @@ sys.modules |= {"torch": None, "transformers": None}
 from moc_cli.cli import run
 sys.exit(run(sys.argv[1:]))
 """
-
-
-class Ended:
-    """Stands in for a process that has ended with this exit code."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-    def poll(self) -> int:
-        return self.code
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that a sweep starts; each is run here, at once."""
-    calls: list[list[str]] = []
-
-    def start(command: list[str], environment: dict[str, str], log: IO[str]) -> Ended:
-        assert command[:3] == [sys.executable, "-m", "moc_cli"]
-        calls.append(command[3:])
-        with redirect_stdout(log):
-            return Ended(run(command[3:]))
-
-    monkeypatch.setattr(execute, "start", start)
-    monkeypatch.setattr(execute, "POLL", 0.0)
-    return calls
-
-
-def write_sweep(folder: Path, recipe: str, **keys: Any) -> str:
-    """A sweep over two ranks and two rates, with small files kept apart."""
-    content = {
-        "recipe": recipe,
-        "set": {"train.max_steps": 1, "eval.before": False, "output.save_strategy": "no"}
-        | {"eval.eval_strategy": "steps", "eval.eval_steps": 1},
-        "vary": {
-            "size": {"r2": {"method.rank": 2}, "r4": {"method.rank": 4}},
-            "train.learning_rate": [0.001, 0.01],
-        },
-        "seeds": [0, 1],
-        "choose": "train.learning_rate",
-        "reference": "r2",
-        "eval": [""],
-        "output_dir": str(folder / "runs"),
-        "results_dir": str(folder / "kept"),
-    }
-    path = folder / "grid.yaml"
-    path.write_text(json.dumps(content | keys))
-    return str(path)
 
 
 def test_it_searches_trains_the_other_seeds_and_compares(
@@ -123,7 +78,8 @@ def test_it_searches_trains_the_other_seeds_and_compares(
         check=True,
     )
     assert json.loads(answer.stdout) == summary
-    # An evaluation that one run alone has counts for none, though it has more items.
+    # The scores are those of the sweep's evaluation, though another one has more items.
+    assert {cell["scored"] for cell in row["cells"].values()} == {"rank"}
     one = next((tmp_path / "kept").glob("r4/*/seed-1/eval/*"))
     other = shutil.copytree(one, one.with_name("other"))
     content = json.loads((other / "results.json").read_text())
@@ -177,6 +133,39 @@ def test_an_average_is_of_several_scores_and_says_of_which() -> None:
     assert averaged(summary) == {}
     assert average_name(summary) == "average"
     assert averaged({"rows": [], "average": {}}) == {}
+
+
+def test_an_average_is_of_one_scale_and_of_tasks_that_all_have() -> None:
+    def cell(**medians: float) -> dict[str, Any]:
+        scores = {
+            task: {"metric": "perplexity" if task == "news" else "accuracy", "median": median}
+            for task, median in medians.items()
+        }
+        return {"tasks": scores}
+
+    row = {"name": "a", "differences": {}}
+    mixed = [row | {"cells": {"r2": cell(news=5.0, boolq=0.5), "r4": cell(news=4.0, boolq=0.6)}}]
+    assert average_of_rows(mixed, None) == {}
+    whole, part = cell(boolq=0.5, piqa=0.7), cell(boolq=0.6)
+    average = average_of_rows([row | {"cells": {"r2": whole, "r4": part}}], None)
+    assert {name: entry["median"] for name, entry in average["values"].items()} == {
+        "r2": 0.5,
+        "r4": 0.6,
+    }
+    texts = [row | {"cells": {"r2": cell(news=5.0), "r4": cell(news=4.0)}}]
+    average = average_of_rows([*texts, texts[0] | {"name": "b"}], None)
+    assert (average["metric"], average["values"]["r2"]["median"]) == ("perplexity", 5.0)
+    conditions = {"device": ["cpu"]}
+    for text in texts:
+        for cell_of in text["cells"].values():
+            cell_of |= {"scored": "texts", "seeds": [0], "trained": 1, "seconds": 1, "chosen": None}
+            cell_of["tasks"]["news"]["values"] = [cell_of["tasks"]["news"]["median"]]
+    shown = {"rows": [*texts, texts[0] | {"name": "b"}], "average": average, "compared": "size"}
+    head, *_ = sweep_tables(
+        shown | {"conditions": conditions, "chosen": None, "reference": None, "confidence": 0.95}
+    )
+    assert head.title == "Scores of eval/texts: median over seeds (lowest to highest)"
+    assert [str(cell) for cell in head.rows[-1]] == ["average", "5.00", "4.00"]
 
 
 def _rank(validation: dict[str, Any]) -> float:
@@ -271,7 +260,8 @@ def test_two_sweeps_share_the_runs(
             os.close(other)
             assert run(call) == 0
 
-    monkeypatch.setattr(execute.time, "sleep", wait)
+    # Not time.sleep itself: other threads of a training sleep too.
+    monkeypatch.setattr(execute, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
     monkeypatch.setattr(execute, "LOOK_AGAIN", 0.0)
     assert run([*call, "--json"]) == 0
     ranks = [next(key for key in command if "method.rank" in key) for command in started]
