@@ -114,13 +114,13 @@ class ParameterCounts(Shape):
 
 
 class Running(Shape):
-    """results.json until the run has finished."""
+    """results.json until the run has finished; `before` holds tasks not scored since."""
 
     status: str = absent()
     before: dict[str, dict[str, float | None]] = absent()
 
 
-class Finished(Shape):
+class Finished(Running):
     """results.json of a finished run."""
 
     tasks: dict[str, TaskEntry]

@@ -238,9 +238,9 @@ class RunFolder:
         Raises RunError where results.json is missing or damaged.
         """
         results = self.read_results()
-        before = results.get("before", {})
+        before = results.get("before", {})  # until the task is scored after training
         if results.get("status") == "finished":
-            before = {
+            before = before | {
                 task: {name: score.get("before") for name, score in entry["metrics"].items()}
                 for task, entry in results["tasks"].items()
             }

@@ -5,12 +5,13 @@
     OUTPUT_DIR/seeds.json every seed's scores, mean, spread, and which run is the median
 
 Seeds are the recipe's, and the next ones. The model is loaded again for each. An untrained language
-model is the same whatever the seed, so it is scored only once, in the first run.
+model is the same whatever the seed, so it is scored only once, in the first run. An untrained
+classifier has another head with each seed: `before` is the mean of its scores.
 """
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,8 @@ def summarize_seeds(seeds: Sequence[Recipe]) -> dict[str, Any]:
 
     Deviations are of a sample (n - 1), None for one seed. The median run is the middle one by the
     task's main metric, of several tasks by the average of theirs; of an even number the lower
-    middle one, so that it is always an existing run.
+    middle one, so that it is always an existing run. `before` is the mean of the values that are
+    known, None where none is.
     """
     results = [folder_of(run).read_results() for run in seeds]
     runs = [
@@ -122,7 +124,15 @@ def summarize_seeds(seeds: Sequence[Recipe]) -> dict[str, Any]:
         for run, result in zip(seeds, results, strict=True)
     ]
     first = results[0]["tasks"]
-    before = {task: _values(entry, "before") for task, entry in first.items()}
+    before = {
+        task: {
+            metric: _mean_known(
+                run["tasks"][task]["metrics"][metric].get("before") for run in results
+            )
+            for metric in entry["metrics"]
+        }
+        for task, entry in first.items()
+    }
     main = {task: entry["metric"] for task, entry in first.items()}
     worse_first = sorted(
         runs,
@@ -158,6 +168,11 @@ def summarize_seeds(seeds: Sequence[Recipe]) -> dict[str, Any]:
 
 def _values(entry: dict[str, Any], key: str) -> dict[str, float | None]:
     return {name: score.get(key) for name, score in entry["metrics"].items()}
+
+
+def _mean_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _spread(values: Sequence[float], before: float | None) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ from moc_cli.processes import LostProcess, Processes
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.paths import absolute_paths
 from moc_cli.recipe.schema import Recipe
+from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.report import lines
 from moc_cli.report.progress import TrainProgress, WorkProgress
 from moc_cli.results import FORMAT
@@ -174,10 +175,8 @@ class Session:
 
     def train_and_score(self, job: Job, before: Scores) -> dict[str, Any]:
         """Score, train, keep the best controls, score again, and write the results."""
-        if job.recipe.eval.before and not before:
-            progress = "stopped before the first step"
-            for name in job.rows.splits.tests:
-                before[name] = self.score(job, name, "before", progress).values
+        if job.recipe.eval.before:
+            before = before | self.score_before(job, known=before)
         begun = {"format": FORMAT, "status": "running", "before": before}
         self.processes.on_main(lambda: self.folder.write_results(begun))
         outcome = self.fit(job)
@@ -190,6 +189,7 @@ class Session:
         results |= {"controls": chosen, "routing": routing}
         if unscored:
             results["unscored"] = {name: error.message for name, error in unscored.items()}
+            results["before"] = {name: before[name] for name in unscored if name in before}
         self.processes.on_main(lambda: self.folder.write_results(results))
         if unscored:
             why = "; ".join(f"{name}: {error.message}" for name, error in unscored.items())
@@ -235,6 +235,20 @@ class Session:
         finally:
             if trackers is not None:
                 job.accelerator.end_training()
+
+    def score_before(self, job: Job, known: Scores) -> Scores:
+        """Score the tasks that are not `known` before training, and return these scores.
+
+        A language model is scored without the method: that is its base, whatever the method and the
+        seed. A classifier has no trained head before: it is scored as it was drawn.
+        """
+        language = job.rows.kind.head is LANGUAGE
+        with job.built.adapted.disabled() if language else nullcontext():
+            return {
+                name: self.score(job, name, "before", "stopped before the first step").values
+                for name in job.rows.splits.tests
+                if name not in known
+            }
 
     def score_trained(self, job: Job) -> tuple[dict[str, Evaluation], dict[str, MocError]]:
         """Score every task of a trained model; return the scores, and why others have none."""

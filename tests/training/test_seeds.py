@@ -89,9 +89,15 @@ def test_a_head_is_drawn_by_seed_and_scored_for_each(tmp_path, pairs, capsys) ->
     shown = capsys.readouterr()
     for words in ("mean ± std", "(median)", "accuracy", "f1", "untrained"):
         assert words in shown.out
-    for seed in (42, 43):
-        entry = RunFolder.open(tmp_path / "run" / f"seed-{seed}").read_results()["tasks"]["mrpc"]
-        assert main_score(entry)["before"] is not None
+    entries = [
+        RunFolder.open(tmp_path / "run" / f"seed-{seed}").read_results()["tasks"]["mrpc"]
+        for seed in (42, 43)
+    ]
+    first, second = (main_score(entry)["before"] for entry in entries)
+    assert first != second
+    found = json.loads((tmp_path / "run" / "seeds.json").read_text())
+    mean = pytest.approx((first + second) / 2)
+    assert found["tasks"]["mrpc"]["accuracy"]["before"] == found["average"]["before"] == mean
     assert f"compare {tmp_path}/run/seed-42 {tmp_path}/run/seed-43" in shown.err
 
 
