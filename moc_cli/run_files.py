@@ -118,6 +118,7 @@ class Running(Shape):
 
     status: str = absent()
     before: dict[str, dict[str, float | None]] = absent()
+    controls: dict[str, Plain] = absent()
 
 
 class Finished(Running):
@@ -133,7 +134,6 @@ class Finished(Running):
     seconds: float
     memory: MemoryFacts
     parameters: ParameterCounts = absent()
-    controls: dict[str, Plain] = absent()
     routing: RoutingSummary = absent()
 
 

@@ -105,8 +105,9 @@ class RunFolder:
     def open(cls, path: str | Path) -> "RunFolder":
         """Return the existing run at `path`, or the run of the checkpoint at `path`.
 
-        A run that was interrupted before its end stands for its newest checkpoint. Raises RunError
-        where there is no run.
+        A run that was interrupted before its end stands for its newest checkpoint, also where it
+        was finished before and then continued. Raises RunError where there is no run, and where its
+        results.json is damaged.
         """
         run, inside = cls(path), Path(path)
         if inside.parent.name == "checkpoints" and not run.recipe_file.is_file():
@@ -116,13 +117,25 @@ class RunFolder:
                 f"{run.path} is not a run folder: it holds no recipe.yaml",
                 "give the folder that `moc train` wrote (output.output_dir)",
             )
-        saved = sorted(run.checkpoints.glob("step-*"))
-        if run.checkpoint is None and saved and not os.path.lexists(run.controls):
+        saved = run._saved_checkpoints()
+        if run.checkpoint is None and saved and not run._has_ended():
             run.checkpoint = saved[-1]
         if run.checkpoint is not None and not run.checkpoint.is_dir():
             names = ", ".join(path.name for path in saved) or "none"
             raise RunError(f"{run.path} has no checkpoint {run.checkpoint.name}; it has {names}")
         return run
+
+    def _saved_checkpoints(self) -> list[Path]:
+        """Return the folders of the checkpoints, oldest first."""
+        steps = {path: path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*")}
+        return sorted((p for p in steps if steps[p].isdecimal()), key=lambda p: int(steps[p]))
+
+    def _has_ended(self) -> bool:
+        """Whether the controls are those of the training's end: results.json names them then."""
+        if not all(map(os.path.lexists, (self.controls, self.path / "results.json"))):
+            return False
+        results = self.read_results()
+        return results.get("status") == "finished" or "controls" in results
 
     @property
     def name(self) -> str:

@@ -180,7 +180,8 @@ class Session:
         begun = {"format": FORMAT, "status": "running", "before": before}
         self.processes.on_main(lambda: self.folder.write_results(begun))
         outcome = self.fit(job)
-        chosen = self.keep_controls(job, outcome)
+        begun["controls"] = chosen = self.keep_controls(job, outcome)
+        self.processes.on_main(lambda: self.folder.write_results(begun))
         recorder = job.built.adapted.recorder(detailed=False)
         with recorder or nullcontext():
             after, unscored = self.score_trained(job)

@@ -10,6 +10,9 @@ from support.tiny_runs import choices_run
 
 from moc_cli.adapter.folder import read_adapter
 from moc_cli.cli import run
+from moc_cli.runs import RunFolder
+from moc_cli.training.loop import Loop
+from moc_cli.training.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,49 @@ def test_an_interrupted_run_stands_for_its_newest_checkpoint(trained, tmp_path, 
     assert scores[0] == scores[1]
     answer, _ = ask(capsys, "generate", folder, "--prompt", "Why?", "--max-new-tokens", 2)
     assert answer["model"] == str(folder / "checkpoints" / "step-000006")
+
+
+def test_a_finished_run_that_goes_on_stands_for_its_newest_checkpoint_until_it_ends(
+    trained, tmp_path, capsys, monkeypatch
+):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert RunFolder.open(folder).checkpoint is None
+    recipe = str(trained.parent / "recipe.yaml")
+    options = ["eval.before=false", "output.save_steps=3", "train.max_steps=9"]
+    sets = [word for option in options for word in ("--set", option)]
+    going_on = ["train", recipe, *sets, "--output-dir", str(folder), "--resume", "auto"]
+
+    def stop(self):
+        self.interrupt.signal = 15
+
+    def stop_scoring(self, job):
+        self.interrupt.signal = 15
+        self.interrupt.check()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "write_line", stop)  # it is due after step 8
+        assert run(going_on) == 143
+    assert read_adapter(folder / "controls").config["step"] == 6
+    assert RunFolder.open(folder).checkpoint == folder / "checkpoints" / "step-000008"
+    scored, said = ask(capsys, "eval", folder, "--limit", 2)
+    assert "those of a checkpoint, step 8" in said
+    assert scored["folder"].endswith("-step-000008")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "score_trained", stop_scoring)  # all steps are taken
+        assert run(going_on) == 143
+    assert RunFolder.open(folder).checkpoint is None
+    assert read_adapter(folder / "controls").config["step"] == 9
+    assert run(going_on) == 0
+    assert RunFolder.open(folder).checkpoint is None
+
+
+def test_the_newest_checkpoint_has_the_largest_number(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 1")
+    for name in ("step-999999", "step-1000000", "step-000010", "step-x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    newest = RunFolder.open(tmp_path).checkpoint
+    assert newest is not None
+    assert newest.name == "step-1000000"
 
 
 def test_a_damaged_checkpoint_is_told(trained, tmp_path, capsys):
