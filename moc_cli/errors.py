@@ -11,6 +11,7 @@ The command line turns each into one sentence and a hint, with exit code 2. Anyt
 and keeps its traceback.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -68,6 +69,14 @@ class RunError(MocError):
 
 class FileError(MocError):
     """The disk refused a read or a write."""
+
+    @property
+    def disk_is_full(self) -> bool:
+        """Whether the reason is want of space, or of the user's share of it.
+
+        The system's own words tell: an error of another process, or of a library, is text alone.
+        """
+        return self.message.endswith(tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT))))
 
 
 def compare_entries(

@@ -97,7 +97,8 @@ class Session:
                 try:
                     return self.train_and_score(job, before)
                 except FileError as error:
-                    hint = f"free some disk space, then: {self.resume_command}"
+                    first = "free some disk space" if error.disk_is_full else "mend that"
+                    hint = f"{first}, then: {self.resume_command}"
                     raise FileError(error.message, error.hint or hint) from error
 
     def claim(self) -> RunFolder:

@@ -26,6 +26,7 @@ from moc_cli.errors import FileError
 from moc_cli.export import parity
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import RunFolder
+from moc_cli.training import checkpoint
 from moc_cli.training.loop import Loop
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP]
@@ -156,6 +157,25 @@ def test_outputs_with_odd_line_ends_are_paired(copy: Path, tmp_path: Path) -> No
     assert run(["compare", str(copy), str(other), "--output-dir", str(out)]) == 0
     (difference,) = json.loads((out / "comparison.json").read_text())["differences"]
     assert difference["low"] is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO])
+def test_a_disk_that_refuses_is_told_with_what_helps(
+    number: int,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "save", refuse)
+    assert train(trained, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert os.strerror(number) in said
+    assert ("free some disk space" in said) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert "--resume auto" in said
 
 
 def test_a_full_log_ends_no_training(
