@@ -11,6 +11,7 @@ from moc_cli.adapter.check import check_modules
 from moc_cli.data.batches import Batches, as_tensors
 from moc_cli.data.custom.chat import set_template
 from moc_cli.data.encode import Encoded
+from moc_cli.data.examples import Example
 from moc_cli.data.packing import pack
 from moc_cli.data.row_cache import encode_cached
 from moc_cli.data.splits import Splits, read_splits
@@ -56,13 +57,14 @@ class Built:
 @dataclass(frozen=True)
 class TrainingRows:
     """The kind of task, its encoded training rows, and the same as the loop takes them. `splits`
-    are the rows of all parts that are used.
+    are the rows of all parts that are used, `learned` those of training with something to learn.
 
     `notes` say how settings of model, tokenizer and rows were understood that have two meanings.
     """
 
     kind: Kind
     splits: Splits
+    learned: list[Example]
     encoded: Encoded
     data: Data
     notes: list[str] = field(default_factory=list)
@@ -138,9 +140,9 @@ def encode_rows(
         raise DataError("\n".join(problems))
     scoring = make_scoring_options(recipe)
     splits, long = checks.leave_out_long(kind, splits, tokenizer, model, scoring)
-    encoded, splits = checks.leave_out_empty(encoded, splits, data.max_length)
+    encoded, splits, learned = checks.leave_out_empty(encoded, splits, data.max_length)
     loop_data = make_data(recipe, kind, encoded, tokenizer)
-    return TrainingRows(kind, splits, encoded, loop_data, notes + long)
+    return TrainingRows(kind, splits, learned, encoded, loop_data, notes + long)
 
 
 def _encode(

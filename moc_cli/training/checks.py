@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moc_cli.data.custom.chat import answer_ends
 from moc_cli.data.encode import Encoded, has_target
+from moc_cli.data.examples import Example
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.data.splits import Splits
 from moc_cli.errors import DataError
@@ -120,15 +121,17 @@ def fitting(
     return fitting_numbers, [f"not scored: {line}" for line in bad_rows.lines()]
 
 
-def leave_out_empty(encoded: Encoded, splits: Splits, max_length: int) -> tuple[Encoded, Splits]:
+def leave_out_empty(
+    encoded: Encoded, splits: Splits, max_length: int
+) -> tuple[Encoded, Splits, list[Example]]:
     """Return the encoded training rows without those that hold nothing to learn, which are counted
-    as dropped; raises DataError where none is left.
+    as dropped, and the examples that are left; raises DataError where none is.
     """
     numbers = [number for number, row in enumerate(encoded.rows) if has_target(row)]
     left_out = [row for row in encoded.rows if not has_target(row)]
     lost = len(left_out)
     if not lost and encoded.answers_cut_off < len(encoded.rows):
-        return encoded, splits
+        return encoded, splits, splits.train
     if not numbers or encoded.answers_cut_off == len(encoded.rows):
         raise DataError(
             "data.max_length cuts off the answer of every training row", "raise data.max_length"
@@ -141,7 +144,8 @@ def leave_out_empty(encoded: Encoded, splits: Splits, max_length: int) -> tuple[
         truncated=encoded.truncated - sum(len(row["input_ids"]) == max_length for row in left_out),
         answers_cut_off=max(0, encoded.answers_cut_off - lost),
     )
-    return rows, replace(splits, dropped=splits.dropped | {"train": reasons})
+    splits = replace(splits, dropped=splits.dropped | {"train": reasons})
+    return rows, splits, [splits.train[number] for number in numbers]
 
 
 def check_family(recipe: Recipe, model: PreTrainedModel) -> None:

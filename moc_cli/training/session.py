@@ -171,7 +171,7 @@ class Session:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"started": started, "from_step": step, "changed": job.changes}
         folder.write_environment(environment | {"history": [*history, start]})
-        folder.write_trained_rows(row_hashes(job.rows.splits.train))
+        folder.write_trained_rows(row_hashes(job.rows.learned))
         return before
 
     def train_and_score(self, job: Job, before: Scores) -> dict[str, Any]:

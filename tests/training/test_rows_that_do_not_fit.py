@@ -105,6 +105,7 @@ def test_rows_that_lose_their_answer_train_nothing_and_are_left_out(folder, caps
     assert run(arguments(folder)) == 0
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     assert all(line["loss"] > 1 for line in lines if "loss" in line)
+    assert len(RunFolder(folder / "run").read_trained_rows()) == 1  # six times the same
     write(folder / "rows" / "train.jsonl", [(long, "ja")] * 6)
     assert run([*arguments(folder), "--dry-run"]) == 2
     assert "cuts off the answer of every training row" in capsys.readouterr().err
