@@ -25,7 +25,7 @@ def make_results(
         "protocol": job.scoring.protocol,
         "train_on_inputs": job.recipe.data.train_on_inputs,
         "validation": None
-        if counters.best_value is None
+        if counters.best_value is None or job.settings.metric is None  # nothing chose a step
         else {
             "metric": job.settings.metric,
             "value": counters.best_value,

@@ -281,7 +281,12 @@ class Session:
         """Save the best checkpoint's controls, or the last ones, and say which."""
         adapted, step, name = job.built.adapted, outcome.counters.step, "last"
         best, on_main = outcome.counters.best_step, self.processes.on_main
-        if best is not None and best not in on_main(self.checkpoints.steps):
+        if best is not None and job.settings.metric is None:
+            self.say(
+                f"step {best} was the best so far, but eval.eval_strategy is no now, and nothing "
+                "chooses a step: keeping the last controls"
+            )
+        elif best is not None and best not in on_main(self.checkpoints.steps):
             # It lies in the folder of the run that this one was continued from.
             self.say(f"the best step, {best}, has no checkpoint here: keeping the last controls")
         elif best is not None:

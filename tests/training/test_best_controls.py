@@ -4,7 +4,9 @@ from safetensors.torch import load_file
 from support.key_runs import KeyRun, make_bases
 
 from moc_cli.adapter.folder import PAYLOAD
+from moc_cli.cli import run
 from moc_cli.kinds.choice import Choice
+from moc_cli.runs import RunFolder
 from moc_cli.training.checkpoint import read_checkpoint
 
 
@@ -24,3 +26,23 @@ def test_the_controls_of_the_best_step_are_kept(tmp_path, monkeypatch):
     )
     assert all(values.equal(first[name]) for name, values in saved.items())
     assert not all(values.equal(last[name]) for name, values in saved.items())
+
+
+def test_a_run_that_goes_on_without_evaluation_keeps_its_last_controls(tmp_path, choices, capsys):
+    short = ["--set", "eval.before=false", "--set", "eval.max_samples=1"]
+    watched = ["--set", "eval.eval_strategy=steps", "--set", "eval.eval_steps=2"]
+    assert run([*choices, *short, *watched]) == 0
+    folder = RunFolder(tmp_path / "run")
+    best = folder.read_results()["validation"]["step"]
+    longer = ["--set", "train.max_steps=8", "--set", "eval.eval_strategy=no"]
+    capsys.readouterr()
+    assert run([*choices, *short, *longer, "--resume", "auto"]) == 0
+    assert (
+        f"step {best} was the best so far, but eval.eval_strategy is no" in capsys.readouterr().err
+    )
+    results = folder.read_results()
+    assert results["controls"] == {"step": 8, "chosen": "last"}
+    assert results["validation"] is None
+    last = read_checkpoint(folder.checkpoints / "step-000008").trainables
+    saved = load_file(folder.controls / PAYLOAD)
+    assert all(values.equal(last[name]) for name, values in saved.items())
