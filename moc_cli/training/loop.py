@@ -178,7 +178,9 @@ class Loop:
             self.keep(random_state)
             place = self.counters, len(self.plan)
             raise self.processes.reported_by_main(
-                refusal(total, window, batches, place, self.settings, self.command)
+                refusal(
+                    total, window, batches, place, self.settings, self.command, self.checkpoints
+                )
             )
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.rate_factor(self.counters.step)

@@ -1,6 +1,7 @@
 """Why a step could not be taken, and what to try from the state that was kept."""
 
 import math
+import shlex
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from moc_cli.data.batches import Grouping
 from moc_cli.data.packing import count_rows
 from moc_cli.errors import MocError
-from moc_cli.training.checkpoint import Counters
+from moc_cli.training.checkpoint import Checkpoints, Counters
 from moc_cli.training.gradients import WindowSum
 from moc_cli.training.loop_types import Settings
+
+RESUME = " --resume auto"  # how the command ends that continues a run
 
 
 def refusal(
@@ -20,17 +23,17 @@ def refusal(
     place: tuple[Counters, int],
     settings: Settings,
     command: str,
+    checkpoints: Checkpoints,
 ) -> MocError:
     """Return why a step is not taken, with the rows whose loss or gradient is not finite.
 
-    `command` continues the run. `place`: the counters before the step, and the micro-batches of
-    the epoch that runs.
+    `command` continues the run, or all of `--seeds`. `place`: the counters before the step, and the
+    micro-batches of the epoch that runs.
     """
     counters, length = place
     if not total.fits:
         splits = may_split(counters.batch, settings.group_by_length)
         return out_of_memory(batches, settings, command, splits=splits)
-    retry_command = f"{command} --set train.learning_rate={settings.learning_rate / 3:.2g}"
     bad = [i for i, value in enumerate(total.losses) if not math.isfinite(value)]
     problem = f"the loss is {total.losses[bad[0]]}" if bad else f"the gradient norm is {total.norm}"
     numbers = [counters.batch + i + 1 for i in bad or range(len(window))]
@@ -39,7 +42,24 @@ def refusal(
         f"{problem} at step {counters.step + 1}, epoch {counters.epoch + 1}, "
         f"micro-batch {', '.join(map(str, numbers))} of {length}, "
         f"training rows {', '.join(map(str, rows))}",
-        f"the state before that step is kept; try a lower rate from there: {retry_command}",
+        _lower_rate(settings.learning_rate, counters.step, command, checkpoints),
+    )
+
+
+def _lower_rate(rate: float, step: int, command: str, checkpoints: Checkpoints) -> str:
+    """Advise a lower rate from before `step`: the state there gives the same loss at any rate.
+
+    One checkpoint cannot continue all of `--seeds`, and these have one rate.
+    """
+    start = command.removesuffix(RESUME)
+    change = f"--set train.learning_rate={rate / 3:.2g}"
+    earlier = [number for number in checkpoints.steps() if number < step]
+    if not earlier or "--seeds" in shlex.split(command):
+        return f"start over with a lower rate: {start} --overwrite {change}"
+    path = shlex.quote(str(checkpoints.path(earlier[-1])))
+    return (
+        "the state before that step is kept, but gives the same again; go on from an earlier one "
+        f"with a lower rate: {start} --resume {path} {change}"
     )
 
 
@@ -83,6 +103,6 @@ def out_of_memory(
         if splits:
             advice = f"the state before that step is kept; go on with {batches_text}"
             return MocError(message, f"{advice}: {command} {smaller}")
-        over = f"{command.removesuffix(' --resume auto')} --overwrite {smaller}"
+        over = f"{command.removesuffix(RESUME)} --overwrite {smaller}"
         return MocError(message, f"start over with {batches_text}: {over}")
     return MocError(message, "lower data.max_length, set train.bf16: true, or use another device")
