@@ -220,19 +220,20 @@ def _reporting_stops(json: bool) -> Iterator[None]:
 
 def _dry_run(recipe: "Recipe", json: bool) -> None:
     """Print what a run would do."""
+    from moc_cli.launching.together import count_processes
     from moc_cli.report.lines import labelled
     from moc_cli.report.output import out, print_json, print_table, say
     from moc_cli.report.tables import dry_run_views
     from moc_cli.training.dry_run import preview
 
-    plan = preview(recipe)
+    plan = preview(recipe, count_processes(recipe.launch))
     if json:
         print_json(plan)
         return
     console = out()
     colored = console.is_terminal and not console.no_color
     print_table(*dry_run_views(plan, max_length=recipe.data.max_length, colored=colored))
-    for note in plan.get("notes", ()):
+    for note in plan["notes"]:
         say(labelled("note", note))
     if plan["published_shape"]:
         say("The model's shapes are the published ones that come with the program.")

@@ -60,6 +60,17 @@ def run_together(
     return start(plan, command, seconds=launch.ddp_timeout, progress=progress)
 
 
+def count_processes(launch: LaunchSection) -> int:
+    """Return how many processes `run_together` would start or join; nothing is started.
+
+    Raises MocError where it would.
+    """
+    place = find_place(os.environ)
+    if place is not None:
+        return place.world
+    return 1 if lone_launcher(os.environ) is not None else make_plan(launch).processes
+
+
 def _number_line(processes: int, reason: str, rows: Sequence[int]) -> str:
     text = f"{processes} processes ({reason})"
     if rows:

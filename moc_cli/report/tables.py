@@ -157,12 +157,13 @@ def dry_run_views(
         return views
     left_out = f"; left out: {dropped_rows(preview['dropped'])}" if preview["dropped"] else ""
     views += [Text(printable(line)) for line in taken_lines(preview["taken"])]
-    cut_off = preview["answers_cut_off"]
+    cut_off, processes = preview["answers_cut_off"], preview["processes"]
     views.append(
         f"{preview['rows']:,} rows to train on, {preview['watched']:,} to validate on, "
         f"{preview['scored']:,} to score; {preview['truncated']:,} of them cut to {max_length} "
         f"tokens{f', {cut_off:,} lose their whole answer' if cut_off else ''}{left_out}; "
-        f"{preview['steps']:,} steps; {percent(preview['padding_share'])} padding; an epoch takes "
+        f"{preview['steps']:,} steps{f' of {processes} processes' if processes > 1 else ''}; "
+        f"{percent(preview['padding_share'])} padding; an epoch takes "
         f"{preview['positions']['padded']:,} positions padded, {preview['positions']['packed']:,} "
         "packed\n"
     )

@@ -15,7 +15,7 @@ from moc_cli.errors import MocError
 from moc_cli.processes import USUAL, WORLD_SIZES, Processes, current, join, launched
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.output import say
-from moc_cli.training.device_checks import find_device
+from moc_cli.training.device_checks import find_device, gpu_problem
 
 PREFIX = "ACCELERATE_"
 # What would change a training.
@@ -62,10 +62,9 @@ def join_launched(launch: LaunchSection) -> Processes:
 
     Raises MocError when the recipe asks for a GPU that is not there.
     """
-    if launch.device == "cuda" and not torch.cuda.is_available():
-        raise MocError(
-            "launch.device is cuda, but torch sees no GPU", "use --set launch.device=cpu or auto"
-        )
+    problem = gpu_problem(launch.device)
+    if problem is not None:
+        raise MocError(problem, "use --set launch.device=cpu or auto")
     if current().world > 1:
         return current()
     with _without_launcher():

@@ -27,6 +27,12 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
+def gpu_problem(name: str) -> str | None:
+    """Say that the device of a recipe is a GPU, and none is there; None where that is not so."""
+    wanted = name == "cuda" and not torch.cuda.is_available()
+    return "launch.device is cuda, but torch sees no GPU" if wanted else None
+
+
 def check_device_keys(recipe: Recipe, device: torch.device, *, training: bool) -> None:
     """Raise MocError naming every key that cannot be honoured on `device`.
 

@@ -1,6 +1,7 @@
 """`moc train --dry-run`: all checks but loading weights, and one row as the loss will see it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -12,18 +13,24 @@ from moc_cli.errors import DataError, MocError
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.tasks import is_packaged
 from moc_cli.training import build
-from moc_cli.training.device_checks import check_device_keys, find_device
+from moc_cli.training.device_checks import check_device_keys, find_device, gpu_problem
+from moc_cli.training.log import require_trackers
 from moc_cli.training.loop_types import total_steps
 
 
-def preview(recipe: Recipe) -> dict[str, Any]:
+def preview(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     """Place the method in the model's shapes, then read the rows and the tokenizer.
 
     Returns plain values; `share` is a fraction of the base, `published_shape`: the shapes counted
     are those that this package ships. `unread` says why rows were not read, None where they were.
-    Raises MocError for all that would stop the run before its weights are read, but for rows or a
-    tokenizer of the hub that cannot be had at present: those are only reported.
+    `steps` are those of a run in so many `processes`.
+    Raises MocError for all that would stop the run before its weights are read, but for what is
+    only reported: a GPU that this machine lacks, and rows or a tokenizer of the hub that cannot be
+    had at present.
     """
+    require_trackers(recipe.output.report_to)
+    missing = gpu_problem(recipe.launch.device)
+    notes = [f"{missing}: on this machine the run is refused"] if missing else []
     check_device_keys(recipe, find_device(recipe.launch.device), training=True)
     splits = None
     if recipe.data.custom:  # its rows say what the model has to be
@@ -34,11 +41,13 @@ def preview(recipe: Recipe) -> dict[str, Any]:
         "trainable": counts.trainable,
         **counts.to_json(),
         "published_shape": bool(getattr(model, "published_shape", False)),
+        "processes": processes,
     }
     try:
-        return content | {"unread": None} | _read(recipe, splits, model)
+        read = _read(recipe, splits, model, processes)
     except OutOfReach as away:
-        return content | {"unread": str(away)}
+        return content | {"unread": str(away), "notes": notes}
+    return content | {"unread": None} | read | {"notes": notes + read["notes"]}
 
 
 class OutOfReach(Exception):
@@ -68,13 +77,16 @@ def encode_within_reach(
     return build.encode_rows(recipe, splits, tokenizer, model), tokenizer
 
 
-def _read(recipe: Recipe, splits: Splits | None, model: PreTrainedModel) -> dict[str, Any]:
+def _read(
+    recipe: Recipe, splits: Splits | None, model: PreTrainedModel, processes: int
+) -> dict[str, Any]:
     """Return what the rows come to, and the first of them; `label` is a classifier's."""
     rows, tokenizer = encode_within_reach(recipe, splits, model)
     encoded, splits, first = rows.encoded, rows.splits, rows.encoded.rows[0]
     pieces = split_row(first, tokenizer)
+    settings = replace(build.make_settings(recipe), processes=processes)
     return {
-        "steps": total_steps(build.make_settings(recipe), rows.data.batches),
+        "steps": total_steps(settings, rows.data.batches),
         "rows": len(encoded.rows),
         "watched": len(splits.validation),
         "scored": sum(map(len, splits.tests.values())),
