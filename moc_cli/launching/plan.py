@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moc_cli.errors import MocError
+from yaml import YAMLError
+
+from moc_cli.errors import MocError, system_reason
 from moc_cli.launching.place import USUAL_PORT
 from moc_cli.recipe.launch import LaunchSection
 
@@ -95,9 +97,10 @@ def _configured(*, on_gpu: bool) -> LaunchPlan | None:
             port=config.main_process_port or (USUAL_PORT if machines > 1 else 0),
             gpu_ids=config.gpu_ids or "all",
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
+        reason = system_reason(error) or " ".join(str(error).split())
         raise MocError(
-            f"{file}: not a configuration of local processes: {error}",
+            f"{file}: not a configuration of local processes: {reason}",
             f"write it again with accelerate config, or say --set {KEY}=N",
         ) from error
 

@@ -1,5 +1,7 @@
 """How many processes are started, and who chose their number."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,27 @@ def test_a_configuration_for_the_cpu_counts_there(
     configured.write_text("num_processes: 2\n")
     with refused(MocError, reason="(?<=processes: ).*"):
         make_plan(LaunchSection())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"num_processes: [2\n", b"\xff\xfe", b"- 2\n", None],
+    ids=["broken", "no text", "a list", "not readable"],
+)
+def test_a_configuration_that_cannot_be_read_is_told(
+    content: bytes | None, configured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_gpus(0, monkeypatch)
+    configured.write_bytes(content or b"")
+    if content is None:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(configured))
+
+        monkeypatch.setattr(config, "load_config_from_file", refuse)
+    with refused(MocError, reason="(?<=processes: ).*"):
+        make_plan(LaunchSection())
+    assert make_plan(LaunchSection(num_processes=2)).processes == 2
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
