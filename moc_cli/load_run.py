@@ -220,13 +220,22 @@ def _with_base(recipe: Recipe, folder: RunFolder, base: BaseOptions) -> Recipe:
                 "give a local folder with config.json and the weights",
             )
         update: dict[str, Any] = {"model_name_or_path": str(base.path), "revision": None}
-        if model.tokenizer_name is not None and not Path(model.tokenizer_name).exists():
+        tokenizer = model.tokenizer_name
+        if tokenizer is not None and _is_gone(tokenizer):
+            say(
+                f"the tokenizer was in {tokenizer}, which is not there: that of {base.path} is used"
+            )
             update["tokenizer_name"] = None
         return recipe.changed(model=update)
     name = model.model_name_or_path
-    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+    if _is_gone(name):
         raise RunError(f"the base model of {folder.path} was in {name}, which is not there", HINT)
     return recipe
+
+
+def _is_gone(name: str) -> bool:
+    """Whether a model or tokenizer was in a folder that is not there; a hub id is no folder."""
+    return name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir()
 
 
 def _in_4_bits(recipe: Recipe, load_in_4bit: bool | None) -> Recipe:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moc_cli import load_run
 from moc_cli.cli import run
-from moc_cli.errors import RunError
+from moc_cli.errors import MocError, RunError
 from moc_cli.export import session
 from moc_cli.load_run import open_run
 from moc_cli.models.fingerprint import describe_tensors, find_differences, hash_tensors
@@ -90,6 +90,29 @@ def test_a_moved_base_is_named_in_the_hint(made, base, tmp_path, capsys):
     assert run(["generate", str(copy), "--prompt", "a", "--max-new-tokens", "1", *place]) == 0
     assert run(["eval", str(copy), "--base-path", str(tmp_path / "nothing")]) == 2
     assert "no model is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["someone/tokenizer", "/no/such/tokenizer"])
+def test_a_moved_base_replaces_only_a_tokenizer_that_is_gone(
+    name, made, base, tmp_path, capsys, monkeypatch
+):
+    copy = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    text = (copy / "recipe.yaml").read_text()
+    assert "  tokenizer_name: null" in text
+    text = text.replace("  tokenizer_name: null", f"  tokenizer_name: {name}")
+    (copy / "recipe.yaml").write_text(text)
+    asked = []
+
+    def refuse(model, *_):
+        asked.append(model.tokenizer_name)
+        raise MocError("this is enough")
+
+    monkeypatch.setattr(load_run.build, "make_tokenizer", refuse)
+    with refused(RunError):
+        open_run(copy, base=BaseOptions(base))
+    gone = name.startswith("/")
+    assert asked == [None if gone else name]
+    assert ("which is not there: that of" in capsys.readouterr().err) == gone
 
 
 def test_other_values_in_a_layer_are_named_and_refused(made, base):
