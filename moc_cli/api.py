@@ -67,6 +67,7 @@ class Controls:
         self.adapted = adapted
         self._base_facts = base_facts
         self._modules_before = modules_before
+        self._detached = False
         self._ignored = self.model._keys_to_ignore_on_save
         vars(self.model)["save_pretrained"] = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}
@@ -123,7 +124,13 @@ class Controls:
             self._write(temporary)
 
     def detach(self) -> PreTrainedModel:
-        """Remove the controls: the model and its `modules` are as before `attach`, to the bit."""
+        """Remove the controls: the model and its `modules` are as before `attach`, to the bit.
+
+        Once more it changes nothing, whatever was attached since.
+        """
+        if self._detached:
+            return self.model
+        self._detached = True
         self.model.__dict__.pop("save_pretrained", None)
         self.model._keys_to_ignore_on_save = self._ignored
         parameters = self.named_parameters()

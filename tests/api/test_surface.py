@@ -100,6 +100,20 @@ def test_disabled_is_the_base_and_detached_leaves_nothing():
     assert set(vars(model)) == attributes
 
 
+@pytest.mark.parametrize("method", ["moc", "lora", "molex"])
+def test_detached_once_more_changes_nothing(method):
+    model = make_tiny_model("llama")
+    first = attach(model, method)
+    assert first.detach() is model
+    second = moved(attach(model, "control", rank=4))
+    expected = logits(model)
+    assert first.detach() is model
+    assert torch.equal(logits(model), expected)
+    assert vars(model)["save_pretrained"] == second._save_pretrained
+    second.detach()
+    assert second.detach() is model
+
+
 def test_wrong_options_are_all_told_at_once():
     with refused(RecipeError):
         attach(make_tiny("llama"), "moc", rnak=4, alpha=2)
