@@ -219,14 +219,6 @@ class Compared(Shape):
     resamples: Whole
 
 
-class Swept(Shape):
-    """sweep.json."""
-
-    sweep: str
-    runs: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
-
-
 class Benched(Shape):
     """bench.json."""
 

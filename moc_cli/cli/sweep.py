@@ -69,7 +69,7 @@ def sweep(
     """
     from moc_cli.files import check_folder
     from moc_cli.report.output import say
-    from moc_cli.run_files import Swept, check_own
+    from moc_cli.run_files import check_own
     from moc_cli.sweep.plan import make_plan
 
     definition = _sweep(sweep, vary or [], seeds, reference)
@@ -94,6 +94,7 @@ def sweep(
         _list(plan, job_limit, json)
         return
     from moc_cli.sweep.figure import PICTURES
+    from moc_cli.sweep.summary import Swept
 
     check_own(folders[-1], SUMMARY, Swept, PICTURES, command="moc sweep")
     for folder in folders:

@@ -124,6 +124,8 @@ def check_keys(changes: Sequence[str]) -> Iterator[str]:
 
 def check_reference(name: str, names: Sequence[str]) -> str | None:
     """Return what is wrong with a reference, where it is not one of the values that vary."""
+    if not names:
+        return "nothing is compared: 'choose' takes all that varies"
     return None if names.count(name) == 1 else f"allowed is one value{choices(name, names)}"
 
 

@@ -20,9 +20,18 @@ from moc_cli.comparison.pairs import Item, pair, sides
 from moc_cli.comparison.runs import FINAL, Items, Scores, evaluations, read_items
 from moc_cli.errors import RunError
 from moc_cli.results import LOWER_IS_BETTER, main_score
+from moc_cli.run_files import Shape
 from moc_cli.sweep.plan import Cell, PlannedRun, SweepPlan
 
 VERSIONS = ("python", "torch", "transformers")
+
+
+class Swept(Shape):
+    """sweep.json."""
+
+    sweep: str
+    runs: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def test_mistakes_of_all_recipes_are_told_before_anything_is_trained(
     tmp_path: Path, choices: list[str], started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     vary = {"size": {"a": {"method.ranks": 2}, "b": {"method.rank": 0}, "c": {"seeed": 1}}}
-    keys = {"vary": vary, "choose": "size", "reference": "a"}
+    keys = {"vary": vary, "choose": "size", "reference": None}
     assert run(["sweep", write_sweep(tmp_path, choices[1], **keys)]) == 2
     said = capsys.readouterr().err
     for part in ("did you mean 'rank'", "(first in b)", "'seed'"):
@@ -297,6 +297,13 @@ def test_a_reference_is_one_of_the_values(
     ranks = ["sweep", choices[1], "--vary", "method.rank=12,16", "--dry-run", "--reference"]
     assert run([*ranks, "12"]) == 0
     capsys.readouterr()
+    sweep = write_sweep(Path(choices[1]).parent, choices[1], reference="0.01")
+    assert run(["sweep", sweep]) == 2  # a value that is chosen from
+    assert "reference: allowed is one value; allowed: r2, r4" in capsys.readouterr().err
+    vary = {"train.learning_rate": [0.001, 0.01]}
+    sweep = write_sweep(Path(choices[1]).parent, choices[1], vary=vary, reference="0.01")
+    assert run(["sweep", sweep]) == 2
+    assert "reference: nothing is compared" in capsys.readouterr().err
     assert run([*ranks, "13"]) == 2
     said = capsys.readouterr().err
     assert "--reference 13: allowed is one value" in said
