@@ -12,6 +12,7 @@ from moc_cli.data.examples import Example, fingerprint, hold_out, subset
 from moc_cli.data.prompts import template_hash
 from moc_cli.data.suites import check_task, load_examples, scored_names
 from moc_cli.errors import DataError
+from moc_cli.recipe.names import ColumnsSection
 from moc_cli.recipe.sections import DataSection
 
 
@@ -56,17 +57,23 @@ class Splits:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of one task to score: `rows` are their numbers in the `split`, from 0."""
+    """Rows of one task to score: `rows` are their numbers in the `split`, from 0.
+
+    `notes` say what was decided on reading.
+    """
 
     name: str
     split: Sequence[Example]
     rows: list[int]
+    notes: Sequence[str] = ()
 
     @classmethod
-    def draw(cls, name: str, examples: Sequence[Example], limit: int | None) -> "TaskRows":
+    def draw(
+        cls, name: str, examples: Sequence[Example], limit: int | None, notes: Sequence[str] = ()
+    ) -> "TaskRows":
         """Take all the rows of a split, or `limit` of them, the same ones in every run."""
         rows = subset(list(range(len(examples))), limit)
-        return cls(name, examples, rows)
+        return cls(name, examples, rows, notes)
 
     @property
     def examples(self) -> list[Example]:
@@ -110,7 +117,8 @@ def read_scored(
                 f"the run was trained on a custom dataset, which has no {absent}",
                 f"leave it out; its task is {data.tasks[0]}",
             )
-        return [TaskRows.draw(data.tasks[0], read_custom_scored(data, path), limit)]
+        examples, notes = read_custom_scored(data, path)
+        return [TaskRows.draw(data.tasks[0], examples, limit, notes)]
     for name in tasks:
         check_task(data.suite, name)
     scored = []
@@ -126,8 +134,8 @@ def read_splits(
 ) -> tuple[DataSection, Splits]:
     """Read every part of the tasks; return `data` with all that the rows tell, and the rows.
 
-    A custom dataset tells its format and its labels where the section does not. Raises DataError
-    naming every bad row.
+    A custom dataset tells its format, its columns and its labels where the section does not.
+    Raises DataError naming every bad row.
     """
     if not data.custom:
         return data, _read_benchmark(data, max_test)
@@ -145,6 +153,9 @@ def read_splits(
     )
     update: dict[str, Any] = {"format": custom.format, "labels": custom.labels}
     update["template"] = template
+    column_of = custom.columns.column_of
+    named = {key: column_of[key] for key in ColumnsSection.model_fields if key in column_of}
+    update["columns"] = data.columns.model_copy(update=named)
     if data.chat_template is not None:
         update["chat_template"] = read_template(data.chat_template)
     return data.model_copy(update=update), splits

@@ -89,7 +89,11 @@ def _read_rows(
     with group.together(), group.main_first():
         if group.main:
             check_results_folder(folder, within=within)
-        return job.read_rows()
+        tasks = job.read_rows()
+    for task in tasks:
+        for note in task.notes:
+            say(f"{task.name}: {note}")
+    return tasks
 
 
 def _look_back(

@@ -68,6 +68,8 @@ class PredictOptions:
     def read_rows(self, recipe: "Recipe") -> UnlabelledRows:
         """Read the file; raises DataError where a row cannot be used or a column is ours."""
         rows = read_unlabelled(recipe.data, self.file)
+        for note in rows.notes:
+            say(note)
         clashes = [name for name in OWN if any(name in fields for fields in rows.fields)]
         if clashes:
             raise DataError(

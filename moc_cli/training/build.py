@@ -88,8 +88,8 @@ def make_tokenizer(
 def read_rows(recipe: Recipe) -> tuple[Recipe, Splits]:
     """Read the rows that the recipe names; return it with all that they tell, and them.
 
-    A custom dataset tells its format and its labels, where the recipe does not. Raises DataError
-    for rows that cannot be used, or that do not go with the rest of the recipe.
+    A custom dataset tells its format, its columns and its labels, where the recipe does not. Raises
+    DataError for rows that cannot be used, or that do not go with the rest of the recipe.
     """
     data, splits = read_splits(
         recipe.data,

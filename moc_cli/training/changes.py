@@ -119,9 +119,8 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
         return False
     saved = load_recipe(folder.recipe_file).model_dump(mode="json")
     current = absolute_paths(recipe).model_dump(mode="json")
-    for key, value in current["data"].items():
-        if value is None:  # read from the rows of a custom dataset
-            current["data"][key] = saved["data"][key]
+    # What is null was read from the rows of a custom dataset.
+    current["data"] = filled(current["data"], saved["data"])
     check_recipe(saved, current)
     changed = _changed_in_use(saved, current)
     if changed - LENGTH:
@@ -130,6 +129,18 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
             "take the values of then, or another folder: --output-dir OTHER",
         )
     return not changed
+
+
+def filled(section: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with another's values where it holds null, in sections within it too."""
+    return {
+        key: filled(value, other.get(key) or {})
+        if isinstance(value, Mapping)
+        else other.get(key)
+        if value is None
+        else value
+        for key, value in section.items()
+    }
 
 
 def trains_the_same(recipe: Recipe, other: Recipe) -> bool:

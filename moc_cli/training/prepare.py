@@ -18,7 +18,7 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.report import lines
 from moc_cli.scoring.results import ScoringOptions
 from moc_cli.training import build
-from moc_cli.training.changes import check_recipe
+from moc_cli.training.changes import check_recipe, filled
 from moc_cli.training.checkpoint import Snapshot
 from moc_cli.training.compiled import matmul_precision
 from moc_cli.training.device_checks import check_device_keys
@@ -132,7 +132,9 @@ def _read(
     if resume is not None:
         saved = resume.snapshot.identity
         processes = saved.get("processes", 1), world
-        changes = check_recipe(saved["recipe"], recipe.model_dump(mode="json"), processes)
+        now = recipe.model_dump(mode="json")
+        then = _with_columns(saved["recipe"], now["data"]["columns"])
+        changes = check_recipe(then, now, processes)
         snapshot, split = keep_place(resume.snapshot, recipe, world)
         changes += split
     check_device_keys(recipe, device, training=True)
@@ -146,6 +148,13 @@ def _read(
     for note in rows.notes:
         say(lines.labelled("note", note))
     return Read(recipe, tokenizer, rows, snapshot, changes)
+
+
+def _with_columns(saved: dict[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's recipe with columns; older ones name none."""
+    data = saved["data"]
+    own = filled(data.get("columns") or dict.fromkeys(columns), columns)
+    return saved | {"data": data | {"columns": own}}
 
 
 def _tell(read: Read, built: build.Built, say: Say) -> None:

@@ -16,6 +16,7 @@ from moc_cli.cli import run
 from moc_cli.cli.try_next import use_commands
 from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
+from moc_cli.errors import RunError
 from moc_cli.kinds import KINDS as CLASSES
 from moc_cli.load_run import open_run
 from moc_cli.methods import TextModel, attach
@@ -24,6 +25,8 @@ from moc_cli.recipe.methods import MocMethod
 from moc_cli.recipe.tasks import LANGUAGE
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import ScoringOptions
+from moc_cli.training.changes import is_finished
+from moc_cli.training.checkpoint import Checkpoints, read_checkpoint
 
 COLOURS = ("red", "blue", "green")
 TEMPLATE = (
@@ -161,7 +164,9 @@ def test_an_output_learned_by_heart_matches(tmp_path, capsys):
         str(tmp_path / "o"),
     ]
     assert run([*command, "--base", "--json"]) == 0
-    entry = json.loads(capsys.readouterr().out)["tasks"]["custom"]
+    printed = capsys.readouterr()
+    assert f"custom: {other} has no column 'input'" in printed.err
+    entry = json.loads(printed.out)["tasks"]["custom"]
     assert entry["metric"] == "exact_match"
     assert entry["metrics"]["exact_match"]["value"] == 0.5
     assert entry["metrics"]["exact_match"]["base"] == 0
@@ -216,6 +221,27 @@ def test_a_run_on_own_rows_is_resumed_only_with_the_same_rows(tmp_path, capsys):
     capsys.readouterr()
     assert run([*arguments, "--resume", "auto"]) == 2
     assert "the rows changed since the checkpoint" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_columns_that_were_read_make_no_other_run(tmp_path):
+    """A run's recipe names them; the user's does not, nor a checkpoint of older versions."""
+    arguments = recipe(tmp_path, "regression")
+    assert run([*arguments, "--json", "--set", "train.max_steps=6"]) == 0
+    folder = RunFolder.open(tmp_path / "run")
+    assert load_recipe(folder.recipe_file).data.columns.text_pair == "sentence2"
+    shorter = load_recipe(Path(arguments[1]), ["train.max_steps=6"])
+    assert is_finished(shorter, folder)
+    other = load_recipe(Path(arguments[1]), ["train.max_steps=6", "data.columns.label=other"])
+    with pytest.raises(RunError, match="data.columns.label .score then, other now"):
+        is_finished(other, folder)
+    checkpoints = Checkpoints(folder.checkpoints, None)
+    snapshot = read_checkpoint(checkpoints.path(6))
+    columns = snapshot.identity["recipe"]["data"]["columns"]
+    assert columns["label"] == "score"
+    columns.update(dict.fromkeys(columns))
+    checkpoints.save(snapshot)
+    assert run([*arguments, "--resume", "auto", "--json"]) == 0
+    assert folder.read_results()["steps"] == 12
 
 
 def test_what_does_not_go_with_the_found_format_is_refused(tmp_path, capsys):

@@ -9,6 +9,9 @@ from support.rows import write_rows
 from support.tiny_runs import train_on_rows
 
 from moc_cli.cli import run
+from moc_cli.data.custom.unlabelled import read_unlabelled
+from moc_cli.recipe.names import ColumnsSection
+from moc_cli.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,33 @@ def test_a_regression_gives_values_of_pairs(tmp_path, capsys):
     assert "probabilities" not in first
     assert first["prediction"] == pytest.approx(second["prediction"], abs=1e-6)
     assert answer["classes"] is None
+
+
+def test_the_columns_are_those_of_the_training(tmp_path, capsys):
+    row = {"text": "x", "sentence1": "a", "sentence2": "b"}
+    rows = [{"sentence1": f"{n}", "sentence2": "b", "label": "ab"[n % 2]} for n in range(24)]
+    folder = train_on_rows(tmp_path, "bert", rows, max_length=16)
+    recipe = RunFolder.open(folder).read_recipe(trust_remote_code=False)
+    file = tmp_path / "new.csv"
+    file.write_text("sentence1,sentence_2\na,b\n")
+    capsys.readouterr()
+    assert run(["predict", str(folder), "--file", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "lacks a column 'sentence2'; did you mean 'sentence_2'?" in said
+    file = tmp_path / "new.jsonl"
+    write_rows(file, [row])
+    (example,) = (found := read_unlabelled(recipe.data, file)).examples
+    assert (example.text_a, example.text_b, found.notes) == ("a", "b", [])
+    single = recipe.data.columns.model_copy(update={"text": "text", "text_pair": None})
+    found = read_unlabelled(recipe.data.model_copy(update={"columns": single}), file)
+    assert (found.examples[0].text_a, found.examples[0].text_b) == ("x", None)
+    assert found.notes == [f"{file}: not read: 'sentence2'; the run was trained on 'text' alone"]
+    older = recipe.data.model_copy(update={"columns": ColumnsSection()})
+    found = read_unlabelled(older, file)
+    assert found.notes == [
+        f"{file} is read by 'text', 'sentence2'; the run does not name the columns that it was "
+        "trained on"
+    ]
 
 
 def test_what_cannot_be_predicted_is_refused_before_weights_load(

@@ -19,7 +19,9 @@ from moc_cli.data.examples import (
     TextExample,
     fingerprint,
 )
+from moc_cli.data.splits import read_splits
 from moc_cli.errors import DataError
+from moc_cli.recipe.names import ColumnsSection
 from moc_cli.recipe.sections import DataSection
 from moc_cli.report.lines import taken_lines
 
@@ -52,6 +54,7 @@ def save_parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+TEXT_AND_LABEL = {"text": "text", "label": "label"}
 GOOD_CHAT = {
     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 }
@@ -172,7 +175,7 @@ def test_labels_as_data_frames_and_the_hub_write_them(tmp_path):
     assert (truths.format, truths.labels) == ("classification", ["false", "true"])
     run = section(tmp_path / "b.jsonl", labels=["false", "true"], held_out=0)
     frame = write(tmp_path / "c.csv", "text,label\na,True\n")
-    assert read_scored(run, str(frame))[0].label == 1
+    assert read_scored(run, str(frame))[0][0].label == 1
     with refused(DataError):
         read_scored(run)
 
@@ -252,12 +255,63 @@ def test_rows_are_held_out_where_there_is_no_validation_file(tmp_path):
 def test_a_run_is_scored_on_its_own_rows_or_on_those_of_another_file(tmp_path):
     file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{n},{n % 2}\n" for n in range(9)))
     data = section(file, held_out=3, format="classification", labels=[0, 1])
-    assert read_scored(data) == read_custom(data).test
+    assert read_scored(data)[0] == read_custom(data).test
     other = write(tmp_path / "b.jsonl", lines(*pairs(1, 1)))
-    assert [example.label for example in read_scored(data, str(other))] == [1, 1]
+    assert [example.label for example in read_scored(data, str(other))[0]] == [1, 1]
     write(other, lines(*pairs(1, 7)))
     with refused(DataError):
         read_scored(data, str(other))
+
+
+def test_a_run_remembers_the_columns_that_it_was_trained_on(tmp_path):
+    row = {"text": "x", "sentence1": "a", "sentence2": "b", "label": 1}
+    rows = [row | {"label": n % 2} for n in range(6)]
+
+    def trained(*names: str) -> DataSection:
+        file = write(
+            tmp_path / "train.jsonl", lines(*({key: each[key] for key in names} for each in rows))
+        )
+        return read_splits(section(file, held_out=0))[0]
+
+    other = write(tmp_path / "other.jsonl", lines(row))
+    pairs_run = trained("sentence1", "sentence2", "label")
+    assert pairs_run.columns.text == "sentence1"
+    (example,), notes = read_scored(pairs_run, str(other))
+    assert (example.text_a, example.text_b, notes) == ("a", "b", [])
+    (example,), notes = read_scored(trained("sentence1", "label"), str(other))
+    assert (example.text_a, example.text_b) == ("a", None)
+    said = f"{other}: not read: 'sentence2'; the run was trained on 'sentence1' alone"
+    assert notes == [said]
+    write(other, lines({"sentence1": "a", "sentence_2": "b", "label": 1}))
+    with refused(DataError):
+        read_scored(pairs_run, str(other))
+    older = pairs_run.model_copy(update={"columns": ColumnsSection()})
+    write(other, lines(row))
+    assert read_scored(older, str(other))[1] == [
+        f"{other} is read by 'text', 'sentence2', 'label'; the run does not name the columns "
+        "that it was trained on"
+    ]
+
+
+def test_the_rows_of_another_folder_are_read_as_those_of_a_training(tmp_path):
+    run = section(tmp_path, format="classification", labels=[0, 1], columns=TEXT_AND_LABEL)
+    folder = tmp_path / "other"
+    test = write(folder / "test.csv", "text,label\na,1\n\nb,0\n")
+    examples, notes = read_scored(run, str(folder))
+    assert [example.label for example in examples] == [1, 0]
+    assert notes == [f"{test}: left out, and not numbered: 1 with a blank line"]
+    write(test, "text,label\na,-1\nb,-1\n")
+    valid = write(folder / "valid.csv", 'text,label\n"a\nb",1\n,1\n')
+    examples, notes = read_scored(run, str(folder))
+    assert [example.text_a for example in examples] == ["a\nb"]
+    assert notes == [
+        f"{test} is left out: none of its 2 rows has 'label'",
+        f"{valid}: 1 rows go over several lines, in quotation marks",
+        f"{valid}: left out, and not numbered: 1 with an empty text",
+    ]
+    valid.unlink()
+    with refused(DataError):
+        read_scored(run, str(folder))
 
 
 def test_rows_with_nothing_to_learn_are_left_out_and_counted(tmp_path):

@@ -119,6 +119,21 @@ def test_parts_may_have_files_of_any_name(tmp_path):
     refuse(path=train, test=scored + "x")
 
 
+def test_files_beside_the_one_of_a_part_are_named(tmp_path):
+    inside = tmp_path / "train"
+    save(inside / "train.parquet", ROWS)
+    save(inside / "more.parquet", ROWS)
+    assert counts(path=str(tmp_path)) == {"train": 16}
+    save(tmp_path / "train.parquet", ROWS)
+    save(tmp_path / "train_2.parquet", ROWS)
+    table = read_parts(section(path=str(tmp_path)))["train"]
+    assert len(table.rows) == 8
+    assert table.notes == [
+        f"{tmp_path / 'train.parquet'} is all of train; not read: train/more.parquet, "
+        "train/train.parquet, train_2.parquet"
+    ]
+
+
 def test_datasets_that_were_saved_and_splits_by_name(tmp_path):
     made = datasets.DatasetDict(
         {

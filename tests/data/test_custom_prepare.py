@@ -36,7 +36,7 @@ def test_class_names_of_the_dataset_are_the_classes(tmp_path, kind):
     assert [row.label for row in rows.train] == [1, 0, 1]
     assert rows.taken["why"] == "the dataset names its classes"
     # The recipe of a run holds the names; numbers in a recipe go with the numbers of the rows.
-    scored = read_scored(section("elsewhere", labels=rows.labels), str(path))
+    scored, _ = read_scored(section("elsewhere", labels=rows.labels), str(path))
     assert [row.label for row in scored] == [1, 0, 1]
     swapped = read_custom(section(path, labels=[1, 0]))
     assert [row.label for row in swapped.train] == [0, 1, 0]

@@ -46,15 +46,51 @@ class Columns:
         return self.format == "instruction"
 
 
-def find_columns(data: DataSection, train: Table) -> Columns:
+def names_columns(data: DataSection) -> bool:
+    """Return whether the section of a run names the columns that were read; older runs do not.
+
+    Where it does, it names a second text too if there was one.
+    """
+    return data.format is not None and all(
+        getattr(data.columns, key) is not None
+        for key in FORMATS[data.format].columns
+        if key not in OPTIONAL
+    )
+
+
+def columns_note(data: DataSection, column_of: Mapping[str, str], table: Table) -> list[str]:
+    """Return a note on the columns that a run reads of other rows, where they may surprise."""
+    names = list(map(repr, column_of.values()))
+    if not names_columns(data):
+        return [
+            f"{table.name} is read by {', '.join(names)}; the run does not name the columns "
+            "that it was trained on"
+        ]
+    if (context := data.columns.input) and context not in table.columns:
+        return [f"{table.name} has no column {context!r}"]
+    unread = set(COLUMNS["text_pair"]) & set(table.columns) - set(column_of.values())
+    if not data.task.kind.classifier or "text_pair" in column_of or not unread:
+        return []
+    listed = ", ".join(map(repr, sorted(unread)))
+    return [f"{table.name}: not read: {listed}; the run was trained on {names[0]} alone"]
+
+
+def find_columns(data: DataSection, train: Table, *, of_run: bool = False) -> Columns:
     """Return the format, given or found by the columns, and the column of each key that it reads.
+
+    With `of_run` the section is that of a run: a second text is read only if it was trained on one,
+    and instructions may have no input.
 
     Raises DataError, with the nearest name, where a column is absent, and for rows of preferences
     or pictures, which no format learns.
     """
     columns = train.columns
     hint = f"its columns: {', '.join(columns)}"
-    recipe_columns = {key: name for key, name in data.columns if name is not None}
+    recipe_columns = {
+        key: name
+        for key, name in data.columns
+        if name is not None and not (of_run and key == "input" and name not in columns)
+    }
     absent = [
         f"data.columns.{key}: {train.name} has no column {name!r}{did_you_mean(name, columns)}"
         for key, name in recipe_columns.items()
@@ -67,6 +103,8 @@ def find_columns(data: DataSection, train: Table) -> Columns:
         for key, names in COLUMNS.items()
         if not set(names).isdisjoint(columns)
     }
+    if of_run and names_columns(data):
+        usual.pop("text_pair", None)
     column_of = usual | recipe_columns
     _refuse_other_rows(train, column_of)
     format_, why = data.format, "as data.format says"

@@ -6,6 +6,7 @@ A part is a file, several shards of one, a folder of its name, or a split of a d
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,21 @@ _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 _LISTED = 10
 
 
-def read_parts(data: DataSection) -> dict[str, Table]:
+@dataclass
+class PartFiles:
+    """The files of a part, and those that tell its name too and are not read."""
+
+    files: list[Path]
+    not_read: list[Path] = field(default_factory=list)
+
+
+def read_parts(data: DataSection, *, to_score: bool = False) -> dict[str, Table]:
     """Read every part that `data` names; of a file that stands alone the part is train.
 
-    Raises DataError naming every file that cannot be read at all.
+    There must be a train part, or with `to_score` any. Raises DataError naming every file that
+    cannot be read at all.
     """
-    parts: dict[str, list[Path]] = {}
+    parts: dict[str, PartFiles] = {}
     tables: dict[str, Table] = {}
     if data.path is not None:
         place = _existing(data.path)
@@ -36,25 +46,30 @@ def read_parts(data: DataSection) -> dict[str, Table]:
             dataset = load_from_hub(
                 message, "give a path, or go online", data.path, data.config_name
             )
-            tables = _tables_of(dataset, data.path, data)
+            tables = _tables_of(dataset, data.path, data, to_score)
         elif any((place / name).is_file() for name in _SAVED):
             import datasets
 
             with library_errors(f"{place} cannot be read by datasets"):
                 saved = datasets.load_from_disk(str(place))
-            tables = _tables_of(saved, str(place), data)
+            tables = _tables_of(saved, str(place), data, to_score)
         else:
-            parts = _find_parts(place, data) if place.is_dir() else {"train": [place]}
+            parts = {"train": PartFiles([place])}
+            if place.is_dir():
+                parts = _find_parts(place, data, to_score)
     for part in PARTS:
         path = getattr(data, part)
         if path is not None:
             tables.pop(part, None)
-            parts[part] = _files_of(path, f"data.{part}")
+            parts[part] = PartFiles(_files_of(path, f"data.{part}"))
     errors: list[DataError] = []
     for part in filter(parts.__contains__, PARTS):
         try:
-            files = parts[part]
+            files = parts[part].files
             tables[part] = joined([read_table(file, data.quoting) for file in files])
+            if not_read := parts[part].not_read:
+                names = ", ".join(str(file.relative_to(files[0].parent)) for file in not_read)
+                tables[part].notes.append(f"{files[0]} is all of {part}; not read: {names}")
         except DataError as error:
             errors.append(error)
     if errors:
@@ -64,9 +79,9 @@ def read_parts(data: DataSection) -> dict[str, Table]:
 
 
 def read_other(path: str, data: DataSection) -> dict[str, Table]:
-    """Read the parts of another path, as `data` would be read from it."""
+    """Read the parts of another path to score, as `data` would be read from it."""
     no_parts = dict.fromkeys(PARTS)
-    return read_parts(data.model_copy(update={**no_parts, "path": path}))
+    return read_parts(data.model_copy(update={**no_parts, "path": path}), to_score=True)
 
 
 def _existing(path: str, key: str = "data.path") -> Path | None:
@@ -100,7 +115,7 @@ def _files_of(path: str, key: str) -> list[Path]:
     return files
 
 
-def _find_parts(folder: Path, data: DataSection) -> dict[str, list[Path]]:
+def _find_parts(folder: Path, data: DataSection, to_score: bool) -> dict[str, PartFiles]:
     """Return the files of each part: in the folder, or below it in `data` or in the config's."""
     names = _part_names(data)
     places = [folder, folder / "data"]
@@ -109,13 +124,13 @@ def _find_parts(folder: Path, data: DataSection) -> dict[str, list[Path]]:
     places = [place for place in places if place.is_dir()]
     for place in places:
         parts = _parts_in(place, names)
-        if "train" in parts:
+        if "train" in parts or (to_score and parts):
             return parts
     lone = [file for place in places for file in _entries(place) if suffix_of(file)]
     alone = len(lone) == 1 or (lone and all(_SHARD.fullmatch(file.name) for file in lone))
     if alone and not any(_part_of(file.name, names) for file in lone):
         _check_shards(lone)
-        return {"train": lone}
+        return {"train": PartFiles(lone)}
     below = [
         entry.name
         for place in places
@@ -134,9 +149,13 @@ def _find_parts(folder: Path, data: DataSection) -> dict[str, list[Path]]:
     )
 
 
-def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
-    """Return the files of each part that lie in a folder or in folders of the parts' names."""
+def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, PartFiles]:
+    """Return the files of each part that lie in a folder or in folders of the parts' names.
+
+    Of several, one that lies in the folder itself under the part's exact name is all of the part.
+    """
     parts: dict[str, list[Path]] = {}
+    found: dict[str, PartFiles] = {}
     for entry in _entries(folder):
         part = _part_of(entry.name, names)
         if part is None:
@@ -149,9 +168,13 @@ def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, lis
         elif suffix_of(entry):
             parts.setdefault(part, []).append(entry)
     for part, files in parts.items():
-        exact = [file for file in files if file.name.split(".")[0].lower() in names[part]]
+        exact = [
+            file
+            for file in files
+            if file.parent == folder and file.name.split(".")[0].lower() in names[part]
+        ]
         if len(exact) == 1:
-            parts[part] = exact
+            found[part] = PartFiles(exact, [file for file in files if file not in exact])
             continue
         shards = all(_SHARD.fullmatch(file.name) for file in files)
         if len(files) > 1 and not shards and len({file.parent for file in files} - {folder}) != 1:
@@ -160,7 +183,8 @@ def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, lis
                 f"keep one of them, or name the one to take: data.{part}",
             )
         _check_shards(files)
-    return parts
+        found[part] = PartFiles(files)
+    return found
 
 
 def _check_shards(files: Sequence[Path]) -> None:
@@ -206,7 +230,7 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
+def _tables_of(dataset: Any, name: str, data: DataSection, to_score: bool) -> dict[str, Table]:
     """Return the parts of a `datasets` object; one without splits is train."""
     if not isinstance(dataset, dict):
         return {"train": table_of_dataset(name, dataset)}
@@ -224,7 +248,7 @@ def _tables_of(dataset: Any, name: str, data: DataSection) -> dict[str, Table]:
         split = split_name or next((split for split in names if split in dataset), None)
         if split is not None:
             tables[part] = table_of_dataset(f"{name}, split {split}", dataset[split])
-    if "train" not in tables and data.train is None:
+    if "train" not in tables and data.train is None and not (to_score and tables):
         raise DataError(
             f"{name} has no split 'train'; it has {', '.join(dataset)}",
             f"name it: --set data.splits.train={next(iter(dataset), 'NAME')}",

@@ -1,12 +1,13 @@
 """A custom dataset: from a path to the examples that are trained on, watched and scored."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moc_cli.data.custom.build import BuildExample, example_builder
-from moc_cli.data.custom.columns import Columns, find_columns, label_question
+from moc_cli.data.custom.columns import Columns, columns_note, find_columns, label_question
 from moc_cli.data.custom.frame import NAMES
 from moc_cli.data.custom.labels import Classes, Label, check_labels, find_labels, has_answers
 from moc_cli.data.custom.messages import NothingToLearn, split_chats
@@ -16,6 +17,7 @@ from moc_cli.data.custom.table import Table
 from moc_cli.data.examples import ChatExample, Example, hold_out
 from moc_cli.data.source import BadRow, BadRows
 from moc_cli.errors import DataError
+from moc_cli.recipe.names import PARTS
 from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.tasks import Format
 
@@ -104,39 +106,57 @@ def _turns(examples: list[Any], data: DataSection) -> list[Any]:
 
 def _leave_out_hidden(tables: dict[str, Table], columns: Columns, classes: Classes) -> list[str]:
     """Remove the parts none of whose rows has its label or output, and say so."""
-    answer = columns.column_of.get("label", columns.column_of.get("output"))
     notes = []
     for part in ("validation", "test"):
-        if answer and part in tables and not has_answers(tables[part], answer, classes):
-            table = tables.pop(part)
-            notes.append(
-                f"{table.name} is left out: none of its {len(table.rows)} rows has {answer!r}"
-            )
+        if part in tables and (reason := _no_answers(tables[part], columns, classes)):
+            del tables[part]
+            notes.append(reason)
     return notes
 
 
-def read_scored(data: DataSection, path: str | None = None) -> list[Example]:
-    """Return the examples that a run is scored on, or those of another path.
+def _no_answers(table: Table, columns: Columns, classes: Classes) -> str | None:
+    """Return that none of the rows has its label or output; None where one has."""
+    answer = columns.column_of.get("label", columns.column_of.get("output"))
+    if answer is None or has_answers(table, answer, classes):
+        return None
+    return f"{table.name} is left out: none of its {len(table.rows)} rows has {answer!r}"
 
-    `data` is the section of a run, which has its format and labels. Of another folder the test rows
-    are taken, else the validation rows.
+
+def read_scored(data: DataSection, path: str | None = None) -> tuple[list[Example], Sequence[str]]:
+    """Return the examples that a run is scored on, or those of another path, and notes on reading.
+
+    `data` is the section of a run, which has its format, columns and labels. Of another folder the
+    test rows are taken, else the validation rows, else the training rows; a part none of whose rows
+    has an answer is left out.
     """
     if path is None or same_place(path, data.path):
         scored = read_custom(data).test
         if not scored:
             raise DataError("the run has no rows to score", "name a file of rows: --path FILE")
-        return scored
+        return scored, []
     tables = read_other(path, data)
-    table = tables.get("test") or tables.get("validation") or tables["train"]
-    join_turns({"test": table}, data)
-    columns = find_columns(data, table)
-    if columns.classes:
-        name_classes(table, columns.classes, data.labels)
+    hidden: list[str] = []
+    for part in filter(tables.__contains__, reversed(PARTS)):
+        table = tables[part]
+        notes = table.notes + join_turns({part: table}, data)
+        columns = find_columns(data, table, of_run=True)
+        if columns.classes:
+            name_classes(table, columns.classes, data.labels)
+        reason = _no_answers(table, columns, Classes(data.labels or []))
+        if reason is None:
+            break
+        hidden.append(reason)
+    else:
+        hint = "moc predict classifies rows without labels" if data.task.kind.classifier else None
+        raise DataError("\n".join([*hidden, "no rows are left to score"]), hint)
     bad_rows = BadRows()
     build = example_builder(data, columns, data.labels)
-    examples, _ = _build_examples(table, build, bad_rows)
+    examples, dropped = _build_examples(table, build, bad_rows)
     bad_rows.raise_if_any()
-    return _turns(examples, data)
+    notes = hidden + notes + columns_note(data, columns.column_of, table)
+    if dropped:
+        notes.append(f"{table.name}: left out, and not numbered: {counted(dropped)}")
+    return _turns(examples, data), notes
 
 
 def same_place(path: str, other_path: str | None) -> bool:

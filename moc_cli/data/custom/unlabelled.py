@@ -1,8 +1,9 @@
 """Rows without labels, to be classified: their texts, and all their columns to be written again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from moc_cli.data.custom.columns import columns_note, names_columns
 from moc_cli.data.custom.table import Table, read_table
 from moc_cli.data.examples import PairExample
 from moc_cli.data.source import BadRow, BadRows, Fields, text_or_empty
@@ -14,10 +15,14 @@ from moc_cli.recipe.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class UnlabelledRows:
-    """Rows of a file: `examples` to classify (their labels mean nothing), and all `fields`."""
+    """Rows of a file: `examples` to classify (their labels mean nothing), and all `fields`.
+
+    `notes` say what was decided on reading.
+    """
 
     examples: list[PairExample]
     fields: list[Fields]
+    notes: list[str] = field(default_factory=list)
 
 
 def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
@@ -29,7 +34,10 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
         raise DataError(f"--file {file}: no such file")
     table = read_table(file, data.quoting)
     columns = _columns(data, table)
-    rows = UnlabelledRows([], [])
+    rows = UnlabelledRows([], [], list(table.notes))
+    if data.custom:
+        keys = dict(zip(("text", "text_pair"), columns, strict=False))
+        rows.notes.extend(columns_note(data, keys, table))
     bad_rows = BadRows()
     for place, fields in table.rows:
         try:
@@ -48,7 +56,10 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
 
 
 def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
-    """The columns of the text and of the second one, in a benchmark's words or the recipe's."""
+    """The columns of the text and of the second one, in a benchmark's words or the recipe's.
+
+    Of older runs, which do not name them, the usual ones.
+    """
     available = table.columns
     if not data.custom:
         alternatives: list[tuple[str, ...]] = [(column,) for column in data.task.columns]
@@ -59,7 +70,9 @@ def _columns(data: DataSection, table: Table) -> tuple[str, ...]:
             (recipe_name,) if recipe_name else usual_names
             for recipe_name, usual_names in zip(recipe_names, usual, strict=True)
         ]
-        if recipe_names[1] is None and not set(alternatives[1]) & set(available):
+        if recipe_names[1] is None and (
+            names_columns(data) or not set(alternatives[1]) & set(available)
+        ):
             alternatives = alternatives[:1]
     chosen = [next((name for name in names if name in available), None) for names in alternatives]
     missing = [
