@@ -53,7 +53,11 @@ def evaluate(
     ] = None,
     path: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of <task>/<split>.jsonl.gz; default: the hub."),
+        typer.Option(
+            metavar="PATH",
+            help="Folder of <task>/<split>.jsonl.gz; default: the hub. Of a custom dataset: other "
+            "rows, with results of their own.",
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -104,7 +108,7 @@ def evaluate(
         typer.Option(
             metavar="DIR",
             help="Folder for results.json and samples.jsonl; default: RUN/eval/<protocol>, or "
-            "runs/eval/<model>/<suite>-<protocol>, with the limit.",
+            "runs/eval/<model>/<suite>-<protocol>, with the name of other rows and the limit.",
         ),
     ] = None,
     json: JsonOption = False,

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError
-from moc_cli.evaluation.options import EvalOptions, limited, refuse
+from moc_cli.evaluation.options import EvalOptions, label_of, refuse
 from moc_cli.kinds import Kind, make_kind
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.load import load_config
@@ -34,8 +34,8 @@ ANSWERED = tuple(
 class EvalJob:
     """Which rows are scored and how.
 
-    `data` says what they are; `path` takes the place of its own. With `base` the base model is
-    scored too, on the same rows.
+    `data` says what they are; `path` takes the place of its own, and of a custom dataset is that of
+    other rows. With `base` the base model is scored too, on the same rows.
     """
 
     data: DataSection
@@ -53,14 +53,19 @@ class EvalJob:
     @property
     def label(self) -> str:
         """Names the conditions in a folder's name."""
-        return limited(self.scoring.protocol, self.limit)
+        return label_of(self.scoring.protocol, self.limit, self._other_rows)
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What the numbers depend on, beside the model and its rows."""
         protocol = self.scoring.protocol
         shared = {"suite": self.data.suite, "protocol": protocol, "limit": self.limit}
-        return shared | self.kind.facts
+        return shared | {"path": absolute_path(self._other_rows)} | self.kind.facts
+
+    @property
+    def _other_rows(self) -> str | None:
+        """The path of other rows than the run's; that of a benchmark is of the same ones."""
+        return self.path if self.data.custom else None
 
     def read_rows(self) -> list[TaskRows]:
         """Read the rows of every task; all that is wrong with the rows is found here."""
@@ -104,7 +109,7 @@ def run_job(options: EvalOptions, recipe: Recipe) -> EvalJob:
             recipe.eval.too_long,
             recipe.eval.torch_compile if compiled is None else compiled,
         ),
-        path=options.path,
+        path=options.other_rows(data) if data.custom else options.path,
         limit=options.limit,
         base=options.base,
     )

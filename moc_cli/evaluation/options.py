@@ -1,10 +1,15 @@
 """The options of `moc eval`, and the checks of them that need no run."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moc_cli.data.custom.rows import same_place
+from moc_cli.data.custom.table import suffix_of
 from moc_cli.errors import MocError
+from moc_cli.recipe.paths import absolute_path
+from moc_cli.recipe.sections import DataSection
 from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.tasks import CHOICE
 from moc_cli.runs import BaseOptions
@@ -39,13 +44,21 @@ class EvalOptions:
     tasks_path: Path | None = None
     num_fewshot: int | None = None
 
-    def label(self, protocol: str) -> str:
-        """Name the folder of results by its conditions; `protocol` is the recipe's own."""
+    def label(self, protocol: str, data: DataSection | None = None) -> str:
+        """Name the folder of results by its conditions; `protocol` and `data` are the recipe's."""
         name = self.protocol or protocol
         if self.harness is not None:
             shots = "" if self.num_fewshot is None else f"-{self.num_fewshot}-shot"
             name = f"harness{shots}"
-        return limited(name, self.limit)
+        return label_of(name, self.limit, None if data is None else self.other_rows(data))
+
+    def other_rows(self, data: DataSection) -> str | None:
+        """Return the path where it is of other rows than a run's own, whose recipe has this `data`.
+
+        That of a benchmark is another place of the same rows.
+        """
+        other = self.path is not None and data.custom and not same_place(self.path, data.path)
+        return self.path if other else None
 
     def rows_per_batch(self, default: "int | Literal['auto']") -> "int | Literal['auto']":
         """Return the batch size that was typed, or the default."""
@@ -96,8 +109,12 @@ class EvalOptions:
         refuse(mistakes)
 
 
-def limited(name: str, limit: int | None) -> str:
-    """Return the name of results, with the limit of rows where there is one."""
+def label_of(name: str, limit: int | None, rows: str | None = None) -> str:
+    """Return the name of results, with the path of other `rows` and the limit where there are."""
+    if rows is not None:
+        file = Path(absolute_path(rows))
+        stem = file.name[: -len(suffix_of(file) or "") or None]
+        name += "-" + re.sub(r"[^\w.+-]+", "-", stem)
     return name if limit is None else f"{name}-limit-{limit}"
 
 

@@ -13,6 +13,7 @@ from support.tiny_runs import save_model
 from torch.nn.functional import cross_entropy
 
 from moc_cli.cli import run
+from moc_cli.cli.eval import read_options
 from moc_cli.cli.try_next import use_commands
 from moc_cli.data.custom.frame import instruction_prompt
 from moc_cli.data.examples import ChatExample, InstructionExample, TextExample
@@ -175,6 +176,34 @@ def test_an_output_learned_by_heart_matches(tmp_path, capsys):
         ("ja", "ja", True),
         ("nein", "ja", False),
     ]
+
+
+def test_scores_of_other_rows_replace_no_others(tmp_path, capsys):
+    arguments = recipe(tmp_path, "text")
+    assert run(arguments) == 0
+    command = ["eval", str(tmp_path / "run"), "--json"]
+
+    def path_of_scores(*options: str) -> tuple[str, str | None]:
+        assert run([*command, *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        asked = read_options([*command[1:-1], *options])
+        data = load_recipe(tmp_path / "run" / "recipe.yaml").data
+        assert asked.label("texts", data) == Path(found["folder"]).name
+        return Path(found["folder"]).name, found["path"]
+
+    capsys.readouterr()
+    own = ["--path", str(tmp_path / "rows.csv")]
+    assert path_of_scores() == path_of_scores(*own) == ("texts", None)
+    kept = (tmp_path / "run" / "eval" / "texts" / "results.json").read_bytes()
+    one = write_jsonl(tmp_path / "my new.rows.jsonl", [{"text": "abab"}] * 3)
+    name = "texts-my-new.rows-limit-2"
+    assert path_of_scores("--path", str(one), "--limit", "2") == (name, str(one))
+    two = write_jsonl(tmp_path / "two" / one.name, [{"text": "baba"}] * 3)
+    assert run([*command, "--path", str(two), "--limit", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "other path than before: its scores are replaced" in printed.err
+    assert json.loads(printed.out)["path"] == str(two)
+    assert (tmp_path / "run" / "eval" / "texts" / "results.json").read_bytes() == kept
 
 
 def test_a_dry_run_shows_a_row_of_ones_own(tmp_path, capsys):
