@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +57,9 @@ class PredictOptions:
         return recipe
 
     def _check_replaced(self, file: Path) -> None:
-        """Raise FileError unless a file that is there holds predictions, by its first line."""
-        first, *_ = read_bytes(file).split(b"\n", 1) if os.path.lexists(file) else [b""]
-        if first and OWN[0].encode() not in first:
+        """Raise FileError unless a file that is there has our column in its header or first row."""
+        text = read_bytes(file).decode(errors="replace") if os.path.lexists(file) else ""
+        if text and OWN[0] not in _first_columns(text, file.suffix):
             raise FileError(
                 f"--output-file {file} was not written by `moc predict` and would be overwritten",
                 "give another name",
@@ -77,6 +77,17 @@ class PredictOptions:
                 "rename it",
             )
         return rows
+
+
+def _first_columns(text: str, suffix: str) -> Container[str]:
+    """Return the columns of a CSV or of the first of JSON lines; none where they cannot be read."""
+    try:
+        if suffix == ".csv":
+            return next(csv.reader(io.StringIO(text, newline="")), [])
+        row = json.loads(text.split("\n", 1)[0])
+    except (csv.Error, ValueError, RecursionError):
+        return ()
+    return row if isinstance(row, dict) else ()
 
 
 def predict(options: PredictOptions, recipe: "Recipe", rows: UnlabelledRows) -> dict[str, Any]:

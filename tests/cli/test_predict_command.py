@@ -112,7 +112,9 @@ def test_what_cannot_be_predicted_is_refused_before_weights_load(
 ):
     monkeypatch.setattr("moc_cli.load_run.open_run", None)
     file, mine = tmp_path / "new.jsonl", tmp_path / "mine.csv"
-    mine.write_text("years,of\nwork,1\n")
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"note": "a prediction"}\n')
+    mine.write_text("years,model_prediction\nwork,1\n")
     cases = [
         (
             [{"review": "a"}],
@@ -124,6 +126,13 @@ def test_what_cannot_be_predicted_is_refused_before_weights_load(
             ["--output-file", str(file)],
             "new.jsonl was not written by `moc",
         ),
+        (
+            [{"review": "a"}],
+            ["--output-file", str(words)],
+            "words.jsonl was not written by `moc",
+        ),
+        ([{"review": "a", "by": "\ud800"}], [], "line 1: 'by' is not UTF-8"),
+        ([{"review": "a", "by": ["\ud800"]}], [], "line 1: 'by' is not UTF-8"),
         ([{"revew": "a"}], [], "lacks a column 'review'; did you mean 'revew'?"),
         ([{"review": "a"}, {"review": " "}], [], "line 2: 'review' is empty"),
         ([{"review": "a"}, {"review": 3}], [], "line 2: 'review' is 3, not a text"),
@@ -134,6 +143,10 @@ def test_what_cannot_be_predicted_is_refused_before_weights_load(
         write_rows(file, rows)
         assert run(["predict", str(classes), "--file", str(file), *options]) == 2
         assert said in capsys.readouterr().err
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("review,author\na,Zoë\n".encode("latin-1"))
+    assert run(["predict", str(classes), "--file", str(latin)]) == 2
+    assert "latin.csv, line 2: 'author' is not UTF-8" in capsys.readouterr().err
     assert run(["predict", str(classes), "--file", str(tmp_path / "nothing.csv")]) == 2
     assert "no such file" in capsys.readouterr().err
     assert run(["generate", str(classes), "--prompt", "a"]) == 2

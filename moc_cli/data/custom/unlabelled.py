@@ -1,12 +1,13 @@
 """Rows without labels, to be classified: their texts, and all their columns to be written again."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moc_cli.data.custom.columns import columns_note, names_columns
 from moc_cli.data.custom.table import Table, read_table
 from moc_cli.data.examples import PairExample
-from moc_cli.data.source import BadRow, BadRows, Fields, text_or_empty
+from moc_cli.data.source import BadRow, BadRows, Fields, check_utf8, text_or_empty
 from moc_cli.errors import DataError
 from moc_cli.recipe.names import COLUMNS
 from moc_cli.recipe.sections import DataSection
@@ -28,7 +29,8 @@ class UnlabelledRows:
 def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
     """Read a file with the columns that a run's classifier reads; it needs no column of labels.
 
-    Raises DataError where a column is absent, and naming every row without a text.
+    Raises DataError where a column is absent, and naming every row without a text or with text that
+    cannot be written again.
     """
     if not file.is_file():
         raise DataError(f"--file {file}: no such file")
@@ -43,6 +45,8 @@ def read_unlabelled(data: DataSection, file: Path) -> UnlabelledRows:
         try:
             if isinstance(fields, BadRow):
                 raise fields
+            for name, value in fields.items():
+                check_utf8(name + json.dumps(value, ensure_ascii=False, default=str), name)
             texts = [text_or_empty(fields, column) for column in columns]
             if not texts[0].strip():
                 raise BadRow(f"'{columns[0]}' is empty")
