@@ -35,11 +35,20 @@ def find_score(
     return None
 
 
-def before_training(folder: RunFolder, protocol: str) -> list[BaseScore]:
+# What adapter_config.json says of a base: another one, or one kept otherwise, has other scores.
+OF_BASE = ("base_weights_sha256", "base_quantization")
+
+
+def before_training(
+    folder: RunFolder, protocol: str, trained: Mapping[str, Any], loaded: Mapping[str, Any]
+) -> list[BaseScore]:
     """Return the scores that `moc train` took before training, by the same protocol.
 
-    Raises RunError where the run's files are damaged.
+    None where the base that is `loaded` is not the one of the training. Raises RunError where the
+    run's files are damaged.
     """
+    if any(trained.get(key) != loaded.get(key) for key in OF_BASE):
+        return []
     if not all(
         os.path.lexists(folder.path / name) for name in ("results.json", "environment.json")
     ):

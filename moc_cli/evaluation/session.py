@@ -8,7 +8,6 @@ and it alone reads and writes results.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,7 @@ from moc_cli.evaluation.base_scores import (
 from moc_cli.evaluation.job import EvalJob, check_language_model, model_folder, model_job, run_job
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, check_results_folder, prompt_hash
-from moc_cli.evaluation.same_rows import count_trained, find_changed
+from moc_cli.evaluation.same_rows import count_trained, find_changed, fit
 from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.processes import Processes
@@ -55,13 +54,17 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
             check_language_model(options.model, trust_remote_code=options.trust_remote_code)
         folder = options.output_dir or model_folder(options.model, job)
         rows = _read_rows(group, job, folder)
-        return score_rows(job, load_model(options), rows, folder)
+        bare = load_model(options)
+        return score_rows(job, bare, fit(job.kind, rows, bare, job.scoring), folder)
     run = RunFolder.open(options.run)
     recipe = run.read_recipe(trust_remote_code=options.trust_remote_code)
     job = run_job(options, recipe)
     group = join_others(options, recipe)
     folder = options.output_dir or run.path / "eval" / run.labelled(job.label)
     rows = _read_rows(group, job, folder, within=None if options.output_dir else run.path)
+    model = load_model(options, recipe)
+    assert isinstance(model, LoadedRun)
+    rows = fit(job.kind, rows, model, job.scoring)
     trained = group.on_main(lambda: count_trained(run, rows))
     for task in rows:
         if task.name in trained:
@@ -69,8 +72,6 @@ def evaluate(options: EvalOptions) -> ResultsFolder:
                 f"{task.name}: the run was trained on {trained[task.name]:,} of the "
                 f"{len(task.rows):,} rows to score; such a score says nothing about new rows"
             )
-    model = load_model(options, recipe)
-    assert isinstance(model, LoadedRun)
     base_scores = group.on_main(lambda: _look_back(job, run, recipe, model, rows))
     return score_rows(job, model, rows, folder, base_scores=base_scores, trained=trained)
 
@@ -113,7 +114,7 @@ def _look_back(
     shared = {key: facts[key] for key in ("base_weights_sha256", "dtype", "quantization")}
     file = model_folder(facts["model"], job) / "results.json"
     return [
-        *before_training(run, job.scoring.protocol),
+        *before_training(run, job.scoring.protocol, model.adapter_config, model.base),
         *earlier_evaluation(file, shared | job.conditions | {"run": None}),
     ]
 
@@ -169,14 +170,12 @@ def score_rows(
     base_scores: Sequence[BaseScore] = (),
     trained: Mapping[str, int] = MappingProxyType({}),
 ) -> ResultsFolder:
-    """Score the tasks, and write results.json and samples.jsonl after each; joint.
+    """Score tasks that fit the model; write results.json and samples.jsonl after each; joint.
 
     `base_scores` of the same rows are added to them, unless the job scores the base itself, and the
     number of `trained` rows of each task.
     """
     group = processes.current()
-    with group.together():
-        tasks = [_fitting(job, model, task) for task in tasks]
     results = group.on_main(lambda: ResultsFolder(folder, model_facts(model) | job.conditions))
     if results.replaced:
         say(f"{folder}: other {', '.join(results.replaced)} than before: its scores are replaced")
@@ -230,17 +229,6 @@ def samples(
     for line, item in zip(lines, base.items if base else (), strict=base is not None):
         line["base"] = item.sample()
     return lines
-
-
-def _fitting(job: EvalJob, model: LoadedModel, task: TaskRows) -> TaskRows:
-    """Leave out, and name, the rows that are too long for the model."""
-    network = model.adapted.model
-    numbers, notes = fitting(job.kind, task.examples, model.tokenizer, network, job.scoring)
-    for note in notes:
-        say(f"{task.name}: {note}")
-    if not notes:
-        return task
-    return replace(task, rows=[task.rows[number] for number in numbers])
 
 
 def _score(job: EvalJob, model: LoadedModel, task: TaskRows, base: bool = False) -> Evaluation:

@@ -13,6 +13,7 @@ from typing import Any
 
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError, RunError
+from moc_cli.evaluation.same_rows import fit
 from moc_cli.inspection import statistics
 from moc_cli.inspection.ablation import ablate
 from moc_cli.inspection.distances import check_same_sites, compared, task_distances
@@ -27,6 +28,7 @@ from moc_cli.recipe.suggest import choices
 from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.scoring.batch_size import BatchSizeOption
+from moc_cli.training import build
 from moc_cli.training.accelerator import join_launched
 
 FORMAT = 1
@@ -83,6 +85,7 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
             return open_run(run, device=options.device, recipe=recipe, base=options.base_options)
 
     trained = load(options.run, options.recipe)
+    tasks = fit(trained.kind, tasks, trained, build.make_scoring_options(options.recipe))
     records, tokens = _record(options, trained, tasks)
     routing = _describe(options, trained, records) | {"history": trained_with, "tokens": tokens}
     if options.ablate:

@@ -10,7 +10,7 @@ from moc_cli.errors import DataError
 from moc_cli.load_run import LoadedRun
 from moc_cli.nn.mixture import Mixture
 from moc_cli.nn.watch import Decision
-from moc_cli.scoring.forward import evaluating
+from moc_cli.scoring.forward import Limits, evaluating
 
 
 class Votes:
@@ -46,13 +46,14 @@ def text_votes(trained: LoadedRun, text: str) -> tuple[list[Row], dict[str, Any]
 
     `votes` and `probability` are (sites, T): each token's most probable control and how probable.
     `choice` is (sites, K), at level `token` (sites, T·K). Raises DataError where the text has no
-    token.
+    token, and where it has more than the model takes.
     """
     mixture = trained.adapted.mixture
     assert mixture is not None
     prompt: Row = dict(trained.tokenizer(text, verbose=False))
     if not prompt["input_ids"]:
         raise DataError("the text has no tokens", "give some words after --text")
+    Limits.of(trained.adapted.model).check([prompt["input_ids"]], "the text")
     votes = Votes(mixture)
     mixture.watchers.append(votes)
     try:

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moc_cli import load_run
 from moc_cli.cli import run
 from moc_cli.errors import MocError, RunError
+from moc_cli.evaluation.base_scores import before_training
 from moc_cli.export import session
 from moc_cli.load_run import open_run
 from moc_cli.models.fingerprint import describe_tensors, find_differences, hash_tensors
 from moc_cli.models.weight_files import known_hash
-from moc_cli.runs import BaseOptions
+from moc_cli.runs import BaseOptions, RunFolder
 
 RECIPE = """
 model: {model_name_or_path: model}
@@ -171,6 +172,31 @@ def test_more_rows_of_embeddings_may_be_allowed(made, base, capsys):
     capsys.readouterr()
     open_run(made / "run", base=BaseOptions(base, allow_changes=True))
     assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_a_score_before_training_is_of_the_base_of_the_training(made, base, tmp_path, capsys):
+    folder = tmp_path / "run"
+    recipe = ["train", str(made / "recipe.yaml"), "--set", "eval.before=true"]
+    places = [f"model.model_name_or_path={made / 'model'}", f"data.path={made / 'rows.jsonl'}"]
+    places = [part for place in places for part in ("--set", place)]
+    assert run([*recipe, *places, "--output-dir", str(folder)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 2
+    model.save_pretrained(base)
+    command = ["eval", str(folder), "--json"]
+    sources = []
+    for options in ([], ["--base-path", str(base), "--allow-changed-base"]):
+        capsys.readouterr()
+        assert run([*command, *options]) == 0
+        entry = json.loads(capsys.readouterr().out)["tasks"]["custom"]
+        sources.append(entry.get("base_source"))
+    assert sources == ["before training", None]
+    trained = {"base_weights_sha256": "a", "base_quantization": None}
+    four_bits = trained | {"base_quantization": {"load_in_4bit": True}}
+    run_folder = RunFolder.open(folder)
+    assert before_training(run_folder, "texts", trained, trained)
+    assert before_training(run_folder, "texts", trained, four_bits) == []
 
 
 def test_a_run_is_continued_on_a_moved_base_only_if_it_is_the_same(made, base, tmp_path, capsys):

@@ -7,7 +7,8 @@ import pytest
 from support.models import make_byte_tokenizer, make_tiny_model
 
 from moc_cli.cli import run
-from moc_cli.data.examples import ChoiceExample, InstructionExample
+from moc_cli.data.custom.frame import instruction_prompt
+from moc_cli.data.examples import ChoiceExample, InstructionExample, row_hashes
 from moc_cli.errors import DataError
 from moc_cli.kinds import Choice, Instruction, Writing
 from moc_cli.methods import TextModel, bare
@@ -79,9 +80,31 @@ def test_a_row_too_long_is_named_before_training_left_out_and_counted(folder, ca
     assert named in capsys.readouterr().err
     lines = (folder / "run" / "eval" / "texts" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == [0, 1, 3, 4]
+    command = ["inspect-routing", str(folder / "run")]
+    assert run([*command, "--limit", "5"]) == 0
+    assert named in capsys.readouterr().err
+    assert run([*command, "--text", "x" * 300]) == 2
+    assert "the text has 300 tokens, the model takes 256" in capsys.readouterr().err
     refused = arguments(folder, "eval.too_long=refuse")
     assert run([*refused, "--dry-run"]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_only_rows_that_are_scored_are_counted_as_trained(folder, tmp_path, capsys):
+    assert run(arguments(folder)) == 0
+    trained = folder / "run" / "trained_rows.txt"
+    (prompt, *_) = [json.loads(line) for line in (folder / "rows" / "test.jsonl").open()][2:3]
+    long, short = (
+        InstructionExample("custom", instruction_prompt(text), "ja")
+        for text in (prompt["instruction"], "say0")
+    )
+    trained.write_text("".join(f"{line}\n" for line in row_hashes([long])))
+    capsys.readouterr()
+    assert run(["eval", str(folder / "run")]) == 0
+    assert "was trained on" not in capsys.readouterr().err
+    trained.write_text("".join(f"{line}\n" for line in row_hashes([long, short])))
+    assert run(["eval", str(folder / "run")]) == 0
+    assert "was trained on 1 of the 4 rows to score" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
