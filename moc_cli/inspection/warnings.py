@@ -55,13 +55,14 @@ def _untrained(method: MocMethod) -> GateWarning | None:
         return None
     if method.alpha == 1:
         reason = "alpha = 1 leaves no weight to routed controls"
+        other = "method.alpha below 1"
     else:
         reason = "at top_k = 1 renormalised weights are always 1, so the task gives no gradient"
+        other = "method.gate.estimator=straight_through"
     return {
         "name": "untrained_gate",
         "message": f"the gate was never trained: balance.weight is 0, and {reason}; its choices "
-        "come from its random start. Set method.balance.weight=0.01, or "
-        "method.gate.estimator=straight_through",
+        f"come from its random start. Set method.balance.weight=0.01, or {other}",
         "key": "method.balance.weight",
     }
 
@@ -111,10 +112,16 @@ def _more_balance(method: MocMethod) -> str:
 
 
 def _uniform(routing: Mapping[str, Any], method: MocMethod, sizes: list[int]) -> GateWarning | None:
-    entropy, max_entropy = routing["summary"]["gate_entropy"], math.log(sum(sizes) / len(sizes))
-    if min(sizes) < 2 or entropy < UNIFORM * max_entropy:
+    allowed = [size - method.routing.exclude_local for size in sizes]  # controls of a decision
+    if min(allowed) < 2:
         return None
-    if method.gate.estimator == "renormalized":
+    entropy, max_entropy = routing["summary"]["gate_entropy"], math.log(sum(allowed) / len(allowed))
+    if entropy < UNIFORM * max_entropy:
+        return None
+    if method.alpha == 1:
+        key = "method.alpha"
+        advice = f"Set {key} below 1, so that the task trains the gate too"
+    elif method.gate.estimator == "renormalized":
         key = "method.gate.estimator"
         advice = f"Set {key}=straight_through, so that the task trains the gate too"
     else:

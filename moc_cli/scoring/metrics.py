@@ -20,6 +20,7 @@ from moc_cli.errors import DataError
 
 RESAMPLES = 1000  # of the bootstrap
 DRAWN_AT_ONCE = 2_000_000  # counts in one array of resamples: 16 MB
+CORRELATIONS = ("matthews", "pearson", "spearman")  # 0 of any constant answer
 ROUNDING = 1e-12  # a variance that is this part of the items' is one of equal values
 Labels = Sequence[int | float] | np.ndarray
 
@@ -110,7 +111,7 @@ def measure(
     """Compute a metric with its standard error: binomial for accuracy, otherwise bootstrapped.
 
     A fixed seed draws the resamples. `constant` is what the best constant answer scores, by default
-    that of the most frequent label.
+    that of the best label.
     """
     if len(labels) == 0 or len(labels) != len(predictions):
         raise DataError(f"{len(predictions)} predictions for {len(labels)} labels")
@@ -142,9 +143,11 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> Score:
 
 
 def majority(metric: str, labels: Labels) -> float:
-    """What always giving the most frequent label scores."""
-    value, _ = Counter(np.asarray(labels).tolist()).most_common(1)[0]
-    return METRICS[metric](labels, [value] * len(labels))
+    """The best score of always giving one of the labels: of F1 not always the most frequent."""
+    if metric in CORRELATIONS:
+        return 0.0
+    values = set(np.asarray(labels).tolist())
+    return max(METRICS[metric](labels, [value] * len(labels)) for value in values)
 
 
 def majority_choice(examples: Sequence[ChoiceExample]) -> float:

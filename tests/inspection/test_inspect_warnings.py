@@ -109,6 +109,8 @@ def half_dead(site: int, row: int, token: int) -> tuple[int, float]:
             "uniform",
             "method.balance.weight",
         ),
+        (uniform, {"routing": {"exclude_local": True}}, "uniform", "method.gate.estimator"),
+        (uniform, {"alpha": 1.0}, "uniform", "method.alpha"),
         (half_dead, {}, "half_dead", "method.balance.weight"),
     ],
 )
@@ -119,6 +121,7 @@ def test_each_fault_has_its_own_warning(rule, section, name, key):
     for warning in found:
         assert warning["key"] == key
         assert key in warning["message"]
+        assert method.alpha != 1 or "estimator" not in warning["message"]
     of_a_text = [warning["name"] for warning in find_warnings(routing | {"text": "Hi."}, method)]
     assert of_a_text == [name for name in [name] if name == "untrained_gate"]
 

@@ -152,11 +152,14 @@ def test_missing_predictions_are_refused(labels: list[int], guesses: list[int]) 
         measure("accuracy", labels, guesses)
 
 
-def test_majority_is_the_most_frequent_label() -> None:
+def test_majority_is_that_of_the_best_label() -> None:
     labels = [1, 1, 0, 2]
     assert majority("accuracy", labels) == 0.5
     # Always saying 1 finds every 1, half of them wrongly.
     assert majority("f1", [1, 1, 1, 0, 0]) == pytest.approx(2 * 0.6 / 1.6)
+    rare = [0] * 63 + [1] * 37
+    assert majority("f1", rare) == measure("f1", rare, [1] * 100).value > 0.5
+    assert majority("f1", [0, 0]) == 0
 
 
 def test_majority_of_choices_is_the_better_of_place_and_text() -> None:
