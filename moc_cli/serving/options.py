@@ -114,6 +114,6 @@ class GenerateOptions:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError("stdin is not UTF-8", "give the prompt as UTF-8 text") from error

@@ -104,7 +104,7 @@ def read_prompts(path: Path) -> list[str]:
     Empty lines are skipped. Raises DataError naming every line without a prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, ValueError) else error.strerror
         raise DataError(f"{path} cannot be read: {reason}") from error

@@ -290,6 +290,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     lines = tmp_path / "p.txt"
     lines.write_bytes("one\r\n\n  two\u2028still two \nthree".encode())
     assert read_prompts(lines) == ["one", "  two\u2028still two ", "three"]
+    lines.write_text("one\n", encoding="utf-8-sig")
+    assert read_prompts(lines) == ["one"]
     rows = tmp_path / "p.jsonl"
     rows.write_text('{"prompt": "a\\nb", "more": 1}\n\n{"prompt": "c"}\n')
     assert read_prompts(rows) == ["a\nb", "c"]

@@ -151,6 +151,7 @@ def test_instructions_take_an_input_where_there_is_one(tmp_path):
         {"instruction": "Add.", "input": "1 + 1", "output": "2"},
         {"instruction": "Greet.", "input": "", "output": "Hi\n"},
         {"instruction": "Greet again.", "input": None, "output": "Hi"},
+        {"instruction": "Leave.", "output": "Bye"},
     ]
     found = read(write(tmp_path / "a.jsonl", lines(*rows)))
     whole = {example.train_text for example in found.train + found.test}
@@ -162,6 +163,7 @@ def test_instructions_take_an_input_where_there_is_one(tmp_path):
         f"{head}Add.\n\n### Input:\n1 + 1\n\n### Response:\n2",
         f"{head}Greet.\n\n### Response:\nHi\n",
         f"{head}Greet again.\n\n### Response:\nHi",
+        f"{head}Leave.\n\n### Response:\nBye",
     }
     example = InstructionExample("t", instruction_prompt("a"), "b")
     assert example.train_text[example.answer_start :] == "b"

@@ -65,6 +65,15 @@ def test_quotes_at_the_start_of_a_text_are_text(tmp_path):
     assert plain.rows[0][1]["text"] == '"a"'
 
 
+def test_quoted_names_of_columns_may_hold_the_separator(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text('"Review, text","Review, label"\na,1\nb,0\n')
+    for quoting in ("csv", None):
+        table = read_parts(section(path=str(file), quoting=quoting))["train"]
+        assert table.columns == ["Review, text", "Review, label"]
+    refuse(path=str(file), quoting="none")
+
+
 def test_json_is_read_whatever_its_name(tmp_path):
     (tmp_path / "lines.json").write_text(LINES)
     (tmp_path / "array.jsonl").write_text(json.dumps(ROWS))

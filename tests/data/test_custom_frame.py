@@ -54,6 +54,8 @@ def test_the_text_of_a_template_goes_into_the_run(tmp_path):
     data, splits = read(tmp_path, ROW, str(own))
     assert data.template == OWN
     assert splits.fingerprints()["template"] == {"sha256": frame_hash(OWN)}
+    own.write_text(OWN, encoding="utf-8-sig")
+    assert read(tmp_path, ROW, str(own))[0].template == OWN
     own.unlink()
     assert read(tmp_path, ROW, data.template)[1].train == splits.train
 

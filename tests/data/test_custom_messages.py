@@ -89,6 +89,11 @@ def test_parts_null_tools_and_developers_reach_the_template(tmp_path):
     refuse(tmp_path, {"messages": [picture, ANSWERED]})
 
 
+def test_calls_that_are_no_list_are_refused(tmp_path):
+    for calls in (True, {"name": "f"}, "f"):
+        refuse(tmp_path, {"messages": [ASKED, ANSWERED | {"tool_calls": calls}]})
+
+
 def test_answers_of_weight_zero_are_not_learned(tmp_path):
     turns = [ASKED, ANSWERED | {"weight": 0}, ASKED, {"role": "assistant", "content": "Yes"}]
     (chat,) = read(tmp_path, {"messages": turns})
@@ -137,6 +142,9 @@ def test_a_template_of_ones_own(tmp_path):
     set_template(tokenizer, "chatml")
     assert tokenizer.chat_template == CHATML
     (tmp_path / "mine.jinja").write_text(PLAIN)
+    set_template(tokenizer, str(tmp_path / "mine.jinja"))
+    assert tokenizer.chat_template == PLAIN
+    (tmp_path / "mine.jinja").write_text(PLAIN, encoding="utf-8-sig")
     set_template(tokenizer, str(tmp_path / "mine.jinja"))
     assert tokenizer.chat_template == PLAIN
     with refused(DataError):

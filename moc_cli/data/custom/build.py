@@ -36,7 +36,9 @@ def example_builder(
 
     def instruction(fields: Fields, place: Place) -> Example:
         request = _filled(fields, column_of["instruction"], "an empty instruction")
-        context = text_or_empty(fields, column_of["input"]) if "input" in column_of else ""
+        context = (
+            text_or_empty(fields, column_of["input"]) if column_of.get("input") in fields else ""
+        )
         output = _filled(fields, column_of["output"], "an empty output")
         system = (
             text_or_empty(fields, column_of["system"]) if column_of.get("system") in fields else ""

@@ -47,7 +47,7 @@ def read_template(template: str) -> str:
         return template
     path = Path(template).expanduser()
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else template
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else template
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template: {path} cannot be read: {error}") from error
 

@@ -47,7 +47,7 @@ def _read_file(template: str) -> str:
     path = Path(template).expanduser()
     try:
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"data.template: {template[:200]} cannot be read: {error}") from error
     raise DataError(

@@ -132,6 +132,8 @@ def _turn(item: Any, place: str) -> Turn:
     if name == "function_call" and (call := _parsed(content)):
         content, extra = "", extra | {"tool_calls": [{"type": "function", "function": call}]}
     if called:
+        if not isinstance(called, list):
+            raise BadRow(f"{place}.tool_calls is {shown(called)}, not a list of calls")
         extra["tool_calls"] = [_call(call, f"{place}.tool_calls") for call in called]
     return {"role": role, "content": content} | extra
 

@@ -202,9 +202,15 @@ def _read_csv(file: Path, quoting: Quoting | None, delimiter: str | None = None)
     header = next((line for line in text.split("\n") if line.strip()), "")
     if delimiter is None:
         delimiter = next((mark for mark in (",", ";", "\t") if mark in header), ",")
-    plain = _csv_table(file, _split_lines(text, delimiter))
-    if quoting == "none" or (quoting is None and '"' not in text):
-        return plain
+    plain: Table | None = None
+    if quoting != "csv":
+        try:
+            plain = _csv_table(file, _split_lines(text, delimiter))
+        except DataError:  # of the header, which may be right with its quotes
+            if quoting == "none" or '"' not in header:
+                raise
+        if plain is not None and (quoting == "none" or '"' not in text):
+            return plain
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
@@ -214,7 +220,7 @@ def _read_csv(file: Path, quoting: Quoting | None, delimiter: str | None = None)
             records.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        if quoting is None and _is_regular(plain):
+        if plain is not None and _is_regular(plain):
             plain.notes.append(f"{file}: quotation marks are text; as CSV, line {line} has no end")
             return plain
         raise DataError(
@@ -225,11 +231,12 @@ def _read_csv(file: Path, quoting: Quoting | None, delimiter: str | None = None)
         "\n" in cell and delimiter in cell for _, cells in records for cell in cells
     )
     quoted = _csv_table(file, records)
-    fewer = len(plain.rows) - len(quoted.rows)
-    regular = delimiter in header and _is_regular(plain) and fewer > 0
-    if quoting is None and (swallowed or regular):
-        plain.notes.append(f"{file}: quotation marks are text; as CSV they would hide {fewer} rows")
-        return plain
+    if plain is not None:
+        fewer = len(plain.rows) - len(quoted.rows)
+        if swallowed or (delimiter in header and _is_regular(plain) and fewer > 0):
+            hidden = f"quotation marks are text; as CSV they would hide {fewer} rows"
+            plain.notes.append(f"{file}: {hidden}")
+            return plain
     if several := sum(any("\n" in cell for cell in cells) for _, cells in records):
         quoted.notes.append(f"{file}: {several} rows go over several lines, in quotation marks")
     return quoted
