@@ -31,10 +31,11 @@ def random_base(recipe: Recipe, device: torch.device, layers: int | None = None)
     shape = build.base_shape(recipe)
     config = copy.deepcopy(shape.config)
     if layers is not None:
-        if layers > config.num_hidden_layers:
+        most = config.get_text_config().num_hidden_layers
+        if layers > most:
             raise MocError(
                 f"--layers {layers}: {recipe.model.model_name_or_path} has"
-                f" {config.num_hidden_layers} layers; allowed: 1 to {config.num_hidden_layers}"
+                f" {most} layers; allowed: 1 to {most}"
             )
         config = with_layers(config, layers)
     if getattr(config, "pad_token_id", None) is None:

@@ -137,6 +137,13 @@ def test_more_layers_than_the_model_has_are_refused(capsys: pytest.CaptureFixtur
     assert "builtin:world-llama has 4 layers; allowed: 1 to 4" in capsys.readouterr().err
 
 
+def test_a_model_with_a_config_of_its_text_has_fewer_layers(tmp_path: Path) -> None:
+    save_model(tmp_path, "gemma3")
+    recipe = load_recipe("quickstart", [f"model.model_name_or_path={tmp_path}"])
+    model = random_base(recipe, CPU, layers=1).model
+    assert model.config.get_text_config().num_hidden_layers == 1
+
+
 def test_methods_share_one_base_and_train_apart() -> None:
     recipe = load_recipe("glue/roberta-base/moc")
     base = random_base(recipe, CPU, layers=1)
