@@ -1,18 +1,11 @@
 """Whether the rows to score are those of the training's end, and how many were trained on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
-from moc_cli import processes
 from moc_cli.data.examples import Example, fingerprint, row_hashes, subset
 from moc_cli.data.splits import TaskRows
 from moc_cli.errors import RunError
-from moc_cli.kinds import Kind
-from moc_cli.methods import TextModel
-from moc_cli.report.output import say
 from moc_cli.runs import RunFolder
-from moc_cli.scoring.results import ScoringOptions
-from moc_cli.training.checks import fitting
 
 
 def count_trained(run: RunFolder, tasks: Sequence[TaskRows]) -> dict[str, int]:
@@ -28,35 +21,16 @@ def count_trained(run: RunFolder, tasks: Sequence[TaskRows]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def fit(
-    kind: Kind, tasks: Sequence[TaskRows], model: TextModel, options: ScoringOptions
-) -> list[TaskRows]:
-    """Leave out, and name, the rows that are too long for the model; joint.
-
-    Raises DataError where they are refused, and where nothing is left of a task.
-    """
-    fitted = []
-    with processes.current().together():
-        for task in tasks:
-            network = model.adapted.model
-            numbers, notes = fitting(kind, task.examples, model.tokenizer, network, options)
-            for note in notes:
-                say(f"{task.name}: {note}")
-            rows = [task.rows[number] for number in numbers]
-            fitted.append(replace(task, rows=rows) if notes else task)
-    return fitted
-
-
 def find_changed(
     run: RunFolder,
     tasks: Sequence[TaskRows],
     max_samples: int | None,
-    left: Callable[[list[Example]], list[Example]],
+    fitting: Callable[[list[Example]], list[Example]],
 ) -> Iterator[str]:
     """Yield a sentence for each task whose scored rows are not those of the training's end.
 
-    `max_samples` is the recipe's, by which they were drawn; `left` leaves out the rows that are too
-    long for the model, as training did.
+    `max_samples` is the recipe's, by which they were drawn; `fitting` leaves out the rows that are
+    too long for the model, as training did.
     """
     try:
         parts = run.read_environment().get("data", {})
@@ -67,7 +41,7 @@ def find_changed(
         current = subset(task.split, max_samples)
         if recorded is None or recorded["sha256"] == fingerprint(current):
             continue
-        if recorded["sha256"] == fingerprint(left(current)):  # asked last: it tokenizes the rows
+        if recorded["sha256"] == fingerprint(fitting(current)):  # asked last: it tokenizes the rows
             continue
         counts = f"{recorded['rows']:,} rows then, {len(current):,} now"
         if recorded["rows"] == len(current):

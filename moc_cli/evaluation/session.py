@@ -25,7 +25,7 @@ from moc_cli.evaluation.base_scores import (
 from moc_cli.evaluation.job import EvalJob, check_language_model, model_folder, model_job, run_job
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.evaluation.results_folder import ResultsFolder, check_results_folder, prompt_hash
-from moc_cli.evaluation.same_rows import count_trained, find_changed, fit
+from moc_cli.evaluation.same_rows import count_trained, find_changed
 from moc_cli.kinds import Kind
 from moc_cli.load_run import LoadedModel, LoadedRun, open_model, open_run
 from moc_cli.processes import Processes
@@ -36,7 +36,7 @@ from moc_cli.report.progress import WorkProgress
 from moc_cli.runs import RunFolder
 from moc_cli.scoring.results import Evaluation
 from moc_cli.training.accelerator import join_launched
-from moc_cli.training.checks import fitting
+from moc_cli.training.checks import fit, fitting
 from moc_cli.training.device_checks import check_compiler
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from moc_cli.data.splits import TaskRows, read_scored
 from moc_cli.errors import MocError, RunError
-from moc_cli.evaluation.same_rows import fit
 from moc_cli.inspection import statistics
 from moc_cli.inspection.ablation import ablate
 from moc_cli.inspection.distances import check_same_sites, compared, task_distances
@@ -30,6 +29,7 @@ from moc_cli.runs import BaseOptions, RunFolder
 from moc_cli.scoring.batch_size import BatchSizeOption
 from moc_cli.training import build
 from moc_cli.training.accelerator import join_launched
+from moc_cli.training.checks import fit
 
 FORMAT = 1
 KEY = re.compile(r"(controls\.[0-9]{1,9}|gates)\.[a-z]+\.|modules\.")

@@ -246,7 +246,7 @@ def _by_label(evaluations: Sequence[EvalOptions], recipe: Recipe) -> dict[str, E
     labels: dict[str, EvalOptions] = {}
     protocol = recipe.data.kind.protocol(recipe.eval.protocol)
     for options in evaluations:
-        label = options.label(protocol)
+        label = options.label(protocol, recipe.data)
         if label in labels:
             raise MocError(
                 f"eval: two evaluations would be written to eval/{label}",

@@ -9,17 +9,20 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moc_cli import processes
 from moc_cli.data.custom.chat import answer_ends
 from moc_cli.data.encode import Encoded, has_target
 from moc_cli.data.examples import Example
 from moc_cli.data.source import BadRow, BadRows
-from moc_cli.data.splits import Splits
+from moc_cli.data.splits import Splits, TaskRows
 from moc_cli.errors import DataError
 from moc_cli.kinds import Kind
+from moc_cli.methods import TextModel
 from moc_cli.models.families import FAMILIES
 from moc_cli.models.tokens import match_tokens, max_positions, token_problems
 from moc_cli.recipe.schema import Recipe
 from moc_cli.recipe.sections import DataSection
+from moc_cli.report.output import say
 from moc_cli.scoring.results import ScoringOptions
 
 # Why rows are left out, after "3 with ".
@@ -119,6 +122,25 @@ def fitting(
         bad_rows.raise_if_any("shorten them, or leave them out with eval.too_long: leave_out")
     fitting_numbers = [number for number in range(len(examples)) if number not in long]
     return fitting_numbers, [f"not scored: {line}" for line in bad_rows.lines()]
+
+
+def fit(
+    kind: Kind, tasks: Sequence[TaskRows], model: TextModel, options: ScoringOptions
+) -> list[TaskRows]:
+    """Leave out, and name, the rows that are too long for the model; joint.
+
+    Raises DataError where they are refused, and where nothing is left of a task.
+    """
+    fitted = []
+    with processes.current().together():
+        for task in tasks:
+            network = model.adapted.model
+            numbers, notes = fitting(kind, task.examples, model.tokenizer, network, options)
+            for note in notes:
+                say(f"{task.name}: {note}")
+            rows = [task.rows[number] for number in numbers]
+            fitted.append(replace(task, rows=rows) if notes else task)
+    return fitted
 
 
 def leave_out_empty(
