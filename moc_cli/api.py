@@ -50,6 +50,7 @@ from moc_cli.models.fingerprint import fingerprint
 from moc_cli.models.load import name_classes
 from moc_cli.models.quantization import of_model
 from moc_cli.models.stored_weights import find_stored
+from moc_cli.models.tokens import pad_tokens, set_pad_tokens
 from moc_cli.models.weight_files import checkpoint_shapes, own_head
 
 
@@ -62,12 +63,17 @@ class Controls:
     """
 
     def __init__(
-        self, adapted: Adapted, base_facts: dict[str, Any], modules_before: dict[str, Tensor]
+        self,
+        adapted: Adapted,
+        base_facts: dict[str, Any],
+        modules_before: dict[str, Tensor],
+        pads_before: tuple[int | None, int | None] | None = None,
     ) -> None:
         self.adapted = adapted
         self._base_facts = base_facts
         self._modules_before = modules_before
         self._detached = False
+        self._pads_before = pads_before
         self._ignored = self.model._keys_to_ignore_on_save
         vars(self.model)["save_pretrained"] = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}
@@ -137,6 +143,8 @@ class Controls:
         with torch.no_grad():
             for name, value in self._modules_before.items():
                 parameters[name].copy_(value)
+        if self._pads_before is not None:
+            set_pad_tokens(self.model, *self._pads_before)
         return self.adapted.detach()
 
     def _write(self, folder: Path) -> None:
@@ -204,7 +212,8 @@ def attach(
 def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     """Place the controls of an adapter folder in a model; nothing else in it is changed.
 
-    A classifier whose classes have only numbers also gets their names in its config.
+    A classifier whose classes have only numbers also gets their names in its config, and one that
+    is a decoder the pad token of the training, by which it finds the last token of a row.
 
     Raises RunError, with the model unchanged, for: files that are missing, damaged or links out of
     the folder; unknown keys in the config; another base than the one trained on (compared by the
@@ -231,7 +240,12 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
     values = checked.adapter.config
     name_classes(model.config, config.id2label)
     inherited = {key: values[key] for key in _INHERITED if values.get(key) is not None}
-    return Controls(adapted, _base_facts(model, checked.base, checked.seed) | inherited, copies)
+    pads_before = None
+    if config.pad_token_id is not None:
+        pads_before = pad_tokens(model)
+        set_pad_tokens(model, config.pad_token_id, config.pad_token_id)
+    facts = _base_facts(model, checked.base, checked.seed) | inherited
+    return Controls(adapted, facts, copies, pads_before)
 
 
 def _warn_of_new_head(model: PreTrainedModel, modules: tuple[str, ...]) -> None:

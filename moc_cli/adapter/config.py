@@ -19,10 +19,12 @@ from moc_cli.recipe.methods import (
     PlacementSection,
 )
 from moc_cli.recipe.tasks import HeadName
-from moc_cli.recipe.types import Count, Positive, Section, Seed, Text
+from moc_cli.recipe.types import LARGEST, Count, Positive, Section, Seed, Text
 
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[Text, Field(max_length=1000)]
+
+PadToken = Annotated[int, Field(strict=True, ge=-1, le=LARGEST)]  # some configs say -1: none
 
 
 class LayerPlace(Section):
@@ -74,6 +76,9 @@ class AdapterConfig(Section):
     num_labels: Positive | None = Field(default=None, description="classes")
     problem_type: Name | None = Field(default=None, description="as transformers names it")
     id2label: dict[str, Name] | None = Field(default=None, description="names of the classes")
+    pad_token_id: PadToken | None = Field(
+        default=None, description="of a classifier that is a decoder: it pools the last other token"
+    )
     seed: Seed | None = Field(default=None, description="seed with which the method was placed")
     step: Count | None = Field(default=None, description="training step of the payload")
     payload_sha256: Sha = Field(description="of the payload file")

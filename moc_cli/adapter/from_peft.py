@@ -14,7 +14,10 @@ from moc_cli.run_files import read_bytes
 
 _MODEL = "base_model.model."
 _SETS = f"{_MODEL}moc.moc_mixtures."
-_SAME = ("method", "seed", "base_weights_sha256", "base_fingerprint", "id2label", "revision")
+_SAME = (
+    *("method", "seed", "revision", "base_weights_sha256", "base_fingerprint"),
+    *("id2label", "pad_token_id"),
+)
 
 
 def read_any(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:

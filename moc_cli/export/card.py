@@ -10,6 +10,7 @@ from moc_cli.data.prompts import eval_prompt
 from moc_cli.export.parity import Written
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.load import class_names
+from moc_cli.models.tokens import pooling_token
 from moc_cli.models.weight_files import BUILTIN
 from moc_cli.recipe.quantization import asked_for, of_arguments
 from moc_cli.report.numbers import score_text
@@ -20,7 +21,8 @@ PAPER = "https://arxiv.org/abs/2606.31397"
 def base_code(trained: LoadedRun) -> str:
     """Python that loads the bare base of a run into `model`, in its type and with its head.
 
-    Its name stands in `base`, as a local path is nobody else's business.
+    Its name stands in `base`, as a local path is nobody else's business. A classifier that is a
+    decoder gets the run's pad token.
     """
     model, base, auto = trained.recipe.model, trained.base, trained.kind.head.auto_class
     lines = [f"from transformers import {auto}"]
@@ -42,7 +44,13 @@ def base_code(trained: LoadedRun) -> str:
     if asked_for(model) is not None:
         lines[0] += ", BitsAndBytesConfig"
         arguments += f", quantization_config=BitsAndBytesConfig({_quantization(trained)})"
-    return "\n".join([*lines, "", f"model = {auto}.from_pretrained({name}{arguments})"])
+    lines += ["", f"model = {auto}.from_pretrained({name}{arguments})"]
+    config, pad = trained.adapted.model.config, pooling_token(trained.adapted.model)
+    if pad is not None:
+        nested = config.get_text_config() is not config
+        targets = ["model.config", *(["model.config.get_text_config()"] if nested else [])]
+        lines += [f"{target}.pad_token_id = {pad}  # of the training" for target in targets]
+    return "\n".join(lines)
 
 
 def whole_code(trained: LoadedRun, arguments: str) -> str:

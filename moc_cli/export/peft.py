@@ -18,6 +18,7 @@ from moc_cli.export.parity import Written
 from moc_cli.files import to_plain, write_bytes_atomic, write_json_atomic
 from moc_cli.load_run import LoadedRun
 from moc_cli.models.quantization import silence_notice
+from moc_cli.models.tokens import pooling_token
 from moc_cli.recipe.methods import ControlMethod, MocMethod, MolexMethod
 from moc_cli.recipe.schema import Recipe
 
@@ -88,6 +89,7 @@ def _moc(trained: LoadedRun, state: dict[str, Tensor]) -> dict[str, Any]:
         base_weights_sha256=trained.weights_hash,
         base_fingerprint=trained.base["base_fingerprint"],
         id2label=trained.base.get("id2label"),
+        pad_token_id=pooling_token(trained.adapted.model),
         state_sha256=state_hash(state),
         inference_mode=True,
     )
@@ -97,7 +99,8 @@ def _moc(trained: LoadedRun, state: dict[str, Tensor]) -> dict[str, Any]:
 
 def _low_rank(trained: LoadedRun) -> dict[str, Any]:
     fields = trained.adapted.adapter_config()
-    return {key: value for key, value in fields.items() if key not in ("method", "modules")} | {
+    own = ("method", "modules", "pad_token_id")
+    return {key: value for key, value in fields.items() if key not in own} | {
         **_facts(trained),
         "modules_to_save": fields["modules"] or None,
         "inference_mode": True,

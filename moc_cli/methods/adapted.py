@@ -13,6 +13,7 @@ from moc_cli.errors import MocError, compare_entries
 from moc_cli.methods.route_counts import Recorder
 from moc_cli.models.generation import GenerationTracker
 from moc_cli.models.hooks import cast_inputs
+from moc_cli.models.tokens import pooling_token
 from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.mixture import Mixture
 
@@ -180,8 +181,13 @@ class Adapted:
         return {site.name: site.choice for site in sites if site.choice is not None}
 
     def adapter_config(self) -> dict[str, Any]:
-        """What `adapter_config.json` says about the method and where it sits."""
-        return self._placed.config() | {"modules": list(self._fresh.names)}
+        """What `adapter_config.json` says about the method and where it sits.
+
+        Of a classifier that is a decoder also the pad token, on which its logits depend.
+        """
+        config = self._placed.config() | {"modules": list(self._fresh.names)}
+        pad = pooling_token(self.model)
+        return config if pad is None else config | {"pad_token_id": pad}
 
     def set_loss_scale(self, scale: float) -> None:
         """Multiply the balance loss's gradient by this: 1 / micro-batches of the window."""

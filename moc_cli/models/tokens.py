@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moc_cli.models.families import FAMILIES
+
 _SPECIAL = 16  # more special tokens than a tokenizer puts around a text
 
 
@@ -16,6 +18,33 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills batches: the tokenizer's pad token, else its end token, else 0."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in ids if token is not None)
+
+
+def pad_tokens(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """The pad token of a model's config: of the part that reads text, and of the whole."""
+    config: Any = model.config
+    own, of_text = (
+        getattr(part, "pad_token_id", None) for part in (config, config.get_text_config())
+    )
+    return of_text, own
+
+
+def set_pad_tokens(model: PreTrainedModel, of_text: int | None, own: int | None) -> None:
+    """Set what `pad_tokens` returns."""
+    config: Any = model.config
+    config.pad_token_id = own
+    config.get_text_config().pad_token_id = of_text
+
+
+def pooling_token(model: PreTrainedModel) -> int | None:
+    """The pad token by which a classifier that is a decoder finds the last token of a row.
+
+    None for a language model, and for an encoder, whose classifier does not ask for it.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if model.can_generate() or (family is not None and not family.placement.causal):
+        return None
+    return pad_tokens(model)[0]
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -82,16 +111,15 @@ def match_tokens(
     fills batches. Ends: a language model's generations end at the tokenizer's end token too, and at
     `answer_ends`, those that its chat template puts after an answer.
     """
-    config: Any = model.config.get_text_config()
     notes = _match_padding(tokenizer, embeddings(model))
     if not model.can_generate():
-        pad = pad_token_id(tokenizer)
-        if config.pad_token_id != pad:
+        before, pad = pad_tokens(model)[0], pad_token_id(tokenizer)
+        if before != pad:
             notes.append(
-                f"the model's pad token was {_shown(tokenizer, config.pad_token_id)}; it is now "
+                f"the model's pad token was {_shown(tokenizer, before)}; it is now "
                 f"that of the batches, {_shown(tokenizer, pad)}"
             )
-        config.pad_token_id = model.config.pad_token_id = pad
+        set_pad_tokens(model, pad, pad)
         return notes
     new = [end for end in answer_ends if end not in end_tokens(model, tokenizer)]
     notes += [f"a generation also ends at {_shown(tokenizer, end)}" for end in new]

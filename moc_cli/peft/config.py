@@ -23,8 +23,9 @@ class MocConfig(PeftConfig):
 
     `method` is the section's name, moc (default) or control, or the whole section.
     `base_fingerprint` tells the base by samples of its parameters, `state_sha256` the payload; both
-    are compared if they are there. `id2label` names the classes of a classifier. `modules_to_save`
-    names modules that are trained and saved whole. Raises RecipeError with all mistakes in keys.
+    are compared if they are there. `id2label` names the classes of a classifier; `pad_token_id` is
+    set in the config of one that is a decoder, which pools by it. `modules_to_save` names modules
+    that are trained and saved whole. Raises RecipeError with all mistakes in keys.
     """
 
     method: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class MocConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     base_weights_sha256: str | None = None
     id2label: dict[str, str] | None = None
+    pad_token_id: int | None = None
     base_fingerprint: dict[str, str] | None = None
     state_sha256: str | None = None
 

@@ -19,6 +19,7 @@ from moc_cli.models.load import name_classes
 from moc_cli.models.placement import Placement
 from moc_cli.models.quantization import keep_differentiable
 from moc_cli.models.stored_weights import find_stored
+from moc_cli.models.tokens import set_pad_tokens
 from moc_cli.nn.mixture import Mixture
 
 MODULE = "moc"  # the submodule of the base model with every set; not a name with `prefix`
@@ -127,6 +128,8 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         config.base_fingerprint = config.base_fingerprint or base
         keep_differentiable(model)
         name_classes(model.config, config.id2label)
+        if config.pad_token_id is not None:
+            set_pad_tokens(model, config.pad_token_id, config.pad_token_id)
         # peft makes the first set under a context that empties all new modules.
         empty = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
         mixture, placement = make_mixture(model, config.section, config.seed, empty=empty)
