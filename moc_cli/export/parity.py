@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from moc_cli.scoring.forward import evaluating
 # Largest |Δlogit| that is let pass, as a share of the largest |logit|, by the type of the file.
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
 
+LONGEST_QUOTE = 300  # characters of an error
 LONGEST = 512  # tokens of a reference row, where the model does not say how many it takes
 
 # Of several lengths, so that rows are padded and take routes of their own.
@@ -160,7 +162,7 @@ def fresh_logits(
 ) -> Tensor:
     """The logits that a fresh Python process gets from a folder, offline.
 
-    Raises MocError with the last line of its error output where it failed.
+    Raises MocError with the line that names its error where it failed.
     """
     with disk_errors(gettempdir()), TemporaryDirectory(prefix="moc-parity-") as scratch:
         inputs_file = Path(scratch, "inputs.safetensors")
@@ -183,6 +185,18 @@ def fresh_logits(
             | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},  # modeling files of the folder
         )
         if process.returncode:
-            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-            raise MocError(f"the export cannot be loaded by a fresh process: {lines[-1]}")
+            reason = _error_line(process.stderr) or f"exit code {process.returncode}"
+            raise MocError(f"the export cannot be loaded by a fresh process: {reason}")
         return load_file(logits_file)["logits"]
+
+
+def _error_line(text: str) -> str:
+    """The line of an error output that begins with the exception's name; else its last line.
+
+    It follows the last frame of the traceback; the error's message may have lines after it.
+    """
+    lines = text.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[frames[-1] :] if frames else []
+    line = next((line for line in after if not line.startswith(" ")), lines[-1] if lines else "")
+    return shorten(line, LONGEST_QUOTE, placeholder=" ...")

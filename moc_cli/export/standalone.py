@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from moc_cli import __version__
 from moc_cli.errors import MocError
@@ -50,8 +51,23 @@ class {model}({bases}):
     config_class = {config}
 
 
-{config}.register_for_auto_class()
+{inner}{config}.register_for_auto_class()
 {model}.register_for_auto_class("{auto}")
+'''
+# transformers' classifiers over decoders make their inner model from the type of the config.
+_INNER = '''class Moc{inner}({inner}):
+    """The model inside of the classifier, which makes it: it has no controls of its own."""
+
+    config_class = {config}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("this is a classifier: load it with {auto}")
+
+
+AutoModel.register({config}, Moc{inner}, exist_ok=True)
+
+
 '''
 
 
@@ -104,7 +120,8 @@ def write(
     assert isinstance(mixture, Mixture)  # `check` refuses methods without one
     settings = describe_mixture(mixture, adapter)
     base, config = type(model), type(model.config)
-    for class_ in (base, config):
+    inner = type(model.base_model) if isinstance(model, GenericForSequenceClassification) else None
+    for class_ in (base, config, *([inner] if inner else [])):
         if getattr(transformers, class_.__name__, None) is not class_:
             raise MocError(
                 f"the base is custom code ({class_.__name__} is not a class of transformers), and "
@@ -126,7 +143,8 @@ def write(
         "moc": settings,
     }
     write_json_atomic(folder / "config.json", written)
-    source = modeling(base.__name__, config.__name__, f"moc_{model_type}", head)
+    inner_name = inner.__name__ if inner else None
+    source = modeling(base.__name__, config.__name__, f"moc_{model_type}", head, inner_name)
     write_text_atomic(folder / f"{MODELING}.py", source)
     tokenizer_copy = deepcopy(tokenizer)
     if head is LANGUAGE:
@@ -136,11 +154,17 @@ def write(
     tokenizer_copy.save_pretrained(folder)
 
 
-def modeling(base: str, config: str, model_type: str, head: ModelHead) -> str:
-    """Return the modeling file for a base class and its configuration class."""
+def modeling(
+    base: str, config: str, model_type: str, head: ModelHead, inner: str | None = None
+) -> str:
+    """Return the modeling file for a base class and its configuration class.
+
+    `inner` is the class of its inner model, where it makes that from the type of the config.
+    """
     # transformers asks for GenerationMixin among a class's own bases.
     bases = [base, *(["GenerationMixin"] if head is LANGUAGE else [])]
-    libraries: dict[str, Sequence[str]] = {"transformers": [config, *bases], "typing": ["Any"]}
+    used = [config, *bases, *(["AutoModel", inner] if inner else [])]
+    libraries: dict[str, Sequence[str]] = {"transformers": used, "typing": ["Any"]}
     names = {
         "config": f"Moc{config}",
         "base_config": config,
@@ -149,10 +173,15 @@ def modeling(base: str, config: str, model_type: str, head: ModelHead) -> str:
         "bases": ", ".join(["Controlled", *bases]),
         "model_type": model_type,
         "auto": head.auto_class,
+        "inner": _inner_class(inner, f"Moc{config}", head) if inner else "",
         "version": __version__,
     }
     source = join_modules("moc_cli.export.controlled", ["Controlled"], libraries)
     return _HEAD.format(**names) + source + _CLASSES.format(**names)
+
+
+def _inner_class(inner: str, config: str, head: ModelHead) -> str:
+    return _INNER.format(inner=inner, config=config, auto=head.auto_class)
 
 
 def describe_mixture(mixture: Mixture, adapter: dict[str, Any]) -> dict[str, Any]:

@@ -336,6 +336,14 @@ def test_a_process_that_fails_is_quoted(tmp_path):
     rows = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
     with refused(MocError):
         parity.fresh_logits(tmp_path, "raise ValueError('nothing here')", rows)
+    many = (
+        "raise ValueError('the first line ' + 'and on ' * 90 + chr(10) + '  of ' + chr(10) + 'two')"
+    )
+    with refused(MocError) as caught:
+        parity.fresh_logits(tmp_path, many, rows)
+    assert "ValueError: the first line and on" in str(caught.value)
+    with refused(MocError):
+        parity.fresh_logits(tmp_path, "raise SystemExit(3)", rows)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])

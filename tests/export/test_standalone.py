@@ -339,10 +339,13 @@ class TestFolder:
         outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
         assert outside == {"torch", "transformers"}
 
-    def test_the_file_reads_as_the_package_does(self, tmp_path: Path) -> None:
-        names = "BertForSequenceClassification", "BertConfig", "moc_bert"
-        source = standalone.modeling(*names, CLASSIFIER)
-        assert source == standalone.modeling(*names, CLASSIFIER)
+    @pytest.mark.parametrize(("base", "inner"), [("Bert", None), ("Llama", "LlamaModel")])
+    def test_the_file_reads_as_the_package_does(
+        self, base: str, inner: str | None, tmp_path: Path
+    ) -> None:
+        names = f"{base}ForSequenceClassification", f"{base}Config", f"moc_{base.lower()}"
+        source = standalone.modeling(*names, CLASSIFIER, inner)
+        assert source == standalone.modeling(*names, CLASSIFIER, inner)
         assert "FAMILIES" not in source, "what the model does not use is left out"
         (tmp_path / "modeling_moc.py").write_text(source)
         for check in (["check", "--select", "E,F"], ["format", "--check"]):
