@@ -132,7 +132,8 @@ class Controls:
     def detach(self) -> PreTrainedModel:
         """Remove the controls: the model and its `modules` are as before `attach`, to the bit.
 
-        Once more it changes nothing, whatever was attached since.
+        But for lora and dora with an init that rewrites the base's weights (pissa, olora): those
+        are as before up to rounding. Once more it changes nothing, whatever was attached since.
         """
         if self._detached:
             return self.model

@@ -83,6 +83,13 @@ class FreshModules:
         self.names = names
         self._parts = {name: model.get_submodule(name) for name in names}
         self._handles = []
+        self._types = [
+            (part, name, tensor.dtype)
+            for module in self._parts.values()
+            for part in module.modules()
+            for name, tensor in {**part._parameters, **part._buffers}.items()
+            if tensor is not None
+        ]
         for module in self._parts.values():
             if model.dtype != torch.float32 and model.dtype != torch.float64:
                 module.float()
@@ -96,8 +103,18 @@ class FreshModules:
         }
 
     def remove(self) -> None:
+        """Take the hooks away; the numbers stay in float32."""
         for handle in self._handles:
             handle.remove()
+
+    def restore(self) -> None:
+        """Give each module its own type back."""
+        self.remove()
+        for part, name, dtype in self._types:
+            tensor: Tensor = getattr(part, name)
+            tensor.data = tensor.data.to(dtype)
+            if tensor.grad is not None:
+                tensor.grad.data = tensor.grad.data.to(dtype)
 
 
 class Adapted:
@@ -241,7 +258,7 @@ class Adapted:
     def detach(self) -> PreTrainedModel:
         """Take the method out; the base's parameters and flags are as before `attach`."""
         self._placed.detach()
-        self._fresh.remove()
+        self._fresh.restore()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, True))
         return self.model

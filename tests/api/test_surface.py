@@ -19,6 +19,7 @@ import moc_cli.api
 from moc_cli import attach, load_controls
 from moc_cli.adapter.folder import CONFIG, PAYLOAD
 from moc_cli.errors import MocError, RecipeError, RunError
+from moc_cli.methods import Adapted
 
 GATE = {"projection_dim": 8}
 LOW = {"rank": 4, "alpha": 8}
@@ -199,6 +200,31 @@ def test_a_classifier_comes_with_its_head_and_goes_with_it(tmp_path):
     again.detach()
     assert torch.equal(other.classifier.weight, head)
     assert torch.equal(logits(other), bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modules_are_back_in_their_type_however_the_controls_go(dtype, tmp_path, monkeypatch):
+    def base() -> PreTrainedModel:
+        return make_tiny("bert").to(dtype)
+
+    model, bare = base(), logits(base())
+    controls = moved(attach(model, "moc", rank=4, gate=GATE, modules=["classifier"]))
+    controls.save(tmp_path / "saved")
+    assert {p.dtype for p in controls.parameters()} == {torch.float32}
+    model(**make_batch(), labels=torch.zeros(8, dtype=torch.long)).loss.backward()
+    assert torch.equal(logits(controls.detach()), bare)
+    model(**make_batch(), labels=torch.zeros(8, dtype=torch.long)).loss.backward()
+    load_controls(model, tmp_path / "saved").detach()
+    assert torch.equal(logits(model), bare)
+
+    def fail(self, state):
+        raise MocError("another shape")
+
+    monkeypatch.setattr(Adapted, "load_state", fail)
+    with pytest.raises(MocError, match="another shape"):
+        load_controls(model, tmp_path / "saved")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(logits(model), bare)
 
 
 def test_save_spares_folders_that_hold_other_things(saved):
