@@ -130,7 +130,7 @@ def check_tolerance(
         raise MocError(
             "the export does not give the run's logits when it is loaded: they differ by "
             f"{figures['max_difference']:.3g}, which is {difference:.2g} of the largest; "
-            f"at most {allowed:g} is allowed in {dtype}",
+            f"at most {allowed:g} is allowed" + (f" in {dtype}" if tolerance is None else ""),
             None if dtype == "float32" else "export with --dtype float32",
         )
     return figures | {"tolerance": allowed, "dtype": dtype}

@@ -7,14 +7,14 @@ from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import set_additional_trainable_modules
+from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from moc_cli.adapter.check import check_base, check_finite
 from moc_cli.errors import MocError, RunError, compare_entries
 from moc_cli.methods.controls import make_mixture
 from moc_cli.models.fingerprint import fingerprint
-from moc_cli.models.hooks import HookedModel
+from moc_cli.models.hooks import HookedModel, cast_inputs
 from moc_cli.models.load import name_classes
 from moc_cli.models.placement import Placement
 from moc_cli.models.quantization import keep_differentiable
@@ -156,6 +156,7 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
             adapter_name=adapter_name,
             activate_adapter=adapter_name in self.active_adapters,
         )
+        _keep_heads_exact(model, adapter_name)
         if config.inference_mode:
             mixture.requires_grad_(False)
 
@@ -183,7 +184,14 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         )
 
     def unload(self) -> nn.Module:
-        """Take every set out; the base model is as it came."""
+        """Take every set out; the base model is as it came.
+
+        As with peft's own methods, modules of `modules_to_save` are those of the active set.
+        """
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                own = module.unload_and_optionally_merge_module(False, False, None)
+                self.model.set_submodule(name, own)
         self.model.get_submodule(MODULE).set_adapter([])
         delattr(self.model, MODULE)
         vars(self.model).pop("peft_config", None)
@@ -225,6 +233,20 @@ class MocModel(BaseTuner):  # type: ignore[misc]  # peft has no types
         if wrong:
             raise RunError(f"the adapter does not fit this model: {wrong}")
         return dict(state)
+
+
+def _keep_heads_exact(model: nn.Module, adapter_name: str) -> None:
+    """Keep a set's own modules in float32 in a base of a narrower type, as `attach` does."""
+    for module in model.modules():
+        if (
+            not isinstance(module, ModulesToSaveWrapper)
+            or adapter_name not in module.modules_to_save
+        ):
+            continue
+        head = module.modules_to_save[adapter_name]
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in head.parameters()):
+            head.float()
+            head.register_forward_pre_hook(cast_inputs)
 
 
 def state_hash(state: Mapping[str, Tensor], adapter_name: str = "default") -> str:

@@ -179,6 +179,34 @@ def test_every_set_has_a_head_of_its_own(task: str | None, tmp_path: Path) -> No
         assert torch.equal(logits(again.eval()), expected[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unloaded_base_has_its_modules_back(dtype: torch.dtype) -> None:
+    """As with peft's own methods: the active set's, where it has one, and nothing of peft."""
+
+    def classifier() -> PreTrainedModel:
+        return make_tiny("bert").eval().to(dtype)
+
+    def unloaded(active: str) -> tuple[PreTrainedModel, torch.Tensor]:
+        model = get_peft_model(classifier(), MocConfig(rank=2, modules_to_save=["classifier"]))
+        model.add_adapter("other", MocConfig(rank=2))
+        model.set_adapter(active)
+        with torch.no_grad():
+            model.base_model.model.classifier.modules_to_save["default"].weight.mul_(2)
+        trained = logits(model.eval())
+        return model.unload(), trained
+
+    bare = logits(classifier())
+    names = classifier().state_dict().keys()
+    base, trained = unloaded("default")
+    assert base.state_dict().keys() == names
+    assert torch.equal(logits(base), trained)  # the controls are fresh
+    assert not torch.equal(logits(base), bare)
+    base, _ = unloaded("other")
+    assert base.state_dict().keys() == names
+    assert torch.equal(logits(base), bare)
+    assert base.classifier.weight.dtype == dtype
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "payload", "base"])
 def test_loading_is_strict(change: str, tmp_path: Path) -> None:
     model = wrapped()

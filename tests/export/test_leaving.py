@@ -75,6 +75,18 @@ def test_classes_have_their_names_wherever_a_run_goes(home, tmp_path):
     assert 'base = "model"  # the folder of the base model' in card
 
 
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize("method", ["moc", "control"])
+def test_a_classifier_trained_in_bfloat16_goes_to_peft_to_the_bit(method, home, tmp_path, capsys):
+    name = {"moc": [], "control": ["--set", "method={name: control, rank: 4}"]}[method]
+    options = ["--set", "train.bf16=true", *name, "--output-dir", str(tmp_path / "run")]
+    assert run(["train", str(home / "recipe.yaml"), *options, "--json"]) == 0
+    capsys.readouterr()
+    command = ["export", str(tmp_path / "run"), "--to", "peft", "--json"]
+    assert run([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["parity"]["bit_equal"] is True
+
+
 def test_a_loaded_adapter_names_the_classes_of_its_model(home):
     model = AutoModelForSequenceClassification.from_pretrained(home / "model", num_labels=2)
     load_controls(model, home / "run" / "controls")
