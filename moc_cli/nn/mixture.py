@@ -275,7 +275,7 @@ class Mixture(MixtureBase):
         balance, size = None, p.shape[-1]
         if share is not None:
             if routing.balance_f == "choice":
-                share = shares_of(route, size, p.dtype)
+                share = shares_of(route, size, p.dtype, voters.deciding())
             balance = voters.balance(own_mean, share, size - int(routing.exclude_local))
         if store is not None and routing.decode == "running":
             store.ballots[site.index] = ballot

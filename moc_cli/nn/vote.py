@@ -176,6 +176,10 @@ class Voters:
         groups = p.reshape(*self.shares.shape, -1)
         return (groups * self.shares[..., None]).sum(dim=1)
 
+    def deciding(self) -> Tensor | None:
+        """Mark the decisions (V,) that have a real token; None for a single one."""
+        return None if len(self.portions) == 1 else self.portions[:, 0] > 0
+
     def balance(self, means: Tensor, share: Tensor, size: int) -> "BalanceLoss":
         """The balance loss of a site with these means (V, N) and shares (N,) of the picks."""
         return BalanceLoss(means, share[None] if len(means) == 1 else self.portions * share, size)
@@ -255,8 +259,15 @@ class BalanceLoss:
         return BalanceLoss(self.means.detach(), self.slope, self.size)
 
 
-def shares_of(route: Route, size: int, dtype: torch.dtype) -> Tensor:
-    """The share of a route's choices that went to each of `size` controls, as in MoLEx's code."""
+def shares_of(route: Route, size: int, dtype: torch.dtype, counted: Tensor | None = None) -> Tensor:
+    """The share of a route's choices that went to each of `size` controls, as in MoLEx's code.
+
+    `counted` (V,) marks the decisions that count; None: all.
+    """
     ids = route.ids.flatten()
-    ones = torch.full_like(ids, 1 / len(ids), dtype=dtype)
-    return torch.zeros(size, dtype=dtype, device=ids.device).index_add(0, ids, ones)
+    if counted is None:
+        shares = torch.full_like(ids, 1 / len(ids), dtype=dtype)
+    else:
+        k, marks = route.ids.shape[1], counted.to(dtype)
+        shares = (marks / (k * marks.sum()).clamp(min=1)).repeat_interleave(k)
+    return torch.zeros(size, dtype=dtype, device=ids.device).index_add(0, ids, shares)

@@ -180,6 +180,30 @@ def test_padding_never_votes():
         assert torch.allclose(first[valid], second[valid], atol=1e-12)
 
 
+@pytest.mark.parametrize("balance_f", ["top_k", "choice"])
+@pytest.mark.parametrize("level", ["batch", "sample", "token"])
+def test_more_padding_changes_no_balance_loss(level, balance_f):
+    """Nor its gradient: forty tokens of padding more, and a row of nothing else."""
+    x, valid = make_input()
+    generator = torch.Generator().manual_seed(4)
+    more = torch.randn(len(x), 40, WIDTH, dtype=x.dtype, generator=generator)
+    longer = torch.cat([x, more], dim=1)
+    longer = torch.cat([longer, longer[:1]])
+    marks = torch.zeros(longer.shape[:2], dtype=torch.bool)
+    marks[: len(x), : x.shape[1]] = valid
+    found = []
+    for states, mask in ((x, valid), (longer, marks)):
+        mixture = make_mixture(level=level, balance_f=balance_f, top_k=2)
+        mixture.current = Forward(mask)
+        site = mixture.sites[2]
+        (0 * mixture.update(site, states)).sum().backward()
+        gradients = [parameter.grad for parameter in mixture.gates.parameters()]
+        found.append([site.loss, *gradients])
+    for short, long in zip(*found, strict=True):
+        assert torch.allclose(short, long, atol=1e-13, rtol=0)
+    assert found[0][1].any()
+
+
 @pytest.mark.parametrize("level", ["batch", "sample", "token"])
 def test_k_of_one_gives_the_gate_exactly_no_gradient(level):
     """In float32 c/c has a gradient of rounding noise, which Adam would scale up to full steps."""

@@ -128,7 +128,12 @@ def site_update(
         "token": [decisions[b, t][0] for b in range(rows) for t in range(tokens)],
     }[s.level]
     voters = [p[b][t] for b in range(rows) for t in real[b]]
-    return update, seen, balance(voters, seen, s, len(controls))
+    counted = {
+        "batch": seen,
+        "sample": [decisions[b, 0][0] for b in range(rows) if real[b]],
+        "token": [decisions[b, t][0] for b in range(rows) for t in real[b]],
+    }[s.level]
+    return update, seen, balance(voters, counted, s, len(controls))
 
 
 def balance(voters: list[Tensor], picks: list[list[int]], s: Settings, size: int) -> Tensor:
