@@ -60,4 +60,4 @@ class VotesOfProcesses:
         shares = None if picks is None else rest.pop(0) / real
         scores = None if ballot.scores is None else rest.pop(0).view(1, size)
         mean, count = (means / real).view(1, size), count.detach().view(1, 1)
-        return Ballot(mean, count, scores, ballot.vote), shares
+        return Ballot(mean, count, scores, ballot.vote, ballot.excluded), shares

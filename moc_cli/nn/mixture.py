@@ -259,12 +259,13 @@ class Mixture(MixtureBase):
         if store is not None and routing.decode == "running":
             earlier_ballot = store.ballots.get(site.index)
         k = routing.top_k
-        p = probabilities(self._logits(site, x), site.local if routing.exclude_local else None)
-        ballot = poll(p, voters, k, routing.vote)
+        excluded = site.local if routing.exclude_local else None
+        p = probabilities(self._logits(site, x), excluded)
+        ballot = poll(p, voters, k, routing.vote, excluded)
         # In training there is always something to learn from, if only with weight 0: every
         # parameter has a gradient.
         balanced = self.training and (self.balance_weight > 0 or routing.constant_weights)
-        share = voters.picks(p, k) if balanced else None
+        share = voters.picks(p, k, excluded) if balanced else None
         joint = self.joint if self.training else None
         if joint is not None:
             ballot, share = joint.join(ballot, share)

@@ -63,6 +63,17 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def ranked(p: Tensor, excluded: int | None) -> Tensor:
+    """What controls are ranked by, (..., N): their probabilities, without a graph.
+
+    The `excluded` one stands below all others: where the softmax underflows, they have 0 too.
+    """
+    p = p.detach()
+    if excluded is None:
+        return p
+    return p.masked_fill(torch.arange(p.shape[-1], device=p.device) == excluded, -1.0)
+
+
 @dataclass(frozen=True)
 class Vote:
     """How the tokens of a decision rank the controls of the pool.
@@ -92,13 +103,15 @@ class Ballot:
     """What the tokens of each decision say under one of VOTES.
 
     `mean` (V, N) are their mean probabilities P̄, `count` (V, 1) is the number of tokens, `scores`
-    (V, N) what the vote ranks by, None where that is the mean probability.
+    (V, N) what the vote ranks by, None where that is the mean probability. `excluded` is a control
+    that cannot be chosen.
     """
 
     mean: Tensor
     count: Tensor
     scores: Tensor | None
     vote: str
+    excluded: int | None = None
 
     def __add__(self, other: "Ballot") -> "Ballot":
         """The ballot of both groups of tokens; ValueError where scores do not add up."""
@@ -118,12 +131,12 @@ class Ballot:
             scores = self.scores + sign * other.scores
         sums = self.mean * self.count + sign * other.mean * other.count
         count = self.count + sign * other.count
-        return Ballot(sums / count.clamp(min=1), count, scores, self.vote)
+        return Ballot(sums / count.clamp(min=1), count, scores, self.vote, self.excluded)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Ballot":
         """The ballot with its rows reordered, selected or repeated by `change`."""
         scores = None if self.scores is None else change(self.scores)
-        return Ballot(change(self.mean), change(self.count), scores, self.vote)
+        return Ballot(change(self.mean), change(self.count), scores, self.vote, self.excluded)
 
 
 @dataclass
@@ -184,21 +197,25 @@ class Voters:
         """The balance loss of a site with these means (V, N) and shares (N,) of the picks."""
         return BalanceLoss(means, share[None] if len(means) == 1 else self.portions * share, size)
 
-    def picks(self, p: Tensor, k: int) -> Tensor:
+    def picks(self, p: Tensor, k: int, excluded: int | None = None) -> Tensor:
         """The share (N,) of the tokens' own picks, their k most probable, that went to each."""
-        picks = top_k(p.detach(), k).flatten()
+        picks = top_k(ranked(p, excluded), k).flatten()
         weight = self.of_all if k == 1 else (self.of_all / k).repeat_interleave(k)
         return p.new_zeros(p.shape[-1]).index_add(0, picks, weight)
 
 
-def poll(p: Tensor, voters: Voters, k: int, vote: str) -> Ballot:
-    """Collect the votes of p (B, T, N); raises ValueError for a vote that is not in VOTES."""
+def poll(p: Tensor, voters: Voters, k: int, vote: str, excluded: int | None = None) -> Ballot:
+    """Collect the votes of p (B, T, N), of which one control may be `excluded`.
+
+    Raises ValueError for a vote that is not in VOTES.
+    """
     if vote not in VOTES:
         raise ValueError(f"vote '{vote}' is not known; allowed: {', '.join(VOTES)}")
     score, scores = VOTES[vote].score, None
     if score is not None:
-        scores = score(p.detach().reshape(*voters.marks.shape, -1), voters.marks, k)
-    return Ballot(voters.mean(p), voters.count, scores, vote)
+        ranks = ranked(p, excluded)
+        scores = score(ranks.reshape(*voters.marks.shape, -1), voters.marks, k)
+    return Ballot(voters.mean(p), voters.count, scores, vote, excluded)
 
 
 class JointVotes(Protocol):
@@ -216,10 +233,10 @@ def decide(ballot: Ballot, k: int, estimator: Estimator) -> Route:
     The K controls that the vote ranks first. π_k = P̄_k / Σ_S P̄ (`renormalized`), the same with
     the gradient of P̄ (`straight_through`), or P̄_k itself (`probability`).
     """
-    mean = ballot.mean
-    ids = top_k(mean.detach(), k)
+    mean, ranks = ballot.mean, ranked(ballot.mean, ballot.excluded)
+    ids = top_k(ranks, k)
     if ballot.scores is not None:
-        by_mean = mean.detach().sort(dim=-1, descending=True, stable=True).indices
+        by_mean = ranks.sort(dim=-1, descending=True, stable=True).indices
         ids = by_mean.gather(-1, top_k(ballot.scores.gather(-1, by_mean), k))
     if estimator == "renormalized" and k == 1:
         # Exactly 1, without a gradient: c/c would leave rounding noise in the gate's gradient, and

@@ -77,12 +77,12 @@ def one_token_decides(decision: Decision) -> Tensor | None:
         p, mark = p.flatten(0, 1)[None], mark.flatten()[None]
     voters, tokens = mark.shape
     if VOTES[ballot.vote].additive:
-        single = _poll(p.flatten(0, 1)[:, None], mark.flatten()[:, None], k, ballot.vote)
+        single = _poll(p.flatten(0, 1)[:, None], mark.flatten()[:, None], k, ballot)
         rest = ballot.rows(lambda values: values.repeat_interleave(tokens, dim=0)) - single
         without = decide(rest, k, "renormalized").ids.view(voters, tokens, k)
     else:
         masks = [mark.index_fill(1, torch.tensor([s], device=p.device), 0) for s in range(tokens)]
-        ballots = [_poll(p, voting, k, ballot.vote) for voting in masks]
+        ballots = [_poll(p, voting, k, ballot) for voting in masks]
         without = torch.stack(
             [decide(remaining, k, "renormalized").ids for remaining in ballots], dim=1
         )
@@ -91,6 +91,7 @@ def one_token_decides(decision: Decision) -> Tensor | None:
     return turned.flatten(1).any(dim=1) | (ballot.count[:, 0] <= 1)
 
 
-def _poll(p: Tensor, mark: Tensor, k: int, vote: str) -> Ballot:
-    """The ballot of the marked tokens (V, S) of p (V, S, N)."""
-    return poll(p, Voters.of(mark.shape, mark, "sample", p.device, p.dtype), k, vote)
+def _poll(p: Tensor, mark: Tensor, k: int, like: Ballot) -> Ballot:
+    """The ballot of the marked tokens (V, S) of p (V, S, N), under the rules of another."""
+    voters = Voters.of(mark.shape, mark, "sample", p.device, p.dtype)
+    return poll(p, voters, k, like.vote, like.excluded)

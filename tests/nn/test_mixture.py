@@ -204,6 +204,24 @@ def test_more_padding_changes_no_balance_loss(level, balance_f):
     assert found[0][1].any()
 
 
+@pytest.mark.parametrize("vote", VOTES)
+@pytest.mark.parametrize("level", ["batch", "sample", "token"])
+def test_an_excluded_control_is_not_chosen_where_the_softmax_underflows(level, vote):
+    """One control has probability 1, so that the local one's 0 is no smaller than the others'."""
+    mixture = make_mixture(gate="linear", level=level, vote=vote, exclude_local=True, top_k=2)
+    with torch.no_grad():
+        mixture.gates["shared"].weight.mul_(1e6)
+    x, valid = make_input()
+    for train in (True, False):
+        mixture.train(train)
+        for site in mixture.sites:
+            mixture.current = Forward(valid)
+            assert torch.isfinite(mixture.update(site, x)).all()
+            assert not (site.choice == site.local).any()
+            if train:
+                assert not site.balance.slope[:, site.local].any()
+
+
 @pytest.mark.parametrize("level", ["batch", "sample", "token"])
 def test_k_of_one_gives_the_gate_exactly_no_gradient(level):
     """In float32 c/c has a gradient of rounding noise, which Adam would scale up to full steps."""
