@@ -96,6 +96,18 @@ class Controls:
         """The trained parameters, under the keys of the adapter file."""
         return self.adapted.named_trainables()
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The trained parameters in two groups for an optimizer, as `moc train` groups them.
+
+        Gates, biases and norms are in the second one, without weight decay.
+        """
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)
+        ]
+        for name, parameter in self.named_parameters().items():
+            groups[self.adapted.no_decay(name)]["params"].append(parameter)
+        return [group for group in groups if group["params"]]
+
     def counts(self) -> Counts:
         """Numbers of parameters: of the method, of `modules`, and of the base."""
         return self.adapted.counts()

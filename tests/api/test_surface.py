@@ -291,6 +291,32 @@ def test_the_trainer_writes_small_checkpoints_and_resumes_from_them(method, tmp_
     assert torch.equal(logits(other), whole)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_for_an_optimizer_leave_the_gates_without_decay(method):
+    name, options = METHODS[method]
+    controls = attach(
+        make_tiny_model("bert", num_labels=2), name, **options, modules=["classifier"]
+    )
+    decay = {id(p): g["weight_decay"] for g in controls.parameter_groups(0.1) for p in g["params"]}
+    named = controls.named_parameters()
+    assert decay.keys() == {id(parameter) for parameter in named.values()}
+    for key, parameter in named.items():
+        spared = key.startswith("gates.") or parameter.ndim < 2
+        assert decay[id(parameter)] == (0.0 if spared else 0.1), key
+
+
+def test_the_trainer_takes_these_groups(tmp_path):
+    model = make_tiny_model("llama")
+    controls = attach(model, "moc", rank=4, gate=GATE, balance={"weight": 0.0})
+    gates = {n: p.clone() for n, p in controls.named_parameters().items() if n.startswith("gates.")}
+    optimizer = torch.optim.AdamW(controls.parameter_groups(0.5), lr=0.1)
+    run = trainer(model, tmp_path / "run", weight_decay=0.5)
+    run = Trainer(model=model, args=run.args, train_dataset=Rows(), optimizers=(optimizer, None))
+    run.train()
+    after = controls.named_parameters()
+    assert all(torch.equal(after[name], value) for name, value in gates.items())
+
+
 def test_a_copy_saves_itself(tmp_path):
     controls = moved(attach(make_tiny("llama"), "moc", rank=4, gate=GATE))
     other = copy.deepcopy(controls)

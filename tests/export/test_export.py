@@ -346,6 +346,14 @@ def test_a_process_that_fails_is_quoted(tmp_path):
         parity.fresh_logits(tmp_path, "raise SystemExit(3)", rows)
 
 
+def test_a_difference_is_told_beside_what_is_allowed():
+    """The type is named only where it decides."""
+    figures = {"max_difference": 0.5, "relative_difference": 0.25}
+    for dtype, tolerance in (("float32", 0), ("float32", None), ("bfloat16", None)):
+        with refused(MocError):
+            parity.check_tolerance(figures, dtype, tolerance)
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
 def test_real_weights_go_out_and_come_back(name, real_weights, tmp_path, request):
     """Fresh controls, moved from zero, on real weights: saved, and loaded by another program."""
