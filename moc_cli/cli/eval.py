@@ -54,7 +54,7 @@ def evaluate(
     path: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH",
+            metavar="DIR|FILE",
             help="Folder of <task>/<split>.jsonl.gz; default: the hub. Of a custom dataset: other "
             "rows, with results of their own.",
         ),
