@@ -133,14 +133,14 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
 
 def filled(section: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section with another's values where it holds null, in sections within it too."""
-    return {
-        key: filled(value, other.get(key) or {})
-        if isinstance(value, Mapping)
-        else other.get(key)
-        if value is None
-        else value
-        for key, value in section.items()
-    }
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        known = other.get(key)
+        if isinstance(value, Mapping):
+            result[key] = filled(value, known or {})
+        else:
+            result[key] = known if value is None else value
+    return result
 
 
 def trains_the_same(recipe: Recipe, other: Recipe) -> bool:
