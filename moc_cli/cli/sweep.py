@@ -106,7 +106,7 @@ def sweep(
     gpus = _count_gpus() if any(plan.next_runs()) else 0
     execution = Execution(plan, job_limit or max(1, gpus), gpus, say)
     if plan.finished:
-        say(f"{len(plan.finished)} of {plan.total()} runs are finished, in {folders[-1]}")
+        say(f"{plan.done()} of {plan.total()} runs are finished, in {folders[-1]}")
     stopped = _train(execution, resume_command)
     _show(execution, folders[-1], json)
     if plan.failed:
@@ -123,7 +123,7 @@ def _train(execution: "Execution", resume_command: str) -> "EndedBySignal | None
     from moc_cli.report.progress import WorkProgress
     from moc_cli.signals import EndedBySignal
 
-    total, finished = execution.plan.total(), len(execution.plan.finished)
+    total, finished = execution.plan.total(), execution.plan.done()
     try:
         with WorkProgress("runs", total - finished, interval=total) as bar:
             execution.run_all(lambda done: bar.observe(done - finished), resume_command)

@@ -112,7 +112,7 @@ class Execution:
                     if job.process is not None:
                         job.process.wait()
             raise EndedBySignal(
-                f"stopped; {len(self.plan.finished)} of {self.plan.total()} runs are finished",
+                f"stopped; {self.plan.done()} of {self.plan.total()} runs are finished",
                 f"continue with: {resume_command}",
                 number,
             ) from None
@@ -181,7 +181,7 @@ class Execution:
     def _finish(self, run: PlannedRun, observe: Callable[[int], None]) -> None:
         self.plan.finished.add(run.name)
         self.say(f"{run.name}: {_scores(run)}")
-        observe(len(self.plan.finished))
+        observe(self.plan.done())
 
     def _share(self, slot: int) -> dict[str, str]:
         """Return the environment that gives a run its own GPU, or its share of the processors."""

@@ -140,6 +140,10 @@ class SweepPlan:
                 names[f"{_name(run.cell)}/*/seed-{run.seed}"] = False
         return list(names.items())
 
+    def done(self) -> int:
+        """How many of the runs that the sweep needs are finished."""
+        return sum(finished for _, finished in self.listed())
+
     def total(self) -> int:
         """How many runs the sweep needs: all candidates once, and the further seeds of one."""
         seeds = len({run.seed for run in self.runs})

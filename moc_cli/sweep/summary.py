@@ -76,7 +76,7 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
         "compared": group,
         "chosen": sweep.chosen_group,
         "reference": sweep.reference,
-        "finished": len(finished),
+        "finished": plan.done(),
         "needed": plan.total(),
         "conditions": _conditions(finished),
         "runs": [_run(run) for run in finished],
