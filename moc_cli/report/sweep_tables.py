@@ -111,9 +111,10 @@ def average_name(summary: Summary) -> str:
     return "average" if len(rows) == len(summary["rows"]) else f"average of {', '.join(rows)}"
 
 
-def line_name(*parts: str) -> str:
+def line_name(row: str, *parts: str) -> str:
     """Return the name of a line: a row's name, a task and a metric, each once and if it has one."""
-    return " ".join(dict.fromkeys(filter(None, parts)))
+    known = {"", *row.split()}  # a row is named by its values, of which the task may be one
+    return " ".join([*filter(None, [row]), *(p for p in dict.fromkeys(parts) if p not in known)])
 
 
 def _values(summary: Summary) -> list[str]:

@@ -18,7 +18,7 @@ from support.sweeps import Ended, write_sweep
 
 from moc_cli.cli import run
 from moc_cli.files import lock_file
-from moc_cli.report.sweep_tables import average_name, averaged, sweep_tables
+from moc_cli.report.sweep_tables import average_name, averaged, line_name, sweep_tables
 from moc_cli.sweep import execute
 from moc_cli.sweep.summary import average_of_rows
 
@@ -133,6 +133,9 @@ def test_an_average_is_of_several_scores_and_says_of_which() -> None:
     assert averaged(summary) == {}
     assert average_name(summary) == "average"
     assert averaged({"rows": [], "average": {}}) == {}
+    assert line_name("", "boolq", "accuracy") == "boolq accuracy"
+    assert line_name("rte 0.001", "rte", "accuracy") == "rte 0.001 accuracy"
+    assert line_name("1 1", "world", "accuracy") == "1 1 world accuracy"
 
 
 def test_an_average_is_of_one_scale_and_of_tasks_that_all_have() -> None:
