@@ -56,12 +56,13 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
     """
     sweep = plan.sweep
     group, finished = sweep.compared_group, [r for r in plan.runs if r.name in plan.finished]
+    scores = {run.name: _scored(run) for run in finished}
     rows: dict[str, list[Column]] = {}
     for cell in sweep.cells:
         runs = plan.counting(cell)
         value = next((setting.name for setting in cell if setting.group == group), sweep.name)
         rows.setdefault(sweep.row(cell), []).append(
-            Column(cell, value, runs, [_scored(run) for run in runs])
+            Column(cell, value, runs, [scores[run.name] for run in runs])
         )
     table = [_row(row, columns, plan) for row, columns in rows.items()]
     average = average_of_rows(table, sweep.reference)
@@ -79,7 +80,7 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
         "finished": plan.done(),
         "needed": plan.total(),
         "conditions": _conditions(finished),
-        "runs": [_run(run) for run in finished],
+        "runs": [_run(run, scores[run.name]) for run in finished],
         "failed": plan.failed,
         "rows": table,
         "average": average,
@@ -101,14 +102,14 @@ def _conditions(runs: Sequence[PlannedRun]) -> dict[str, list[str]]:
     return {key: list(values) for key, values in values_of.items()}
 
 
-def _run(run: PlannedRun) -> dict[str, Any]:
+def _run(run: PlannedRun, scores: Scores) -> dict[str, Any]:
     results = run.results.read_results()
     return {
         "name": run.name,
         "settings": {setting.group: setting.name for setting in run.cell},
         "candidate": run.candidate and run.candidate.name,
         "seed": run.seed,
-        "tasks": {task: main_score(e)["value"] for task, e in _scored(run).tasks.items()},
+        "tasks": {task: main_score(e)["value"] for task, e in scores.tasks.items()},
         "validation": results.get("validation"),
         "trained": results["parameters"]["adapter"],
         "seconds": results["seconds"],
