@@ -47,6 +47,19 @@ def sweep(
             help="Runs at the same time, each on a GPU of its own; auto: one for each GPU.",
         ),
     ] = "auto",
+    choose: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="What varies and is chosen by the validation rows; default: the sweep's.",
+        ),
+    ] = None,
+    choose_seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Seeds on which each of its values is tried; default: 1."
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -68,15 +81,22 @@ def sweep(
     where it was stopped.
     """
     from moc_cli.files import check_folder
+    from moc_cli.recipe.sweep import read_sweep
     from moc_cli.report.output import say
     from moc_cli.run_files import check_own
     from moc_cli.sweep.plan import make_plan
 
-    definition = _sweep(sweep, vary or [], seeds, reference)
-    chosen = definition
+    definition = change_sweep(
+        _of_recipe(sweep, vary) if vary else read_sweep(sweep),
+        seeds=seeds,
+        choose=choose,
+        choose_seeds=choose_seeds,
+        reference=reference,
+    )
+    placed = definition
     if output_dir is not None:
-        chosen = replace(definition, output_dir=str(output_dir), results_dir=None)
-    plan = make_plan(chosen, set_ or [], read_evaluations(chosen))
+        placed = replace(definition, output_dir=str(output_dir), results_dir=None)
+    plan = make_plan(placed, set_ or [], read_evaluations(placed))
     job_limit = _read_jobs(jobs)
     places = [plan.sweep.output_dir, plan.sweep.results_dir]
     folders = [Path(place) for place in places if place]
@@ -101,7 +121,8 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     resume_command = _resume_command(
         [sweep, *repeated("--set", set_ or []), *repeated("--vary", vary or [])],
-        {"--seeds": seeds, "--jobs": jobs, "--reference": reference, "--output-dir": output_dir},
+        {"--seeds": seeds, "--jobs": jobs, "--choose": choose, "--choose-seeds": choose_seeds}
+        | {"--reference": reference, "--output-dir": output_dir},
     )
     gpus = _count_gpus() if any(plan.next_runs()) else 0
     execution = Execution(plan, job_limit or max(1, gpus), gpus, say)
@@ -162,44 +183,73 @@ def _show(execution: "Execution", folder: Path, json: bool) -> None:
     say(f"Written: {', '.join(map(str, files))}")
 
 
-def _sweep(
-    name: str,
-    vary: list[str],
-    seeds: str | None,
-    reference: str | None,
-) -> "Sweep":
-    """Return the sweep of a file, or of a recipe with `--vary`."""
+def _of_recipe(name: str, vary: list[str]) -> "Sweep":
+    """Return the sweep of a recipe and what `--vary` says."""
     from moc_cli.errors import MocError
-    from moc_cli.recipe.sweep import Sweep, check_reference, parse_vary, read_sweep, setting_of
+    from moc_cli.recipe.sweep import Sweep, parse_vary, setting_of
+
+    groups = {}
+    for text in vary:
+        key, values = parse_vary(text)
+        if key in groups:
+            raise MocError(f"--vary {key} is given twice", "give all its values at once")
+        groups[key] = [setting_of(key, value) for value in values]
+    recipe = Path(name).stem if Path(name).suffix else name.replace("/", "-")
+    title = "-".join([recipe, *(key.rpartition(".")[2] for key in groups)])
+    return Sweep(title, name, groups=groups, output_dir=f"runs/sweeps/{title}")
+
+
+def change_sweep(
+    sweep: "Sweep",
+    *,
+    seeds: str | None = None,
+    choose: str | None = None,
+    choose_seeds: int | None = None,
+    reference: str | None = None,
+) -> "Sweep":
+    """Return a sweep with what the options of the command line say; MocError naming all mistakes.
+
+    None leaves what the sweep has.
+    """
+    from moc_cli.errors import MocError
+    from moc_cli.recipe.sweep import check_choice, check_choose_seeds, check_reference
+
+    mistakes = []
+    if seeds is not None:
+        sweep = replace(sweep, seeds=_read_seeds(seeds))
+    if choose is not None:
+        if message := check_choice(choose, sweep.groups):
+            mistakes.append(f"--choose {choose}: {message}")
+        sweep = replace(sweep, chosen_group=choose)
+    if choose_seeds is not None:
+        sweep = replace(sweep, choose_seeds=choose_seeds)
+    if choose_seeds is not None or sweep.choose_seeds > 1:
+        count = max(1, len(sweep.seeds))
+        if message := check_choose_seeds(sweep.choose_seeds, sweep.chosen_group, count):
+            mistakes.append(f"--choose-seeds: {message}")
+    if reference is not None:
+        sweep = replace(sweep, reference=reference)
+    if sweep.reference is not None and not mistakes:
+        compared = [values for key, values in sweep.groups.items() if key != sweep.chosen_group]
+        names = [setting.name for values in compared for setting in values]
+        if message := check_reference(sweep.reference, names):
+            mistakes.append(f"--reference {sweep.reference}: {message}")
+    if mistakes:
+        raise MocError("\n".join(mistakes))
+    return sweep
+
+
+def _read_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of `--seeds`; MocError where one is none, or is given twice."""
+    from moc_cli.errors import MocError
     from moc_cli.recipe.types import LAST_SEED
 
-    if vary:
-        groups = {}
-        for text in vary:
-            key, values = parse_vary(text)
-            if key in groups:
-                raise MocError(f"--vary {key} is given twice", "give all its values at once")
-            groups[key] = [setting_of(key, value) for value in values]
-        recipe = Path(name).stem if Path(name).suffix else name.replace("/", "-")
-        title = "-".join([recipe, *(key.rpartition(".")[2] for key in groups)])
-        definition = Sweep(title, name, groups=groups, output_dir=f"runs/sweeps/{title}")
-    else:
-        definition = read_sweep(name)
-    if seeds is not None:
-        texts = [text.strip() for text in seeds.split(",")]
-        numbers = tuple(int(text) for text in texts if text.isdecimal() and int(text) <= LAST_SEED)
-        if len(set(numbers)) < len(texts):
-            allowed = f"whole numbers from 0 to {LAST_SEED}, each once"
-            raise MocError(f"--seeds {seeds}: allowed: {allowed}", "as --seeds 0,1")
-        definition = replace(definition, seeds=numbers)
-    if reference is not None:
-        chosen = definition.chosen_group
-        compared = [values for group, values in definition.groups.items() if group != chosen]
-        names = [setting.name for values in compared for setting in values]
-        if message := check_reference(reference, names):
-            raise MocError(f"--reference {reference}: {message}")
-        definition = replace(definition, reference=reference)
-    return definition
+    texts = [seed.strip() for seed in text.split(",")]
+    numbers = tuple(int(seed) for seed in texts if seed.isdecimal() and int(seed) <= LAST_SEED)
+    if len(set(numbers)) < len(texts):
+        allowed = f"whole numbers from 0 to {LAST_SEED}, each once"
+        raise MocError(f"--seeds {text}: allowed: {allowed}", "as --seeds 0,1")
+    return numbers
 
 
 def read_evaluations(sweep: "Sweep") -> "list[EvalOptions]":

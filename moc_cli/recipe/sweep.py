@@ -9,14 +9,15 @@ vary:                            # one run for each combination
     moc: {method.rank: 13}
   train.learning_rate: [3.0e-4, 1.0e-3]
 seeds: [0, 1, 2]                 # default: the recipe's
-choose: train.learning_rate      # tried on the first seed; the others take the best value
+choose: train.learning_rate      # tried on the first seeds; the others take the best value
+choose_seeds: 1                  # how many seeds each value is tried on
 reference: control               # what the other values of its group are compared with
 eval: [""]                       # options of a `moc eval` after each training
 output_dir: runs/sweeps/glue     # default: runs/sweeps/<name>
 results_dir: results/glue        # where the small files of finished runs are copied
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,8 @@ from moc_cli.recipe.suggest import choices
 from moc_cli.recipe.types import LAST_SEED
 
 KEYS = (
-    *("recipe", "set", "vary", "seeds", "choose", "reference", "eval", "output_dir", "results_dir"),
+    *("recipe", "set", "vary", "seeds", "choose", "choose_seeds", "reference", "eval"),
+    *("output_dir", "results_dir"),
 )
 
 
@@ -46,8 +48,8 @@ class Setting:
 class Sweep:
     """What a sweep trains: every combination of one setting of each of the `groups`.
 
-    `chosen_group` is tried on the first seed alone. `evaluations` are options of `moc eval`, as
-    texts. `seeds` is empty where the recipe's own seed is the only one.
+    The values of `chosen_group` are tried on the first `choose_seeds` seeds. `evaluations` are
+    options of `moc eval`, as texts. `seeds` is empty where the recipe's own seed is the only one.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Sweep:
     groups: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     chosen_group: str | None = None
+    choose_seeds: int = 1
     reference: str | None = None
     evaluations: tuple[str, ...] = ()
     output_dir: str = ""
@@ -69,8 +72,13 @@ class Sweep:
 
     @property
     def candidates(self) -> Sequence[Setting | None]:
-        """What is tried on the first seed; [None] where nothing is chosen."""
+        """What is tried on the first seeds; [None] where nothing is chosen."""
         return [None] if self.chosen_group is None else self.groups[self.chosen_group]
+
+    def settings(self, cell: Sequence[Setting], candidate: Setting | None) -> tuple[Setting, ...]:
+        """Return all settings of a run, in the order of the groups."""
+        by_group = {setting.group: setting for setting in (*cell, candidate) if setting}
+        return tuple(by_group[group] for group in self.groups)
 
     def row(self, cell: Sequence[Setting]) -> str:
         """Name a cell by its groups but the one whose values stand side by side."""
@@ -122,6 +130,21 @@ def check_keys(changes: Sequence[str]) -> Iterator[str]:
             yield "output.output_dir: a sweep names each run's folder; --output-dir DIR for all"
 
 
+def check_choice(key: str, groups: Collection[str]) -> str | None:
+    """Return what is wrong with the key whose values are chosen from."""
+    return None if key in groups else f"allowed is one of vary{choices(key, groups)}"
+
+
+def check_choose_seeds(number: Any, choose: str | None, seeds: int) -> str | None:
+    """Return what is wrong with the number of seeds that values are tried on, of so many."""
+    if choose is None:
+        return "nothing is chosen: it belongs to 'choose'"
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= seeds:
+        allowed = f"a whole number from 1 to {seeds}, the number of seeds"
+        return f"found {reader.as_text(number)}; allowed: {allowed}"
+    return None
+
+
 def check_reference(name: str, names: Sequence[str]) -> str | None:
     """Return what is wrong with a reference, where it is not one of the values that vary."""
     if not names:
@@ -162,6 +185,7 @@ def _parse(path: Path, value: Any) -> tuple[Sweep, list[tuple[reader.Path, str]]
         groups=groups,
         seeds=tuple(value.get("seeds") or ()),
         chosen_group=value.get("choose"),
+        choose_seeds=value.get("choose_seeds") or 1,
         reference=value.get("reference"),
         evaluations=tuple(value.get("eval") or ()),
         output_dir=value.get("output_dir") or f"runs/sweeps/{path.stem}",
@@ -193,11 +217,15 @@ def _check(value: dict[str, Any]) -> Mistakes:
     elif len(set(seeds)) < len(seeds):
         yield ("seeds",), "each seed once"
     groups = value["vary"] if isinstance(value.get("vary"), dict) else {}
-    if value.get("choose") is not None and value["choose"] not in groups:
-        yield ("choose",), f"allowed is one of vary{choices(str(value['choose']), groups)}"
+    choose = value.get("choose")
+    if choose is not None and (message := check_choice(str(choose), groups)):
+        yield ("choose",), message
+    if value.get("choose_seeds") is not None:
+        count = max(1, len(seeds)) if isinstance(seeds, list) else 1
+        if message := check_choose_seeds(value["choose_seeds"], choose, count):
+            yield ("choose_seeds",), message
     if value.get("reference") is not None:
-        chosen = value.get("choose")
-        compared = [values for key, values in groups.items() if values and key != chosen]
+        compared = [values for key, values in groups.items() if values and key != choose]
         names = [name for values in compared for name in _names(values)]
         if message := check_reference(str(value["reference"]), names):
             yield ("reference",), message

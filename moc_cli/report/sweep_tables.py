@@ -15,7 +15,10 @@ Rows = list[list[str | Text]]
 
 def sweep_tables(summary: Summary) -> list[FittedTable]:
     """Show what `moc sweep --json` prints."""
-    tables = [_score_table(summary), _cost_table(summary), _difference_table(summary)]
+    tables = [
+        *(_search_table(summary), _score_table(summary), _cost_table(summary)),
+        _difference_table(summary),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -23,6 +26,34 @@ def plan_table(runs: list[tuple[str, bool]]) -> FittedTable:
     """Show the names of runs, and whether each is finished."""
     rows: Rows = [[name, "finished" if finished else ""] for name, finished in runs]
     return FittedTable("Runs", ["run", ""], rows)
+
+
+def _search_table(summary: Summary) -> FittedTable:
+    """What chose a value: the best values on the validation rows, the chosen one in bold."""
+    candidates = summary["candidates"]
+    rows: Rows = []
+    for row in summary["rows"]:
+        for value, search in row["search"].items():
+            metric = next(found["metric"] for found in search.values())
+            chosen = row["cells"].get(value, {}).get("chosen")
+            line: list[str | Text] = [line_name(row["name"], metric), value]
+            for candidate in candidates:
+                text = _found(search.get(candidate), len(summary["choose_seeds"]))
+                line.append(Text(text, "bold" if candidate == chosen else ""))
+            rows.append(line)
+    seeds = ", ".join(map(str, summary["choose_seeds"]))
+    mean = f"mean over seeds {seeds}" if "," in seeds else f"seed {seeds}"
+    title = f"Search: best score on the validation rows, {mean}"
+    return FittedTable(title, ["", summary["compared"], *candidates], rows)
+
+
+def _found(search: Mapping[str, Any] | None, seeds: int) -> str:
+    """Return a candidate's score in the search, with its number of seeds where some are missing."""
+    if search is None:
+        return MISSING
+    text = score_text(search["metric"], search["mean"])
+    done = len(search["seeds"])
+    return text if done == seeds else f"{text} ({done} of {seeds} seeds)"
 
 
 def _score_table(summary: Summary) -> FittedTable:

@@ -1,6 +1,7 @@
 """The runs of a sweep: their recipes, their folders, and which of them are done."""
 
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ class SweepPlan:
     runs: list[PlannedRun]
     finished: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
-    choices: dict[Cell, PlannedRun] = field(default_factory=dict)
+    choices: dict[Cell, Setting] = field(default_factory=dict)
 
     def find_finished(self) -> None:
         """Look which runs are finished; MocError where folders hold runs of other recipes."""
@@ -92,8 +93,8 @@ class SweepPlan:
     def next_runs(self) -> Iterator[PlannedRun]:
         """Yield the runs that can start now and have not failed, in their order.
 
-        Those of later seeds wait until all candidates of their cell are finished, and only the
-        chosen one has them.
+        Those of later seeds wait until all candidates of their cell are finished on the seeds of
+        the search, and only the chosen one has them.
         """
         for run in self.runs:
             if run.name not in self.finished | self.failed.keys() and self.is_needed(run):
@@ -101,29 +102,46 @@ class SweepPlan:
 
     def is_needed(self, run: PlannedRun) -> bool:
         """Whether a run is tried, or has the chosen candidate; not if that is not known yet."""
-        if run.candidate is None or run.seed == self.runs[0].seed:
+        if run.candidate is None or run.seed in self.tried_seeds():
             return True
-        chosen = self.chosen(run.cell)
-        return chosen is not None and chosen.candidate == run.candidate
+        return self.chosen(run.cell) == run.candidate
 
-    def chosen(self, cell: Cell) -> PlannedRun | None:
-        """Return the first seed's run of a cell's best candidate; None until all are finished.
+    def seeds(self) -> list[int]:
+        """Return the seeds of every combination, in their order."""
+        return list(dict.fromkeys(run.seed for run in self.runs))
 
-        One that has failed cannot be the best: a rate may be too high for a method.
+    def tried_seeds(self) -> list[int]:
+        """Return the seeds on which all candidates are tried."""
+        return self.seeds()[: self.sweep.choose_seeds]
+
+    def tried(self, cell: Cell) -> dict[Setting, list[PlannedRun]]:
+        """Return the runs of a cell's search, finished or not, by candidates."""
+        seeds, tried = self.tried_seeds(), dict[Setting, list[PlannedRun]]()
+        for run in self.runs:
+            if run.cell == cell and run.candidate is not None and run.seed in seeds:
+                tried.setdefault(run.candidate, []).append(run)
+        return tried
+
+    def chosen(self, cell: Cell) -> Setting | None:
+        """Return a cell's best candidate; None until all are finished on all seeds of the search.
+
+        One with a run that has failed cannot be the best: a rate may be too high for a method.
         """
-        first = self.runs[0].seed
-        tried = [run for run in self.runs if run.cell == cell and run.seed == first]
-        tried = [run for run in tried if run.name not in self.failed]
-        if not tried or any(run.name not in self.finished for run in tried):
-            return None
         if cell not in self.choices:
-            self.choices[cell] = tried[0] if len(tried) == 1 else best_of(tried)
+            tried = {
+                candidate: runs
+                for candidate, runs in self.tried(cell).items()
+                if not any(run.name in self.failed for run in runs)
+            }
+            names = {run.name for runs in tried.values() for run in runs}
+            if not tried or not names <= self.finished:
+                return None
+            self.choices[cell] = best_of(tried)
         return self.choices[cell]
 
     def counting(self, cell: Cell) -> list[PlannedRun]:
         """Return the finished runs of a cell's chosen candidate, by seed."""
-        chosen = self.chosen(cell)
-        candidate = None if chosen is None else chosen.candidate
+        candidate = self.chosen(cell)
         cell_runs = [run for run in self.runs if run.cell == cell and run.name in self.finished]
         return [run for run in cell_runs if run.candidate == candidate]
 
@@ -137,7 +155,7 @@ class SweepPlan:
             if self.is_needed(run):
                 names[run.name] = run.name in self.finished
             elif self.chosen(run.cell) is None:
-                names[f"{_name(run.cell)}/*/seed-{run.seed}"] = False
+                names[f"{self._any_candidate(run)}/seed-{run.seed}"] = False
         return list(names.items())
 
     def done(self) -> int:
@@ -145,18 +163,32 @@ class SweepPlan:
         return sum(finished for _, finished in self.listed())
 
     def total(self) -> int:
-        """How many runs the sweep needs: all candidates once, and the further seeds of one."""
-        seeds = len({run.seed for run in self.runs})
-        cells = len(self.sweep.cells)
-        return cells * len(self.sweep.candidates) + cells * (seeds - 1)
+        """How many runs the sweep needs: all candidates on the seeds of the search, and the further
+        seeds of one.
+        """
+        seeds, tried = len(self.seeds()), len(self.tried_seeds())
+        return len(self.sweep.cells) * (len(self.sweep.candidates) * tried + seeds - tried)
+
+    def _any_candidate(self, run: PlannedRun) -> str:
+        parts = [
+            "*" if setting == run.candidate else _part(setting)
+            for setting in self.sweep.settings(run.cell, run.candidate)
+        ]
+        return "/".join(parts)
 
 
-def best_of(runs: Sequence[PlannedRun]) -> PlannedRun:
-    """Return the run with the best value on its validation rows; the first one of equals."""
-    values = [run.validation() for run in runs]
-    (metric,) = {metric for metric, _ in values}
+def best_of(tried: Mapping[Setting, Sequence[PlannedRun]]) -> Setting:
+    """Return the candidate whose runs have the best mean value on their validation rows.
+
+    The first one of equals; with one candidate there is nothing to look at.
+    """
+    candidates = list(tried)
+    if len(candidates) == 1:
+        return candidates[0]
+    values = {candidate: [run.validation() for run in runs] for candidate, runs in tried.items()}
+    (metric,) = {metric for found in values.values() for metric, _ in found}
     best = min if metric in LOWER_IS_BETTER else max
-    return runs[best(range(len(runs)), key=lambda number: values[number][1])]
+    return best(candidates, key=lambda one: statistics.fmean(value for _, value in values[one]))
 
 
 def make_plan(
@@ -173,7 +205,7 @@ def make_plan(
     runs: list[PlannedRun] = []
     mistakes: dict[str, str] = {}
     settings = {
-        (cell, candidate): (*cell, candidate) if candidate else cell
+        (cell, candidate): sweep.settings(cell, candidate)
         for cell in sweep.cells
         for candidate in sweep.candidates
     }

@@ -76,6 +76,8 @@ def summarize_sweep(plan: SweepPlan) -> dict[str, Any]:
         "set": list(sweep.common),
         "compared": group,
         "chosen": sweep.chosen_group,
+        "candidates": [candidate.name for candidate in sweep.candidates if candidate],
+        "choose_seeds": plan.tried_seeds() if sweep.chosen_group else [],
         "reference": sweep.reference,
         "finished": plan.done(),
         "needed": plan.total(),
@@ -123,7 +125,28 @@ def _row(name: str, columns: Sequence[Column], plan: SweepPlan) -> dict[str, Any
     first = [column for column in filled if column.value == plan.sweep.reference]
     other_columns = [column for column in filled if column not in first]
     differences = _differences(first[0], other_columns, cells) if first else {}
-    return {"name": name, "cells": cells, "differences": differences}
+    search = {column.value: found for column in columns if (found := _search(column.cell, plan))}
+    return {"name": name, "cells": cells, "search": search, "differences": differences}
+
+
+def _search(cell: Cell, plan: SweepPlan) -> dict[str, Any]:
+    """Return what chose a cell's candidate: each one's best values on the validation rows.
+
+    They are those of the finished runs. Empty where nothing is chosen.
+    """
+    search = {}
+    for candidate, runs in plan.tried(cell).items():
+        finished = [run for run in runs if run.name in plan.finished]
+        found = [run.validation() for run in finished]
+        if found:
+            values = [value for _, value in found]
+            search[candidate.name] = {
+                "metric": found[0][0],
+                "seeds": [run.seed for run in finished],
+                "values": values,
+                "mean": statistics.fmean(values),
+            }
+    return search
 
 
 def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
@@ -146,7 +169,7 @@ def _cell(column: Column, plan: SweepPlan) -> dict[str, Any]:
     return {
         "tasks": tasks,
         "seeds": [run.seed for run in column.runs],
-        "chosen": chosen.candidate.name if chosen and chosen.candidate else None,
+        "chosen": chosen.name if chosen else None,
         "scored": column.scores[0].label,
         "trained": results[0]["parameters"]["adapter"],
         "seconds": statistics.median(result["seconds"] for result in results),

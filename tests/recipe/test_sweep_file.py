@@ -46,6 +46,9 @@ def test_it_says_what_runs_there_are(tmp_path: Path) -> None:
     ]
     assert (sweep.compared_group, sweep.row(sweep.cells[0])) == ("method", '["a"]')
     assert sweep.output_dir == "runs/sweeps/grid"
+    assert sweep.choose_seeds == 1
+    two = read_sweep(write(tmp_path, TEXT + "choose_seeds: 2\n"))
+    assert two.choose_seeds == 2
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,9 @@ def test_it_says_what_runs_there_are(tmp_path: Path) -> None:
         ("[3, 1]", "[3, 3]"),
         ("[3, 1]", "3"),
         ("choose: train", "choose: trains"),
+        ("reference: control", "choose_seeds: 3"),
+        ("reference: control", "choose_seeds: true"),
+        ("choose: train.learning_rate", "choose_seeds: 2"),
         ("reference: control", "reference: controls"),
         ("moc: {}", "moc: 3"),
         ("[[a], [b]]", "[[a], [a]]"),

@@ -5,14 +5,13 @@ Written again by `PYTHONPATH=tests:. python -m support.results_tables`.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from support.machine import ROOT
 
-from moc_cli.cli.sweep import read_evaluations
+from moc_cli.cli.sweep import change_sweep, read_evaluations
 from moc_cli.recipe.sweep import read_sweep
 from moc_cli.report.sweep_tables import sweep_tables
 from moc_cli.report.tables import FittedTable
@@ -22,28 +21,34 @@ from moc_cli.sweep.summary import summarize_sweep
 
 DOCUMENT = ROOT / "recipes" / "RESULTS.md"
 BLOCK = re.compile(
-    r"(<!-- sweep: ([\w-]+)(?:, reference: ([\w-]+))? -->\n).*?(<!-- end of sweep -->\n)", re.S
+    r"(<!-- sweep: ([\w-]+)((?:, \w+: [\w.-]+)*) -->\n).*?(<!-- end of sweep -->\n)", re.S
 )
 
 
 @cache
-def summarized(name: str, reference: str | None = None) -> dict[str, Any]:
-    """Return what `moc sweep --json` prints of a shipped sweep's kept runs."""
-    sweep = read_sweep(name)
-    sweep = replace(sweep, reference=reference or sweep.reference)
+def summarized(name: str, options: str = "") -> dict[str, Any]:
+    """Return what `moc sweep --json` prints of a shipped sweep's kept runs.
+
+    `options` are of the command, as `, reference: moc` or `, choose: KEY, choose_seeds: 5`.
+    """
+    changes: dict[str, Any] = dict(option.split(": ") for option in options.split(", ")[1:])
+    if "choose_seeds" in changes:
+        changes["choose_seeds"] = int(changes["choose_seeds"])
+    sweep = change_sweep(read_sweep(name), **changes)
     plan = make_plan(sweep, [], read_evaluations(sweep))
     plan.find_finished()
     return summarize_sweep(plan)
 
 
-def tables(name: str, reference: str | None) -> str:
+def tables(name: str, options: str) -> str:
     """Return the Markdown of a shipped sweep's results: conditions, picture, then its tables.
 
-    With another reference than the sweep's: the differences to it alone.
+    With options: the tables alone, with another reference that of the differences.
     """
-    summary = summarized(name, reference)
-    if reference:
-        return "\n".join(["", *_markdown(sweep_tables(summary)[-1:])]) + "\n"
+    summary = summarized(name, options)
+    if options:
+        shown = sweep_tables(summary)[-1 if "reference" in options else 0 :]
+        return "\n".join(["", *_markdown(shown)]) + "\n"
     picture = f"![Differences to {summary['reference']}](results/{name}.svg)\n"
     lines = ["", *_conditions(summary), picture, *_markdown(sweep_tables(summary))]
     return "\n".join(lines) + "\n"
@@ -97,8 +102,8 @@ def _line(cells: list[str]) -> str:
 def main() -> None:
     """Write the tables into RESULTS.md, and the pictures beside the runs."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    for _, name, reference, _ in BLOCK.findall(text):
-        if not reference:
+    for _, name, options, _ in BLOCK.findall(text):
+        if not options:
             picture_file(name).write_bytes(draw(name))
     DOCUMENT.write_text(document(text), encoding="utf-8")
 

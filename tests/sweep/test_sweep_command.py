@@ -163,7 +163,10 @@ def test_an_average_is_of_one_scale_and_of_tasks_that_all_have() -> None:
         for cell_of in text["cells"].values():
             cell_of |= {"scored": "texts", "seeds": [0], "trained": 1, "seconds": 1, "chosen": None}
             cell_of["tasks"]["news"]["values"] = [cell_of["tasks"]["news"]["median"]]
+    for text in texts:
+        text["search"] = {}
     shown = {"rows": [*texts, texts[0] | {"name": "b"}], "average": average, "compared": "size"}
+    shown |= {"candidates": [], "choose_seeds": []}
     head, *_ = sweep_tables(
         shown | {"conditions": conditions, "chosen": None, "reference": None, "confidence": 0.95}
     )

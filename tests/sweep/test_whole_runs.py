@@ -1,13 +1,15 @@
 """When a run of a sweep counts, which of its scores do, and what is refused before any training."""
 
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
-from support.sweeps import write_sweep
+from support.sweeps import Ended, write_sweep
 
 from moc_cli.cli import run
+from moc_cli.sweep import execute
 
 ONE = {"vary": {"method.rank": [2]}, "choose": None, "reference": None, "seeds": [0]}
 Started = list[list[str]]
@@ -54,6 +56,101 @@ def test_a_candidate_that_fails_is_not_waited_for(
     assert (cell["chosen"], cell["seeds"]) == ("0.01", [0, 1])
     (failed,) = summary["failed"]
     assert "1e+25" in failed
+
+
+def test_values_are_tried_on_several_seeds(
+    tmp_path: Path, choices: list[str], started: Started, capsys: Capture
+) -> None:
+    """The mean over the seeds of the search chooses, where the first seed alone says otherwise."""
+    sweep = write_sweep(tmp_path, choices[1], seeds=[0, 1, 2], eval=[], choose_seeds=2)
+    call = ["sweep", sweep]
+    assert run([*call, "--dry-run", "--json"]) == 0
+    listed = [one["name"] for one in json.loads(capsys.readouterr().out)["runs"]]
+    assert listed == [
+        *(
+            f"{size}/learning_rate-{rate}/seed-{seed}"
+            for seed in (0, 1)
+            for size in ("r2", "r4")
+            for rate in (0.001, 0.01)
+        ),
+        *("r2/*/seed-2", "r4/*/seed-2"),
+    ]
+    summary = summary_of(call, capsys)
+    assert len(started) == summary["needed"] == summary["finished"] == 2 * (2 * 2 + 1)
+    assert summary["choose_seeds"] == [0, 1]
+    losses = {"0.001": [1.0, 4.0], "0.01": [2.0, 2.0]}
+    for rate, values in losses.items():
+        for seed, value in enumerate(values):
+            validate(tmp_path / "kept" / "r2" / f"learning_rate-{rate}" / f"seed-{seed}", value)
+    started.clear()
+    (row,) = summary_of(call, capsys)["rows"]
+    assert row["cells"]["r2"]["chosen"] == "0.01"
+    for rate, values in losses.items():
+        found = {"metric": "loss", "seeds": [0, 1], "values": values, "mean": sum(values) / 2}
+        assert row["search"]["r2"][rate] == found
+    (row,) = summary_of([*call, "--choose-seeds", "1"], capsys)["rows"]
+    assert row["cells"]["r2"]["chosen"] == "0.001"
+    assert row["search"]["r2"]["0.001"]["values"] == [1.0]
+    assert run(call) == 0
+    title, head, _, line, *_ = [
+        text for text in capsys.readouterr().out.splitlines() if text.strip()
+    ]
+    assert title.strip() == "Search: best score on the validation rows, mean over seeds 0, 1"
+    assert head.split() == ["size", "0.001", "0.01"]
+    assert "r2" in line
+
+
+def validate(folder: Path, value: float) -> None:
+    """Let a run's best value on its validation rows be a loss of this size."""
+    results = folder / "results.json"
+    content = json.loads(results.read_text())
+    content["validation"] = {"metric": "loss", "value": value, "step": 1}
+    results.write_text(json.dumps(content))
+
+
+def test_a_candidate_that_fails_on_one_seed_is_left_out(
+    tmp_path: Path, choices: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it is the better one on the other seed."""
+
+    def start(command: list[str], environment: dict[str, str], log: IO[str]) -> Ended:
+        if "train.learning_rate=0.01" in command and "seed=1" in command:
+            log.write("Error: the loss is not finite\n")
+            return Ended(2)
+        with redirect_stdout(log):
+            return Ended(run(command[3:]))
+
+    monkeypatch.setattr(execute, "start", start)
+    monkeypatch.setattr(execute, "POLL", 0.0)
+    vary = {"train.learning_rate": [0.001, 0.01]}
+    keys = {"vary": vary, "reference": None, "eval": [], "choose_seeds": 2, "results_dir": None}
+    assert run(["sweep", write_sweep(tmp_path, choices[1], **keys), "--json"]) == 2
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    (cell,) = row["cells"].values()
+    assert (cell["chosen"], cell["seeds"]) == ("0.001", [0, 1])
+
+
+def test_the_choice_is_made_among_the_same_runs(
+    tmp_path: Path, choices: list[str], started: Started, capsys: Capture
+) -> None:
+    """A run's folder does not depend on what is chosen: a whole grid can be looked at both ways."""
+    vary = {"train.learning_rate": [0.001, 0.01], "method.rank": [2, 4]}
+    keys = {"vary": vary, "choose": None, "reference": None, "eval": [], "results_dir": None}
+    call = ["sweep", write_sweep(tmp_path, choices[1], **keys)]
+    assert len(summary_of(call, capsys)["rows"]) == 2
+    assert len(started) == 8
+    started.clear()
+    choose = [*call, "--choose", "train.learning_rate", "--choose-seeds"]
+    (row,) = summary_of([*choose, "2"], capsys)["rows"]
+    assert not started
+    assert [cell["seeds"] for cell in row["cells"].values()] == [[0, 1], [0, 1]]
+    assert run([*choose, "3"]) == 2
+    said = capsys.readouterr().err
+    assert "--choose-seeds: found 3; allowed: a whole number from 1 to 2" in said
+    assert run([*call, "--choose", "train.learning_rates", "--choose-seeds", "1"]) == 2
+    assert "did you mean 'train.learning_rate'" in capsys.readouterr().err
+    assert run([*call, "--choose-seeds", "1"]) == 2
+    assert "--choose-seeds: nothing is chosen" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["vary", "--vary"])
