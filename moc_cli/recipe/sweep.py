@@ -132,7 +132,7 @@ def check_keys(changes: Sequence[str]) -> Iterator[str]:
 
 def check_choice(key: str, groups: Collection[str]) -> str | None:
     """Return what is wrong with the key whose values are chosen from."""
-    return None if key in groups else f"allowed is one of vary{choices(key, groups)}"
+    return None if key in groups else f"nothing of this name varies{choices(key, groups)}"
 
 
 def check_choose_seeds(number: Any, choose: str | None, seeds: int) -> str | None:
@@ -149,7 +149,9 @@ def check_reference(name: str, names: Sequence[str]) -> str | None:
     """Return what is wrong with a reference, where it is not one of the values that vary."""
     if not names:
         return "nothing is compared: 'choose' takes all that varies"
-    return None if names.count(name) == 1 else f"allowed is one value{choices(name, names)}"
+    if name not in names:
+        return f"not one of the compared values{choices(name, names)}"
+    return "several values have this name" if names.count(name) > 1 else None
 
 
 def parse_vary(text: str) -> tuple[str, list[Any]]:

@@ -6,7 +6,7 @@ import pytest
 from support.messages import refused
 
 from moc_cli.errors import MocError, RecipeError
-from moc_cli.recipe.sweep import parse_vary, read_sweep
+from moc_cli.recipe.sweep import check_reference, parse_vary, read_sweep
 
 TEXT = """\
 recipe: quickstart
@@ -71,6 +71,11 @@ def test_mistakes_have_their_line(tmp_path: Path, old: str, new: str) -> None:
     assert old in TEXT
     with refused(RecipeError):
         read_sweep(write(tmp_path, TEXT.replace(old, new)))
+
+
+def test_a_reference_names_one_value() -> None:
+    assert check_reference("r2", ["r2", "r4"]) is None
+    assert check_reference("r2", ["r2", "r4", "r2"]) == "several values have this name"
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:

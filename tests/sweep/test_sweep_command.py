@@ -305,14 +305,14 @@ def test_a_reference_is_one_of_the_values(
     capsys.readouterr()
     sweep = write_sweep(Path(choices[1]).parent, choices[1], reference="0.01")
     assert run(["sweep", sweep]) == 2  # a value that is chosen from
-    assert "reference: allowed is one value; allowed: r2, r4" in capsys.readouterr().err
+    assert "reference: not one of the compared values; allowed: r2, r4" in capsys.readouterr().err
     vary = {"train.learning_rate": [0.001, 0.01]}
     sweep = write_sweep(Path(choices[1]).parent, choices[1], vary=vary, reference="0.01")
     assert run(["sweep", sweep]) == 2
     assert "reference: nothing is compared" in capsys.readouterr().err
     assert run([*ranks, "13"]) == 2
     said = capsys.readouterr().err
-    assert "--reference 13: allowed is one value" in said
+    assert "--reference 13: not one of the compared values" in said
     assert "allowed: 12, 16" in said
 
 
