@@ -24,6 +24,7 @@ from moc_cli.results import main_score
 from moc_cli.run_files import Sample, read_lines
 from moc_cli.signals import EndedBySignal, handled, stop_number
 from moc_cli.sweep.plan import PlannedRun, SweepPlan
+from moc_cli.training.changes import is_finished
 
 POLL = 0.2  # seconds between two looks at the processes
 LOOK_AGAIN = 5.0  # and at a run that another sweep trains
@@ -152,6 +153,7 @@ class Execution:
         self.elsewhere.pop(run.name, None)
         try:
             finished = run.is_finished()
+            steps = commands(self.plan.sweep, run)
         except MocError as error:
             log.close()
             self._fail(run, error.message)
@@ -161,7 +163,6 @@ class Execution:
             self._finish(run, observe)
             return
         slot = min(set(range(self.jobs)) - {job.slot for job in working})
-        steps = commands(self.plan.sweep, run)
         working.append(ActiveRun(run, steps, self._share(slot), slot, log))
 
     def _open_log(self, run: PlannedRun) -> IO[str] | None:
@@ -195,19 +196,20 @@ class Execution:
 
 
 def commands(sweep: Sweep, run: PlannedRun) -> list[list[str]]:
-    """Return the commands that a run needs: `moc train`, and each `moc eval`."""
-    moc = [sys.executable, "-m", "moc_cli"]
-    train = [*moc, "train", sweep.recipe]
-    for change in run.changes:
-        train += ["--set", change]
-    train += ["--output-dir", str(run.folder.path)]
-    if run.folder.recipe_file.is_file():
-        train += ["--resume", "auto"]
-    folder = str(run.folder.path)
-    return [
-        train,
-        *([*moc, "eval", folder, *shlex.split(options)] for options in sweep.evaluations),
-    ]
+    """Return the commands that a run still needs: `moc train`, and each `moc eval`.
+
+    Raises RunError where its folder holds another run.
+    """
+    moc, folder = [sys.executable, "-m", "moc_cli"], str(run.folder.path)
+    evaluations = dict(zip(run.evaluations, sweep.evaluations, strict=True))
+    steps = []
+    if is_finished(run.trained, run.folder):
+        evaluations = {label: evaluations[label] for label in run.unscored(run.folder)}
+    else:
+        changes = [part for change in run.changes for part in ("--set", change)]
+        resume = ["--resume", "auto"] if run.folder.recipe_file.is_file() else []
+        steps.append([*moc, "train", sweep.recipe, *changes, "--output-dir", folder, *resume])
+    return [*steps, *([*moc, "eval", folder, *shlex.split(e)] for e in evaluations.values())]
 
 
 def keep_small_files(run: PlannedRun) -> None:

@@ -45,17 +45,19 @@ class PlannedRun:
         Raises RunError where its folder holds another one.
         """
         kept = self.trained if self.results.path == self.folder.path else self.recipe
-        if not is_finished(kept, self.results):
-            return False
+        return is_finished(kept, self.results) and not self.unscored(self.results)
+
+    def unscored(self, folder: RunFolder) -> list[str]:
+        """Return the evaluations of a finished run that a folder does not hold whole."""
         if not self.evaluations:
-            return True
-        scored = self.results.read_evaluations()
-        tasks = self.results.read_results()["tasks"]
+            return []
+        scored, tasks = folder.read_evaluations(), folder.read_results()["tasks"]
+        missing = []
         for label, options in self.evaluations.items():
             needed = options.harness or options.tasks or tasks
             if label not in scored or not {*needed} <= scored[label]["tasks"].keys():
-                return False  # one may have been stopped between two tasks
-        return True
+                missing.append(label)  # one may have been stopped between two tasks
+        return missing
 
     def validation(self) -> tuple[str, float]:
         """Return the metric that chose the run's step, and its best value during training."""

@@ -207,6 +207,11 @@ def test_kept_results_are_those_of_the_sweep_as_its_file_has_it(
     assert run([*call, *places]) == 0
     assert "is left alone" not in capsys.readouterr().err
     kept = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    shutil.rmtree(tmp_path / "kept")  # the run folders are enough too: nothing is trained again
+    started.clear()
+    assert run([*call, *places]) == 0
+    assert not started
+    assert kept == {path: path.read_bytes() for path in kept}
     assert not any(str(elsewhere).encode() in content for content in kept.values())
     changed = [*call, "--set", "train.weight_decay=0.5"]
     assert run(changed) == 2

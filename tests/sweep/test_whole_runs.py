@@ -34,11 +34,11 @@ def test_a_run_is_finished_when_each_task_of_each_evaluation_is_scored(
     results.write_text(json.dumps(content | {"tasks": {}}))
     started.clear()
     assert summary_of(call, capsys)["rows"] == whole["rows"]
-    assert [command[0] for command in started] == ["train", "eval"]
+    assert [command[0] for command in started] == ["eval"]  # what is trained stays as it is
     started.clear()
     call = ["sweep", write_sweep(tmp_path, choices[1], **keys, eval=["--limit 3", "--limit 4"])]
     (row,) = summary_of(call, capsys)["rows"]
-    assert [command[0] for command in started] == ["train", "eval", "eval"]
+    assert [command[2:] for command in started] == [["--limit", "3"]]
     (cell,) = row["cells"].values()
     assert cell["scored"] == "rank-limit-3"  # the first one, whichever has more items
 
