@@ -123,7 +123,10 @@ def summary_rows(routing: Routing) -> HeadedRows:
     summary = routing["summary"]
     pools = [site["pool"] for site in routing["sites"]]
     size = len(pools) / len(set(pools))
-    even = f"{math.log(size):.3f}"
+    excluded = int(summary["chance_local"] == 0)  # a site's own control, by exclude_local
+
+    def even(controls: float) -> str:
+        return f"{math.log(controls):.3f}"
 
     def crossing(block: str, other_block: str) -> list[str]:
         """The share of `other_block` controls in the choices and the pools of `block` sites."""
@@ -133,7 +136,7 @@ def summary_rows(routing: Routing) -> HeadedRows:
                 pool = [
                     entry["block"] for entry in routing["sites"] if entry["pool"] == site["pool"]
                 ]
-                shares.append(pool.count(other_block) / len(pool))
+                shares.append(pool.count(other_block) / (len(pool) - excluded))
         chance = percent(sum(shares) / len(shares)) if any(shares) else MISSING
         return [percent(summary[f"{block}_to_{other_block}"]), chance]
 
@@ -141,9 +144,9 @@ def summary_rows(routing: Routing) -> HeadedRows:
         ["local choices", percent(summary["local_share"]), percent(summary["chance_local"])],
         ["attention → FFN", *crossing("attn", "ffn")],
         ["FFN → attention", *crossing("ffn", "attn")],
-        ["entropy of the gate, nats", decimal(summary["gate_entropy"], 3), even],
+        ["entropy of the gate, nats", decimal(summary["gate_entropy"], 3), even(size - excluded)],
         ["lead of the chosen, in probability", decimal(summary["margin"], 4), "0"],
-        ["entropy of use, nats", decimal(summary["use_entropy"], 3), even],
+        ["entropy of use, nats", decimal(summary["use_entropy"], 3), even(size)],
         ["effective controls", decimal(summary["effective"], 1), f"{size:g}"],
         ["dead controls", str(len(summary["dead"])), "0"],
     ]

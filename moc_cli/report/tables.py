@@ -120,7 +120,7 @@ def utilization_tables(summary: Mapping[str, Any], *, width: int = 100) -> list[
         top = max(use, default=0.0) or 1.0
         title = Text(f"Controls of the {pool} pool", "bold")
         local = percent(state["local_share"])
-        title.append(f"  {state['decisions']:,} choices, {local} local, ")
+        title.append(f"  {state['decisions']:,} decisions, {local} local, ")
         title.append(f"{len(dead)} of {len(names)} dead", "red" if dead else "")
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
         for _ in range(columns):

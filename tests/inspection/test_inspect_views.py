@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from moc_cli.report.routing import RAMP, SCALE, heat_map, routing_views
+from moc_cli.report.routing import RAMP, SCALE, heat_map, routing_views, summary_rows
 
 
 def routing(layers: int, blocks=("attn", "ffn"), **more) -> dict:
@@ -168,3 +168,13 @@ def test_tables_of_a_text_cap_tokens_and_sites():
     row = next(line for line in text.splitlines() if "·w0 " in line)
     assert row.split() == ["·w0", "1.ffn", "0.5000", "✓"]
     assert "60 of 70 tokens" in text
+
+
+def test_chance_knows_that_a_site_may_not_take_its_own_control():
+    """With exclude_local the pool of a decision has one control less."""
+    given = routing(4)
+    _, rows = summary_rows(given)
+    assert [row[2] for row in rows[1:6]] == ["50.0 %", "50.0 %", "2.079", "0", "2.079"]
+    given["summary"]["chance_local"] = 0.0
+    _, rows = summary_rows(given)
+    assert [row[2] for row in rows[:6]] == ["0.0 %", "57.1 %", "57.1 %", "1.946", "0", "2.079"]
