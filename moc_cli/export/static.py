@@ -30,6 +30,7 @@ from moc_cli.recipe.schema import Recipe
 from moc_cli.report.progress import WorkProgress
 from moc_cli.scoring.results import Evaluation, ScoringOptions
 from moc_cli.training.build import read_rows
+from moc_cli.training.checks import fitting
 
 
 @dataclass(frozen=True)
@@ -149,25 +150,39 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
 
 
 def _rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...]:
-    """Up to `limit` rows a task: of the training part to count on, of the scored part to score."""
+    """Up to `limit` rows a task: of the training part to count on, of the scored part to score.
+
+    Rows that are too long for the model to score are left out.
+    """
     recipe, rows = read_rows(trained.recipe)
+
+    def drawn(examples: list[Example]) -> list[Example]:
+        chosen, model = subset(examples, limit), trained.adapted.model
+        options = _options(trained)
+        numbers, _ = fitting(trained.kind, chosen, trained.tokenizer, model, options)
+        return [chosen[number] for number in numbers]
+
     train = {
-        task: subset([row for row in rows.train if row.task == task], limit)
+        task: drawn([row for row in rows.train if row.task == task])
         for task in recipe.data.tasks
     }
-    scored = {name: subset(part, limit) for name, part in rows.tests.items()}
+    scored = {name: drawn(part) for name, part in rows.tests.items()}
     return (
         {name: part for name, part in train.items() if part},
         {name: part for name, part in scored.items() if part},
     )
 
 
+def _options(trained: LoadedRun) -> ScoringOptions:
+    recipe = trained.recipe
+    return ScoringOptions(recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
+
+
 def _score(
     trained: LoadedRun, tasks: dict[str, list[Example]], label: str
 ) -> tuple[Record, list[Evaluation]]:
     """Score each task; return what the gates decided on its rows, and the results."""
-    recipe = trained.recipe
-    options = ScoringOptions(recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
+    options = _options(trained)
     recorder = trained.adapted.recorder()
     assert recorder is not None
     results = []

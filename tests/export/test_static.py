@@ -1,6 +1,7 @@
 """Frozen routes: the choice, the folded pairs against the mixture so rerouted, the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from moc_cli.cli import run
 from moc_cli.errors import MocError
 from moc_cli.export import FormatOptions, check_format, standalone, static
+from moc_cli.load_run import open_run
 from moc_cli.methods import Adapted, attach
 from moc_cli.methods.route_counts import Layout, Record, Sums
 from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod, MolexMethod
@@ -209,6 +211,25 @@ class TestCommand:
             "B": (32, 8),
         }
         assert set(told["facts"]["routes"]) == {"0.attn", "0.ffn", "1.attn", "1.ffn"}
+
+    def test_rows_too_long_for_the_model_are_left_out(
+        self, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where they are trained on and scored: training cuts them, and scoring leaves out."""
+        loaded = open_run(trained)
+        recipe, splits = static.read_rows(loaded.recipe)
+        long = replace(splits.train[0], eval_prompt="word " * 200 + splits.train[0].eval_prompt)
+        longer = replace(
+            splits,
+            train=[long, *splits.train],
+            tests={name: [long, *part] for name, part in splits.tests.items()},
+        )
+        monkeypatch.setattr(static, "read_rows", lambda _: (recipe, longer))
+        for part, whole in zip(
+            static._rows(loaded, 64), (splits.train, *splits.tests.values()), strict=True
+        ):
+            assert part == {"ARC-Easy": whole}
+            static._score(loaded, part, "scoring")
 
     @pytest.mark.usefixtures("clean_process")
     def test_standalone_is_a_whole_folder(
