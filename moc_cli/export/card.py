@@ -194,11 +194,11 @@ def _method(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
 
 def _data(trained: LoadedRun) -> list[str]:
     data, train = trained.recipe.data, trained.recipe.train
+    learned = "; loss on " + ("prompt and answer" if data.train_on_inputs else "the answer alone")
+    learned += f" (`train_on_inputs: {str(data.train_on_inputs).lower()}`)"
     lines = [
         f"- suite `{data.suite}`, tasks {', '.join(f'`{task}`' for task in data.tasks)}",
-        f"- rows cut at {data.max_length} tokens; loss on "
-        + ("prompt and answer" if data.train_on_inputs else "the answer alone")
-        + f" (`train_on_inputs: {str(data.train_on_inputs).lower()}`)",
+        f"- rows cut at {data.max_length} tokens" + (learned if data.kind.prompted else ""),
         f"- learning rate {train.learning_rate:g} ({train.lr_scheduler_type}), "
         f"{train.per_device_train_batch_size} rows a micro-batch, "
         f"{train.gradient_accumulation_steps} a step, seed {trained.recipe.seed}",
@@ -221,12 +221,13 @@ def _scores(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
     if results.get("status") != "finished":
         return ["The run was not finished when this was written."]
     chosen = results.get("controls", {})
-    limit = trained.recipe.eval.max_samples
+    prompted = trained.recipe.data.kind.prompted
     head = (
         f"At the end of training: protocol `{results['protocol']}`, "
-        + (f"{limit} drawn rows a task" if limit else "all rows")
+        + _limit(trained.recipe.eval.max_samples)
         + f", controls of step {chosen.get('step')} ({chosen.get('chosen')}) of "
-        f"{results['steps']}, `train_on_inputs: {str(results['train_on_inputs']).lower()}`."
+        f"{results['steps']}"
+        + (f", `train_on_inputs: {str(results['train_on_inputs']).lower()}`." if prompted else ".")
     )
     return [head, "", *_table(results["tasks"], "before", "untrained")]
 
@@ -237,10 +238,19 @@ def _evaluations(trained: LoadedRun) -> list[str]:
     for results in trained.folder.read_evaluations().values():
         if results.get("controls_sha256") != trained.adapter_config["payload_sha256"]:
             continue
-        limit = f"{results['limit']} drawn rows a task" if results.get("limit") else "all rows"
-        lines += ["", f"`moc eval`: protocol `{results['protocol']}`, {limit}.", ""]
+        protocol, path = results["protocol"], results.get("path")
+        rows = _limit(results.get("limit"), first=protocol == "harness")
+        rows += f" of `{_shown(path)}`" if path else ""
+        lines += ["", f"`moc eval`: protocol `{protocol}`, {rows}.", ""]
         lines += _table(results["tasks"], "base", "base")
     return lines
+
+
+def _limit(limit: int | None, *, first: bool = False) -> str:
+    """How many rows of each task were scored; lm_eval takes the first ones."""
+    if limit is None:
+        return "all rows"
+    return f"the first {limit} rows a task" if first else f"{limit} drawn rows a task"
 
 
 def _table(tasks: dict[str, Any], reference: str, title: str) -> list[str]:
