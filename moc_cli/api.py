@@ -29,9 +29,10 @@ optimizer or the Trainer of transformers finds them. A complete example:
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,12 +69,13 @@ class Controls:
         base_facts: dict[str, Any],
         modules_before: dict[str, Tensor],
         pads_before: tuple[int | None, int | None] | None = None,
+        names_before: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.adapted = adapted
         self._base_facts = base_facts
         self._modules_before = modules_before
         self._detached = False
-        self._pads_before = pads_before
+        self._pads_before, self._names_before = pads_before, dict(names_before)
         self._ignored = self.model._keys_to_ignore_on_save
         vars(self.model)["save_pretrained"] = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}
@@ -158,6 +160,8 @@ class Controls:
                 parameters[name].copy_(value)
         if self._pads_before is not None:
             set_pad_tokens(self.model, *self._pads_before)
+        for key, value in self._names_before.items():
+            setattr(self.model.config, key, value)
         return self.adapted.detach()
 
     def _write(self, folder: Path) -> None:
@@ -251,14 +255,14 @@ def load_controls(model: PreTrainedModel, folder: str | Path) -> Controls:
         adapted.detach()
         raise
     values = checked.adapter.config
-    name_classes(model.config, config.id2label)
+    names_before = name_classes(model.config, config.id2label)
     inherited = {key: values[key] for key in _INHERITED if values.get(key) is not None}
     pads_before = None
     if config.pad_token_id is not None:
         pads_before = pad_tokens(model)
         set_pad_tokens(model, config.pad_token_id, config.pad_token_id)
     facts = _base_facts(model, checked.base, checked.seed) | inherited
-    return Controls(adapted, facts, copies, pads_before)
+    return Controls(adapted, facts, copies, pads_before, names_before)
 
 
 def _warn_of_new_head(model: PreTrainedModel, modules: tuple[str, ...]) -> None:

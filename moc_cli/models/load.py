@@ -279,12 +279,18 @@ def _labels(
     return {key: value for key, value in class_values.items() if value is not None} | names
 
 
-def name_classes(config: PreTrainedConfig, id2label: Mapping[str, str] | None) -> None:
-    """Name the classes in a model's config, unless it has other classes or names of its own."""
+def name_classes(config: PreTrainedConfig, id2label: Mapping[str, str] | None) -> dict[str, Any]:
+    """Name the classes in a model's config, unless it has other classes or names of its own; return
+    the entries that were changed, as they were.
+    """
     numbered = {number: f"LABEL_{number}" for number in range(len(id2label or ()))}
-    if id2label and getattr(config, "id2label", None) == numbered:
-        for key, value in class_names(id2label).items():
-            setattr(config, key, value)
+    if not id2label or getattr(config, "id2label", None) != numbered:
+        return {}
+    names = class_names(id2label)
+    before = {key: getattr(config, key) for key in names}
+    for key, value in names.items():
+        setattr(config, key, value)
+    return before
 
 
 def class_names(id2label: Mapping[str, str]) -> dict[str, Any]:

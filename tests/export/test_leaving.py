@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.tiny_runs import train_on_rows
@@ -10,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, pipelin
 
 from moc_cli import load_controls
 from moc_cli.cli import run
-from moc_cli.export.card import make_card
+from moc_cli.export.card import _evaluations, make_card
 from moc_cli.export.parity import Reference, Written
 from moc_cli.load_run import LoadedRun, open_run
 from moc_cli.recipe.tasks import TASKS
@@ -89,8 +91,11 @@ def test_a_classifier_trained_in_bfloat16_goes_to_peft_to_the_bit(method, home, 
 
 def test_a_loaded_adapter_names_the_classes_of_its_model(home):
     model = AutoModelForSequenceClassification.from_pretrained(home / "model", num_labels=2)
-    load_controls(model, home / "run" / "controls")
+    controls = load_controls(model, home / "run" / "controls")
     assert model.config.id2label == NAMES
+    controls.detach()
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert model.config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
     named = {0: "no", 1: "yes"}
     model = AutoModelForSequenceClassification.from_pretrained(home / "model", id2label=named)
     load_controls(model, home / "run" / "controls")
@@ -119,3 +124,26 @@ def test_every_class_of_a_benchmark_has_a_name():
     for task in TASKS["glue"].values():
         if task.kind == "classification":
             assert len(set(task.labels)) == task.num_labels > 1
+
+
+def test_the_card_says_nothing_of_answers_that_a_classifier_does_not_learn(trained):
+    card = card_of(trained)
+    assert "loss on" not in card
+    assert "train_on_inputs" not in card
+
+
+def test_the_card_names_the_rows_of_each_evaluation(trained, tmp_path):
+    """Other rows than the run's, and those that lm_eval takes, are told from its own."""
+    shared = {"controls_sha256": trained.adapter_config["payload_sha256"], "tasks": {}}
+    written = [
+        {"protocol": "classify", "limit": None, "path": str(tmp_path / "new.csv")},
+        {"protocol": "classify", "limit": 7},
+        {"protocol": "harness", "limit": 5},
+    ]
+    folder = SimpleNamespace(
+        read_evaluations=lambda: {str(n): shared | one for n, one in enumerate(written)}
+    )
+    text = "\n".join(_evaluations(replace(trained, folder=folder)))
+    assert "protocol `classify`, all rows of `new.csv`." in text
+    assert "protocol `classify`, 7 drawn rows a task." in text
+    assert "protocol `harness`, the first 5 rows a task." in text
