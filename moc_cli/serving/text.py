@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from moc_cli.data.custom.chat import answer_ends
 from moc_cli.errors import DataError
 from moc_cli.methods import TextModel
-from moc_cli.models.tokens import end_tokens, max_positions, pad_token_id
+from moc_cli.models.tokens import end_tokens, max_positions
 from moc_cli.recipe.tasks import Frame
 from moc_cli.report.characters import printable
 from moc_cli.scoring.forward import evaluating
+from moc_cli.scoring.generate import settings
 from moc_cli.serving.options import Sampling
 from moc_cli.serving.prompts import Message, encode
 
@@ -112,12 +113,15 @@ class Writer(TextModel):
             torch.manual_seed(self.sampling.seed)
             prompt = torch.tensor([ids], device=device)
             begin = time.perf_counter()
-            tokens = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                streamer=streamer,
-                **self._options(self.room(len(ids)), ends),
-            )[0, len(ids) :].tolist()
+            beams, room = self.sampling.num_beams, self.room(len(ids))
+            with settings(model, self.tokenizer, beams=beams, new_tokens=room):
+                tokens = model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    streamer=streamer,
+                    eos_token_id=ends or None,
+                    **self._draw(),
+                )[0, len(ids) :].tolist()
             seconds = time.perf_counter() - begin
         text = decode(self.tokenizer, [token for token in tokens if token not in ends])
         if on_text and streamer is None:
@@ -125,20 +129,12 @@ class Writer(TextModel):
         ended = bool(tokens) and tokens[-1] in ends
         return GeneratedText(text, len(ids), len(tokens), seconds, ended)
 
-    def _options(self, room: int, ends: list[int]) -> dict[str, Any]:
-        """Return every option that changes the choice: a checkpoint may bring its own defaults."""
-        draws = self.sampling.temperature > 0
-        return {
-            "max_new_tokens": room,
-            "do_sample": draws,
-            "temperature": self.sampling.temperature if draws else 1.0,
-            "top_p": self.sampling.top_p if draws else 1.0,
-            "top_k": 0 if draws else 50,  # 50 counts as not given; greedy search ignores it
-            "repetition_penalty": 1.0,
-            "num_beams": self.sampling.num_beams,
-            "eos_token_id": ends or None,
-            "pad_token_id": pad_token_id(self.tokenizer),
-        }
+    def _draw(self) -> dict[str, Any]:
+        """Return how the next token is chosen; nothing for the likeliest one."""
+        if not self.sampling.temperature:
+            return {}
+        chosen = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        return {"do_sample": True, "top_k": 0} | chosen
 
 
 class AnswerStreamer(TextStreamer):

@@ -186,13 +186,17 @@ def test_a_seed_gives_an_answer_and_leaves_the_rest_alone(adapted: Adapted) -> N
 
 
 def test_a_checkpoints_own_defaults_do_not_change_the_choice(adapted: Adapted) -> None:
-    messages = writer(adapted).messages("Say: ")
-    expected = writer(adapted).answer(messages).text
+    me = writer(adapted)
+    messages = me.messages("Say: ")
+    expected = me.answer(messages).text
     config = adapted.model.generation_config
     before = config.to_dict()
     try:
         config.update(do_sample=True, temperature=3.0, top_k=2, repetition_penalty=9.0)
         config.update(num_beams=3, max_length=7)
+        assert writer(adapted).answer(messages).text == expected
+        letter = me.tokenizer(expected)["input_ids"][0]
+        config.update(suppress_tokens=[letter], no_repeat_ngram_size=1)
         assert writer(adapted).answer(messages).text == expected
     finally:
         config.update(**before)
