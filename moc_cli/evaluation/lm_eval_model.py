@@ -213,6 +213,7 @@ class Stops(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Return which rows have ended, (B,)."""
         new = input_ids[:, self._prompt :][:, -self._tail :]
-        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        # With special tokens: a stop may be one, such as the end of a turn.
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=False)
         ended = [any(stop in text for stop in self._stops) for text in texts]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from moc_cli.cli import run
 from moc_cli.data.batches import Side
 from moc_cli.errors import DataError, MocError
-from moc_cli.evaluation.lm_eval_model import MocLM
+from moc_cli.evaluation.lm_eval_model import MocLM, Stops
 from moc_cli.evaluation.lm_eval_tasks import load_tasks
 from moc_cli.evaluation.options import EvalOptions
 from moc_cli.methods import Adapted, TextModel, attach, bare
@@ -384,6 +384,16 @@ def test_a_stop_ends_the_work(routed: Adapted, length: int) -> None:
     with watching(routed) as seen:
         me.generate_until(requests((context, whole | {"until": [stop]})))
     assert len(seen) < 25
+
+
+def test_a_stop_may_be_a_special_token(routed: Adapted) -> None:
+    """As the end of a turn is for models whose text ends with another token."""
+    me = asked(routed)
+    context, token = CONTEXTS[0], me.tokenizer.unk_token or me.tokenizer.bos_token
+    stop = me.tokenizer.convert_tokens_to_ids(token)
+    ids = torch.tensor([[*me.tok_encode(context), stop], [*me.tok_encode(context), 70]])
+    ended = Stops(me.tokenizer, [token], ids.shape[1] - 1)(ids, None)
+    assert ended.tolist() == [True, False]
 
 
 def test_options_are_kept_apart(routed: Adapted) -> None:
