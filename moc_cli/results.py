@@ -6,8 +6,8 @@ Format 2, the same for `moc train`, `moc eval` and lm-evaluation-harness:
 
 `metric` names the main one. Each metric holds `value`, `stderr`, `majority` (what the best constant
 answer scores), `n` (items), and the value without the method in the model: `before` (training) or
-`base` (evaluation; `base_source` says where it is from). Values are fractions, but for a
-perplexity. Format 1 had the main metric's numbers in the entry itself, those of others in a list
+`base` (evaluation; `base_source` says where it is from). Values are fractions, but for those
+that `is_fraction` leaves out. Format 1 had the main metric's numbers in the entry itself, those of others in a list
 `also`, and the base model's under `base` in the same way.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 FORMAT = 2
 LOWER_IS_BETTER = ("loss", "perplexity")
+# Metrics that are no fractions, and those of lm-evaluation-harness that count otherwise.
+_OTHER_SCALES = ("loss", "bits_per_byte", "bleu", "chrf", "chrf++", "ter")
 _OF_METRIC = ("value", "stderr", "majority", "n", "before", "higher_is_better")
 _DROPPED = ("also", "base", *_OF_METRIC)
 
@@ -46,6 +48,12 @@ def main_score(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers of an entry's main metric."""
     score: dict[str, Any] = entry["metrics"][entry["metric"]]
     return score
+
+
+def is_fraction(metric: str) -> bool:
+    """Return whether a metric is shown in hundredths; a filter of lm_eval may follow its name."""
+    name = metric.partition(" (")[0]
+    return not name.endswith("perplexity") and name not in _OTHER_SCALES
 
 
 def _from_format_1(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`moc compare`: scores, differences and notes of several runs."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from moc_cli.comparison.pairs import Difference, PairedItems, average_difference
 from moc_cli.comparison.runs import FINAL, Items, Run, read_items
 from moc_cli.errors import RunError
 from moc_cli.recipe.suggest import choices
-from moc_cli.results import main_score
+from moc_cli.results import is_fraction, main_score
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain values."""
         scored = [run.scores[self.label].tasks for run in self.runs if self.label in run.scores]
-        averaged = [task for task in self.tasks if scored and all(task in s for s in scored)]
+        averaged = _averaged(self.tasks, scored)
         return {
             "scores": self.label,
             "runs": [_describe(run, self.label, self.tasks, averaged) for run in self.runs],
@@ -74,6 +74,21 @@ def compare_runs(
         notes.append("No two runs have scores: there are no differences to show.")
     commands = _commands(runs, program) if label == FINAL else []
     return Comparison(list(runs), label, tasks, differences, notes, commands)
+
+
+def _averaged(tasks: Sequence[str], scored: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the tasks that an average is taken of: those that all have, if they are of one metric.
+
+    Subtasks of lm-evaluation-harness stand beside their group, which counts them already.
+    """
+    common = [
+        task
+        for task in tasks
+        if scored and all(task in entries and "part_of" not in entries[task] for entries in scored)
+    ]
+    metrics = {entries[task]["metric"] for entries in scored for task in common}
+    alone = len(common) == 1
+    return common if alone or (len(metrics) == 1 and all(map(is_fraction, metrics))) else []
 
 
 def method_name(run: Run) -> str:
@@ -193,6 +208,7 @@ def _differences(
 ) -> list[Difference]:
     """Return every task's difference of `run` to `first`, then that of the average."""
     run_tasks, first_tasks = run.scores[label].tasks, first.scores[label].tasks
+    averaged = _averaged(tasks, [run_tasks, first_tasks])
     differences: list[Difference] = []
     main: list[Difference] = []
     resampled: list[np.ndarray] = []
@@ -216,7 +232,7 @@ def _differences(
                 if paired is None
                 else paired[0]
             )
-            if metric == run_tasks[task]["metric"]:
+            if metric == run_tasks[task]["metric"] and task in averaged:
                 main.append(differences[-1])
                 resampled += [] if paired is None else [paired[1]]
     if len(main) > 1:

@@ -9,7 +9,7 @@ import numpy as np
 from moc_cli.comparison.bootstrap import interval, resample_scores
 from moc_cli.scoring.metrics import SCORES, score
 
-BY_ITEM = ("accuracy", "exact_match")  # means of how many items are right
+BY_ITEM = ("accuracy", "exact_match", "acc")  # means of how many items are right; acc: lm_eval's
 
 Item = Mapping[str, Any]
 Sides = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels, first's and second's predictions (n,)
@@ -106,7 +106,8 @@ def average_difference(
 def sides(metric: str, pairs: PairedItems) -> Sides | None:
     """Return what the bootstrap takes for this metric; None where the items do not hold it."""
     if metric in BY_ITEM:  # an answer that could not be parsed is wrong, whatever its label
-        right = _column(pairs, "correct", int)
+        own = all(metric in item for item in (*pairs.first, *pairs.second))  # lines of lm_eval
+        right = _column(pairs, metric if own else "correct", int)
         return right and (np.ones(len(right[0]), dtype=int), *right)
     if metric == "perplexity":
         losses, tokens = _column(pairs, "loss", float), _column(pairs, "tokens", float)

@@ -2,6 +2,8 @@
 
 import math
 
+from moc_cli.results import is_fraction
+
 MISSING = "–"
 
 
@@ -22,17 +24,17 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def score_text(metric: str, value: float | None) -> str:
-    """Return a score or its standard error: in hundredths, but a perplexity as it is."""
-    return decimal(value, 2) if metric == "perplexity" else hundredths(value)
+    """Return a score or its standard error: in hundredths, but what is no fraction as it is."""
+    return hundredths(value) if is_fraction(metric) else decimal(value, 2)
 
 
 def byte_size(count: float | None) -> str:
     """Return a number of bytes in decimal units, as 1.23 GB."""
     if count is None:
         return MISSING
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):
+        if round(count, digits) < 1000:
+            return f"{count:.{digits}f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
 
@@ -49,6 +51,6 @@ def duration(seconds: float | None) -> str:
 def short_count(number: int) -> str:
     """Return a number in thousands, millions or billions, as 6.74B."""
     for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # what rounds to three digits of the next unit
             return f"{number / size:.3g}{name}"
     return str(number)

@@ -75,6 +75,7 @@ def perplexity_of(tokens: np.ndarray, losses: np.ndarray, counts: np.ndarray) ->
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "accuracy": accuracy,
     "exact_match": accuracy,
+    "acc": accuracy,  # in lm-evaluation-harness
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
@@ -91,7 +92,7 @@ def score(metric: str, labels: Labels, predictions: Labels) -> float:
 
 # Those of labels and predictions; texts have another entry.
 METRICS: dict[str, Callable[[Labels, Labels], float]] = {
-    name: partial(score, name) for name in SCORES if name not in ("exact_match", "perplexity")
+    name: partial(score, name) for name in SCORES if name not in ("exact_match", "acc", "perplexity")
 }
 
 

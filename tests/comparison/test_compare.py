@@ -262,6 +262,44 @@ def test_texts_are_paired_by_their_losses(make: Make) -> None:
     assert "6.05" in shown(read_runs(folders))
 
 
+def write_harness(folder: Path, right: list[int], word_perplexity: float) -> None:
+    """Write what `moc eval --harness` leaves of a group, one of its tasks, and of a text."""
+    write_eval(folder, {"part": choice_items(right)}, {"part": ["acc"]}, label="harness")
+    path = folder / "eval" / "harness" / "results.json"
+    known = json.loads(path.read_text())
+    rest = {"rows": 8, "limited": False}
+    known["tasks"]["group"] = metric_entry("acc", 0.5, 8) | rest
+    known["tasks"]["part"]["part_of"] = "group"
+    known["tasks"]["text"] = metric_entry("word_perplexity", word_perplexity, 8) | rest
+    path.write_text(json.dumps(known))
+
+
+def test_scores_of_the_harness_are_not_mixed(make: Make) -> None:
+    """A perplexity is no fraction and has no mean with others; a group counts its parts already."""
+    first, second = make("a"), make("b")
+    write_harness(first, RIGHT["a"], 30.5)
+    write_harness(second, RIGHT["b"], 32.5)
+    runs = read_runs([first, second])
+    found = compare_runs(runs, label="harness")
+    assert {one.task: one.value for one in found.differences} == {
+        "part": pytest.approx(1 / 8),
+        "group": 0,
+        "text": pytest.approx(2),
+    }
+    of_part, *others = found.differences
+    assert of_part.low is not None
+    assert (of_part.only_first, of_part.only_this) == (1, 2)
+    assert [one.low for one in others] == [None, None]
+    assert found.to_json()["averaged"] == []
+    text = shown(runs, label="harness")
+    assert "30.50" in text
+    assert "+2.00" in text
+    assert "average" not in text
+    assert compare_runs(runs, label="harness", tasks=["part", "group"]).to_json()["averaged"] == [
+        "group"
+    ]
+
+
 def test_what_does_not_pair_is_left_out_and_said(make: Make) -> None:
     first, second = make("a"), make("b")
     other = choice_items(RIGHT["b"])

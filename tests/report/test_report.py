@@ -124,7 +124,7 @@ def test_use_of_64_controls_fits_in_100_columns_and_16_rows() -> None:
     text = drawn(*tables.utilization_tables(summary(64)))
     assert len(text.rstrip().splitlines()) == 17
     assert "Controls of the shared pool" in text
-    assert "12,800 choices, 12.5 % local, 1 of 64 dead" in text
+    assert "12,800 decisions, 12.5 % local, 1 of 64 dead" in text
     for index in range(64):
         assert f"{index // 2}.{'attn' if index % 2 == 0 else 'ffn'}" in text
     assert "3.1%" in text  # the busiest: 63 of 2016
@@ -155,11 +155,17 @@ def test_numbers_as_text() -> None:
     assert numbers.duration(59.6) == "1:00"
     assert numbers.byte_size(999) == "999 B"
     assert numbers.byte_size(16.59e9) == "16.59 GB"
+    assert [numbers.byte_size(n) for n in (999.6, 999_960)] == ["1.0 kB", "1.0 MB"]
     assert numbers.hundredths(float("nan")) == numbers.hundredths(None) == "–"
     assert numbers.percent(0.12345, 2) == "12.35 %"
     assert numbers.percent(None) == "–"
     assert numbers.score_text("perplexity", 1234.5) == "1,234.50"
+    assert numbers.score_text("word_perplexity (strict)", 30.5) == "30.50"
+    assert numbers.score_text("bleu", 27.25) == "27.25"
+    assert numbers.score_text("acc_norm", 0.5) == "50.0"
     assert numbers.short_count(6_738_415_616) == "6.74B"
+    shorts = [numbers.short_count(n) for n in (999, 999_499, 999_500, 999_999, 999_700_000)]
+    assert shorts == ["999", "999k", "1M", "1M", "1B"]
 
 
 def test_a_difference_of_perplexities_is_not_in_hundredths() -> None:
