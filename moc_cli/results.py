@@ -7,8 +7,8 @@ Format 2, the same for `moc train`, `moc eval` and lm-evaluation-harness:
 `metric` names the main one. Each metric holds `value`, `stderr`, `majority` (what the best constant
 answer scores), `n` (items), and the value without the method in the model: `before` (training) or
 `base` (evaluation; `base_source` says where it is from). Values are fractions, but for those
-that `is_fraction` leaves out. Format 1 had the main metric's numbers in the entry itself, those of others in a list
-`also`, and the base model's under `base` in the same way.
+that `is_fraction` leaves out. Format 1 had the main metric's numbers in the entry itself, those of
+others in a list `also`, and the base model's under `base` in the same way.
 """
 
 from collections.abc import Mapping

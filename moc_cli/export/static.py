@@ -163,8 +163,7 @@ def _rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...
         return [chosen[number] for number in numbers]
 
     train = {
-        task: drawn([row for row in rows.train if row.task == task])
-        for task in recipe.data.tasks
+        task: drawn([row for row in rows.train if row.task == task]) for task in recipe.data.tasks
     }
     scored = {name: drawn(part) for name, part in rows.tests.items()}
     return (

@@ -92,7 +92,9 @@ def score(metric: str, labels: Labels, predictions: Labels) -> float:
 
 # Those of labels and predictions; texts have another entry.
 METRICS: dict[str, Callable[[Labels, Labels], float]] = {
-    name: partial(score, name) for name in SCORES if name not in ("exact_match", "acc", "perplexity")
+    name: partial(score, name)
+    for name in SCORES
+    if name not in ("exact_match", "acc", "perplexity")
 }
 
 
