@@ -80,6 +80,7 @@ def write(
     """
     network: Any = model.adapted.model
     tokenizer, limit = model.tokenizer, max_positions(network)
+    ends = end_tokens(network, tokenizer)
     costs = [
         RowCost(len(prompt), new_tokens, beams)
         for prompt, new_tokens in zip(prompts, new, strict=True)
@@ -100,10 +101,16 @@ def write(
                     input_ids=ids, attention_mask=mask, **options(ids.shape[1])
                 )
             texts = zip(written[:, ids.shape[1] :].tolist(), items, strict=True)
-            new_ids = [tokens[: new[item]] for tokens, item in texts]
+            new_ids = [_until_the_end(tokens[: new[item]], ends) for tokens, item in texts]
             return list(tokenizer.batch_decode(new_ids, skip_special_tokens=True))
 
         return run_batches(model.adapted, costs, work, size=batch_size, on_progress=on_progress)
+
+
+def _until_the_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Leave out what fills a row that has ended: it may be any token."""
+    places = (place for place, token in enumerate(tokens, 1) if token in ends)
+    return tokens[: next(places, len(tokens))]
 
 
 def answer_length(tokenizer: PreTrainedTokenizerBase, example: ChoiceExample) -> int:

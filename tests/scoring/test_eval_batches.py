@@ -1,6 +1,7 @@
 """Batches that fit: the first size is an estimate, and what does not fit is halved and told."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from support.messages import refused
 from support.models import make_tiny_model
 from support.questions import MIXED, PAIRS, adapted
 from support.short_memory import FULL, room_for
+from tokenizers import Tokenizer as Words
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moc_cli.data.encode import encode_texts
@@ -17,7 +21,7 @@ from moc_cli.methods import TextModel, bare
 from moc_cli.scoring import batch_size as sizing
 from moc_cli.scoring.batch_size import BatchSize, RowCost, free_bytes, row_bytes, run_batches
 from moc_cli.scoring.classify import classify
-from moc_cli.scoring.generate import generate
+from moc_cli.scoring.generate import generate, write
 from moc_cli.scoring.likelihood import Query
 from moc_cli.scoring.loss import lm_loss
 from moc_cli.scoring.rank import query_of, rank
@@ -203,3 +207,18 @@ def test_results_tell_size_and_halving(byte_tokenizer: Tokenizer) -> None:
         evaluation = Choice().score(TextModel(found, byte_tokenizer), same, ScoringOptions(8))
     assert evaluation.batch == BatchSize(8, 2, 2)
     assert evaluation.main.n == len(same)
+
+
+def test_what_fills_a_row_that_has_ended_is_no_text() -> None:
+    """Of a tokenizer without pad and end token, whose token 0 is a word like any other."""
+    words = Words(WordLevel({f"w{number}": number for number in range(256)}, unk_token="w1"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = Tokenizer(tokenizer_object=words)
+    model = TextModel(bare(make_tiny_model("llama")), tokenizer)
+    prompts = [[5, 6, 7], [9, 8, 7, 6], [30, 31]]
+    (text,) = write(model, prompts[:1], [12], batch_size=1)
+    config: Any = model.adapted.model.generation_config
+    config.eos_token_id = int(text.split()[3].removeprefix("w"))
+    alone = [write(model, [prompt], [12], batch_size=1)[0] for prompt in prompts]
+    assert len(alone[0].split()) < 5
+    assert write(model, prompts, [12] * 3, batch_size=3) == alone
