@@ -77,7 +77,7 @@ def compare_runs(
 
 
 def _averaged(tasks: Sequence[str], scored: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the tasks that an average is taken of: those that all have, if they are of one metric.
+    """Return the tasks of which an average is taken: those that all have, if all are fractions.
 
     Subtasks of lm-evaluation-harness stand beside their group, which counts them already.
     """
@@ -87,8 +87,7 @@ def _averaged(tasks: Sequence[str], scored: Sequence[Mapping[str, Any]]) -> list
         if scored and all(task in entries and "part_of" not in entries[task] for entries in scored)
     ]
     metrics = {entries[task]["metric"] for entries in scored for task in common}
-    alone = len(common) == 1
-    return common if alone or (len(metrics) == 1 and all(map(is_fraction, metrics))) else []
+    return common if len(common) == 1 or all(map(is_fraction, metrics)) else []
 
 
 def method_name(run: Run) -> str:
