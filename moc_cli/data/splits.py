@@ -140,25 +140,33 @@ def read_splits(
     if not data.custom:
         return data, _read_benchmark(data, max_test)
     custom = read_custom(data, watched=watched)
-    template = read_frame(data.template) if custom.columns.framed else data.template
+    written = written_out(data)
     test = subset(custom.test, max_test)
     splits = Splits(
         subset(custom.train, data.max_train_samples),
         subset(custom.validation, data.max_eval_samples),
         {data.tasks[0]: test} if test else {},
-        frame_hash(template),
+        frame_hash(written.template),
         custom.scored,
         custom.dropped,
         custom.taken,
     )
     update: dict[str, Any] = {"format": custom.format, "labels": custom.labels}
-    update["template"] = template
     column_of = custom.columns.column_of
     named = {key: column_of[key] for key in ColumnsSection.model_fields if key in column_of}
     update["columns"] = data.columns.model_copy(update=named)
+    return written.model_copy(update=update), splits
+
+
+def written_out(data: DataSection) -> DataSection:
+    """Return the section of a custom dataset with the texts of its templates, as a run keeps it.
+
+    Raises DataError for a template that cannot be read.
+    """
+    update = {"template": read_frame(data.template)}
     if data.chat_template is not None:
         update["chat_template"] = read_template(data.chat_template)
-    return data.model_copy(update=update), splits
+    return data.model_copy(update=update)
 
 
 def _read_benchmark(data: DataSection, max_test: int | None) -> Splits:

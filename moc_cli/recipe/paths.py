@@ -1,7 +1,6 @@
 """Local paths in a recipe, made independent of the folder that one stands in."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from moc_cli.recipe.schema import Recipe
@@ -17,19 +16,33 @@ PATH_KEYS = (
     "data.chat_template",
     "data.template",
 )
+# Words that are no paths, and keys whose paths are files: a folder may have any name.
+WORDS = {"data.template": ("alpaca", "chat", "plain"), "data.chat_template": ("chatml",)}
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with every path that exists here as an absolute one; links are kept."""
-    for name, _, key in (dotted.partition(".") for dotted in PATH_KEYS):
-        path = absolute_path(getattr(getattr(recipe, name), key))
+    for dotted in PATH_KEYS:
+        name, _, key = dotted.partition(".")
+        path = absolute_value(dotted, getattr(getattr(recipe, name), key))
         recipe = recipe.changed(**{name: {key: path}})
     return recipe
 
 
+def absolute_value(key: str, value: Any) -> Any:
+    """Return the value of one of `PATH_KEYS`: a path that exists here as an absolute one."""
+    words = WORDS.get(key, ())
+    if value in words or (words and not os.path.isfile(os.path.expanduser(str(value)))):
+        return value
+    return absolute_path(value)
+
+
 def absolute_path(value: Any) -> Any:
-    """Return a path that exists here as an absolute one, and anything else as it is."""
+    """Return a path that exists here as an absolute one, and anything else as it is.
+
+    The text of a template is none, however long it is.
+    """
     if not isinstance(value, str):
         return value
-    path = Path(os.path.expanduser(value))
-    return os.path.abspath(path) if path.exists() else value
+    path = os.path.expanduser(value)
+    return os.path.abspath(path) if os.path.exists(path) else value

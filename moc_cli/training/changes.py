@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from moc_cli.data.splits import written_out
 from moc_cli.errors import RunError
 from moc_cli.files import flatten
 from moc_cli.recipe.load import load_recipe
-from moc_cli.recipe.paths import PATH_KEYS, absolute_path, absolute_paths
+from moc_cli.recipe.paths import PATH_KEYS, absolute_paths, absolute_value
 from moc_cli.recipe.reference import keys
 from moc_cli.recipe.schema import Recipe
 from moc_cli.runs import RunFolder
@@ -68,11 +69,11 @@ def check_recipe(
     old_world, world = processes
     old_rows, new_rows = rows_a_step(saved_keys, old_world), rows_a_step(current_keys, world)
     defaults = _defaults()
-    changes, refused = [], []
+    changes, refused, other_keys = [], [], False
     for key in sorted(saved_keys.keys() | current_keys.keys()):
         old, new = saved_keys.get(key), current_keys.get(key)
         if key in PATH_KEYS:  # older runs kept paths as they were typed
-            old, new = absolute_path(old), absolute_path(new)
+            old, new = absolute_value(key, old), absolute_value(key, new)
         if old == new:
             continue
         if key not in saved_keys and new == defaults.get(key):  # a key of later versions
@@ -85,6 +86,7 @@ def check_recipe(
         rule = next((rule for rule in CHANGEABLE if key == rule or key.startswith(f"{rule}.")), "")
         if not rule:
             refused.append(f"{key} ({_word(old)} then, {_word(new)} now)")
+            other_keys = other_keys or key not in BATCH_KEYS
         elif CHANGEABLE[rule]:
             changes.append(f"{key}: {_word(old)} -> {_word(new)}; {CHANGEABLE[rule]}")
     hint = "resume with the old values, or start another run: --output-dir OTHER"
@@ -99,7 +101,7 @@ def check_recipe(
         )
         size, steps = BATCH_KEYS
         fitting, remainder = divmod(old_rows, current_keys[size] * world)
-        if not remainder:
+        if not remainder and not other_keys:
             hint = f"resume with --set {steps}={fitting}"
     if refused:
         recipe = "the recipe is not the one this run was started with"
@@ -118,9 +120,11 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
     if results.get("status") != "finished" or results.get("unscored"):
         return False
     saved = load_recipe(folder.recipe_file).model_dump(mode="json")
-    current = absolute_paths(recipe).model_dump(mode="json")
-    # What is null was read from the rows of a custom dataset.
-    current["data"] = filled(current["data"], saved["data"])
+    recipe = absolute_paths(recipe)
+    current = recipe.model_dump(mode="json")
+    if recipe.data.custom:  # what is null was read from the rows
+        written = written_out(recipe.data).model_dump(mode="json")
+        current["data"] = filled(written, saved["data"])
     check_recipe(saved, current)
     changed = _changed_in_use(saved, current)
     if changed - LENGTH:

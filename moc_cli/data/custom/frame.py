@@ -12,9 +12,10 @@ from pathlib import Path
 from moc_cli.data.prompts import HEADER
 from moc_cli.data.source import BadRow
 from moc_cli.errors import DataError
+from moc_cli.recipe.paths import WORDS
 from moc_cli.recipe.suggest import choices, nearest
 
-NAMES = ("alpaca", "chat", "plain")
+NAMES = WORDS["data.template"]
 PLACEHOLDERS = ("instruction", "input", "system")
 _PLAIN = "{system}\n{instruction}\n{input}\n"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
