@@ -53,11 +53,14 @@ def keep_place(
     split = f"micro-batches of {new} rows, {old} before; {rows} rows a step as before"
     counters = snapshot.counters
     if not may_split(counters.batch, recipe.train.group_by_length):
+        fitting, remainder = divmod(rows, old * processes)
+        way = f"with --set {size}={old} --set {steps}={fitting}"
+        if remainder:  # of so many processes not even one micro-batch each
+            way = f"in as many processes as then ({snapshot.identity.get('processes', 1)})"
         raise RunError(
             f"step {counters.step} lies inside an epoch, and with train.group_by_length the order "
             f"of its rows depends on the size of micro-batches ({old} then, {new} now)",
-            f"resume with --set {size}={old} --set {steps}={saved[steps]}, or from a checkpoint at "
-            "the end of an epoch",
+            f"resume {way}, or from a checkpoint at the end of an epoch",
         )
     if getattr(recipe.method, "top_k", 0):
         split += "; each micro-batch votes on its own routes"
@@ -107,6 +110,13 @@ def check_facts(
     """
     changed = [key for key in FACTS if key in saved and saved[key] != current.get(key)]
     hint = "bring back the old files, or start another run: --output-dir OTHER"
+    if changed == ["data"] and _holds_out_anew(saved, current):
+        was, now = (facts["recipe"]["eval"]["eval_strategy"] for facts in (saved, current))
+        hint = (
+            f"eval.eval_strategy ({was} then, {now} now) decides whether training rows are held "
+            f"out to be watched; resume with --set eval.eval_strategy={was}, or start another "
+            "run: --output-dir OTHER"
+        )
     if changed == ["vocabulary"] and not allow_changes:
         hint += f"; if it is meant: {ALLOW}"
     if changed and not (changed == ["vocabulary"] and allow_changes):
@@ -119,6 +129,15 @@ def check_facts(
             "results may differ in their last bits"
         )
     return sentences
+
+
+def _holds_out_anew(saved: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Return whether rows are held out of a custom dataset since it is watched, or no more."""
+    counts = [facts["data"].get("validation", {}).get("rows") for facts in (saved, current)]
+    strategies = [
+        facts.get("recipe", {}).get("eval", {}).get("eval_strategy") for facts in (saved, current)
+    ]
+    return "no" in strategies and len(set(strategies)) == 2 and 0 in counts and any(counts)
 
 
 def known_of(folder: RunFolder, warn: Callable[[str], None]) -> tuple[History, Scores]:

@@ -42,17 +42,21 @@ def refusal(
         f"{problem} at step {counters.step + 1}, epoch {counters.epoch + 1}, "
         f"micro-batch {', '.join(map(str, numbers))} of {length}, "
         f"training rows {', '.join(map(str, rows))}",
-        _lower_rate(settings.learning_rate, counters.step, command, checkpoints),
+        _lower_rate(settings, counters.step, command, checkpoints),
     )
 
 
-def _lower_rate(rate: float, step: int, command: str, checkpoints: Checkpoints) -> str:
-    """Advise a lower rate from before `step`: the state there gives the same loss at any rate.
+def _lower_rate(settings: Settings, step: int, command: str, checkpoints: Checkpoints) -> str:
+    """Advise lower rates from before `step`: the state there gives the same loss at any rate.
 
     One checkpoint cannot continue all of `--seeds`, and these have one rate.
     """
     start = command.removesuffix(RESUME)
-    change = f"--set train.learning_rate={rate / 3:.2g}"
+    rates = {
+        "train.learning_rate": settings.learning_rate,
+        "method.gate.learning_rate": settings.gate_learning_rate,
+    }
+    change = " ".join(f"--set {key}={rate / 3:.2g}" for key, rate in rates.items() if rate)
     earlier = [number for number in checkpoints.steps() if number < step]
     if not earlier or "--seeds" in shlex.split(command):
         return f"start over with a lower rate: {start} --overwrite {change}"
