@@ -62,7 +62,9 @@ def generate(
             min=1, metavar="N", help="Beam search with N beams; the text is shown at the end."
         ),
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of the sampling.")
+    ] = 0,
     base_path: BasePathOption = None,
     allow_changed_base: AllowChangedBaseOption = False,
     load_in_4bit: LoadIn4bitOption = None,

@@ -110,7 +110,8 @@ def train(
         command = [program(), "train", recipe, *repeated("--set", changes)]
         if seeds is not None:
             command += ["--seeds", str(seeds)]
-        return shlex.join([*command, *(["--trust-remote-code"] if trust_remote_code else [])])
+        switches = {"--force": force, "--trust-remote-code": trust_remote_code}
+        return shlex.join([*command, *(switch for switch, on in switches.items() if on)])
 
     call = Call(command(changes), None if output_dir is None else str(output_dir))
     code = run_together(

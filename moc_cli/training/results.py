@@ -9,11 +9,17 @@ from moc_cli.training.loop_types import Outcome
 from moc_cli.training.prepare import Job
 from moc_cli.training.resume import Scores
 
+LAST = "last"  # the controls of the end are kept, whatever their value
+
 
 def make_results(
-    job: Job, outcome: Outcome, after: dict[str, Evaluation], before: Scores
+    job: Job,
+    outcome: Outcome,
+    after: dict[str, Evaluation],
+    before: Scores,
+    chosen: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what results.json holds, but for controls and routing."""
+    """Return what results.json holds, but for routing; `chosen` says which controls are kept."""
     counters, counts, encoded = outcome.counters, job.built.adapted.counts(), job.rows.encoded
     return {
         "format": FORMAT,
@@ -25,7 +31,7 @@ def make_results(
         "protocol": job.scoring.protocol,
         "train_on_inputs": job.recipe.data.train_on_inputs,
         "validation": None
-        if counters.best_value is None or job.settings.metric is None  # nothing chose a step
+        if counters.best_value is None or chosen["chosen"] == LAST  # no value chose the step
         else {
             "metric": job.settings.metric,
             "value": counters.best_value,
@@ -45,4 +51,5 @@ def make_results(
         | ({} if job.predicted is None else {"predicted": job.predicted}),
         **job.rows.splits.facts,
         **job.rows.kind.facts,
+        "controls": chosen,
     }

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 from moc_cli.data.examples import row_hashes
-from moc_cli.errors import FileError, MocError
+from moc_cli.errors import FileError, MocError, RunError
 from moc_cli.processes import LostProcess, Processes
 from moc_cli.recipe.load import dump
 from moc_cli.recipe.paths import absolute_paths
@@ -37,7 +37,7 @@ from moc_cli.training.loop import Loop
 from moc_cli.training.loop_types import Outcome, total_steps
 from moc_cli.training.memory import peak_kind
 from moc_cli.training.prepare import Forecast, Job, Resume, prepare
-from moc_cli.training.results import make_results
+from moc_cli.training.results import LAST, make_results
 from moc_cli.training.resume import Scores, known_of
 
 
@@ -134,10 +134,18 @@ class Session:
     def find_checkpoint(self, resume: str) -> Snapshot | None:
         """Return the checkpoint to go on from; None where `auto` finds none.
 
-        Raises RunError when it is damaged.
+        Raises RunError when it is damaged, and where the folder holds controls and no checkpoint:
+        starting over would delete them.
         """
         if resume == "auto":
             newest = self.checkpoints.newest(self.say)
+            if newest is None and self.folder.controls.exists():
+                call = self.options.call
+                raise RunError(
+                    f"{self.folder.path} holds controls, and no checkpoint to go on from",
+                    f"{call.command} --overwrite   # replace them\n"
+                    f"      {call.base} --output-dir OTHER   # leave them alone",
+                )
             if newest is None:
                 self.say(f"no checkpoint in {self.folder.path}: starting from the first step")
                 return None
@@ -187,8 +195,8 @@ class Session:
         with recorder or nullcontext():
             after, unscored = self.score_trained(job)
         routing = {} if recorder is None else recorder.record().summary()
-        results = make_results(job, outcome, after, before)
-        results |= {"controls": chosen, "routing": routing}
+        results = make_results(job, outcome, after, before, chosen)
+        results["routing"] = routing
         if unscored:
             results["unscored"] = {name: error.message for name, error in unscored.items()}
             results["before"] = {name: before[name] for name in unscored if name in before}
@@ -279,7 +287,7 @@ class Session:
 
     def keep_controls(self, job: Job, outcome: Outcome) -> dict[str, Any]:
         """Save the best checkpoint's controls, or the last ones, and say which."""
-        adapted, step, name = job.built.adapted, outcome.counters.step, "last"
+        adapted, step, name = job.built.adapted, outcome.counters.step, LAST
         best, on_main = outcome.counters.best_step, self.processes.on_main
         if best is not None and job.settings.metric is None:
             self.say(

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -266,6 +267,32 @@ def test_a_checkpoint_may_be_continued_in_another_folder(tmp_path, choices, caps
     assert run([*longer, "--resume", str(newest), "--output-dir", str(other)]) == 0
     assert RunFolder.open(other).read_results()["steps"] == 8
     assert before == {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
+    # At a rate of nothing no later step is better, and the best one's checkpoint lies elsewhere.
+    still = ["--set", "train.learning_rate=1.0e-20", "--output-dir", str(tmp_path / "still")]
+    assert run([*longer, *still, "--resume", str(newest)]) == 0
+    found = RunFolder.open(tmp_path / "still").read_results()
+    assert found["controls"] == {"step": 8, "chosen": "last"}
+    assert found["validation"] is None
+
+
+def test_resume_without_a_checkpoint_keeps_controls(tmp_path, choices, capsys):
+    home = tmp_path / "run"
+    assert run([*choices, "--set", "eval.before=false"]) == 0
+    shutil.rmtree(home / "checkpoints")
+    kept = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run([*choices, "--resume", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "holds controls, and no checkpoint to go on from" in " ".join(error.split())
+    assert f"moc train {choices[1]} --overwrite   # replace them" in error
+    assert kept == {path: path.read_bytes() for path in kept}
+
+
+def test_the_command_that_goes_on_is_forced_too(tmp_path, choices, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("{}")
+    assert run([*choices, "--force"]) == 2
+    assert f"moc train {choices[1]} --force --resume auto" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_starts_over(tmp_path, choices, capsys):
