@@ -52,6 +52,29 @@ def test_a_lone_quotation_mark_swallows_no_rows(name, tmp_path):
                            "4 rows"]  # fmt: skip
 
 
+def test_a_name_that_a_folder_does_not_have_is_refused(tmp_path):
+    """Otherwise training rows would be held out, and the file that was meant not be read."""
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "val2"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(LINES)
+    path = str(tmp_path / "rows")
+    assert counts(path=path, splits={"validation": "val2"}) == {"train": 8, "validation": 8}
+    refuse(path=path, splits={"validation": "val_2"})
+    refuse(path=path, config_name="main")
+    file = f"{path}/train.jsonl"
+    refuse(path=file, splits={"test": "val2"})
+    refuse(path=file, config_name="main")
+    assert counts(path=path, splits={"validation": "absent"}, validation=file)["validation"] == 8
+
+
+def test_the_train_file_may_lie_elsewhere(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "test.jsonl").write_text(LINES)
+    (tmp_path / "own.jsonl").write_text(LINES * 2)
+    found = counts(path=str(tmp_path / "rows"), train=str(tmp_path / "own.jsonl"))
+    assert found == {"train": 16, "test": 8}
+
+
 def test_quotes_at_the_start_of_a_text_are_text(tmp_path):
     file = tmp_path / "rows.tsv"
     file.write_text('text\tlabel\n"Wait" he said\t1\nb\t0\n')

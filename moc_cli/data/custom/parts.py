@@ -5,7 +5,7 @@ A part is a file, several shards of one, a folder of its name, or a split of a d
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def read_parts(data: DataSection, *, to_score: bool = False) -> dict[str, Table]
             parts = {"train": PartFiles([place])}
             if place.is_dir():
                 parts = _find_parts(place, data, to_score)
+            elif not to_score:
+                _check_lone_file(place, data)
     for part in PARTS:
         path = getattr(data, part)
         if path is not None:
@@ -122,9 +124,18 @@ def _find_parts(folder: Path, data: DataSection, to_score: bool) -> dict[str, Pa
     if data.config_name is not None:
         places = [place / data.config_name for place in places]
     places = [place for place in places if place.is_dir()]
+    if data.config_name is not None and not places:
+        folders = [entry.name for entry in _entries(folder) if entry.is_dir()]
+        near = did_you_mean(data.config_name, folders)
+        raise DataError(
+            f"data.config_name: no folder {data.config_name!r} in {folder}{near}",
+            f"its folders: {', '.join(folders[:_LISTED])}" if folders else "leave it out",
+        )
     for place in places:
         parts = _parts_in(place, names)
-        if "train" in parts or (to_score and parts):
+        if "train" in parts or ((to_score or data.train is not None) and parts):
+            if not to_score:
+                _check_names(place, parts, data)
             return parts
     lone = [file for place in places for file in _entries(place) if suffix_of(file)]
     alone = len(lone) == 1 or (lone and all(_SHARD.fullmatch(file.name) for file in lone))
@@ -147,6 +158,27 @@ def _find_parts(folder: Path, data: DataSection, to_score: bool) -> dict[str, Pa
         f"no train file in {folder}; it holds {held_files}",
         "name it train.csv, ..., or give data.train, data.validation and data.test",
     )
+
+
+def _check_names(place: Path, parts: Collection[str], data: DataSection) -> None:
+    """Raise DataError where the recipe names a part that a folder or a file does not have."""
+    for part in PARTS:
+        name = getattr(data.splits, part)
+        if name is None or part in parts or getattr(data, part) is not None:
+            continue
+        files = [file.name for file in _entries(place)] if place.is_dir() else []
+        near = did_you_mean(name, [file.split(".")[0] for file in files])
+        raise DataError(
+            f"data.splits.{part}: {place} has no part {name!r}{near}",
+            f"it holds {', '.join(files[:_LISTED])}" if files else "leave it out",
+        )
+
+
+def _check_lone_file(file: Path, data: DataSection) -> None:
+    """Raise DataError where the recipe names parts or a configuration of a file, which has none."""
+    if data.config_name is not None:
+        raise DataError(f"data.config_name: {file} is a file, and has no folders", "leave it out")
+    _check_names(file, (), data)
 
 
 def _parts_in(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, PartFiles]:
