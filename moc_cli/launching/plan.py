@@ -12,6 +12,7 @@ from moc_cli.launching.place import USUAL_PORT
 from moc_cli.recipe.launch import LaunchSection
 
 KEY = "launch.num_processes"
+SET = f"--set {KEY}="  # of `moc train`; other commands have an option of their own
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,29 @@ class LaunchPlan:
         return self.processes // self.machines
 
 
-def make_plan(launch: LaunchSection) -> LaunchPlan:
+def make_plan(launch: LaunchSection, key: str = SET) -> LaunchPlan:
     """Choose by the recipe, else by accelerate's configuration file, else one for each GPU.
 
-    Raises MocError where this machine has too few GPUs for it.
+    Raises MocError where this machine has too few GPUs for it; `key` chooses their number on the
+    command line.
     """
     import torch
 
     on_gpu = launch.device != "cpu" and torch.cuda.is_available()
     gpus = torch.cuda.device_count() if on_gpu else 0
-    plan = _chosen(launch, gpus)
+    plan = _chosen(launch, gpus, key)
     count = plan.local_processes
     if on_gpu and count > gpus:
+        name = KEY if key == SET else key.strip()
+        why = name if plan.why == KEY else plan.why
         raise MocError(
-            f"{KEY}: {count} processes on this machine ({plan.why}), which has {_gpus(gpus)}",
-            f"use --set {KEY}={gpus * plan.machines}",
+            f"{name}: {count} processes on this machine ({why}), which has {_gpus(gpus)}",
+            f"use {key}{gpus * plan.machines}",
         )
     return plan
 
 
-def _chosen(launch: LaunchSection, gpus: int) -> LaunchPlan:
+def _chosen(launch: LaunchSection, gpus: int, key: str) -> LaunchPlan:
     machines, port = launch.num_machines, launch.main_process_port
     if port is None:
         port = USUAL_PORT if machines > 1 else 0
@@ -67,7 +71,7 @@ def _chosen(launch: LaunchSection, gpus: int) -> LaunchPlan:
     }
     if launch.num_processes != "auto":
         return LaunchPlan(launch.num_processes, KEY, **place)
-    configured = _configured(on_gpu=gpus > 0) if machines == 1 else None
+    configured = _configured(key, on_gpu=gpus > 0) if machines == 1 else None
     if configured is not None:
         return configured
     if gpus:
@@ -76,7 +80,7 @@ def _chosen(launch: LaunchSection, gpus: int) -> LaunchPlan:
     return LaunchPlan(machines, "no GPU", **place)
 
 
-def _configured(*, on_gpu: bool) -> LaunchPlan | None:
+def _configured(key: str, *, on_gpu: bool) -> LaunchPlan | None:
     """Return what `accelerate config` has written, or None where there is nothing to go by."""
     from accelerate.commands import config as accelerate
 
@@ -101,7 +105,7 @@ def _configured(*, on_gpu: bool) -> LaunchPlan | None:
         reason = system_reason(error) or " ".join(str(error).split())
         raise MocError(
             f"{file}: not a configuration of local processes: {reason}",
-            f"write it again with accelerate config, or say --set {KEY}=N",
+            f"write it again with accelerate config, or say {key}N",
         ) from error
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moc_cli.launching.child import started_by_moc
 from moc_cli.launching.place import find_place, is_half_started, lone_launcher, stray_variable
-from moc_cli.launching.plan import KEY, make_plan
+from moc_cli.launching.plan import KEY, SET, make_plan
 from moc_cli.recipe.launch import LaunchSection
 from moc_cli.report.lines import labelled
 from moc_cli.report.output import say
@@ -19,7 +19,7 @@ def run_together(
     launch: LaunchSection,
     command: Sequence[str],
     *,
-    key: str = f"--set {KEY}=",
+    key: str = SET,
     rows: Sequence[int] = (),
     progress: "ChildProgress" = lambda: ("", None),
 ) -> int | None:
@@ -50,7 +50,7 @@ def run_together(
             )
         _say_ignored(launch, 1, launcher, key)
         return None
-    plan = make_plan(launch)
+    plan = make_plan(launch, key)
     if plan.processes == 1:
         return None
     why = key.strip(" =") if plan.why == KEY else plan.why

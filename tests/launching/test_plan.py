@@ -107,3 +107,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     have_gpus(2, monkeypatch)
     with refused(MocError):
         make_plan(LaunchSection(num_processes=4))
+    with refused(MocError):  # `moc eval` has no --set
+        make_plan(LaunchSection(num_processes=4), "--num-processes ")
+
+
+def test_a_command_without_set_is_told_its_own_option(
+    configured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_gpus(0, monkeypatch)
+    configured.write_text("num_processes: 2\n")
+    with refused(MocError, reason="(?<=processes: ).*"):
+        make_plan(LaunchSection(), "--num-processes ")
