@@ -249,6 +249,8 @@ class Loop:
                 improved = self.evaluate()
             except Interrupted as stop:
                 self.interrupt.signal = stop.number
+        if self.finished() and self.counters.loss_steps:  # early, between two lines
+            self.write_line()
         due = self.due(self.settings.save_strategy, self.settings.save_steps)
         if improved or due or self.finished():
             self.save()
@@ -286,11 +288,10 @@ class Loop:
         finally:
             self.model.train()
             rng.restore(random_state)
+        measured = {"seconds": time.perf_counter() - started, "memory": self.peaks.evaluation}
         improved = update_best(self.counters, values, self.settings.metric)
         record = {"step": self.counters.step, "epoch": self.epoch(), "eval": values}
-        seconds = time.perf_counter() - started
-        measured = {MEASURED: {"seconds": seconds, "memory": self.peaks.evaluation}}
-        self.write(record | {"best": improved} | measured)
+        self.write(record | {"best": improved, MEASURED: measured})
         return improved
 
     def write(self, record: dict[str, Any]) -> None:

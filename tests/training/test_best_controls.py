@@ -28,6 +28,22 @@ def test_the_controls_of_the_best_step_are_kept(tmp_path, monkeypatch):
     assert not all(values.equal(last[name]) for name, values in saved.items())
 
 
+def test_the_last_steps_of_a_run_that_stops_early_are_logged(tmp_path, monkeypatch):
+    make_bases(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    watched = iter([{"accuracy": 0.9}, {"accuracy": 0.4}])
+    monkeypatch.setattr(Choice, "watch", lambda *_: next(watched))
+    patience = {"eval.early_stopping_patience": 1, "eval.eval_strategy": "steps"}
+    steps = {"train.max_steps": 9, "eval.eval_steps": 2, "output.logging_steps": 3}
+    short = {"eval.before": False, "eval.max_samples": 1}
+    run = KeyRun("choices.yaml", tmp_path / "kept", patience | steps | short)
+    assert (run.finished["stopped"], run.finished["steps"]) == ("early", 4)
+    lines = RunFolder(tmp_path / "kept" / "run").read_metrics()
+    assert [line["step"] for line in lines if "loss" in line] == [3, 4]
+    newest = read_checkpoint(tmp_path / "kept" / "run" / "checkpoints" / "step-000004")
+    assert newest.counters.log_lines == len(lines)
+
+
 def test_a_run_that_goes_on_without_evaluation_keeps_its_last_controls(tmp_path, choices, capsys):
     short = ["--set", "eval.before=false", "--set", "eval.max_samples=1"]
     watched = ["--set", "eval.eval_strategy=steps", "--set", "eval.eval_steps=2"]
