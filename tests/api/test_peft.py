@@ -1,12 +1,14 @@
 """The peft surface: the same numbers as our own, switched, saved, refused and trained by peft."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.machine import ROOT
 from support.messages import refused, warned
 from support.models import (
     KINDS_OF_DECODERS,
@@ -385,6 +387,13 @@ def test_an_untested_version_of_peft_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(moc_cli.peft, "PEFT_TYPE_TO_CONFIG_MAPPING", {})
     with refused(MocError):
         moc_cli.peft.register()
+
+
+def test_no_untested_version_of_peft_is_installed_with_moc() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (bounds,) = (line for line in project["dependencies"] if line.startswith("peft"))
+    major, minor = map(int, moc_cli.peft.TESTED.split("."))
+    assert bounds == f"peft>={major}.{minor},<{major}.{minor + 1}"
 
 
 UNREAD = """
