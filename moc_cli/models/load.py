@@ -40,6 +40,7 @@ from moc_cli.recipe.quantization import Quantization
 from moc_cli.recipe.tasks import HEADS, HeadName
 
 CPU = torch.device("cpu")
+_CAP = "attn_logit_softcapping"
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,9 @@ def load_model(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are refused below, each with its name
     }
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
     labels = _labels(num_labels, problem_type, id2label)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    options |= _attention(name, config, attn_implementation)
     quantization, on_loading = choose(name, config, quantization)
     if quantization is not None and on_loading:
         shapes = _on_meta(name, kind, config, labels, {"trust_remote_code": trust_remote_code})
@@ -191,8 +191,7 @@ def build_meta(
         "dtype": getattr(torch, dtype),
         "trust_remote_code": trust_remote_code,
     }
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
+    options |= _attention(name, config, attn_implementation)
     labels = _labels(num_labels, problem_type, id2label)
     chosen, on_loading = choose(name, config, quantization)
     model = _on_meta(name, kind, config, labels, options)
@@ -207,6 +206,23 @@ def build_meta(
     setattr(model, "published_shape", published)  # noqa: B010 - torch's stubs know no flags
     setattr(model, "quantization", chosen)  # noqa: B010
     return model
+
+
+def _attention(name: str, config: PreTrainedConfig, asked: str | None) -> dict[str, str]:
+    """Return the option for the attention's code, as it is asked for or as the config needs it.
+
+    sdpa cannot cap the attention's logits: transformers 5.17 takes it for gemma2 all the same, and
+    leaves the cap out without a word.
+    """
+    capped = getattr(config.get_text_config(), _CAP, None) is not None
+    if capped and asked == "sdpa":
+        raise MocError(
+            f"model '{name}' caps the logits of its attention ({_CAP}), which sdpa cannot; "
+            "allowed for model.attn_implementation: eager, flash_attention_2",
+            "leave model.attn_implementation out",
+        )
+    chosen = asked or ("eager" if capped else None)
+    return {"attn_implementation": chosen} if chosen else {}
 
 
 def _on_meta(

@@ -126,3 +126,16 @@ def test_a_fingerprint_is_of_values_from_first_to_last(place):
     with torch.no_grad():
         model.get_input_embeddings().weight[place, place] += 1
     assert same_base(before, fingerprint(model)) is False
+
+
+def test_a_cap_on_the_attention_is_not_left_out(tmp_path, monkeypatch):
+    model = make_tiny_model("gemma2")
+    model.save_pretrained(tmp_path)
+    # As in transformers 5.17, whose sdpa ignores the cap.
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    loaded = load_model(str(tmp_path), kind="causal").model
+    shapes = build_meta(str(tmp_path), kind="causal")
+    assert loaded.config._attn_implementation == shapes.config._attn_implementation == "eager"
+    for read in (load_model, build_meta):
+        with refused(MocError):
+            read(str(tmp_path), kind="causal", attn_implementation="sdpa")

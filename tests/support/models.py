@@ -173,7 +173,10 @@ def make_tiny_model(
             auto, config.num_labels = AutoModelForSequenceClassification, num_labels
         with torch.random.fork_rng(devices=[]):
             seed_torch(seed)
-            model = auto.from_config(config, dtype=dtype)
+            # As models are loaded: transformers 5.17 would leave the cap out.
+            capped = getattr(config, "attn_logit_softcapping", None) is not None
+            options = {"attn_implementation": "eager"} if capped else {}
+            model = auto.from_config(config, dtype=dtype, **options)
             if perturbed:
                 _perturb(model)
         _BUILT[key] = _Frozen(model.eval())
