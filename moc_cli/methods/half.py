@@ -1,8 +1,11 @@
-"""LoRA and DoRA over a bfloat16 base, as their users run them: under autocast.
+"""LoRA and DoRA over a base in half precision: in bfloat16 as under autocast.
 
 The weights stay in float32 for the optimizer; their products are made in bfloat16, as those of the
 base and of controls are.
 """
+
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -10,6 +13,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 HALF = torch.bfloat16
 
@@ -21,24 +25,46 @@ class HalfLinear(nn.Linear):
         return F.linear(x.to(HALF), self.weight.to(HALF))
 
 
+class _HalfProducts(TorchFunctionMode):
+    """What autocast does to linear products, for the meta device, on which a training is planned
+    and which has no autocast.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            args = tuple(arg.to(HALF) if isinstance(arg, Tensor) else arg for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _products_in_half(device: torch.device) -> AbstractContextManager[Any]:
+    return _HalfProducts() if device.type == "meta" else torch.autocast(device.type, dtype=HALF)
+
+
 class HalfDora(DoraLinearLayer):
     """DoRA's rescaling with the products in bfloat16; norms stay in float32."""
 
     def forward(self, x: Tensor, **kwargs: object) -> Tensor:
-        with torch.autocast(x.device.type, dtype=HALF):
+        with _products_in_half(x.device):
             scaled: Tensor = super().forward(x, **kwargs)
             return scaled
 
-    @torch.no_grad()
-    def reset_magnitudes(self, layer: LoraLayer, name: str) -> None:
-        """Set the magnitudes to the norms that `forward` divides by: peft rounds them to bfloat16,
-        and the model would not start as its base.
-        """
-        with torch.autocast(self.weight.device.type, dtype=HALF):
-            delta = self.get_lora_weight(lora_A=layer.lora_A[name], lora_B=layer.lora_B[name])
-            weight = dequantize_module_weight(layer.get_base_layer()).float()
-            norms = self.get_weight_norm(weight, delta.float(), layer.scaling[name])
-        self.weight.copy_(norms)
+
+@torch.no_grad()
+def reset_magnitudes(layer: LoraLayer, name: str) -> None:
+    """Set DoRA's magnitudes, where there are some, to the norms that its products are divided by:
+    peft rounds them to the base's type, and the model would not start as its base.
+    """
+    if name not in layer.lora_magnitude_vector or layer.lora_magnitude_vector[name].weight.is_meta:
+        return
+    dora = layer.lora_magnitude_vector[name]
+    in_half = isinstance(dora, HalfDora)
+    with torch.autocast(dora.weight.device.type, dtype=HALF, enabled=in_half):
+        delta = dora.get_lora_weight(lora_A=layer.lora_A[name], lora_B=layer.lora_B[name])
+        weight = dequantize_module_weight(layer.get_base_layer()).float()
+        norms = dora.get_weight_norm(weight, delta.float(), layer.scaling[name])
+    dora.weight.copy_(norms)
 
 
 def multiply_in_half(layer: LoraLayer, name: str) -> None:
@@ -49,9 +75,6 @@ def multiply_in_half(layer: LoraLayer, name: str) -> None:
         half.weight = linear.weight
         table[name] = half.train(linear.training)
     if name in layer.lora_magnitude_vector:
-        dora = layer.lora_magnitude_vector[name]
-        dora.__class__ = HalfDora
-        if not dora.weight.is_meta:
-            dora.reset_magnitudes(layer, name)
+        layer.lora_magnitude_vector[name].__class__ = HalfDora
     else:  # the input is then used as it is, without a copy in float32
         layer.cast_input_dtype_enabled = False

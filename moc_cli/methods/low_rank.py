@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moc_cli.errors import MocError
 from moc_cli.methods.adapted import Placed
-from moc_cli.methods.half import HALF, multiply_in_half
+from moc_cli.methods.half import HALF, multiply_in_half, reset_magnitudes
 from moc_cli.methods.size import check_size
 from moc_cli.methods.targets import find_targets
 from moc_cli.models.quantization import of_model
@@ -63,6 +63,9 @@ class LowRank(Placed):
         if model.dtype == HALF:
             for layer in self._layers.values():
                 multiply_in_half(layer, _NAME)
+        if model.dtype in (torch.bfloat16, torch.float16):
+            for layer in self._layers.values():
+                reset_magnitudes(layer, _NAME)
         for layer in self._layers.values():  # peft's new modules start in training mode
             layer.train(layer.get_base_layer().training)
         self._first = None

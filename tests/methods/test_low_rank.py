@@ -358,3 +358,13 @@ def test_lora_over_a_bfloat16_base_is_its_formula_in_bfloat16():
     key = "base_model.model.model.layers.0.mlp.up_proj"
     A, B = (named[f"{key}.lora_{part}.weight"].to(torch.bfloat16) for part in "AB")
     assert torch.equal(layer(x), layer.base_layer(x) + (x @ A.T) @ B.T * SCALE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_dora_starts_as_its_base_in_half_precision(dtype: torch.dtype) -> None:
+    """Its magnitudes are the norms that it divides by, not these rounded to the base's type."""
+    model, batch = make_tiny("llama", dtype=dtype), make_batch(4)
+    base = model(**batch).logits
+    attach(model, DoraMethod(rank=4))
+    assert torch.equal(model(**batch).logits, base)

@@ -16,7 +16,7 @@ from moc_cli.methods import attach
 from moc_cli.planning.fake_device import META, FakeDevice
 from moc_cli.planning.live_memory import LiveMemory, PhasePart, highest
 from moc_cli.planning.replay import STEPS, Phases, StepMeasurement, counted, make_loop, replay
-from moc_cli.recipe.methods import ControlMethod, LoraMethod, MocMethod
+from moc_cli.recipe.methods import ControlMethod, DoraMethod, LoraMethod, MocMethod
 from moc_cli.training.loop_types import Settings
 from moc_cli.training.recompute import recompute_layers
 
@@ -174,3 +174,18 @@ def test_a_generation_reads_its_routes_once() -> None:
             model(ids[:, :1], past_key_values=cache)
         waits.append(sum(n for sync, n in fake.syncs.items() if "nn/forward" in sync.line))
     assert waits == [2, 2]
+
+
+def test_dora_over_a_bfloat16_base_is_planned_as_it_runs() -> None:
+    """Its products are made under autocast, which the device of plans does not have."""
+    method, settings = DoraMethod(rank=4), Settings()
+    model, cpu = make_tiny_model("llama", dtype=torch.bfloat16), torch.device("cpu")
+    with META:
+        shapes = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.bfloat16)
+    planned = replay(attach(shapes, method), batch(), LanguageLoss, settings, device_type="cpu")
+    loop = make_loop(attach(model, method), batch(), LanguageLoss, settings, cpu)
+    with counted(loop, Phases(loop), cpu) as memory:
+        for _ in range(STEPS):
+            memory.restart()
+            loop.train_step()
+    assert sum(highest(planned.phases.values()).values()) == pytest.approx(memory.peak, rel=0.03)
