@@ -1,13 +1,14 @@
 """Mixture of Layer Experts: which second layer each layer runs, and how the two are mixed."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moc_cli.nn.autograd import inject
+from moc_cli.nn.autograd import autocast_dtype, inject
 from moc_cli.nn.base import MixtureBase
 from moc_cli.nn.forward import stored_route
 from moc_cli.nn.gate import GATES, probabilities
@@ -108,6 +109,12 @@ class LayerMixture(MixtureBase):
         return route, loss
 
     def _vote(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
+        """Route, balance loss and ballot, in float32 under autocast too."""
+        is_plain = autocast_dtype(h.device) is None
+        with nullcontext() if is_plain else torch.autocast(h.device.type, enabled=False):
+            return self._decide(h, valid)
+
+    def _decide(self, h: Tensor, valid: Tensor | None) -> tuple[Route, Tensor, Ballot]:
         p = probabilities(self.gates[POOL](h))  # (B, T, L)
         voters = Voters.of(p.shape[:2], valid, self._level(), p.device, p.dtype)
         ballot = poll(p, voters, 1, self.vote)

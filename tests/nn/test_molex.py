@@ -383,3 +383,36 @@ def test_a_generation_mixes_in_some_layers_as_one_forward_does() -> None:
         past = adapted.model(ids[:, :6], mask[:, :6], use_cache=True).past_key_values
         rest = adapted.model(ids[:, 6:], mask, past_key_values=past).logits
     assert torch.allclose(rest, whole[:, 6:], atol=1e-5)
+
+
+def mean_choice(gate: dict[str, Tensor], h: Tensor) -> Tensor:
+    """The mean over all tokens of h (B, T, d) of the gate's softmax, in float64."""
+    gate = {name: value.detach().double() for name, value in gate.items()}
+    shares = []
+    for x in h.double().flatten(0, 1):
+        if "weight" in gate:
+            logits = gate["weight"] @ x
+        else:
+            f, s = gate["projection"] @ x, gate["log_temperature"].exp()
+            logits = torch.stack([s * (f @ e) / (f.norm() * e.norm()) for e in gate["experts"]])
+        shares.append(logits.exp() / logits.exp().sum())
+    return torch.stack(shares).mean(dim=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_under_autocast_layers_are_chosen_in_float32(kind: str) -> None:
+    """And the gate can be trained: its products are not in two types."""
+    mixture = LayerMixture(4, 16, gate=kind, projection_dim=8).train()
+    h, means = torch.randn(2, 5, 16, requires_grad=True), []
+
+    class Watcher:
+        def decided(self, site, decision):
+            means.append(decision.ballot.mean[0])
+
+    mixture.watchers.append(Watcher())
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss = mixture.route(mixture.sites[0], h)
+        mixture.settle(mixture.sites[0], h, loss).sum().backward()
+    right = mean_choice(dict(mixture.gates["shared"].named_parameters()), h.detach())
+    assert (means[0] - right).abs().max() < 1e-6
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in mixture.gates.parameters())
