@@ -94,7 +94,8 @@ class GenerationTracker:
     ) -> None:
         self.model = model
         self.mixture = mixture
-        self.causal = placement.causal
+        is_decoder = getattr(model.config, "is_decoder", False)  # of a family of encoders
+        self.causal = placement.causal or bool(is_decoder)
         self.running = running
         self.votes = votes
         self.by_row = by_row
@@ -107,6 +108,7 @@ class GenerationTracker:
         self._handles = [
             self.runner.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             self.runner.register_forward_hook(self._end_forward),
+            self.runner.register_forward_hook(self._after_error, always_call=True),
         ]
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate  # over the class's own
@@ -257,6 +259,14 @@ class GenerationTracker:
             if self._fill and generation and generation.compiled and current.store.settled:
                 self._fill(current.store, current.copies)
 
+    def _after_error(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook of the runner, called after an error in it too, then without an output: what its
+        sites share and the graph of the failed forward would keep each other alive.
+        """
+        if output is None:
+            self.mixture.current.end()
+            self.mixture.current = Forward()
+
 
 def find_runner(model: PreTrainedModel, placement: Placement) -> nn.Module:
     """The innermost module around the layers that takes token ids and their mask.
@@ -312,10 +322,10 @@ def _repeat(cache: Cache, repeats: int) -> None:
 def _crop(cache: Cache, tokens_to_remove: int) -> None:
     type(cache).crop(cache, tokens_to_remove)
     store = getattr(cache, _STORE)
-    if hasattr(store, "crop"):
-        store.crop(tokens_to_remove)
     if not cache.get_seq_length():
         _forget(cache)
+    elif hasattr(store, "crop"):
+        store.crop(tokens_to_remove)
 
 
 def _record(cache: Cache) -> None:

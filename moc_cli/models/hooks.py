@@ -48,6 +48,10 @@ class BlockHook:
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = args[0] if args else kwargs["hidden_states"]
 
+    def forget(self) -> None:
+        """Let go of an input without an output."""
+        self._input = None
+
     def _write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x, self._input = self._input, None
         if x is None:
@@ -150,9 +154,10 @@ class HookedModel:
         if register:
             model.add_module("moc", mixture)
         self._handles: list[RemovableHandle] = []
-        for site in mixture.sites:
-            hook = BlockHook(mixture, site)
-            self._handles += hook.register(layers[site.layer], placement.place(site.block))
+        self._blocks = [BlockHook(mixture, site) for site in mixture.sites]
+        for hook in self._blocks:
+            place = placement.place(hook.site.block)
+            self._handles += hook.register(layers[hook.site.layer], place)
         for layer in layers:
             self._handles.append(layer.register_forward_hook(self._after_layer))
         if mixture.top_k and mixture.balance_weight:
@@ -167,8 +172,13 @@ class HookedModel:
             by_row=mixture.routing.level == "sample",
             fill=mixture.fill,
         )
-        handle = self.tracker.runner.register_forward_pre_hook(self._before_layers)
-        self._handles.append(handle)  # after the tracker's own, which begins the forward
+        runner = self.tracker.runner
+        self._handles += [
+            runner.register_forward_pre_hook(
+                self._before_layers
+            ),  # the tracker's begins the forward
+            runner.register_forward_hook(self._after_error, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Take every hook and the mixture out of the model again."""
@@ -181,6 +191,14 @@ class HookedModel:
 
     def _before_layers(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.mixture.prepare(self.model.dtype)
+
+    def _after_error(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook of the module around the layers, called after an error in it too, then without an
+        output: an input that waits for its block's output would keep the graph before it alive.
+        """
+        if output is None:
+            for hook in self._blocks:
+                hook.forget()
 
     def _after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook of a layer, outside its activation checkpoint."""

@@ -55,6 +55,14 @@ class RouteStore:
         if self.waiting is not None:
             self.waiting = change(self.waiting)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Called where the cache takes tokens back; RuntimeError where they have voted already."""
+        if self.ballots and tokens_to_remove:
+            raise RuntimeError(
+                "with decode 'running' the tokens that are taken back have voted already; guessed "
+                "tokens go with decode 'frozen'"
+            )
+
 
 def stored_route(routes: dict[int, Route], index: int, rows: int) -> Route | None:
     """The route of a site, None before its first; RuntimeError where it is for other rows."""

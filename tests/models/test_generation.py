@@ -185,6 +185,18 @@ def test_a_static_cache_does_not_start_a_compiler(monkeypatch: pytest.MonkeyPatc
             generate(adapted, inputs, 1, **options, disable_compile=False)
 
 
+def test_tokens_that_have_voted_are_not_taken_back() -> None:
+    """With running votes a guess would stay in the count; an emptied cache begins anew."""
+    adapted, ids = make_moc("llama", "running"), torch.randint(5, 250, (4, 12))
+    cache = DynamicCache(config=adapted.model.config)
+    with torch.no_grad():
+        adapted.model(input_ids=ids, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="have voted already"):
+            cache.crop(-3)
+        cache.crop(-9)
+        adapted.model(input_ids=ids, past_key_values=cache)
+
+
 # Only of layers mixed
 
 

@@ -1,7 +1,10 @@
 """Controls placed in real model classes: laws that hold for every family and every way to run."""
 
+import contextlib
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from support.models import (
     has_hooks,
     make_batch,
     make_tiny,
+    tiny_config,
     train_controls,
 )
 from support.processes import run_program
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from moc_cli.errors import MocError
 from moc_cli.methods import attach
@@ -388,3 +392,48 @@ def test_a_state_loads_strictly():
     state["controls.0.ffn.A"] = state["controls.0.ffn.A"][:1]
     with refused(MocError):
         other.load_state(state)
+
+
+@pytest.mark.parametrize("block", ["self_attn", "mlp"])
+def test_a_failed_forward_leaves_nothing_behind(block):
+    """As one that does not fit in memory: activations are freed, and the model can be copied."""
+    adapted, batch = make("llama"), make_batch(4)
+    first, last = adapted.model.model.layers
+    kept = []
+
+    def remember(module, args, output):
+        kept.append(weakref.ref(output.untyped_storage()))
+
+    def fail(module, args, output):
+        raise MemoryError
+
+    first.mlp.act_fn.register_forward_hook(remember)
+    handle = getattr(last, block).register_forward_hook(fail)
+    adapted.model.train()
+    with contextlib.suppress(MemoryError):
+        adapted.model(**batch)
+    handle.remove()
+    gc.collect()
+    assert len(kept) == 1
+    assert kept[0]() is None
+    again = copy.deepcopy(adapted.model)
+    assert torch.equal(again(**batch).logits, adapted.model(**batch).logits)
+
+
+@pytest.mark.parametrize("method", [moc(), MolexMethod(rank=4)])
+@torch.no_grad()
+def test_an_encoders_family_can_be_a_decoder(method):
+    """Its generations keep the routes of the prompt, with a cache and without."""
+    config = tiny_config("bert", is_decoder=True)
+    adapted = attach(AutoModelForCausalLM.from_config(config).eval(), method)
+    train_controls(adapted.named_trainables())
+    batch = make_batch(4, "left")
+    options = {"max_new_tokens": 5, "eos_token_id": None, "output_logits": True}
+    cached, whole = (
+        adapted.model.generate(
+            **batch, **options, use_cache=use_cache, return_dict_in_generate=True
+        ).logits
+        for use_cache in (True, False)
+    )
+    for a, b in zip(cached, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
