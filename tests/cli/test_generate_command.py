@@ -173,7 +173,7 @@ def test_answers_differ_from_the_bases(adapted: Adapted) -> None:
 def test_a_seed_beyond_the_last_one_is_refused_at_once(capsys) -> None:
     call = ["generate", "--model", "builtin:world-llama", "--prompt", "a", "--seed"]
     assert run([*call, str(2**64)]) == 2
-    assert "0<=x<=4294967295" in capsys.readouterr().err
+    assert "4294967295" in capsys.readouterr().err
 
 
 def test_a_seed_gives_an_answer_and_leaves_the_rest_alone(adapted: Adapted) -> None:
