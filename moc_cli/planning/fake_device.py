@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from moc_cli.nn.autograd import HALF
 from moc_cli.planning import remembered
+from moc_cli.planning.grouped import GROUPED, grouped_flops, grouped_product
 
 META = torch.device("meta")
 ROOM = Path(__file__).resolve().parent
@@ -132,7 +133,7 @@ class FakeDevice(TorchDispatchMode):
         outputs = remembered.tensors_in(result if isinstance(result, tuple | list) else (result,))
         if any(tensor.is_meta for tensor in outputs) and _is_kernel(func):
             self.kernels[self._phase()] += 1
-            count = flop_registry.get(func.overloadpacket)
+            count = grouped_flops if func is GROUPED else flop_registry.get(func.overloadpacket)
             full_args = _with_all_heads(args) if "attention" in str(func) else args
             flops = 0 if count is None else count(*full_args, **kwargs, out_val=result)
             tensors = [tensor for tensor in (*inputs, *outputs) if tensor.is_meta]
@@ -153,6 +154,8 @@ class FakeDevice(TorchDispatchMode):
             ):
                 self.wait("index")
                 args = (args[0], [place for group in places for place in group], *args[2:])
+        if func is GROUPED:
+            return grouped_product(*args, **kwargs)
         return remembered.call(func, args, kwargs)
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

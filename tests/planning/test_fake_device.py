@@ -178,14 +178,48 @@ def test_a_generation_reads_its_routes_once() -> None:
 
 def test_dora_over_a_bfloat16_base_is_planned_as_it_runs() -> None:
     """Its products are made under autocast, which the device of plans does not have."""
-    method, settings = DoraMethod(rank=4), Settings()
-    model, cpu = make_tiny_model("llama", dtype=torch.bfloat16), torch.device("cpu")
+    planned, counted_bytes = planned_and_counted("llama", DoraMethod(rank=4), torch.bfloat16)
+    assert planned == pytest.approx(counted_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_are_planned_as_they_run(dtype: torch.dtype) -> None:
+    """In all experts together each row counts once for each of its experts, as in the products."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    planned, counted_bytes = planned_and_counted(
+        "qwen3_moe", MocMethod(rank=4), dtype, **sizes, experts_implementation="grouped_mm"
+    )
+    assert planned == pytest.approx(counted_bytes, rel=0.05)
+
+
+def planned_and_counted(
+    family: str, method: Any, dtype: torch.dtype, **changes: Any
+) -> tuple[int, int]:
+    """The bytes of a step at most: by its plan, and counted while it runs on the CPU."""
+    settings, cpu = Settings(), torch.device("cpu")
     with META:
-        shapes = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.bfloat16)
+        shapes = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)
     planned = replay(attach(shapes, method), batch(), LanguageLoss, settings, device_type="cpu")
+    model = make_tiny_model(family, dtype=dtype, **changes)
     loop = make_loop(attach(model, method), batch(), LanguageLoss, settings, cpu)
     with counted(loop, Phases(loop), cpu) as memory:
         for _ in range(STEPS):
             memory.restart()
             loop.train_step()
-    assert sum(highest(planned.phases.values()).values()) == pytest.approx(memory.peak, rel=0.03)
+    return sum(highest(planned.phases.values()).values()), memory.peak
+
+
+def test_products_of_groups_have_the_shapes_and_operations_of_the_real_ones() -> None:
+    offsets = torch.tensor([3, 8], dtype=torch.int32)
+    shapes = [((8, 16), (2, 16, 24)), ((2, 8, 16), (2, 16, 24)), ((16, 8), (8, 24))]
+    for first, second in shapes:
+        sizes = (torch.ones(first), torch.ones(second))
+        given = offsets if min(map(len, (first, second))) == 2 else None
+        result = torch.nn.functional.grouped_mm(*sizes, offs=given)
+        with FakeDevice("cpu") as fake:
+            fakes = [tensor.to(META) for tensor in sizes]
+            shown = torch._grouped_mm(*fakes, None if given is None else given.to(META))
+        assert (shown.shape, shown.dtype) == (result.shape, result.dtype)
+        inner = first[-1]
+        products = result.numel() * inner // (2 if len(first) == len(second) == 2 else 1)
+        assert {kernel.flops for kernel in fake.work if kernel.flops} == {2 * products}
