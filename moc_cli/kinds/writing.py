@@ -1,6 +1,5 @@
 """Texts to be written: the perplexity of what is to be learned."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +52,7 @@ class Writing(Causal):
     ) -> dict[str, float]:
         """Return loss and perplexity; nothing is generated while a model trains."""
         held_out = self.answer_loss(model, examples, options, observe)
-        return {"loss": held_out.loss, "perplexity": math.exp(held_out.loss)}
+        return {"loss": held_out.loss, "perplexity": metrics.exp(held_out.loss)}
 
     def prompt(self, example: InstructionExample | ChatExample | TextExample) -> str:
         """The prompt, or the text or conversation itself where there is none."""

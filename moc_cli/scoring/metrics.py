@@ -69,7 +69,14 @@ def spearman(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) ->
 
 def perplexity_of(tokens: np.ndarray, losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Exp of the mean loss of all tokens, of each text's tokens and its summed loss."""
-    return np.asarray(np.exp((counts @ losses) / (counts @ tokens)))
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp((counts @ losses) / (counts @ tokens)))
+
+
+def exp(loss: float) -> float:
+    """Exp of a mean loss: infinite beyond 709, where Python's own raises."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
 
 
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
@@ -137,7 +144,7 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> Score:
     losses = np.array([loss for loss, _ in rows], dtype=np.float64)
     tokens = np.array([count for _, count in rows], dtype=np.float64)
     mean = losses.sum() / tokens.sum()
-    value = float(np.exp(mean))
+    value = exp(mean)
     n = int((tokens > 0).sum())  # a text that was cut before its first learned token tells nothing
     if n < 2:
         return Score(value, None, None, len(rows))

@@ -64,6 +64,9 @@ def test_a_name_that_a_folder_does_not_have_is_refused(tmp_path):
     file = f"{path}/train.jsonl"
     refuse(path=file, splits={"test": "val2"})
     refuse(path=file, config_name="main")
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "rows.jsonl").write_text(LINES)
+    refuse(path=str(tmp_path / "lone"), splits={"validation": "val2"})
     assert counts(path=path, splits={"validation": "absent"}, validation=file)["validation"] == 8
 
 
@@ -179,7 +182,10 @@ def test_datasets_that_were_saved_and_splits_by_name(tmp_path):
     assert counts(path=path, splits={"train": "train_sft"}) == {"train": 8, "test": 2}
     refuse(path=path, splits={"train": "train_sf"})
     made["test"].save_to_disk(str(tmp_path / "one"))
-    assert counts(path=str(tmp_path / "one")) == {"train": 2}
+    one = str(tmp_path / "one")
+    assert counts(path=one) == {"train": 2}
+    refuse(path=one, splits={"validation": "test"})
+    refuse(path=path, splits={"train": "train_sft"}, config_name="main")
 
 
 def test_a_configuration_of_a_hub_id_reaches_datasets(tmp_path, monkeypatch):

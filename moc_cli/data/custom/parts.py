@@ -52,6 +52,9 @@ def read_parts(data: DataSection, *, to_score: bool = False) -> dict[str, Table]
 
             with library_errors(f"{place} cannot be read by datasets"):
                 saved = datasets.load_from_disk(str(place))
+            if data.config_name is not None:
+                message = f"data.config_name: {place} was saved by datasets, and has one alone"
+                raise DataError(message, "leave it out")
             tables = _tables_of(saved, str(place), data, to_score)
         else:
             parts = {"train": PartFiles([place])}
@@ -141,6 +144,8 @@ def _find_parts(folder: Path, data: DataSection, to_score: bool) -> dict[str, Pa
     alone = len(lone) == 1 or (lone and all(_SHARD.fullmatch(file.name) for file in lone))
     if alone and not any(_part_of(file.name, names) for file in lone):
         _check_shards(lone)
+        if not to_score:
+            _check_names(folder, {"train"}, data)
         return {"train": PartFiles(lone)}
     below = [
         entry.name
@@ -264,16 +269,17 @@ def _entries(folder: Path) -> list[Path]:
 
 def _tables_of(dataset: Any, name: str, data: DataSection, to_score: bool) -> dict[str, Table]:
     """Return the parts of a `datasets` object; one without splits is train."""
-    if not isinstance(dataset, dict):
-        return {"train": table_of_dataset(name, dataset)}
+    splits = list(dataset) if isinstance(dataset, dict) else []
     for part in PARTS:
         split_name = getattr(data.splits, part)
-        if split_name is not None and split_name not in dataset:
-            near = did_you_mean(split_name, dataset)
+        if split_name is not None and split_name not in splits:
+            near = did_you_mean(split_name, splits)
             raise DataError(
                 f"data.splits.{part}: {name} has no split {split_name!r}{near}",
-                f"its splits: {', '.join(dataset)}",
+                f"its splits: {', '.join(splits)}" if splits else "leave it out",
             )
+    if not splits:
+        return {"train": table_of_dataset(name, dataset)}
     tables: dict[str, Table] = {}
     for part, names in PARTS.items():
         split_name = getattr(data.splits, part)
