@@ -185,6 +185,8 @@ def test_datasets_that_were_saved_and_splits_by_name(tmp_path):
     one = str(tmp_path / "one")
     assert counts(path=one) == {"train": 2}
     refuse(path=one, splits={"validation": "test"})
+    names = {"splits": {"train": "train_sft"}, "config_name": "main"}
+    assert set(read_parts(section(path=one, **names), to_score=True)) == {"train"}
     refuse(path=path, splits={"train": "train_sft"}, config_name="main")
 
 

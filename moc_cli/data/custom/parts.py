@@ -52,7 +52,7 @@ def read_parts(data: DataSection, *, to_score: bool = False) -> dict[str, Table]
 
             with library_errors(f"{place} cannot be read by datasets"):
                 saved = datasets.load_from_disk(str(place))
-            if data.config_name is not None:
+            if data.config_name is not None and not to_score:
                 message = f"data.config_name: {place} was saved by datasets, and has one alone"
                 raise DataError(message, "leave it out")
             tables = _tables_of(saved, str(place), data, to_score)
@@ -270,6 +270,8 @@ def _entries(folder: Path) -> list[Path]:
 def _tables_of(dataset: Any, name: str, data: DataSection, to_score: bool) -> dict[str, Table]:
     """Return the parts of a `datasets` object; one without splits is train."""
     splits = list(dataset) if isinstance(dataset, dict) else []
+    if to_score and not splits:  # a recipe's names may be those of the rows it was trained on
+        return {"train": table_of_dataset(name, dataset)}
     for part in PARTS:
         split_name = getattr(data.splits, part)
         if split_name is not None and split_name not in splits:
