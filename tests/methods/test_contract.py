@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from support.checkpointing import checkpoint_activations
 from support.models import DECODERS, FAMILIES, WIDTH, has_hooks, make_batch, make_tiny
 from torch import nn
 
@@ -140,7 +141,7 @@ def test_gradients_are_equal_with_activation_checkpointing(method, family):
     adapted = moved(make(method, family))
     model = adapted.model.train()
     grads = []
-    for prepare in (lambda: None, model.activation_checkpointing_enable):
+    for prepare in (lambda: None, lambda: checkpoint_activations(model)):
         prepare()
         model(**make_batch()).logits.square().mean().backward()
         grads.append({n: p.grad.clone() for n, p in adapted.named_trainables().items()})

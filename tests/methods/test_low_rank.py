@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpointing import checkpoint_activations
 from support.combinations import half_of_product
 from support.messages import refused
 from support.models import DECODERS, FAMILIES, make_batch, make_tiny, tiny_config
@@ -186,7 +187,7 @@ def test_gradients_are_equal_with_activation_checkpointing(family, method):
         model = adapted.model.train()
         if checkpointing:
             kwargs = {"use_reentrant": reentrant}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            checkpoint_activations(model, **kwargs)
             if reentrant:
                 model.enable_input_require_grads()
         model(**make_batch()).logits.square().mean().backward()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.checkpointing import checkpoint_activations
 from support.combinations import half_of_product
 from support.group import run_together, saved
 from support.messages import refused
@@ -166,7 +167,7 @@ def test_training_is_counted_as_a_recount_does(route, checkpointing, rows):
     adapted = make(level=level, top_k=k)
     model = adapted.model.train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     inputs, forwards = Inputs(adapted), []
     with adapted.recorder() as recorder:
         for seed in range(3):

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from support.checkpointing import checkpoint_activations
 from support.models import make_tiny_model
 
 from moc_cli.methods import attach
@@ -22,7 +23,7 @@ def test_nothing_with_a_graph_outlives_the_backward_pass(family, checkpointing):
     model = make_tiny_model(family, num_labels=None if family == "llama" else 2).train()
     adapted = attach(model, MocMethod(rank=4))
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     ids = torch.randint(5, 200, (3, 7))
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().mean()
     if checkpointing:
@@ -54,7 +55,7 @@ def test_the_logged_balance_loss_survives_a_recompute_that_stops_early(family, m
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         ids = torch.arange(5, 26).reshape(3, 7)
         with adapted.recorder() as recorder:
             model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()

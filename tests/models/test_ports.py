@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpointing import checkpoint_activations
 from support.messages import refused
 from support.models import (
     DECODERS,
@@ -74,7 +75,7 @@ def test_gradients_are_equal_with_activation_checkpointing(family, reentrant):
         calls.append(count_updates(adapted))
         if checkpointing:
             kwargs = {"use_reentrant": reentrant}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            checkpoint_activations(model, **kwargs)
             if reentrant:
                 model.enable_input_require_grads()
         first, second = make_batch(), make_batch(side="left" if family in DECODERS else "right")
@@ -100,7 +101,7 @@ def test_the_balance_loss_reaches_the_gate_once_and_scaled(family):
     found = []
     for checkpointing, scale in ((False, 1.0), (True, 1.0), (False, 0.25)):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         else:
             model.activation_checkpointing_disable()
         adapted.set_loss_scale(scale)

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from support.checkpointing import checkpoint_activations
 from support.messages import refused
 from support.models import DECODERS, FAMILIES, all_float64, has_hooks, make_batch, make_tiny
 from support.molex import ALPHA, RANK, bare, expect, make, molex, train
@@ -122,7 +123,7 @@ def test_gradients_are_equal_with_activation_checkpointing(family, reentrant):
         model = adapted.model.train()
         if checkpointing:
             kwargs = {"use_reentrant": reentrant}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            checkpoint_activations(model, **kwargs)
             if reentrant:
                 model.enable_input_require_grads()
         batch = make_batch()
@@ -150,7 +151,7 @@ def test_no_recomputed_layer_outlives_its_backward_pass(family):
     """What lives in the backward pass is each depth's input; of a layer alone it would be 26."""
     adapted = make(family, molex(), torch.float32)
     model = adapted.model.train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     alive = []
     for name, parameter in adapted.named_trainables().items():
         if name.endswith("q_proj.lora_A.weight"):
@@ -189,7 +190,7 @@ def test_as_many_rows_as_relative_positions(family, times):
 
 def test_decisions_are_counted_once_and_named():
     adapted, batch = make("llama", dtype=torch.float32), make_batch()
-    adapted.model.train().activation_checkpointing_enable()
+    checkpoint_activations(adapted.model.train())
     recorder = adapted.recorder()
     with recorder:
         for _ in range(2):
