@@ -233,7 +233,9 @@ def make_plan(
     if not all(trains_the_same(loaded[chosen], changed[chosen]) for chosen in loaded):
         sweep = replace(sweep, results_dir=None)
     first = next(iter(loaded.values()))
-    if sweep.chosen_group is not None and first.eval.eval_strategy == "no":
+    if sweep.chosen_group is not None and any(
+        recipe.eval.eval_strategy == "no" for recipe in changed.values()
+    ):
         raise RunError(
             f"'choose: {sweep.chosen_group}' takes the value with the best validation rows, and "
             "eval.eval_strategy is no",

@@ -135,6 +135,13 @@ def test_the_choice_is_made_among_the_same_runs(
 ) -> None:
     """A run's folder does not depend on what is chosen: a whole grid can be looked at both ways."""
     vary = {"train.learning_rate": [0.001, 0.01], "method.rank": [2, 4]}
+    without = {"train.max_steps": 1, "eval.before": False, "eval.eval_strategy": "no"}
+    unwatched = write_sweep(tmp_path, choices[1], vary=vary, reference=None, set=without)
+    watch = ["--set", "eval.eval_strategy=epoch"]
+    assert run(["sweep", unwatched, "--dry-run"]) == 2
+    assert "and eval.eval_strategy is no" in capsys.readouterr().err
+    assert run(["sweep", unwatched, "--dry-run", *watch]) == 0
+    capsys.readouterr()
     keys = {"vary": vary, "choose": None, "reference": None, "eval": [], "results_dir": None}
     call = ["sweep", write_sweep(tmp_path, choices[1], **keys)]
     assert len(summary_of(call, capsys)["rows"]) == 2
