@@ -32,7 +32,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,13 +68,13 @@ class Controls:
         base_facts: dict[str, Any],
         modules_before: dict[str, Tensor],
         pads_before: tuple[int | None, int | None] | None = None,
-        names_before: Mapping[str, Any] = MappingProxyType({}),
+        names_before: Mapping[str, Any] | None = None,
     ) -> None:
         self.adapted = adapted
         self._base_facts = base_facts
         self._modules_before = modules_before
         self._detached = False
-        self._pads_before, self._names_before = pads_before, dict(names_before)
+        self._pads_before, self._names_before = pads_before, dict(names_before or {})
         self._ignored = self.model._keys_to_ignore_on_save
         vars(self.model)["save_pretrained"] = self._save_pretrained
         trained = {id(parameter) for parameter in self.parameters()}

@@ -172,11 +172,9 @@ class HookedModel:
             by_row=mixture.routing.level == "sample",
             fill=mixture.fill,
         )
-        runner = self.tracker.runner
+        runner = self.tracker.runner  # whose hook of the tracker begins the forward, before these
         self._handles += [
-            runner.register_forward_pre_hook(
-                self._before_layers
-            ),  # the tracker's begins the forward
+            runner.register_forward_pre_hook(self._before_layers),
             runner.register_forward_hook(self._after_error, always_call=True),
         ]
 

@@ -15,11 +15,8 @@ Rows = list[list[str | Text]]
 
 def sweep_tables(summary: Summary) -> list[FittedTable]:
     """Show what `moc sweep --json` prints."""
-    tables = [
-        *(_search_table(summary), _score_table(summary), _cost_table(summary)),
-        _difference_table(summary),
-    ]
-    return [table for table in tables if table.rows]
+    makers = (_search_table, _score_table, _cost_table, _difference_table)
+    return [table for table in (make(summary) for make in makers) if table.rows]
 
 
 def plan_table(runs: list[tuple[str, bool]]) -> FittedTable:
