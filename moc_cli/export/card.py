@@ -90,7 +90,7 @@ def make_card(
         _section("Classes", _classes(trained)),
         _section("Method", _method(trained, results)),
         _section("Data", _data(trained)),
-        _section("Scores", _scores(trained, results) + _evaluations(trained)),
+        _section("Scores", _scores(trained, results) + evaluation_lines(trained)),
         _section("Routing", _routing(results.get("routing", {}))),
         _section("Proof and sizes", _proof(written, proof, sizes)),
         f"Written by moc {__version__}.",
@@ -232,7 +232,7 @@ def _scores(trained: LoadedRun, results: dict[str, Any]) -> list[str]:
     return [head, "", *_table(results["tasks"], "before", "untrained")]
 
 
-def _evaluations(trained: LoadedRun) -> list[str]:
+def evaluation_lines(trained: LoadedRun) -> list[str]:
     """Scores of `moc eval` on these very controls, each under its own conditions."""
     lines: list[str] = []
     for results in trained.folder.read_evaluations().values():

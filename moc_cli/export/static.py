@@ -61,12 +61,12 @@ def export(trained: LoadedRun, folder: Path, options: FormatOptions) -> Written:
     """Count routes, freeze them, write the pairs, and compare with the mixture so rerouted."""
     mixture = trained.adapted.mixture
     assert mixture is not None  # `check` refused what has none
-    calibration, scored = _rows(trained, options.calibration)
-    counted, _ = _score(trained, calibration, "counting routes")
+    calibration, scored = drawn_rows(trained, options.calibration)
+    counted, _ = score_tasks(trained, calibration, "counting routes")
     frozen = choose(mixture, counted)
-    scored_record, before = _score(trained, scored, "scoring with its routes")
+    scored_record, before = score_tasks(trained, scored, "scoring with its routes")
     with frozen_routes(mixture, frozen):
-        _, after = _score(trained, scored, "scoring with frozen routes")
+        _, after = score_tasks(trained, scored, "scoring with frozen routes")
         expected = parity.reference(trained)
     method = static_method(trained.recipe.method)
     loading = write_controls(
@@ -149,7 +149,7 @@ def fold(adapted: Adapted, frozen: dict[int, Frozen]) -> dict[str, Tensor]:
     return state
 
 
-def _rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...]:
+def drawn_rows(trained: LoadedRun, limit: int) -> tuple[dict[str, list[Example]], ...]:
     """Up to `limit` rows a task: of the training part to count on, of the scored part to score.
 
     Rows that are too long for the model to score are left out.
@@ -177,7 +177,7 @@ def _options(trained: LoadedRun) -> ScoringOptions:
     return ScoringOptions(recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
 
 
-def _score(
+def score_tasks(
     trained: LoadedRun, tasks: dict[str, list[Example]], label: str
 ) -> tuple[Record, list[Evaluation]]:
     """Score each task; return what the gates decided on its rows, and the results."""

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, pipelin
 
 from moc_cli import load_controls
 from moc_cli.cli import run
-from moc_cli.export.card import _evaluations, make_card
+from moc_cli.export.card import evaluation_lines, make_card
 from moc_cli.export.parity import Reference, Written
 from moc_cli.load_run import LoadedRun, open_run
 from moc_cli.recipe.tasks import TASKS
@@ -143,7 +143,7 @@ def test_the_card_names_the_rows_of_each_evaluation(trained, tmp_path):
     folder = SimpleNamespace(
         read_evaluations=lambda: {str(n): shared | one for n, one in enumerate(written)}
     )
-    text = "\n".join(_evaluations(replace(trained, folder=folder)))
+    text = "\n".join(evaluation_lines(replace(trained, folder=folder)))
     assert "protocol `classify`, all rows of `new.csv`." in text
     assert "protocol `classify`, 7 drawn rows a task." in text
     assert "protocol `harness`, the first 5 rows a task." in text

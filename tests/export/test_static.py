@@ -226,10 +226,10 @@ class TestCommand:
         )
         monkeypatch.setattr(static, "read_rows", lambda _: (recipe, longer))
         for part, whole in zip(
-            static._rows(loaded, 64), (splits.train, *splits.tests.values()), strict=True
+            static.drawn_rows(loaded, 64), (splits.train, *splits.tests.values()), strict=True
         ):
             assert part == {"ARC-Easy": whole}
-            static._score(loaded, part, "scoring")
+            static.score_tasks(loaded, part, "scoring")
 
     @pytest.mark.usefixtures("clean_process")
     def test_standalone_is_a_whole_folder(
